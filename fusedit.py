@@ -22,8 +22,7 @@ Glossary (shapes stand in comments beside the code)
     D        width of a stream                    v        velocity d x_t / d sigma = eps - x
     H, K, h  query heads, key/value heads, size of a head (Gemma's, in both towers)
 
-In reading order: configuration, parts, Gemma, DiT, both together, flow. Files, formats
-and the hub are weights.py's.
+In reading order: configuration, parts, Gemma, DiT, both together, flow. (Files: weights.py.)
 """
 import difflib
 import math
@@ -40,7 +39,6 @@ class FuseDiTError(Exception):
 
 
 # ---------------------------------------------------------------------------- configuration
-
 @dataclass(frozen=True)
 class GemmaConfig:
     """The shape of a Gemma 1, 2 or 3 text tower, read from its own config.json."""
@@ -93,10 +91,9 @@ class FuseDiTConfig:
                    "timestep_conditioning": ("adaln-zero", "adaln-single", "addition", None)}
         for f in fields(self):
             value, kinds = getattr(self, f.name), getattr(f.type, "__args__", (f.type,))
-            for have, want in ((int, float), (list, tuple)):       # what JSON writes
-                if type(value) is have and want in kinds:
-                    value = want(value)
-                    object.__setattr__(self, f.name, value)
+            for have, want in ((int, float), (list, tuple)):       # what JSON makes of them
+                value = want(value) if type(value) is have and want in kinds else value
+            object.__setattr__(self, f.name, value)
             least = 0 if f.name == "initial_layers" else 1e-9
             if type(value) not in kinds:
                 must = " or ".join(k.__name__ for k in kinds)
@@ -110,12 +107,10 @@ class FuseDiTConfig:
             else:
                 continue
             raise FuseDiTError(f"config field {f.name} is {value!r}; it must be {must}")
-        if self.text_modulation_embeds_dim and not self.timestep_conditioning:
-            raise FuseDiTError("CLIP modulation joins the time embedding: with "
-                               "text_modulation_embeds_dim, timestep_conditioning cannot be None")
         if self.clip and not self.text_modulation_embeds_dim:
-            raise FuseDiTError("config field clip needs text_modulation_embeds_dim (768 for "
-                               "openai/clip-vit-large-patch14)")
+            raise FuseDiTError("config field clip needs text_modulation_embeds_dim (ViT-L: 768)")
+        if self.text_modulation_embeds_dim and not self.timestep_conditioning:
+            raise FuseDiTError("text_modulation_embeds_dim needs a timestep_conditioning to join")
 
     @staticmethod
     def from_dict(d):
@@ -150,10 +145,8 @@ PRESETS = {  # name -> what differs from the baseline; the names are those of th
     "fusedit/hidden-size-1280": dict(dit_hidden_size=1280),
     "fusedit/hidden-size-1536": dict(dit_hidden_size=1536),
     "fusedit/hidden-size-1792": dict(dit_hidden_size=1792),
-    "fusedit/layers-10": dict(dit_num_hidden_layers=10, initial_layers=4,
-                              shared_attention_layers=tuple(range(4, 14))),
-    "fusedit/layers-14": dict(dit_num_hidden_layers=14, initial_layers=2,
-                              shared_attention_layers=tuple(range(2, 16))),
+    "fusedit/layers-10": dict(dit_num_hidden_layers=10, initial_layers=4),
+    "fusedit/layers-14": dict(dit_num_hidden_layers=14, initial_layers=2),
     "fusedit/large-scale": _FINAL,
 }
 
@@ -171,10 +164,8 @@ def _near(word, known):
 
 
 # ---------------------------------------------------------------------------- parts of both towers
-
 class RMSNorm(nn.Module):
     """x / rms(x) * (1 + w) in float32: with w = 0, its initial value, it only normalizes."""
-
     def __init__(self, width, eps=1e-6):
         super().__init__()
         self.weight, self.eps = nn.Parameter(torch.zeros(width)), eps
@@ -187,7 +178,6 @@ class RMSNorm(nn.Module):
 
 class MLP(nn.Module):
     """Gemma's gated MLP: down(gelu(gate(x)) * up(x))."""
-
     def __init__(self, width, hidden):
         super().__init__()
         self.gate_proj = nn.Linear(width, hidden, bias=False)
@@ -206,18 +196,17 @@ def frequencies(count, theta=10000.0, device=None):
 def sine(positions, width, cos_first=False):
     """Fixed sinusoidal features [..., width] of positions [...]."""
     angles = positions.float()[..., None] * frequencies(width // 2, device=positions.device)
-    parts = (angles.cos(), angles.sin()) if cos_first else (angles.sin(), angles.cos())
-    return torch.cat(parts, dim=-1)
+    sin_cos = [angles.sin(), angles.cos()]
+    return torch.cat(sin_cos[::-1] if cos_first else sin_cos, dim=-1)
 
 
 def sine_table(rows, cols, width, device, size=64):
-    """Position embedding "ape" [1, N, D]: the middle rows x cols of a table of size x size.
+    """Position embedding "ape" [1, N, D]: the middle of a table of size x size patches.
 
-    A quarter of a position a patch: the scale of a base grid of 16 x 16 patches (256 pixels).
+    A quarter of a position a patch, the scale of a base grid of 16 x 16 patches (256 pixels).
     """
     if max(rows, cols) > size:
-        raise FuseDiTError(f"pos_embed ape reaches {size} x {size} patches, not {rows} x {cols}: "
-                           "lower the height and width")
+        raise FuseDiTError(f"pos_embed ape has {size} x {size} patches, not {rows} x {cols}")
     row, col = (((size - n) // 2 + torch.arange(n, device=device)) / 4 for n in (rows, cols))
     by_col = sine(col, width // 2)[None].expand(rows, -1, -1)
     by_row = sine(row, width // 2)[:, None].expand(-1, cols, -1)
@@ -270,15 +259,13 @@ class Attention(nn.Module):
     Its heads are Gemma's whatever the width, so that text and image keys fit one softmax.
     own_keys: keys of the stream itself; text_keys: trained keys of the text (shallow fusion).
     """
-
     def __init__(self, width, gemma, qk_norm, own_keys=True, text_keys=False):
         super().__init__()
         self.h, H, K = gemma.head_dim, gemma.num_attention_heads, gemma.num_key_value_heads
-        outputs = {"q_proj": H} | ({"k_proj": K, "v_proj": K} if own_keys else {}) | (
-            {"text_k_proj": K, "text_v_proj": K} if text_keys else {})
-        for name, heads in outputs.items():
-            self.add_module(name, nn.Linear(width, heads * self.h, bias=False))
+        self.q_proj = nn.Linear(width, H * self.h, bias=False)
         self.o_proj = nn.Linear(H * self.h, width, bias=False)
+        for name in ["k_proj", "v_proj"] * own_keys + ["text_k_proj", "text_v_proj"] * text_keys:
+            self.add_module(name, nn.Linear(width, K * self.h, bias=False))
         self.q_norm = RMSNorm(self.h, gemma.rms_norm_eps) if qk_norm else nn.Identity()
         if own_keys or text_keys:
             self.k_norm = RMSNorm(self.h, gemma.rms_norm_eps) if qk_norm else nn.Identity()
@@ -302,7 +289,6 @@ class Attention(nn.Module):
 
 class Block(nn.Module):
     """The weights and the two residual branches of a Gemma layer; a DiT block builds on it."""
-
     def __init__(self, width, gemma, sandwich, qk_norm):
         super().__init__()
         self.sandwich, norm = sandwich, lambda: RMSNorm(width, gemma.rms_norm_eps)
@@ -329,11 +315,10 @@ def modulate(x, shift, scale):
 
 
 # ---------------------------------------------------------------------------- Gemma, the reader
-
 class TextFeatures(NamedTuple):
     """What the DiT sees of a batch of prompts: computed once, used at every step."""
-    keys: tuple                         # per DiT layer [B,K,T,h], or None: it does not read
-    values: tuple                       # likewise; both are empty in shallow fusion
+    keys: tuple                         # per DiT block [B,K,T,h], or None: it reads none
+    values: tuple                       # likewise; all None in shallow fusion
     hidden: torch.Tensor | None         # [B,T,D] the hidden state shallow fusion reads
     mask: torch.Tensor                  # [B,T] True at real tokens
     pooled: torch.Tensor | None = None  # [B,C] CLIP's vector, for CLIP modulation
@@ -341,9 +326,8 @@ class TextFeatures(NamedTuple):
     def apply(self, f, *others):
         """f over every tensor of these (and other) features."""
         def each(*xs):
-            if isinstance(xs[0], tuple):
-                return tuple(map(each, *xs))
-            return None if xs[0] is None else f(*xs)
+            nested = isinstance(xs[0], tuple)
+            return tuple(map(each, *xs)) if nested else None if xs[0] is None else f(*xs)
         return TextFeatures(*map(each, self, *others))
 
     def rows(self, index):
@@ -356,7 +340,6 @@ class Gemma(nn.Module):
 
     No attention soft-capping, Gemma 2 included: the published models were trained without.
     """
-
     def __init__(self, config):
         super().__init__()
         c = self.config = config
@@ -378,8 +361,8 @@ class Gemma(nn.Module):
         # In x's dtype, as Gemma was trained: in bf16 the factor itself is rounded.
         x = x * torch.tensor(c.hidden_size ** 0.5, dtype=x.dtype, device=device)
         place = torch.arange(T, device=device)
-        far, near = (place[None, :, None] / factor * frequencies(c.head_dim // 2, theta, device)
-                     for factor, theta in ((c.rope_factor, c.rope_theta), (1, c.local_theta)))
+        far, near = (place[None, :, None] * frequencies(c.head_dim // 2, theta, device) / factor
+                     for theta, factor in ((c.rope_theta, c.rope_factor), (c.local_theta, 1)))
         back = place[:, None] - place                              # [T,T] how far each one is back
         causal, window = back >= 0, (back >= 0) & (back < c.sliding_window)
         keys, values, hidden = [], [], []
@@ -388,21 +371,19 @@ class Gemma(nn.Module):
             hidden.append(x)
             y, attn = layer.input_layernorm(x), layer.self_attn
             k, v = attn.kv(y)
-            k_rotated = rotate(k, angles)
-            keys.append(k_rotated if rotated else k)
+            turned = rotate(k, angles)
+            keys.append(turned if rotated else k)
             values.append(v)
             if i == upto:
                 return keys, values, hidden
-            z = attend(attn.q(y, angles), k_rotated, v, mask, scale=c.query_scale ** -0.5)
+            z = attend(attn.q(y, angles), turned, v, mask, scale=c.query_scale ** -0.5)
             x = layer.add_mlp(layer.add_attention(x, attn.out(z)))
         return keys, values, hidden + [self.norm(x)]
 
 
 # ---------------------------------------------------------------------------- DiT, the painter
-
 class AdaNorm(nn.Module):
     """RMSNorm, and the Linear that turns the time embedding into its modulation (AdaLN-Zero)."""
-
     def __init__(self, width, chunks, eps):
         super().__init__()
         self.norm, self.linear = RMSNorm(width, eps), nn.Linear(width, chunks * width)
@@ -416,7 +397,6 @@ class AdaNorm(nn.Module):
 
 class DiTBlock(Block):
     """A Gemma block whose image tokens also see the text, modulated by the time embedding."""
-
     def __init__(self, c, gemma, width, reads_text):
         super().__init__(width, gemma, c.sandwich_norm, c.qk_norm)
         self.time, self.cross_attn = c.timestep_conditioning, None
@@ -461,7 +441,6 @@ class DiTBlock(Block):
 
 class DiT(nn.Module):
     """The Diffusion Transformer: predicts the velocity of noisy latents, given the text."""
-
     def __init__(self, config, gemma):
         super().__init__()
         c, eps, L = config, gemma.rms_norm_eps, gemma.num_hidden_layers
@@ -475,8 +454,8 @@ class DiT(nn.Module):
         # The Gemma layer that each block reads; None: it sees the image only.
         shared = sources if c.shared_attention_layers == "all" else c.shared_attention_layers
         self.reads = [i if i in shared else None for i in sources]
-        self.patch_embed = nn.ModuleDict({
-            "proj": nn.Conv2d(c.in_channels, D, c.patch_size, stride=c.patch_size)})
+        proj = nn.Conv2d(c.in_channels, D, c.patch_size, stride=c.patch_size)
+        self.patch_embed = nn.ModuleDict({"proj": proj})
         self.layers = nn.ModuleList(DiTBlock(c, gemma, D, not deep or i is not None)
                                     for i in self.reads)
         self.norm_out = AdaNorm(D, 2, eps) if zero else RMSNorm(D, eps)
@@ -543,11 +522,8 @@ class DiT(nn.Module):
         angles = image_angles(c.pos_embed, rows, cols, n, self.h, x.device)       # [B,N,h/2]
         text_mask = text.mask[:, None, None, :]                                   # [B,1,1,T]
         joint_mask = F.pad(text_mask, (0, rows * cols), value=True)               # [B,1,1,T+N]
-        nothing = (None,) * len(self.layers)
-        keys, values, hidden = text.keys or nothing, text.values or nothing, None
-        if c.fusion == "shallow":
-            hidden = self.context_embedder(text.hidden.to(dtype))                 # [B,T,D]
-        for layer, k, v in zip(self.layers, keys, values, strict=True):
+        hidden = self.context_embedder(text.hidden.to(dtype)) if c.fusion == "shallow" else None
+        for layer, k, v in zip(self.layers, text.keys, text.values, strict=True):
             x = layer(x, mod, angles, k, v, hidden, text_mask, joint_mask)
         x = self.proj_out(modulate(self.norm_out(x), *self.final_modulation(temb)))
         x = x.view(B, rows, cols, P, P, C).permute(0, 5, 1, 3, 2, 4)  # each token, its patch
@@ -555,18 +531,15 @@ class DiT(nn.Module):
 
 
 # ---------------------------------------------------------------------------- both together
-
 class FuseDiT(nn.Module):
-    """Both towers, and the tokenizer that feeds the first."""
-
+    """Both towers; weights.build_model adds the tokenizer and, for CLIP modulation, pool."""
     def __init__(self, config, gemma):
         super().__init__()
-        self.config, self.tokenizer, self.pool = config, None, None    # see build_model
+        self.config, self.tokenizer, self.pool = config, None, None
         self.llm, self.dit = Gemma(gemma).requires_grad_(False), DiT(config, gemma)
         L, i = gemma.num_hidden_layers, config.text_hidden_states_index
         if not -L - 1 <= i <= L:
-            raise FuseDiTError(f"config field text_hidden_states_index is {i}; a Gemma of {L} "
-                               f"layers has hidden states {-L - 1} to {L}")
+            raise FuseDiTError(f"text_hidden_states_index {i}: this Gemma has {-L - 1} to {L}")
         reads = [r for r in self.dit.reads if r is not None]
         self.upto = i % (L + 1) if config.fusion == "shallow" else max(reads, default=0)
 
@@ -577,11 +550,10 @@ class FuseDiT(nn.Module):
         reaches it through the keys and values with no other change.
         """
         keys, values, hidden = self.llm(ids, self.upto, rotated=self.config.attention == "self")
-        if self.config.fusion == "shallow":
-            return TextFeatures((), (), hidden[-1], mask, pooled)
-        keys, values = (tuple(None if r is None else x[r] for r in self.dit.reads)
+        shallow = self.config.fusion == "shallow"
+        keys, values = (tuple(None if r is None or shallow else x[r] for r in self.dit.reads)
                         for x in (keys, values))
-        return TextFeatures(keys, values, None, mask, pooled)
+        return TextFeatures(keys, values, hidden[-1] if shallow else None, mask, pooled)
 
     def encode(self, prompts, pad_to=None):
         """TextFeatures of a list of prompts, padded to the longest or to pad_to tokens."""
@@ -614,14 +586,12 @@ def tokenize(tokenizer, prompts, config, pad_to=None):
     rows, limit = token_ids(tokenizer, prompts, config)
     lengths = torch.tensor([min(len(row), limit) for row in rows])
     T, pad = pad_to or int(lengths.max()), tokenizer.pad_token_id or 0
-    if lengths.max() > T:
-        raise FuseDiTError(f"a prompt has {lengths.max()} tokens, more than pad_to = {T}")
+    assert lengths.max() <= T, f"a prompt has {lengths.max()} tokens, more than pad_to = {T}"
     ids = torch.tensor([(row[:limit] + [pad] * T)[:T] for row in rows])
     return ids, torch.arange(T) < lengths[:, None]
 
 
 # ---------------------------------------------------------------------------- flow
-
 def shift_sigma(sigma, shift):
     """Move noise levels towards 1: shift s / (1 + (shift - 1) s) (arXiv 2403.03206, eq. 23)."""
     return shift * sigma / (1 + (shift - 1) * sigma)

@@ -121,9 +121,10 @@ def test_presets_are_the_papers_runs(name):
     assert sum(p.numel() for p in model.parameters() if p.requires_grad) == run["dit_parameters"]
     assert len(model.dit.layers) == run["dit_num_hidden_layers"]
     fields = asdict(config)
-    for key in set(run) & set(fields) - {"dit_num_hidden_layers"}:
-        want = tuple(run[key]) if isinstance(run[key], list) else run[key]
-        assert fields[key] == want, key
+    for key in set(run) & set(fields) - {"dit_num_hidden_layers", "shared_attention_layers"}:
+        assert fields[key] == run[key], key
+    if run.get("shared_attention_layers", "all") != "all":         # ours follow from the offset
+        assert model.dit.reads == run["shared_attention_layers"]
     trim(model)
     assert len(model.llm.layers) == run["llm_layers"]
 
@@ -380,7 +381,7 @@ def test_more_layers_than_gemma_has(gemma_folder):
 
 
 def test_config_survives_json():
-    c = preset("fusedit/layers-10", shift=1)
+    c = preset("fusedit/layers-10", shift=1, shared_attention_layers=[4, 5])
     assert FuseDiTConfig.from_dict(json.loads(json.dumps(asdict(c)))) == c
 
 
