@@ -63,6 +63,19 @@ def read_json(path):
                            "folder?") from None
 
 
+def read_prompts(path):
+    try:
+        prompts = [line.strip() for line in path.read_text("utf-8").splitlines() if line.strip()]
+    except OSError as e:
+        raise FuseDiTError(f"cannot read the prompt file {path}: {e.strerror}") from None
+    except UnicodeDecodeError as e:
+        raise FuseDiTError(f"the prompt file {path} is not UTF-8 (byte {e.start}): save it as "
+                           "UTF-8") from None
+    if not prompts:
+        raise FuseDiTError(f"the prompt file {path} is empty: write a prompt a line")
+    return prompts
+
+
 def tensor_files(folder, stem="model"):
     """{tensor name: (open file, its name there)} of stem.safetensors, whole or in shards."""
     index, tensors = Path(folder) / f"{stem}.safetensors.index.json", {}
@@ -282,6 +295,7 @@ def export(model, folder):
         if folder.exists():
             folder.rmdir()
         os.replace(tmp, folder)
+        print(f"wrote {folder}")
     finally:
         shutil.rmtree(tmp, ignore_errors=True)
 
