@@ -34,6 +34,10 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 
+for _f in (torch.exp, torch.log, torch.sin, torch.cos, torch.sqrt):
+    _f(torch.ones(1))  # on a CPU the first call may be imprecise if it is threaded (pytorch#188792)
+
+
 class FuseDiTError(Exception):
     """A problem the user can mend; its text says what is wrong and what to do."""
 
@@ -125,8 +129,9 @@ _GEMMA2 = dict(base="google/gemma-2-2b", sandwich_norm=True)
 _FINAL = _GEMMA2 | dict(pos_embed="2d-rope", timestep_conditioning=None)
 PRESETS = {  # name -> what differs from the baseline; the names are those of the paper's runs
     "fusedit": _FINAL,                                             # the final model
-    "demo": _FINAL | dict(base="demo/gemma", dit_hidden_size=256, in_channels=3, patch_size=4,
-                          image_size=64, vae=None, shift=8.0, max_text_tokens=64),
+    "demo": _FINAL | dict(base="demo/gemma", vae=None, image_size=48, patch_size=6, in_channels=3,
+                          dit_hidden_size=256, dit_num_hidden_layers=7, initial_layers=1, shift=8.0,
+                          max_text_tokens=32),
     "baselinedit/self-attention": dict(fusion="shallow"),
     "baselinedit/cross-attention": dict(fusion="shallow", attention="cross"),
     "fusedit/baseline": dict(),
@@ -196,8 +201,7 @@ def frequencies(count, theta=10000.0, device=None):
 def sine(positions, width, cos_first=False):
     """Fixed sinusoidal features [..., width] of positions [...]."""
     angles = positions.float()[..., None] * frequencies(width // 2, device=positions.device)
-    sin_cos = [angles.sin(), angles.cos()]
-    return torch.cat(sin_cos[::-1] if cos_first else sin_cos, dim=-1)
+    return torch.cat([angles.sin(), angles.cos()][::-1 if cos_first else 1], dim=-1)
 
 
 def sine_table(rows, cols, width, device, size=64):
@@ -216,9 +220,8 @@ def sine_table(rows, cols, width, device, size=64):
 def image_angles(kind, rows, cols, n, h, device):
     """Rotation angles [B, N, h/2] of a grid of patches that comes after n [B] text tokens.
 
-    2d-rope: half of the h/2 pairs turn with the row, half with the column, each half through
-    the full range of frequencies. m-rope: the same with one range over both halves. 1d-rope:
-    patches are numbered on like words. ape: no rotation. (Paper, section 4.)
+    2d-rope: half of the pairs turn with the row, half with the column, each through the full
+    range of frequencies; m-rope: one range over both; 1d-rope: numbered on like words; ape: none.
     """
     if kind == "ape":
         return None
@@ -330,8 +333,7 @@ class TextFeatures(NamedTuple):
             return tuple(map(each, *xs)) if nested else None if xs[0] is None else f(*xs)
         return TextFeatures(*map(each, self, *others))
 
-    def rows(self, index):
-        """Some of the prompts, repeated or reordered; index is a list."""
+    def rows(self, index):                  # a list: some prompts, repeated or reordered
         return self.apply(lambda x: x[torch.as_tensor(index, device=x.device)])
 
 
@@ -400,8 +402,7 @@ class DiTBlock(Block):
     def __init__(self, c, gemma, width, reads_text):
         super().__init__(width, gemma, c.sandwich_norm, c.qk_norm)
         self.time, self.cross_attn = c.timestep_conditioning, None
-        self.joint = reads_text and c.attention == "self"
-        self.shallow = reads_text and c.fusion == "shallow"
+        self.joint, self.shallow = c.attention == "self" and reads_text, c.fusion == "shallow"
         if self.joint:
             self.self_attn = Attention(width, gemma, c.qk_norm, text_keys=self.shallow)
         elif reads_text:
@@ -460,7 +461,6 @@ class DiT(nn.Module):
                                     for i in self.reads)
         self.norm_out = AdaNorm(D, 2, eps) if zero else RMSNorm(D, eps)
         self.proj_out = nn.Linear(D, c.patch_size ** 2 * c.in_channels)
-
         def mlp(width):
             return nn.Linear(width, D), nn.SiLU(), nn.Linear(D, D)
         if c.timestep_conditioning:

@@ -23,7 +23,6 @@ from fusedit import FuseDiTError
 from vae import load_vae
 from weights import atomic_write, export, load_model, pick_device, read_prompts, run
 
-DEMO = str(Path(__file__).parent / "demo")
 SIDES = ("height", "width")
 
 
@@ -32,7 +31,7 @@ def arguments():
     for name, settings, about in (
             ("--prompt", dict(action="append", default=[]), "what to draw; repeat it for more"),
             ("--prompts", dict(type=Path), "a text file (UTF-8) with a prompt a line"),
-            ("--model", dict(default=DEMO), "checkpoint, run, released model, hub id (the demo)"),
+            ("--model", dict(default=Path(__file__).parent / "demo"), "a model's folder or hub id"),
             ("--steps", dict(type=int, default=25), "Euler steps: more is finer and slower (25)"),
             ("--guidance", dict(type=float, default=6.0), "pull of the prompt; 1 is none (6)"),
             ("--negative", dict(default="", metavar="TEXT"), "what to steer away from (nothing)"),
@@ -121,9 +120,9 @@ def save(prompt, seed, image, frames, args):
     with atomic_write(path) as tmp:
         image.save(tmp, "PNG", pnginfo=info)
     if frames:
-        frames += frames[-1:] * 15          # rest on the finished picture
         with atomic_write(path.with_suffix(".gif")) as tmp:
-            frames[0].save(tmp, "GIF", save_all=True, append_images=frames[1:], duration=80, loop=0)
+            frames[0].save(tmp, "GIF", save_all=True, append_images=frames[1:], loop=0,
+                           duration=[80] * (len(frames) - 1) + [1500])
     tqdm.write(str(path))
 
 

@@ -7,11 +7,10 @@ numbers) into a vector of 16, and the diffusion model works on that small grid a
     encode   pixels [B,3,H,W] in [-1,1]  ->  latents [B,16,H/8,W/8] of about unit variance
     decode   latents                     ->  pixels
 
-This is the KL-regularised autoencoder of latent diffusion (Rombach et al., arXiv 2112.10752,
-section 3.1) with 16 channels (Esser et al., arXiv 2403.03206, section 5.2.1). Its encoder answers
-with a Gaussian, not a point (Kingma & Welling, arXiv 1312.6114), pulled a little towards N(0, 1)
-in training, so that a nearly right latent decodes to a nearly right picture. Names are those of
-diffusers' AutoencoderKL: the released vae/ folder loads as it is, strictly.
+It is the KL-regularised autoencoder of latent diffusion (Rombach et al., arXiv 2112.10752, 3.1)
+with 16 channels (Esser et al., arXiv 2403.03206, 5.2.1). The encoder answers with a Gaussian, not
+a point (arXiv 1312.6114), drawn a little towards N(0,1) in training, so that a nearly right latent
+decodes to a nearly right picture. All names are those of diffusers' AutoencoderKL.
 """
 from collections import OrderedDict
 from dataclasses import asdict, dataclass
@@ -22,6 +21,9 @@ import torch.nn.functional as F
 
 from fusedit import FuseDiTError
 from weights import check_tensors, fill, read_json, resolve, tensor_files
+
+# MKL's first exp of a process is off by 2e-4 if two threads race to it (pytorch issue 188792).
+torch.exp(torch.zeros(1))
 
 
 @dataclass(frozen=True)
@@ -35,17 +37,14 @@ class VAEConfig:
     scaling_factor: float = 1.5305        # latents = (z - shift) * scale, measured so that they
     shift_factor: float = 0.0609          # have mean 0 and variance 1, like the noise they meet
     mid_block_add_attention: bool = True  # the one place where far pixels see each other
-    use_quant_conv: bool = False          # a 1x1 convolution on either side of the latents, which
-    use_post_quant_conv: bool = False     # the autoencoders before SD 3 had; must be False here
 
     @staticmethod
     def from_dict(d):
         """From config.json, whose other keys say nothing about the network."""
-        usual = asdict(VAEConfig())
-        d = {"mid_block_add_attention": True} | d             # a late key: older files lack it
+        usual, d = asdict(VAEConfig()), {"mid_block_add_attention": True} | d  # a late key
         got = {k: tuple(d[k]) if type(d.get(k)) is list else d.get(k) for k in usual}
         for k in got:
-            if type(got[k]) is not type(usual[k]) or "quant" in k and got[k]:
+            if type(got[k]) is not type(usual[k]):
                 raise FuseDiTError(f"VAE config field {k} is {got[k]!r}; SD 3 has {usual[k]!r}")
         return VAEConfig(**got)
 
@@ -172,9 +171,8 @@ def load_vae(path_or_id, device="cpu", dtype=torch.float32):
     """The frozen VAE of a vae/ folder, of a folder that has one, or of a hub id."""
     folder = resolve(path_or_id, patterns=("vae/*",))
     folder = folder / "vae" if (folder / "vae").is_dir() else folder
-    config = VAEConfig.from_dict(read_json(folder / "config.json"))
     with torch.device("meta"):                                # shapes only: no memory yet
-        vae = VAE(config)
+        vae = VAE(VAEConfig.from_dict(read_json(folder / "config.json")))
     found = tensor_files(folder, "diffusion_pytorch_model")
     check_tensors(vae, found, folder)
     fill(vae, found, device, dtype)
