@@ -1,0 +1,255 @@
+"""prepare_data.py: the same shards from any workers, nothing half-written, bad input counted."""
+import csv
+import io
+import json
+import random
+import subprocess
+import sys
+import tarfile
+from argparse import Namespace
+
+import pytest
+from conftest import ROOT
+from PIL import Image
+
+import prepare_data
+from demo import detector, scenes
+from fusedit import FuseDiTError
+
+
+def command(*words, code=0):
+    """Run the command as a user does; returns (stdout, stderr)."""
+    done = subprocess.run([sys.executable, str(ROOT / "prepare_data.py"), *map(str, words)],
+                          capture_output=True, text=True)
+    assert done.returncode == code, done.stderr
+    assert "Traceback" not in done.stderr
+    return done.stdout, done.stderr
+
+
+def pack(*words):
+    """The same, inside this process (no second start of Python)."""
+    args = prepare_data.arguments([*map(str, words), "--workers", "1"])
+    args.command(args)
+
+
+def read_shards(out):
+    """{key: {kind: bytes}} of all tars, and the index; each tar is as the index says."""
+    index, samples = json.loads((out / "index.json").read_text()), {}
+    assert sorted(p.name for p in out.iterdir()) == sorted(
+        [s["name"] for s in index["shards"]] + ["index.json"])
+    for shard in index["shards"]:
+        path, here = out / shard["name"], {}
+        assert path.stat().st_size == shard["bytes"]
+        with tarfile.open(path) as tar:
+            for member in tar:
+                key, kind = member.name.split(".", 1)
+                here.setdefault(key, {})[kind] = tar.extractfile(member).read()
+        assert len(here) == shard["samples"] and not here.keys() & samples.keys()
+        samples |= here
+    assert len(samples) == index["samples"]
+    return samples, index
+
+
+def files(folder):
+    return {p.name: p.read_bytes() for p in folder.iterdir()}
+
+
+# ---- shapes --------------------------------------------------------------------------------------
+
+def test_shapes_are_the_same_whatever_the_workers(tmp_path):
+    out, _ = command("shapes", tmp_path / "two", "-n", 25, "--shard-size", 10, "--workers", 2)
+    assert "25 images in 3 shards" in out
+    pack("shapes", tmp_path / "one", "-n", 25, "--shard-size", 10)
+    assert files(tmp_path / "one") == files(tmp_path / "two")
+    pack("shapes", tmp_path / "other", "-n", 25, "--shard-size", 10, "--seed", 1)
+    assert files(tmp_path / "one").keys() == files(tmp_path / "other").keys()
+    assert files(tmp_path / "one") != files(tmp_path / "other")
+
+
+def test_shapes_pictures_show_their_captions(tmp_path):
+    pack("shapes", tmp_path / "out", "-n", 40, "--shard-size", 16, "--image-size", 64)
+    samples, index = read_shards(tmp_path / "out")
+    assert [s["samples"] for s in index["shards"]] == [16, 16, 8]
+    for i, (key, sample) in enumerate(sorted(samples.items())):
+        assert set(sample) == {"image.png", "synthetic_caption.txt", "original_caption.txt"}
+        image = Image.open(io.BytesIO(sample["image.png"]))
+        assert image.size == (64, 64) and int(key) == i
+        rng = random.Random(f"shapes 0 {i}")
+        scene = scenes.training_scene(rng)
+        assert detector.verdict(scene, detector.read(image)) == ""
+        scenes.place(scene, rng)
+        assert sample["synthetic_caption.txt"].decode() == scenes.caption(
+            scenes.forget(scene, rng), rng)
+
+
+def test_a_folder_in_use_is_refused_and_overwrite_replaces_only_shards(tmp_path):
+    out = tmp_path / "out"
+    pack("shapes", out, "-n", 20, "--shard-size", 5)
+    before = files(out)
+    _, err = command("shapes", out, "-n", 5, "--shard-size", 5, code=1)
+    assert "not empty" in err and "--overwrite" in err and err.count("\n") == 1
+    assert files(out) == before
+    (out / ".shapes-000001.tar.123.tmp").write_text("of a killed run")
+    pack("shapes", out, "-n", 5, "--shard-size", 5, "--overwrite")
+    assert len(read_shards(out)[0]) == 5
+    (out / "notes.txt").write_text("mine")
+    with pytest.raises(FuseDiTError, match="notes.txt"):
+        pack("shapes", out, "-n", 5, "--overwrite")
+    assert (out / "notes.txt").read_text() == "mine"
+    with pytest.raises(FuseDiTError, match="is a file"):
+        pack("shapes", out / "notes.txt", "-n", 5)
+
+
+def test_what_fails_midway_leaves_nothing(tmp_path):
+    def make(i):
+        if i == 7:
+            raise OSError(28, "No space left on device")
+        return {"__key__": str(i), "image.png": b"x"}
+    args = Namespace(shard_size=3, workers=1)
+    with pytest.raises(OSError):
+        prepare_data.write_shards(tmp_path / "out", "shapes", range(10), make, args)
+    assert list((tmp_path / "out").iterdir()) == []
+
+
+# ---- folder --------------------------------------------------------------------------------------
+
+def image(path, size=(20, 10), mode="RGB", **save):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.new(mode, size, 200 if mode == "L" else "orange" if mode != "P" else 3).save(path, **save)
+    return path
+
+
+@pytest.fixture
+def photos(tmp_path):
+    """Six good images of six kinds, one below another folder."""
+    folder = tmp_path / "photos"
+    for name in ("a.png", "b.jpg", "c.webp", "sub/d.gif", "e.bmp", "f.JPEG"):
+        path = image(folder / name, mode="P" if name.endswith("gif") else "RGB")
+        path.with_suffix(".txt").write_text(f"an orange  {path.stem}\n")
+    return folder
+
+
+def captions(samples):
+    return sorted(s["original_caption.txt"].decode() for s in samples.values())
+
+
+def test_folder_with_txt_beside_the_images(photos, tmp_path, capsys):
+    pack("folder", photos, tmp_path / "out")
+    samples, index = read_shards(tmp_path / "out")
+    assert captions(samples) == [f"an orange {c}" for c in "abcdef"] and "skipped" not in index
+    kinds = {s["original_caption.txt"].decode()[-1]: next(k for k in s if "image" in k)
+             for s in samples.values()}
+    assert kinds == {"a": "image.png", "b": "image.jpg", "c": "image.webp", "d": "image.png",
+                     "e": "image.png", "f": "image.jpg"}
+    kept = next(s for s in samples.values() if s["original_caption.txt"].endswith(b"b"))
+    assert kept["image.jpg"] == (photos / "b.jpg").read_bytes()
+    assert "6 images in 1 shards" in capsys.readouterr().out
+
+
+def test_folder_skips_and_counts_what_is_broken(photos, tmp_path):
+    (photos / "a.txt").unlink()
+    (photos / "b.txt").write_text(" \n")
+    (photos / "c.txt").write_bytes("né".encode("latin-1"))
+    for n in range(7):                      # cut short, and no image at all
+        path = photos / f"bad{n}.png"
+        path.write_bytes((photos / "a.png").read_bytes()[:50])
+        path.with_suffix(".txt").write_text("broken")
+    (photos / "bad0.png").write_text("this is not a picture")
+    out, err = command("folder", photos, tmp_path / "out", "--shard-size", 4, "--workers", 2)
+    samples, index = read_shards(tmp_path / "out")
+    assert captions(samples) == [f"an orange {c}" for c in "def"]
+    assert index["skipped"] == {"unreadable image": 7, "no caption": 2, "caption is not UTF-8": 1}
+    assert "skipped 7: unreadable image: " in err and "and 2 more" in err
+    assert "skipped 2: no caption: a.png, b.jpg" in err and "c.txt" in err
+    assert "3 images" in out
+
+
+ROWS = [("a.png", "one"), ("./b.jpg", "two"), ("c", "three"), ("sub/d.gif", "four")]
+
+
+def write_captions(path, rows):
+    if path.suffix == ".csv":
+        with open(path, "w", newline="") as file:
+            csv.writer(file).writerows([("image", "caption"), *rows])
+    elif path.name == "map.json":
+        path.write_text(json.dumps(dict(rows)))
+    elif path.suffix == ".json":
+        path.write_text(json.dumps([dict(file_name=i, text=[c, "more"]) for i, c in rows]))
+    else:
+        path.write_text("".join(json.dumps(dict(image=i, caption=c)) + "\n" for i, c in rows))
+    return path
+
+
+@pytest.mark.parametrize("name", ["map.json", "list.json", "c.jsonl", "c.csv"])
+def test_folder_with_a_file_of_captions(photos, tmp_path, name, capsys):
+    rows = [*ROWS, ("nowhere.png", "five"), ("e.bmp", "")]
+    pack("folder", photos, write_captions(tmp_path / name, rows), tmp_path / "out")
+    samples, index = read_shards(tmp_path / "out")
+    assert captions(samples) == sorted(c for _, c in ROWS)
+    assert index["skipped"] == {"no caption": 2, "image is not there": 1}
+    err = capsys.readouterr().err
+    assert "nowhere.png" in err and "e.bmp" in err and "f.JPEG" in err
+
+
+def test_both_captions_broken_lines_and_odd_rows(photos, tmp_path):
+    lines = [json.dumps(dict(image="a.png", caption="short", synthetic_caption="long")),
+             json.dumps(dict(image="b.jpg", synthetic_caption="only long")), "{broken", "",
+             json.dumps(["not", "a", "row"]), json.dumps(dict(image="b.jpg", caption="second")),
+             json.dumps(dict(caption="of nothing")), json.dumps(dict(image="c.webp", caption=5))]
+    (tmp_path / "c.jsonl").write_text("\n".join(lines))
+    pack("folder", photos, tmp_path / "c.jsonl", tmp_path / "out")
+    samples, index = read_shards(tmp_path / "out")
+    texts = sorted(sorted((k, v.decode()) for k, v in s.items() if "caption" in k)
+                   for s in samples.values())
+    assert texts == [[("original_caption.txt", "second")],
+                     [("original_caption.txt", "short"), ("synthetic_caption.txt", "long")],
+                     [("synthetic_caption.txt", "only long")]]
+    skipped = {why.split(" (")[0]: n for why, n in index["skipped"].items()}
+    assert skipped == {"not JSON": 1, "no image name": 2, "no caption": 4}
+
+
+def test_an_image_turned_by_its_tag_is_packed_upright(tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    image(tmp_path / "in/a.jpg", size=(20, 10), exif=exif).with_suffix(".txt").write_text("up")
+    pack("folder", tmp_path / "in", tmp_path / "out")
+    (sample,) = read_shards(tmp_path / "out")[0].values()
+    assert Image.open(io.BytesIO(sample["image.png"])).size == (10, 20)
+
+
+def test_the_order_is_mixed_and_the_seed_decides(photos, tmp_path):
+    for n in range(30):
+        image(photos / f"n{n:02}.png").with_suffix(".txt").write_text(f"n{n:02}")
+    orders = []
+    for k, seed in enumerate((0, 0, 1)):
+        pack("folder", photos, tmp_path / f"out{k}", "--seed", seed)
+        orders.append([s["original_caption.txt"]
+                       for s in read_shards(tmp_path / f"out{k}")[0].values()])
+    assert orders[0] == orders[1] != orders[2] and sorted(orders[0]) == sorted(orders[2])
+    assert orders[0] != sorted(orders[0])
+
+
+@pytest.mark.parametrize("words, message", [
+    (["{}/none", "{}/out"], "no such file or folder"),
+    (["{}/photos", "{}/none.csv", "{}/out"], "none.csv"),
+    (["{}/photos", "{}/broken.json", "{}/out"], "cannot read .*broken.json as JSON"),
+    (["{}/photos", "{}/latin.csv", "{}/out"], "cannot read .*latin.csv as CSV in UTF-8"),
+    (["{}/photos", "{}/c.yaml", "{}/out"], ".json, .jsonl or .csv"),
+    (["{}/empty", "{}/out"], "no images in"),
+    (["{}/photos", "{}/empty", "{}/out"], "all 6 were skipped"),
+])
+def test_unusable_input_is_one_message(photos, tmp_path, words, message):
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "broken.json").write_text('{"a.png": "one"')
+    (tmp_path / "latin.csv").write_bytes("image,caption\na.png,né\n".encode("latin-1"))
+    (tmp_path / "c.yaml").write_text("")
+    with pytest.raises(FuseDiTError, match=message):
+        pack("folder", *[w.format(tmp_path) for w in words])
+    assert not (tmp_path / "out").exists() or not list((tmp_path / "out").iterdir())
+
+
+def test_help_teaches_and_usage_errors_exit_2():
+    out, _ = command("folder", "--help")
+    assert "default: 2000" in out and "python prepare_data.py folder photos/" in out
+    _, err = command("shapes", "out", "-n", "0", code=2)
+    assert "at least 1" in err
