@@ -115,8 +115,8 @@ def forget(scene: Scene, rng: random.Random, size=0.5, colour=0.9, background=0.
            relation=0.85) -> Scene:
     """What a caption says of a full scene: each field kept with the probability given.
 
-    Only a white background may go unsaid. Colours (and sizes) are mostly said of all groups or of none, but always where they are what
-    tells two groups of one shape apart.
+    Only a white background may go unsaid. Colours (and sizes) are mostly said of all groups or of
+    none, but always where they are what tells two groups of one shape apart.
     """
     shapes, pairs = {g.shape for g in scene.groups}, {g[2:] for g in scene.groups}
     say_colours = len(shapes) < len(scene.groups) or rng.random() < colour
