@@ -61,6 +61,7 @@ def paint(args, prompts: list[str]):
     device = pick_device(args.device)
     dtype = getattr(torch, args.dtype or ("float32" if device.type == "cpu" else "bfloat16"))
     model = load_model(args.model, device, dtype)
+    args.out.mkdir(parents=True, exist_ok=True)            # fails now rather than after the drawing
     vae = load_vae(model.config.vae, device, dtype) if model.config.vae else None
     warn(model, prompts)
     jobs = [(prompt, args.seed + k) for k, prompt in enumerate(prompts)]
@@ -77,7 +78,6 @@ def finish(args, name: str, categories, results: list[dict], pictures: list) -> 
     settings = {k: getattr(args, k) for k in ("model", "n", "seed", "steps", "guidance")}
     text = json.dumps(dict(benchmark=name, overall=overall, categories=scores, settings=settings,
                            prompts=results), indent=1)
-    args.out.mkdir(parents=True, exist_ok=True)
     with atomic_write(args.out / f"{name}.json") as tmp:
         tmp.write_text(text + "\n")
     with atomic_write(args.out / f"{name}.png") as tmp:

@@ -11,18 +11,18 @@ Diffusion Transformers for Text-to-Image Synthesis" (arXiv 2505.10046), "the pap
     [ Gemma layer 0 ] --- keys, values ----> [ DiT block 0 ]      Text never looks at the image,
     [ Gemma layer 1 ] --- keys, values ----> [ DiT block 1 ]      so Gemma runs once per prompt
           ...                                       ...           and the DiT once per step:
-    [ Gemma layer L ] --- keys, values ----> [ DiT block L ]          text = gemma(ids)
+    [Gemma layer L-1] --- keys, values ----> [DiT block L-1]          text = read(ids, mask)
                                                      |                v = dit(x_t, sigma, text)
                                                   velocity
 
-Glossary (shapes stand in comments beside the code)
+Glossary (eps: normal noise; L: Gemma's layers; H, W in [B,C,H,W]: height, width; S: a length)
     B        batch                                x        a picture, or its VAE latents
-    T        text tokens, padded on the right     x_t      x with noise: (1 - sigma) x + sigma eps
-    N        image tokens, one per P x P patch    sigma    noise level, 0 (clean) to 1 (noise)
+    T        text tokens, padded on the right     x_t      x noised: (1 - sigma) x + sigma eps
+    N        image tokens, one per P x P patch    sigma    noise level, 0 (clean) to 1 (only eps)
     D        width of a stream                    v        velocity d x_t / d sigma = eps - x
     H, K, h  query heads, key/value heads, size of a head (Gemma's, in both towers)
 
-In reading order: configuration, parts, Gemma, DiT, both together, flow. (Files: weights.py.)
+New to diffusion? Read "flow", the last 50 lines, first. Files and checkpoints: weights.py.
 """
 import difflib
 import math
@@ -35,7 +35,7 @@ import torch.nn.functional as F
 
 
 for _f in (torch.exp, torch.log, torch.sin, torch.cos, torch.sqrt):
-    _f(torch.ones(1))  # on a CPU the first call may be imprecise if it is threaded (pytorch#188792)
+    _f(torch.ones(1))  # MKL bug: a first call made by several threads loses digits (pytorch#188792)
 
 
 class FuseDiTError(Exception):
@@ -70,7 +70,7 @@ class FuseDiTConfig:
     fusion: str = "deep"                    # text from every Gemma layer; shallow: one hidden state
     attention: str = "self"                 # text and image in one softmax; cross: one each
     pos_embed: str = "ape"                  # sine table; or rotary: 1d-rope, 2d-rope, m-rope
-    timestep_conditioning: str | None = "adaln-zero"  # or adaln-single, addition, None
+    timestep_conditioning: str | None = "adaln-zero"  # adaln-single, addition; None: sigma unseen
     sandwich_norm: bool = False             # norms before and after each branch (as Gemma 2)
     qk_norm: bool = True                    # RMSNorm on the image's queries and keys
     dit_hidden_size: int | None = None      # D of the image stream; None: as wide as Gemma
@@ -95,16 +95,16 @@ class FuseDiTConfig:
                    "timestep_conditioning": ("adaln-zero", "adaln-single", "addition", None)}
         for f in fields(self):
             value, kinds = getattr(self, f.name), getattr(f.type, "__args__", (f.type,))
-            for have, want in ((int, float), (list, tuple)):       # what JSON makes of them
-                value = want(value) if type(value) is have and want in kinds else value
+            value = float(value) if type(value) is int and float in kinds else value  # JSON's 3
+            value = tuple(value) if type(value) is list and tuple in kinds else value  # and [...]
             object.__setattr__(self, f.name, value)
-            least = 0 if f.name == "initial_layers" else 1e-9
+            least = {"initial_layers": 0, "text_hidden_states_index": -math.inf}.get(f.name, 1e-9)
             if type(value) not in kinds:
                 must = " or ".join(k.__name__ for k in kinds)
             elif value not in choices.get(f.name, (value,)):
                 must = "one of " + ", ".join(map(str, choices[f.name]))
-            elif type(value) in (int, float) and value < least and f.default != -1:
-                must = "positive"
+            elif type(value) in (int, float) and value < least:
+                must = "positive" if least else "at least 0"
             elif f.name == "shared_attention_layers" and value != "all" and (
                     type(value) is str or {type(i) for i in value} - {int}):
                 must = "'all' or a list of layer numbers"
@@ -129,9 +129,9 @@ _GEMMA2 = dict(base="google/gemma-2-2b", sandwich_norm=True)
 _FINAL = _GEMMA2 | dict(pos_embed="2d-rope", timestep_conditioning=None)
 PRESETS = {  # name -> what differs from the baseline; the names are those of the paper's runs
     "fusedit": _FINAL,                                             # the final model
-    "demo": _FINAL | dict(base="demo/gemma", vae=None, image_size=48, patch_size=6, in_channels=3,
-                          dit_hidden_size=256, dit_num_hidden_layers=7, initial_layers=1, shift=8.0,
-                          max_text_tokens=32),
+    "demo": dict(base="demo/gemma", pos_embed="2d-rope", timestep_conditioning="addition",
+                 vae=None, image_size=48, patch_size=6, in_channels=3, dit_hidden_size=256,
+                 shift=8.0, max_text_tokens=32),
     "baselinedit/self-attention": dict(fusion="shallow"),
     "baselinedit/cross-attention": dict(fusion="shallow", attention="cross"),
     "fusedit/baseline": dict(),
@@ -200,14 +200,14 @@ def frequencies(count, theta=10000.0, device=None):
 
 def sine(positions, width, cos_first=False):
     """Fixed sinusoidal features [..., width] of positions [...]."""
-    angles = positions.float()[..., None] * frequencies(width // 2, device=positions.device)
-    return torch.cat([angles.sin(), angles.cos()][::-1 if cos_first else 1], dim=-1)
+    angle = positions.float()[..., None] * frequencies(width // 2, device=positions.device)
+    return torch.cat([angle.cos(), angle.sin()] if cos_first else [angle.sin(), angle.cos()], -1)
 
 
 def sine_table(rows, cols, width, device, size=64):
     """Position embedding "ape" [1, N, D]: the middle of a table of size x size patches.
 
-    A quarter of a position a patch, the scale of a base grid of 16 x 16 patches (256 pixels).
+    Neighbouring patches are 1/4 apart: a base grid of 16 positions (256 pixels), stretched to 64.
     """
     if max(rows, cols) > size:
         raise FuseDiTError(f"pos_embed ape has {size} x {size} patches, not {rows} x {cols}")
@@ -218,10 +218,10 @@ def sine_table(rows, cols, width, device, size=64):
 
 
 def image_angles(kind, rows, cols, n, h, device):
-    """Rotation angles [B, N, h/2] of a grid of patches that comes after n [B] text tokens.
+    """Rotation angles [B, N, h/2] of a grid of patches after n [B] text tokens; ape: None.
 
-    2d-rope: half of the pairs turn with the row, half with the column, each through the full
-    range of frequencies; m-rope: one range over both; 1d-rope: numbered on like words; ape: none.
+    2d-rope: half of each head's pairs (see rotate) turn with the row, half with the column, over
+    all frequencies; m-rope: rows the fast, columns the slow half; 1d-rope: counted on like words.
     """
     if kind == "ape":
         return None
@@ -247,7 +247,7 @@ def rotate(x, angles):
 
 
 def attend(q, k, v, mask=None, scale=None):
-    """Softmax attention of q [B,H,N,h] over k, v [B,K,S,h]; mask [..., N, S]: True may look.
+    """Softmax attention [B,H,N,h] of q over k, v [B,K,S,h], mask [...,N,S]: True may look.
 
     H / K query heads share a key head. Keys are repeated for them, as the fused kernels that
     take a mask do not take grouped heads.
@@ -257,12 +257,12 @@ def attend(q, k, v, mask=None, scale=None):
 
 
 class Attention(nn.Module):
-    """Projections and per-head norms of an attention; what looks at what is the caller's.
+    """An attention's projections and per-head norms; the caller decides what looks at what.
 
     Its heads are Gemma's whatever the width, so that text and image keys fit one softmax.
-    own_keys: keys of the stream itself; text_keys: trained keys of the text (shallow fusion).
+    own_keys: k_proj, v_proj, of the stream itself; text_keys: text_k_proj, text_v_proj (shallow).
     """
-    def __init__(self, width, gemma, qk_norm, own_keys=True, text_keys=False):
+    def __init__(self, width, gemma: GemmaConfig, qk_norm, own_keys=True, text_keys=False):
         super().__init__()
         self.h, H, K = gemma.head_dim, gemma.num_attention_heads, gemma.num_key_value_heads
         self.q_proj = nn.Linear(width, H * self.h, bias=False)
@@ -313,7 +313,7 @@ class Block(nn.Module):
         return x + gate * self.post_feedforward_layernorm(y)
 
 
-def modulate(x, shift, scale):
+def modulate(x, shift, scale):          # AdaLN (arXiv 2212.09748): shift, scale, gate tell sigma
     return x * (1 + scale) + shift
 
 
@@ -327,10 +327,10 @@ class TextFeatures(NamedTuple):
     pooled: torch.Tensor | None = None  # [B,C] CLIP's vector, for CLIP modulation
 
     def apply(self, f, *others):
-        """f over every tensor of these (and other) features."""
+        """f over every tensor, together with its place in the others; None stays None."""
         def each(*xs):
             nested = isinstance(xs[0], tuple)
-            return tuple(map(each, *xs)) if nested else None if xs[0] is None else f(*xs)
+            return tuple(map(each, *xs)) if nested else (None if xs[0] is None else f(*xs))
         return TextFeatures(*map(each, self, *others))
 
     def rows(self, index):                  # a list: some prompts, repeated or reordered
@@ -352,11 +352,11 @@ class Gemma(nn.Module):
         self.norm = RMSNorm(c.hidden_size, c.rms_norm_eps)
 
     def forward(self, ids, upto, rotated=True):
-        """Keys [B,K,T,h], values and hidden states [B,T,D] of layers 0 .. upto for ids [B,T].
+        """For ids [B,T], of layers 0 .. upto: keys and values [B,K,T,h], and their inputs [B,T,D].
 
-        Of layer `upto` only keys and values are computed; with upto = L all layers run and the
-        last hidden state is the final norm's. rotated=False: keys without their positions.
-        Padding needs no mask: it stands on the right, and causal text never looks right.
+        Of layer `upto` only keys and values are computed; with upto = L all layers run, and the
+        final norm's output comes last. rotated=False: keys without positions (cross-attention).
+        Padding needs no mask: it stands on the right, and a causal token never looks to its right.
         """
         c, T, device = self.config, ids.shape[1], ids.device
         x = self.embed_tokens(ids)
@@ -401,30 +401,30 @@ class DiTBlock(Block):
     """A Gemma block whose image tokens also see the text, modulated by the time embedding."""
     def __init__(self, c, gemma, width, reads_text):
         super().__init__(width, gemma, c.sandwich_norm, c.qk_norm)
-        self.time, self.cross_attn = c.timestep_conditioning, None
+        self.conditioning, self.cross_attn = c.timestep_conditioning, None
         self.joint, self.shallow = c.attention == "self" and reads_text, c.fusion == "shallow"
-        if self.joint:
+        if self.joint:                         # in place of Block's: with text keys if shallow
             self.self_attn = Attention(width, gemma, c.qk_norm, text_keys=self.shallow)
-        elif reads_text:
+        elif reads_text:                       # False: no keys of its own, only the text's
             self.cross_attn = Attention(width, gemma, c.qk_norm, False, text_keys=self.shallow)
             if c.sandwich_norm:
                 self.post_cross_attention_layernorm = RMSNorm(width, gemma.rms_norm_eps)
-        if self.time == "adaln-zero":
+        if self.conditioning == "adaln-zero":
             self.input_layernorm = AdaNorm(width, 6, gemma.rms_norm_eps)
-        if self.time == "adaln-single":        # one Linear for all blocks
+        if self.conditioning == "adaln-single":        # mod comes from DiT.t_block, one for all
             self.scale_shift_table = nn.Parameter(torch.zeros(6 * width))
 
-    def modulation(self, temb):
+    def modulation(self, mod):
         """shift, scale, gate of attention, then of the MLP, each [B,1,D]; or neutral values."""
-        if self.time == "adaln-zero":
-            return self.input_layernorm.modulation(temb, 6)
-        if self.time == "adaln-single":
-            return (temb + self.scale_shift_table)[:, None].chunk(6, dim=-1)
+        if self.conditioning == "adaln-zero":
+            return self.input_layernorm.modulation(mod, 6)
+        if self.conditioning == "adaln-single":
+            return (mod + self.scale_shift_table)[:, None].chunk(6, dim=-1)
         return 0, 0, 1, 0, 0, 1
 
-    def forward(self, x, temb, angles, text_k, text_v, hidden, text_mask, joint_mask):
-        """x [B,N,D] after this block; text_k, text_v [B,K,T,h], or hidden [B,T,D] to project."""
-        shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = self.modulation(temb)
+    def forward(self, x, mod, angles, text_k, text_v, hidden, text_mask, joint_mask):
+        """x [B,N,D] after this block. mod: the time embedding [B,D], or t_block's [B,6D], or 0."""
+        shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = self.modulation(mod)
         attn, cross = self.self_attn, self.cross_attn
         if self.shallow:
             text_k, text_v = (cross or attn).text_kv(hidden)
@@ -441,25 +441,25 @@ class DiTBlock(Block):
 
 
 class DiT(nn.Module):
-    """The Diffusion Transformer: predicts the velocity of noisy latents, given the text."""
+    """Velocity from noisy latents, given the text. Module names are the released checkpoints'."""
     def __init__(self, config, gemma):
         super().__init__()
         c, eps, L = config, gemma.rms_norm_eps, gemma.num_hidden_layers
-        deep, zero = c.fusion == "deep", c.timestep_conditioning == "adaln-zero"
+        deep, adaln_zero = c.fusion == "deep", c.timestep_conditioning == "adaln-zero"
         self.config, self.h, self.width = c, gemma.head_dim, c.dit_hidden_size or gemma.hidden_size
         D, layers = self.width, c.dit_num_hidden_layers or L - c.initial_layers
         sources = range(c.initial_layers, c.initial_layers + layers)
-        if deep and (sources.stop > L or not sources):
-            raise FuseDiTError(f"config fields initial_layers {c.initial_layers} and "
-                               f"dit_num_hidden_layers {layers} do not fit a Gemma of {L} layers")
-        # The Gemma layer that each block reads; None: it sees the image only.
         shared = sources if c.shared_attention_layers == "all" else c.shared_attention_layers
+        if deep and (not sources or not {*sources, *shared} <= set(range(L))):
+            raise FuseDiTError(f"config fields initial_layers {c.initial_layers}, dit_num_hidden_"
+                               f"layers {layers} or shared ones do not fit a Gemma of {L} layers")
+        # The Gemma layer each block reads; None: the image only. (Shallow: just how many blocks.)
         self.reads = [i if i in shared else None for i in sources]
         proj = nn.Conv2d(c.in_channels, D, c.patch_size, stride=c.patch_size)
         self.patch_embed = nn.ModuleDict({"proj": proj})
         self.layers = nn.ModuleList(DiTBlock(c, gemma, D, not deep or i is not None)
                                     for i in self.reads)
-        self.norm_out = AdaNorm(D, 2, eps) if zero else RMSNorm(D, eps)
+        self.norm_out = AdaNorm(D, 2, eps) if adaln_zero else RMSNorm(D, eps)
         self.proj_out = nn.Linear(D, c.patch_size ** 2 * c.in_channels)
         def mlp(width):
             return nn.Linear(width, D), nn.SiLU(), nn.Linear(D, D)
@@ -475,7 +475,7 @@ class DiT(nn.Module):
                                                   nn.Linear(gemma.hidden_size, D))
 
     def init_weights(self):
-        """Random start: blocks near the identity, the prediction at zero."""
+        """Random start: the prediction is 0; under AdaLN each block is (nearly) the identity."""
         for name, p in self.named_parameters():
             if "scale_shift_table" in name:
                 nn.init.normal_(p, std=self.width ** -0.5)
@@ -487,7 +487,7 @@ class DiT(nn.Module):
                 nn.init.xavier_uniform_(p.view(len(p), -1))
 
     def embed_time(self, sigma, pooled, dtype):
-        """Time embedding [B,D] of sigma [B] (plus CLIP's vector); 0 in a model without."""
+        """Time embedding [B,D] of sigma [B] (plus CLIP's vector); 0: x_t alone tells the noise."""
         if not self.config.timestep_conditioning:
             return 0
         temb = self.timestep_embedder(sine(sigma * 1000, 256, cos_first=True).to(dtype))
@@ -504,7 +504,7 @@ class DiT(nn.Module):
         return 0, 0
 
     def forward(self, x_t, sigma, text):
-        """Velocity [B,C,H,W] of latents x_t [B,C,H,W] at noise level sigma [B], given text."""
+        """Velocity, as x_t [B,C,H,W] (sides multiples of P), at sigma [B], of a TextFeatures."""
         c, P, dtype = self.config, self.config.patch_size, self.proj_out.weight.dtype
         B, C, rows, cols = len(x_t), c.in_channels, x_t.shape[2] // P, x_t.shape[3] // P
         assert x_t.shape == (B, C, rows * P, cols * P), f"{x_t.shape} in patches of {P}"
@@ -517,7 +517,7 @@ class DiT(nn.Module):
             x = x + temb[:, None]
         if c.timestep_conditioning == "adaln-single":
             mod = self.t_block(temb)                                              # [B,6D]
-        # In one sequence the picture comes after the n words; apart, it starts at position 0.
+        # Deep joint attention: the words stand at 0 .. n-1, the picture at n; otherwise at 0.
         n = text.mask.sum(1) * (c.fusion == "deep" and c.attention == "self")     # [B]
         angles = image_angles(c.pos_embed, rows, cols, n, self.h, x.device)       # [B,N,h/2]
         text_mask = text.mask[:, None, None, :]                                   # [B,1,1,T]
@@ -526,14 +526,14 @@ class DiT(nn.Module):
         for layer, k, v in zip(self.layers, text.keys, text.values, strict=True):
             x = layer(x, mod, angles, k, v, hidden, text_mask, joint_mask)
         x = self.proj_out(modulate(self.norm_out(x), *self.final_modulation(temb)))
-        x = x.view(B, rows, cols, P, P, C).permute(0, 5, 1, 3, 2, 4)  # each token, its patch
+        x = x.view(B, rows, cols, P, P, C).permute(0, 5, 1, 3, 2, 4)          # [B,C,rows,P,cols,P]
         return x.reshape(x_t.shape).to(x_t.dtype)
 
 
 # ---------------------------------------------------------------------------- both together
 class FuseDiT(nn.Module):
     """Both towers; weights.build_model adds the tokenizer and, for CLIP modulation, pool."""
-    def __init__(self, config, gemma):
+    def __init__(self, config: FuseDiTConfig, gemma: GemmaConfig):
         super().__init__()
         self.config, self.tokenizer, self.pool = config, None, None
         self.llm, self.dit = Gemma(gemma).requires_grad_(False), DiT(config, gemma)
@@ -578,7 +578,7 @@ def token_ids(tokenizer, prompts, config):
     extra, *rows = tokenizer([wrap(config.instruction.rstrip()), *texts])["input_ids"]
     bos = tokenizer.bos_token_id            # Gemma goes astray without it, so make sure of it
     rows = [row if row[:1] == [bos] else [bos, *row] for row in rows]
-    return rows, config.max_text_tokens + len([i for i in extra if i != bos])
+    return rows, config.max_text_tokens + sum(i != bos for i in extra)
 
 
 def tokenize(tokenizer, prompts, config, pad_to=None):
@@ -605,7 +605,7 @@ def train_sigmas(shift):
 def sample_sigmas(steps, shift):
     """The steps + 1 noise levels of the sampler, from 1 to 0.
 
-    Shifted twice, as published: the lowest level, where the line ends, is itself shifted.
+    Shifted twice, as published: linspace ends at the lowest training level, shifted once already.
     """
     low = float(train_sigmas(shift)[-1])
     levels = torch.linspace(1, low, steps, dtype=torch.float64)
@@ -613,14 +613,14 @@ def sample_sigmas(steps, shift):
 
 
 def flow_loss(dit, x, text, shift, generator=None):
-    """Rectified-flow loss (section 3): mean squared error of the predicted velocity.
+    """Rectified-flow loss (section 3; arXiv 2209.03003): mean squared error of the velocity.
 
-    x [B,C,H,W] clean latents, text the TextFeatures of their captions. The path from x to noise
-    eps is a straight line, x_t = (1 - sigma) x + sigma eps; its velocity is eps - x everywhere.
+    x [B,C,H,W]: clean latents of captions text. On the line x_t = (1 - sigma) x + sigma eps the
+    velocity is eps - x. Many lines meet in one x_t: dit learns the mean, which sample() follows.
     """
     x = x.float()
     eps = torch.randn(x.shape, device=x.device, generator=generator)
-    # Logit-normal: most training goes to the middle of the path, where the task is hardest.
+    # Logit-normal: u gathers around 0.5 (0 would be pure noise); shift then moves it to noise.
     u = torch.sigmoid(torch.randn(len(x), device=x.device, generator=generator))
     sigma = train_sigmas(shift).to(x.device)[(u * 1000).long().clamp(max=999)]    # [B]
     s = sigma[:, None, None, None]
@@ -632,9 +632,9 @@ def flow_loss(dit, x, text, shift, generator=None):
 def sample(dit, noise, text, empty, steps, guidance, shift, callback=None):
     """Euler integration of the velocity from noise [B,C,H,W] at sigma 1 to a picture at 0.
 
-    text and empty: TextFeatures of the B prompts and of what to steer away from (the empty or
-    a negative prompt), padded alike. Guidance goes from its velocity v_0 towards and past the
-    prompt's, v_0 + guidance (v - v_0); 1 turns it off. callback(step, x) after every step.
+    text, empty: TextFeatures of the B prompts and of what to avoid (the empty or a negative
+    prompt), of the same T. Classifier-free guidance (arXiv 2207.12598) goes past the prompt's
+    velocity, v_empty + guidance (v - v_empty); 1 turns it off. callback(i, x) after each step.
     """
     x, sigmas, guided = noise.float(), sample_sigmas(steps, shift).to(noise.device), guidance != 1
     if guided:
@@ -642,8 +642,8 @@ def sample(dit, noise, text, empty, steps, guidance, shift, callback=None):
     for i in range(steps):
         v = dit(torch.cat([x, x]) if guided else x, sigmas[i].expand(len(text.mask)), text)
         if guided:
-            v, v_0 = v.chunk(2)
-            v = v_0 + guidance * (v - v_0)
+            v, v_empty = v.chunk(2)
+            v = v_empty + guidance * (v - v_empty)
         x = x + (sigmas[i + 1] - sigmas[i]) * v
         if callback:
             callback(i, x)

@@ -49,6 +49,7 @@ def read_samples(shards, stream, streams, seed, warn):
     """
     parts = -(-streams // len(shards))
     units = list(itertools.product(shards, range(parts)))
+    empty = 0                               # epochs without a sample, one after the other
     for epoch in itertools.count():
         order, found = list(units), 0
         random.Random(f"{seed} {epoch}").shuffle(order)
@@ -57,7 +58,8 @@ def read_samples(shards, stream, streams, seed, warn):
             for sample in itertools.islice(samples, part, None, parts):
                 found += 1
                 yield sample
-        if not found:
+        empty = 0 if found else empty + 1   # of a small shard, a stream's part may be empty
+        if empty == 100:
             raise FuseDiTError(f"no samples in {shard}: a shard is a tar of KEY.image.png (or jpg, "
                                "webp) and KEY.synthetic_caption.txt")
 

@@ -16,6 +16,7 @@ import json
 import multiprocessing
 import os
 import random
+import re
 import signal
 import sys
 from collections import Counter
@@ -126,9 +127,13 @@ def open_output(out: Path, overwrite: bool) -> None:
     """Refuse a folder that holds something; with --overwrite, take old shards out of it."""
     if out.exists() and not out.is_dir():
         raise FuseDiTError(f"{out} is a file; OUT must be a folder")
+    ours = re.compile(r"\.?(index\.json|(shapes|folder)-\d{6}\.tar)(\..*\.tmp)?")
+    found = sorted(p.name for p in out.iterdir()) if out.is_dir() else []
     if overwrite:
+        found = [name for name in found if not ours.fullmatch(name)]
+    if overwrite and not found:
         remove_shards(out)
-    if out.is_dir() and (found := sorted(p.name for p in out.iterdir())):
+    if found:
         state = "finished shards" if "index.json" in found else f"{found[0]}, not a finished run"
         raise FuseDiTError(f"{out} is not empty (it holds {state}); give a new folder" + (
             ", as --overwrite only replaces shards" if overwrite else
@@ -268,7 +273,6 @@ def folder(args) -> None:
     if not captions.is_dir() and captions.suffix not in (".json", ".jsonl", ".csv"):
         raise FuseDiTError(f"CAPTIONS is {captions}; it must end in .json, .jsonl or .csv, or be "
                            "a folder of .txt files")
-    open_output(args.out, args.overwrite)
     files = {p.relative_to(args.images).as_posix(): p for p in sorted(args.images.rglob("*"))
              if p.suffix.lower() in SUFFIXES}
     if not files:
@@ -276,6 +280,7 @@ def folder(args) -> None:
     rows = (text_rows(files, captions, skipped) if captions.is_dir() else
             file_rows(captions, skipped))
     items = folder_items(files, rows, skipped)
+    open_output(args.out, args.overwrite)                  # last: it deletes
     random.Random(args.seed).shuffle(items)                # a folder is often sorted by kind
     write_shards(args.out, "folder", items, folder_sample, args, skipped)
 

@@ -47,19 +47,19 @@ class RunConfig:
     preset: str = flag("demo", "model configuration, a name in fusedit.PRESETS")
     set: tuple = flag((), "other values of its fields: --set patch_size=2 qk_norm=false")
     base: str = flag("", "another frozen Gemma than the preset's: a folder or a hub id")
-    image_size: int = flag(0, "other pictures than the preset's, in pixels", low=0)
+    image_size: int = flag(0, "side of the pictures in pixels; 0: the preset's", low=0)
     data: tuple = flag((), "shards: paths, 'a*.tar' or 'a-{000..031}.tar', joined by ::", True)
     out: str = flag("", "run folder, runs/PRESET if none; goes on from its checkpoints", True)
     batch: int = flag(512, "pictures a step, over all devices together", low=1)
     micro_batch: int = flag(0, "pictures a device takes at once; 0: its whole share", True, low=0)
     steps: int = flag(500_000, "optimizer steps in all", True, low=1)
     lr: float = flag(1e-4, "learning rate of AdamW", low=0)
-    warmup_steps: int = flag(0, "steps in which it grows from nothing", low=0)
-    lr_schedule: str = flag("constant", "after that", choices=("constant", "cosine"))
+    warmup_steps: int = flag(0, "steps in which --lr is reached, from zero in a line", low=0)
+    lr_schedule: str = flag("constant", "after the warm-up", choices=("constant", "cosine"))
     weight_decay: float = flag(1e-4, "of AdamW", low=0)
-    beta1: float = flag(0.9, "decay of AdamW's mean", low=0, high=1)
-    beta2: float = flag(0.999, "decay of AdamW's variance", low=0, high=1)
-    clip: float = flag(1.0, "longest gradient, longer ones are scaled down; 0: any", low=0)
+    beta1: float = flag(0.9, "decay of AdamW's mean", low=0, high=0.99999)
+    beta2: float = flag(0.999, "decay of AdamW's variance", low=0, high=0.99999)
+    clip: float = flag(1.0, "longest gradient (norm), longer ones are scaled down; 0: any", low=0)
     caption_drop: float = flag(0.1, "share of captions emptied, for guidance", low=0, high=1)
     original_caption_rate: float = flag(0.0, "share of original, not synthetic captions",
                                         low=0, high=1)
@@ -70,15 +70,15 @@ class RunConfig:
     dtype: str = flag("bf16", "of compute; weights are kept in float32",
                       choices=("bf16", "float32"))
     device: str = flag("auto", "where to train", True, choices=("auto", "cuda", "cpu"))
-    zero: int = flag(1, "DeepSpeed ZeRO stage: what the devices share out", True,
+    zero: int = flag(1, "ZeRO: devices share 1 Adam's state, 2 gradients too, 3 weights too", True,
                      choices=(0, 1, 2, 3))
     compile: bool = flag(False, "compile the blocks: faster, after a minute", True)
     remat: bool = flag(False, "recompute activations: less memory, slower", True)
     workers: int = flag(4, "data processes of a device; 0: none", True, low=0)
-    shuffle: int = flag(1000, "pictures each of them mixes", True, low=1)
+    shuffle: int = flag(1000, "pictures that a data process mixes", True, low=1)
     log_every: int = flag(20, "steps between two lines of the log", True, low=1)
     save_every: int = flag(1000, "steps between two checkpoints", True, low=1)
-    keep: int = flag(3, "checkpoints kept, the newest", True, low=1)
+    keep: int = flag(3, "number of checkpoints kept; the oldest go", True, low=1)
     sample_every: int = flag(1000, "steps between two sample grids", True, low=1)
     prompts: tuple = flag(PROMPTS, "of the sample grid: texts, or .txt files of them", True)
     sample_steps: int = flag(25, "sampler steps of the grid", True, low=1)
@@ -268,7 +268,8 @@ def save_checkpoint(run, config, step, ema, state):
     with atomic_write(out / "latest") as latest:
         latest.write_text(name + "\n")
     sync(out)
-    for old in sorted(out.glob("step-" + "[0-9]" * 7))[:-run.keep]:
+    older = [p for p in sorted(out.glob("step-" + "[0-9]" * 7)) if p.name < name]
+    for old in older[:max(0, len(older) + 1 - run.keep)]:
         shutil.rmtree(old)
 
 

@@ -65,12 +65,13 @@ def read_json(path):
 
 def read_prompts(path):
     try:
-        prompts = [line.strip() for line in path.read_text("utf-8").splitlines() if line.strip()]
+        lines = path.read_text("utf-8-sig").splitlines()   # -sig: what Windows puts in front
     except OSError as e:
         raise FuseDiTError(f"cannot read the prompt file {path}: {e.strerror}") from None
     except UnicodeDecodeError as e:
         raise FuseDiTError(f"the prompt file {path} is not UTF-8 (byte {e.start}): save it as "
                            "UTF-8") from None
+    prompts = [line.strip() for line in lines if line.strip()]
     if not prompts:
         raise FuseDiTError(f"the prompt file {path} is empty: write a prompt a line")
     return prompts
@@ -226,7 +227,10 @@ def load_config(folder):
                        vae=c.vae and str(resolve(c.vae, folder, ("vae/*",))))
     d = read_json(folder / "transformer" / "config.json")
     c = FuseDiTConfig.from_dict({f.name: d[f.name] for f in fields(FuseDiTConfig) if f.name in d})
-    shift = read_json(folder / "scheduler" / "scheduler_config.json")["shift"]
+    shift = read_json(folder / "scheduler" / "scheduler_config.json").get("shift")
+    if d.get("model_type") not in ("DiT", "FuseDiT") or not shift:
+        raise FuseDiTError(f"{folder} holds another kind of model: transformer/config.json needs "
+                           "model_type DiT or FuseDiT, scheduler/scheduler_config.json a shift")
     return replace(c, base=str(folder / "transformer"), shift=float(shift),
                    fusion="shallow" if d["model_type"] == "DiT" else "deep",
                    vae=str(folder / "vae") if (folder / "vae").exists() else None,
@@ -321,8 +325,11 @@ def run(main, lower):
         message, code = str(e), 1
     except KeyboardInterrupt:
         message, code = "interrupted", 130
-    except OSError as e:                    # a full disk, a folder that cannot be written
-        message, code = f"{e.strerror or e}: {e.filename or ''}", 1
+    except ModuleNotFoundError as e:        # an extra
+        message, code = f"{e.name} is not installed: pip install {e.name}", 1
+    except (OSError, SafetensorError) as e:  # a full disk, a folder that cannot be written
+        message = f"{getattr(e, 'strerror', None) or e}: {getattr(e, 'filename', None) or ''}"
+        code = 1
     except (RuntimeError, MemoryError) as e:
         if not (isinstance(e, (torch.OutOfMemoryError, MemoryError)) or "allocate" in str(e)):
             raise

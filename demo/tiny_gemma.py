@@ -325,6 +325,8 @@ def make(out: Path, steps, batch_size, lr, seed, device, overwrite=False) -> Non
             os.replace(out, old)
         os.replace(tmp, out)
     finally:
+        if old.exists() and not out.exists():
+            os.replace(old, out)
         shutil.rmtree(tmp, ignore_errors=True)
         shutil.rmtree(old, ignore_errors=True)
     print(f"wrote {out}")

@@ -29,7 +29,8 @@ from fusedit import FuseDiTError
 
 COLOURS = {"red": (255, 0, 0), "green": (0, 255, 0), "blue": (0, 0, 255)}
 SHAPE = ["image_size=16", "patch_size=4", "dit_hidden_size=32", "initial_layers=0",
-         "dit_num_hidden_layers=null", "max_text_tokens=8"]
+         "dit_num_hidden_layers=null", "max_text_tokens=8",
+         "sandwich_norm=true", "timestep_conditioning=null"]    # as the paper's final model
 
 
 def png(image):
