@@ -20,7 +20,7 @@ from tqdm import tqdm
 from demo import detector, render, scenes
 from sample import draw, warn
 from vae import load_vae
-from weights import atomic_write, load_model, pick_device, run
+from weights import Help, atomic_write, load_model, pick_device, positive, run
 
 PASS, FAIL = (20, 150, 60), (205, 30, 40)
 CELL, LABEL = 132, 40                                      # of the sheet, in pixels
@@ -62,10 +62,11 @@ def paint(args, prompts: list[str]):
     dtype = getattr(torch, args.dtype or ("float32" if device.type == "cpu" else "bfloat16"))
     model = load_model(args.model, device, dtype)
     args.out.mkdir(parents=True, exist_ok=True)            # fails now rather than after the drawing
-    vae = load_vae(model.config.vae, device, dtype) if model.config.vae else None
+    c = model.config
+    vae = load_vae(c.vae, device, dtype, c.in_channels) if c.vae else None
     warn(model, prompts)
     jobs = [(prompt, args.seed + k) for k, prompt in enumerate(prompts)]
-    side = model.config.image_size // (vae.factor if vae else 1)
+    side = c.image_size // (vae.factor if vae else 1)
     for _, _, picture, _ in draw(jobs, model, vae, (side, side), args, device):
         yield picture
 
@@ -113,16 +114,6 @@ def mark(pen: ImageDraw.ImageDraw, x: int, y: int, right: bool, colour) -> None:
 
 
 # ---- the command line ----------------------------------------------------------------------------
-
-class Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
-    """Defaults shown, examples left as they are laid out."""
-
-
-def positive(text: str) -> int:
-    if int(text) < 1:
-        raise argparse.ArgumentTypeError("must be at least 1")
-    return int(text)
-
 
 def arguments(argv=None):
     top = argparse.ArgumentParser(description=__doc__, formatter_class=Help)

@@ -29,7 +29,7 @@ from tqdm import tqdm
 from webdataset import TarWriter
 
 from fusedit import FuseDiTError
-from weights import atomic_write, pick_device, run
+from weights import Help, atomic_write, pick_device, positive, run
 
 SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif"}
 STORED = {"JPEG": "jpg", "PNG": "png", "WEBP": "webp"}    # kept as they are; the rest become PNG
@@ -293,16 +293,6 @@ def tiny_gemma(args) -> None:
                pick_device(args.device), args.overwrite)
 
 
-class Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
-    """Defaults shown, examples left as they are laid out."""
-
-
-def positive(text: str) -> int:
-    if int(text) < 1:
-        raise argparse.ArgumentTypeError("must be at least 1")
-    return int(text)
-
-
 def arguments(argv=None):
     top = argparse.ArgumentParser(description=__doc__, formatter_class=Help)
     commands = top.add_subparsers(required=True, metavar="COMMAND")
@@ -311,7 +301,7 @@ def arguments(argv=None):
         p = commands.add_parser(name, help=about, description=about, formatter_class=Help,
                                 epilog=f"example:\n  python prepare_data.py {name} {example}")
         p.set_defaults(command=function)
-        p.add_argument("--seed", type=int, default=0, help="the same seed gives the same files")
+        p.add_argument("--seed", type=int, default=0, help="of everything random")
         p.add_argument("--overwrite", action="store_true",
                        help="replace what an earlier run wrote to OUT")
         return p

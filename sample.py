@@ -21,9 +21,8 @@ from tqdm import tqdm
 import fusedit
 from fusedit import FuseDiTError
 from vae import load_vae
-from weights import atomic_write, export, load_model, pick_device, read_prompts, run
-
-SIDES = ("height", "width")
+from weights import (atomic_write, export, last_checkpoint, load_model, pick_device, positive,
+                     read_prompts, run)
 
 
 def arguments():
@@ -32,23 +31,22 @@ def arguments():
             ("--prompt", dict(action="append", default=[]), "what to draw; repeat it for more"),
             ("--prompts", dict(type=Path), "a text file (UTF-8) with a prompt a line"),
             ("--model", dict(default=Path(__file__).parent / "demo"), "a model's folder or hub id"),
-            ("--steps", dict(type=int, default=25), "Euler steps: more is finer and slower (25)"),
+            ("--steps", dict(type=positive, default=25), "Euler steps; more: finer, slower (25)"),
             ("--guidance", dict(type=float, default=6.0), "pull of the prompt; 1 is none (6)"),
             ("--negative", dict(default="", metavar="TEXT"), "what to steer away from (nothing)"),
             ("--seed", dict(type=int, default=0), "of a prompt's first picture (0)"),
-            ("--num-images", dict(type=int, default=1, metavar="N"), "pictures of a prompt (1)"),
-            *((f"--{side}", dict(type=int), "pixels (as trained)") for side in SIDES),
-            ("--batch-size", dict(type=int, default=8), "pictures drawn at once (8)"),
+            ("--num-images", dict(type=positive, default=1), "pictures of a prompt (1)"),
+            ("--height", dict(type=positive), "pixels (as trained)"),
+            ("--width", dict(type=positive), "pixels (as trained)"),
+            ("--batch-size", dict(type=positive, default=8), "pictures drawn at once (8)"),
             ("--out", dict(type=Path, default="samples"), "folder for the pictures (samples)"),
             ("--device", dict(default="auto"), "auto, cpu, cuda, cuda:1, ... (auto)"),
             ("--dtype", dict(choices=["float32", "bfloat16"]), "bfloat16 on a GPU"),
             ("--grid", dict(action="store_true"), "also save all of them on one sheet, grid.png"),
             ("--gif", dict(action="store_true"), "also save an animation of the denoising"),
-            ("--export", dict(type=Path, metavar="DIR"), "write the whole model, released layout")):
+            ("--export", dict(type=Path, metavar="DIR"), "write the model, released layout")):
         p.add_argument(name, help=about, **settings)
     args = p.parse_args()
-    if min(args.steps, args.num_images, args.batch_size) < 1:
-        p.error("--steps, --num-images and --batch-size must be at least 1")
     if not (args.prompt or args.prompts or args.export):
         p.error('say what to draw: --prompt "a large red circle", or --prompts FILE')
     return args
@@ -133,15 +131,17 @@ def main():
     if prompts:                             # fails now rather than after the drawing
         args.out.mkdir(parents=True, exist_ok=True)
     dtype = getattr(torch, args.dtype or ("float32" if device.type == "cpu" else "bfloat16"))
+    args.model = last_checkpoint(args.model)  # a run goes on, but a picture names what drew it
     model = load_model(args.model, device, dtype)
     if args.export:
         export(model, args.export)
     if not prompts:
         return
-    vae = load_vae(model.config.vae, device, dtype) if model.config.vae else None
-    c, factor = model.config, vae.factor if vae else 1
-    size, unit = [getattr(args, side) or c.image_size for side in SIDES], c.patch_size * factor
-    for side, n in zip(SIDES, size, strict=True):
+    c = model.config
+    vae = load_vae(c.vae, device, dtype, c.in_channels) if c.vae else None
+    factor, size = vae.factor if vae else 1, [n or c.image_size for n in (args.height, args.width)]
+    unit = c.patch_size * factor
+    for side, n in zip(("height", "width"), size, strict=True):
         if n < unit or n % unit:
             near = f"{n // unit * unit} or " * (n > unit) + f"{(n // unit + 1) * unit}"
             raise FuseDiTError(f"--{side} {n} is not whole patches of {unit} pixels; try {near}")

@@ -53,7 +53,7 @@ def build(run, dit, saved):
     adam = torch.optim.AdamW(dit.parameters(), run.lr, (run.beta1, run.beta2), fused=True,
                              weight_decay=run.weight_decay)
     config = dict(train_batch_size=run.batch, train_micro_batch_size_per_gpu=micro,
-                  gradient_accumulation_steps=times, gradient_clipping=run.clip,
+                  gradient_accumulation_steps=times, gradient_clipping=run.max_grad_norm,
                   bf16=dict(enabled=run.dtype == "bf16"), zero_optimization=dict(stage=run.zero),
                   zero_allow_untested_optimizer=True)
     if run.zero:                            # stage 0 can only add gradients up in bf16

@@ -31,8 +31,9 @@ from weights import atomic_write, build_model, fill, read_json, save_model, tens
 
 PROMPTS = ("a large red circle above a small blue square", "two small green circles",
            "a large yellow star on a black background", "a small pink heart left of a gray cross",
-           "three white triangles", "a large purple square below a small orange circle",
-           "a small cyan cross on a white background", "one large black heart")
+           "three white triangles on a blue background", "one large black heart",
+           "a large purple square below a small orange circle",
+           "a small cyan cross on a white background")
 
 
 def flag(default, about, free=False, low=None, high=None, choices=None):
@@ -59,7 +60,7 @@ class RunConfig:
     weight_decay: float = flag(1e-4, "of AdamW", low=0)
     beta1: float = flag(0.9, "decay of AdamW's mean", low=0, high=0.99999)
     beta2: float = flag(0.999, "decay of AdamW's variance", low=0, high=0.99999)
-    clip: float = flag(1.0, "longest gradient (norm), longer ones are scaled down; 0: any", low=0)
+    max_grad_norm: float = flag(1.0, "longer gradients are scaled down to it; 0: none", low=0)
     caption_drop: float = flag(0.1, "share of captions emptied, for guidance", low=0, high=1)
     original_caption_rate: float = flag(0.0, "share of original, not synthetic captions",
                                         low=0, high=1)
@@ -169,7 +170,7 @@ def build(run, config, device, saved, rank):
     dtype = torch.bfloat16 if run.dtype == "bf16" else torch.float32
     torch.manual_seed(run.seed)
     model = build_model(config, device, dtype)
-    vae = load_vae(config.vae, device, dtype) if config.vae else None
+    vae = load_vae(config.vae, device, dtype, config.in_channels) if config.vae else None
     ema = copy.deepcopy(model.dit).requires_grad_(False) if rank == 0 else None
     if saved:
         raw = {k: saved.state["weight." + k] for k in model.dit.state_dict()}

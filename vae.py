@@ -22,9 +22,6 @@ import torch.nn.functional as F
 from fusedit import FuseDiTError
 from weights import check_tensors, fill, read_json, resolve, tensor_files
 
-# MKL's first exp of a process is off by 2e-4 if two threads race to it (pytorch issue 188792).
-torch.exp(torch.zeros(1))
-
 
 @dataclass(frozen=True)
 class VAEConfig:
@@ -167,13 +164,16 @@ class VAE(nn.Module):
         return self.decoder(z.to(self.decoder.conv_in.weight))
 
 
-def load_vae(path_or_id, device="cpu", dtype=torch.float32):
-    """The frozen VAE of a vae/ folder, of a folder that has one, or of a hub id."""
+def load_vae(path_or_id, device="cpu", dtype=torch.float32, channels=None):
+    """The frozen VAE, of so many latent channels, of a vae/ folder, its parent, or a hub id."""
     folder = resolve(path_or_id, patterns=("vae/*",))
     folder = folder / "vae" if (folder / "vae").is_dir() else folder
     with torch.device("meta"):                                # shapes only: no memory yet
         vae = VAE(VAEConfig.from_dict(read_json(folder / "config.json")))
     found = tensor_files(folder, "diffusion_pytorch_model")
     check_tensors(vae, found, folder)
+    if vae.config.latent_channels != (channels or vae.config.latent_channels):
+        raise FuseDiTError(f"the VAE {path_or_id} has {vae.config.latent_channels} channels, the "
+                           f"model's config.json has in_channels {channels}: they must agree")
     fill(vae, found, device, dtype)
     return vae.requires_grad_(False).eval()

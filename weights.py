@@ -10,6 +10,7 @@ A model is loaded from
 Loading is strict, as a tensor that is left out or left over means another model: both are errors
 that name it. It builds on the meta device, shapes without memory, and loads only what is read.
 """
+import argparse
 import contextlib
 import json
 import os
@@ -197,6 +198,12 @@ def build_model(config, device="cpu", dtype=torch.float32, dit_tensors=None, sou
 
     Built on the meta device, shapes without memory; only what is read is then loaded.
     """
+    if config.in_channels != 3 and not config.vae:
+        raise FuseDiTError(f"config field in_channels is {config.in_channels}; a model without a "
+                           "vae draws pixels and has 3, or name its vae")
+    if config.text_modulation_embeds_dim and not config.clip:
+        raise FuseDiTError("config field text_modulation_embeds_dim needs clip, the model that "
+                           "gives this vector")
     base = resolve(config.base)
     with torch.device("meta"):
         model = FuseDiT(config, gemma_config(read_json(base / "config.json")))
@@ -215,6 +222,9 @@ def build_model(config, device="cpu", dtype=torch.float32, dit_tensors=None, sou
         fill(model.dit, dit_tensors, device, dtype)
     words = base.parent / "tokenizer" if base.name == "transformer" else base
     model.tokenizer = load_tokenizer(words)
+    if config.apply_chat_template and not model.tokenizer.chat_template:
+        raise FuseDiTError(f"{words} has no chat template, so apply_chat_template cannot be true: "
+                           "take an instruction-tuned Gemma")
     model.pool = config.clip and load_clip(config.clip, device, dtype)
     return model
 
@@ -237,11 +247,15 @@ def load_config(folder):
                    clip=str(folder / "clip") if c.text_modulation_embeds_dim else None)
 
 
+def last_checkpoint(path):
+    """Of a run's folder, its last checkpoint; of any other path or hub id, itself."""
+    latest = Path(path) / "latest"
+    return Path(path) / latest.read_text().strip() if latest.exists() else path
+
+
 def load_model(path, device="cpu", dtype=torch.float32):
     """A trained model from a checkpoint, a run, a released-layout folder or a hub id."""
-    folder = resolve(path)
-    if (folder / "latest").exists():                               # a run: its last checkpoint
-        folder = folder / (folder / "latest").read_text().strip()
+    folder = resolve(last_checkpoint(resolve(path)))
     config = load_config(folder)
     home = folder / "transformer" if (folder / "transformer").exists() else folder
     found = {k[4:]: f for k, f in tensor_files(home).items() if k.startswith("dit.")}
@@ -302,6 +316,17 @@ def export(model, folder):
         print(f"wrote {folder}")
     finally:
         shutil.rmtree(tmp, ignore_errors=True)
+
+
+class Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    """Defaults shown, examples left as they are laid out."""
+
+
+def positive(text):
+    """argparse's type of a whole number from 1 up."""
+    if int(text) < 1:
+        raise argparse.ArgumentTypeError("must be at least 1")
+    return int(text)
 
 
 def pick_device(name):

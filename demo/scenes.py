@@ -28,7 +28,6 @@ RELATIONS = ("left of", "right of", "above", "below")      # of the first group 
 OPPOSITE = {"left of": "right of", "right of": "left of", "above": "below", "below": "above"}
 NUMBERS = ("zero", "one", "two", "three", "four")
 CATEGORIES = ("single object", "two objects", "counting", "colours", "position", "attribution")
-MAX_OBJECTS = 4
 SIDE = 64.0                                                # every length here is in 1/64 picture
 BORDER, GAP = 2.5, 3.0                                     # free space around and between shapes
 
@@ -104,9 +103,9 @@ def draw_scene(rng: random.Random, kind: str | None = None) -> Scene:
     return Scene(groups, rng.choice(RELATIONS) if kind == "position" else None, background)
 
 
-def training_scene(rng: random.Random, kind: str | None = None) -> Scene:
+def training_scene(rng: random.Random) -> Scene:
     """A full scene with nothing held out in it."""
-    while is_held_out(scene := draw_scene(rng, kind)):
+    while is_held_out(scene := draw_scene(rng)):
         pass
     return scene
 

@@ -268,7 +268,7 @@ def held_out_scene(rng: random.Random) -> Scene:
     return scene
 
 
-def train(steps=2500, batch_size=64, lr=2e-3, seed=0, device="cpu", log=tqdm.write):
+def train(steps, batch_size, lr, seed, device):
     """A trained model and its words."""
     torch.manual_seed(seed)
     words, rng = vocabulary(), random.Random(f"text {seed}")
@@ -288,8 +288,8 @@ def train(steps=2500, batch_size=64, lr=2e-3, seed=0, device="cpu", log=tqdm.wri
         optimizer.step()
         total += loss.item()
         if step % 100 == 0 or step == steps:
-            log(f"step {step}/{steps}  loss {total / (step % 100 or 100):.4f}  "
-                f"{time.time() - start:.0f} s")
+            tqdm.write(f"step {step}/{steps}  loss {total / (step % 100 or 100):.4f}  "
+                       f"{time.time() - start:.0f} s")
             total = 0.0
     return model.eval(), words
 

@@ -347,7 +347,7 @@ def test_instruction_comes_on_top_of_the_limit(gemma_folder):
 
 def test_chat_template(gemma_folder):
     c = FuseDiTConfig(base=str(gemma_folder), apply_chat_template=True)
-    tok = build_model(c).tokenizer
+    tok = build_model(FuseDiTConfig(base=str(gemma_folder))).tokenizer
     tok.chat_template = "{{ bos_token }}the {{ messages[0]['content'] }} and"
     ids, mask = fusedit.tokenize(tok, ["red star", ""], c)
     assert tok.convert_ids_to_tokens(ids[0].tolist()) == ["<bos>", "the", "red", "star", "and"]

@@ -1,4 +1,5 @@
 """sample.py as a user runs it: a process, its files, and its words when something is wrong."""
+import shutil
 import subprocess
 import sys
 from dataclasses import asdict
@@ -48,6 +49,16 @@ def test_pictures_sheet_animation_and_metadata(model, tmp_path):
         "prompt": "a blue star", "seed": "6", "steps": "3", "guidance": "6.0", "negative": "",
         "model": str(model)}
     assert Image.open(tmp_path / "a-red-circle-5.gif").n_frames == 3
+
+
+def test_a_picture_names_the_checkpoint_not_the_run(model, tmp_path):
+    (tmp_path / "run").mkdir()
+    shutil.copytree(model, tmp_path / "run" / "step-0000007")
+    (tmp_path / "run" / "latest").write_text("step-0000007\n")
+    done = run("--model", tmp_path / "run", "--prompt", "a star", "--steps", 1, "--out", tmp_path)
+    assert done.returncode == 0, done.stderr
+    drawn = Image.open(tmp_path / "a-star-0.png")
+    assert drawn.text["model"] == str(tmp_path / "run" / "step-0000007")
 
 
 def test_a_seed_gives_one_picture_whatever_else_is_drawn(model, tmp_path):

@@ -445,7 +445,7 @@ def test_a_run_learns_saves_and_goes_on(gemma, data, tmp_path):
 
 def test_what_goes_wrong_is_one_line(gemma, data, tmp_path):
     done = launch(flags(gemma, data, tmp_path / "a", "--lr", "1e30", "--steps", "9", "--log-every",
-                        "4", "--clip", "0"), check=False)
+                        "4", "--max-grad-norm", "0"), check=False)
     assert done.returncode == 1 and re.search(r"loss of step [2-9] is (nan|inf)", done.stderr)
     assert "Traceback" not in done.stderr and not list(tmp_path.glob("a/step-*"))
     done = launch(flags(gemma, tmp_path / "none-*.tar", tmp_path / "b"), check=False)

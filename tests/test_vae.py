@@ -166,6 +166,12 @@ def test_what_does_not_fit_is_named(folder, case):
         load_vae(folder(tensors, config))
 
 
+def test_a_model_of_other_channels_is_refused():
+    load_vae(RELEASED / "pipeline", channels=16)
+    with pytest.raises(FuseDiTError, match="16 channels.*in_channels 4"):
+        load_vae(RELEASED / "pipeline", channels=4)
+
+
 def test_broken_files_are_named(folder, tmp_path):
     path = folder()
     data = (path / WEIGHTS).read_bytes()

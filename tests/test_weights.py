@@ -114,6 +114,15 @@ def test_a_run_folder_means_its_latest_checkpoint(folder):
     assert load_model(folder.parent).config.image_size == 8
 
 
+@pytest.mark.parametrize("changes, words", [
+    (dict(in_channels=16), "in_channels is 16.*vae"), (dict(text_modulation_embeds_dim=8), "clip"),
+    (dict(apply_chat_template=True), "no chat template")])
+def test_what_a_model_lacks_is_named(gemma_folder, changes, words):
+    config = FuseDiTConfig(**dict(base=str(gemma_folder), vae=None, in_channels=3) | changes)
+    with pytest.raises(FuseDiTError, match=words):
+        build_model(config)
+
+
 def test_another_architecture_names_the_fields(folder):
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(config | {"patch_size": 4}))
@@ -194,7 +203,7 @@ def test_export_of_an_ape_model_carries_its_table(tmp_path, gemma_folder):
     """Published checkpoints of ape models hold the constant table; it must be theirs."""
     case = REFERENCE / "cases" / "deep-self-ape-adaln_zero"
     want = load_file(case / "model.safetensors")["dit.patch_embed.pos_embed"]
-    model = build_model(FuseDiTConfig(base=str(gemma_folder), vae=None))
+    model = build_model(FuseDiTConfig(base=str(gemma_folder), vae=None, in_channels=3))
     weights.export(model, tmp_path / "out")
     got = load_file(tmp_path / "out" / "transformer" / "model.safetensors")
     assert (got["dit.patch_embed.pos_embed"] - want).abs().max() < 1e-5
