@@ -131,7 +131,7 @@ PRESETS = {  # name -> what differs from the baseline; the names are those of th
     "fusedit": _FINAL,                                             # the final model
     "demo": dict(base="demo/gemma", pos_embed="2d-rope", timestep_conditioning="addition",
                  vae=None, image_size=48, patch_size=6, in_channels=3, dit_hidden_size=256,
-                 shift=8.0, max_text_tokens=32),
+                 shift=5.0, max_text_tokens=32),
     "baselinedit/self-attention": dict(fusion="shallow"),
     "baselinedit/cross-attention": dict(fusion="shallow", attention="cross"),
     "fusedit/baseline": dict(),

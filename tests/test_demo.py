@@ -2,7 +2,8 @@
 import io
 import json
 import random
-from itertools import combinations
+from collections import Counter
+from itertools import combinations, pairwise
 
 import numpy as np
 import pytest
@@ -104,6 +105,31 @@ def test_captions_tell_objects_of_one_shape_apart():
         assert len(set(said.groups)) == len(said.groups), said
 
 
+def test_only_the_usual_goes_unsaid():
+    """A white background, black ink (white on black), large, left of: what a caption may omit."""
+    unsaid = Counter()
+    for scene, rng in training(3000):
+        said = scenes.forget(scene, rng)
+        pen = "white" if scene.background == "black" else "black"
+        for full, part in zip(scene.groups, said.groups, strict=True):
+            for field, usual in (("size", "large"), ("colour", pen)):
+                assert getattr(part, field) or getattr(full, field) == usual
+                unsaid[field] += getattr(part, field) is None
+        assert said.background or scene.background == "white"
+        assert said.relation == scene.relation or scene.relation == "left of"
+        unsaid["background"] += said.background is None
+        unsaid["relation"] += said.relation != scene.relation
+    assert min(unsaid.values()) > 60, unsaid                # each of them really happens
+
+
+def test_objects_stand_in_reading_order():
+    for scene, rng in training(1000):
+        discs = scenes.place(scene, rng)
+        if not scene.relation:
+            for a, b in pairwise(discs):
+                assert scenes.stands("left of", a, b, 0.5) or b.y - a.y > scenes.SIDE / 4
+
+
 def test_relation_captions_name_the_true_side():
     said = Scene((Group(1, None, "red", "star"), Group(1, None, "blue", "circle")), "above", None)
     texts = {scenes.caption(said, random.Random(i)) for i in range(300)}
@@ -125,7 +151,7 @@ def test_objects_never_touch_each_other_or_the_border():
             assert scenes.BORDER + a.r <= min(a.x, a.y)
             assert max(a.x, a.y) <= scenes.SIDE - scenes.BORDER - a.r
         for a, b in combinations(discs, 2):
-            assert np.hypot(a.x - b.x, a.y - b.y) >= a.r + b.r + 0.99 * scenes.GAP
+            assert np.hypot(a.x - b.x, a.y - b.y) >= a.r + b.r + 2 * scenes.BORDER
         if scene.relation:
             a, b = discs
             dx, dy = b.x - a.x, b.y - a.y
