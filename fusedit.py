@@ -130,8 +130,8 @@ _FINAL = _GEMMA2 | dict(pos_embed="2d-rope", timestep_conditioning=None)
 PRESETS = {  # name -> what differs from the baseline; the names are those of the paper's runs
     "fusedit": _FINAL,                                             # the final model
     "demo": dict(base="demo/gemma", pos_embed="2d-rope", timestep_conditioning="addition",
-                 vae=None, image_size=48, patch_size=6, in_channels=3, dit_hidden_size=256,
-                 shift=5.0, max_text_tokens=32),
+                 vae=None, image_size=32, patch_size=4, in_channels=3, dit_hidden_size=256,
+                 shift=4.0, max_text_tokens=32),
     "baselinedit/self-attention": dict(fusion="shallow"),
     "baselinedit/cross-attention": dict(fusion="shallow", attention="cross"),
     "fusedit/baseline": dict(),

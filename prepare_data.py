@@ -310,7 +310,7 @@ def arguments(argv=None):
                 "shards/shapes -n 200000")
     s.add_argument("out", type=Path, metavar="OUT", help="folder for the shards")
     s.add_argument("-n", type=positive, default=200000, help="how many pictures")
-    s.add_argument("--image-size", type=positive, default=48, help="their side in pixels")
+    s.add_argument("--image-size", type=positive, default=32, help="their side in pixels")
     f = command(folder, "folder", "pack a folder of images and their captions",
                 "photos/ captions.jsonl shards/photos")
     f.add_argument("images", type=Path, metavar="IMAGES", help="folder, searched with all below it")

@@ -21,7 +21,7 @@ UNLIKE = 45.0          # RGB distance from the background at which a pixel is so
 MIN_AREA = 16          # pixels; a speck below it is ignored (the smallest shape has about 60)
 MIN_OVERLAP = 0.6      # intersection over union with the best silhouette, or it is no shape
 MIN_SHARE = 0.6        # of an object's interior in one colour, or it has no colour
-LARGE = 9.8            # radius from which an object is large
+LARGE = 10.6           # radius from which an object is large
 TEMPLATE = 128         # side of a silhouette; its disc of radius 1 is inscribed
 
 

@@ -44,7 +44,7 @@ def draw_shape(draw: ImageDraw.ImageDraw, shape: str, disc: Disc, scale: float, 
         draw.polygon([(x + px * r, y + py * r) for px, py in OUTLINES[shape]], fill)
 
 
-def render(scene: Scene, discs: list[Disc], image_size: int = 48) -> Image.Image:
+def render(scene: Scene, discs: list[Disc], image_size: int = 32) -> Image.Image:
     """The picture of a full scene whose objects stand in `discs`."""
     side = image_size * SUPERSAMPLE
     image = Image.new("RGB", (side, side), COLOURS[scene.background])

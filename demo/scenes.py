@@ -23,7 +23,7 @@ COLOURS = {  # at least 100 apart in RGB, so that the nearest is right even in a
     "white": (250, 250, 250), "gray": (130, 130, 130),
 }
 SHAPES = ("circle", "square", "triangle", "star", "heart", "cross")
-SIZES = {"small": (7.0, 8.2), "large": (11.4, 12.6)}       # range of the radius, 64 to a picture
+SIZES = {"small": (8.4, 9.2), "large": (12.0, 13.0)}       # range of the radius, 64 to a picture
 RELATIONS = ("left of", "right of", "above", "below")      # of the first group to the second
 OPPOSITE = {"left of": "right of", "right of": "left of", "above": "below", "below": "above"}
 NUMBERS = ("zero", "one", "two", "three", "four")
@@ -81,8 +81,8 @@ def is_held_out(scene: Scene) -> bool:
 KINDS = {"single": 0.17, "two": 0.27, "position": 0.24, "counting": 0.20, "mixed": 0.12}
 COUNTS = (2, 3, 3, 4, 4)
 MIXED = ((1, 1, 1), (1, 1, 1), (2, 1), (1, 2), (3, 1), (1, 3), (2, 2), (2, 1, 1), (1, 1, 1, 1))
-# Captions leave out only what is usual: a white background, black ink (white on black), large, first
-# left of second. What a caption leaves open is the hardest to draw: all patches must settle on one
+# Captions leave out only what is usual: a white background, black ink (white on black), large and
+# left to right. What a caption leaves open is the hardest to draw: all patches must settle on one
 # colour or place while all they see is noise. With random silent backgrounds, colours and places,
 # pictures were still in pieces after 320,000 of training.
 BACKGROUNDS = tuple(COLOURS) + 9 * ("white",)

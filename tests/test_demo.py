@@ -27,7 +27,7 @@ def training(n, seed=0):
     return [(scenes.training_scene(rng), rng) for _ in range(n)]
 
 
-def picture(scene, rng, size=48):
+def picture(scene, rng, size=32):
     return render(scene, scenes.place(scene, rng), size)
 
 
@@ -54,7 +54,7 @@ def test_colours_are_far_apart():
 def test_training_never_contains_what_is_held_out():
     """Checked on what is written to shards, by the words of both captions and by the pixels."""
     for i in range(1500):
-        sample = prepare_data.shapes_sample(3, 48, i)
+        sample = prepare_data.shapes_sample(3, 32, i)
         for kind in ("synthetic_caption.txt", "original_caption.txt"):
             words = tiny_gemma.split(sample[kind].decode())
             shapes = {SHAPE_WORDS[w] for w in words if w in SHAPE_WORDS}
@@ -161,7 +161,7 @@ def test_objects_never_touch_each_other_or_the_border():
 
 # ---- detector ------------------------------------------------------------------------------------
 
-@pytest.mark.parametrize("size, n", [(48, 250), (64, 80)])
+@pytest.mark.parametrize("size, n", [(32, 250), (48, 80), (64, 80)])
 def test_ground_truth_is_read_back(size, n):
     for i in range(n):
         rng = random.Random(i)
