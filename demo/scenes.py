@@ -89,7 +89,7 @@ BACKGROUNDS = tuple(COLOURS) + 9 * ("white",)
 DRAWINGS = 0.2                                             # share of scenes all in ink
 
 
-def ink(background: str | None) -> str:
+def ink(background: str) -> str:
     """The colour of what is drawn on a background with no colour said."""
     return "white" if background == "black" else "black"
 
@@ -226,12 +226,12 @@ def place(scene: Scene, rng: random.Random) -> list[Disc]:
     return [Disc(near(x, r), near(y, r), r) for (x, y), r in zip(places, radii, strict=True)]
 
 
-def stands(relation: str, a: Disc, b: Disc, slack: float = 1.0) -> bool:
-    """Whether a is left of (...) b: further along that axis than `1 / slack` times across it."""
+def stands(relation: str, a: Disc, b: Disc) -> bool:
+    """Whether a is left of (...) b: further along that axis than across it."""
     dx, dy = b.x - a.x, b.y - a.y
     along, across = {"left of": (dx, dy), "right of": (-dx, dy),
                      "above": (dy, dx), "below": (-dy, dx)}[relation]
-    return along > 0 and abs(across) < slack * along
+    return along > 0 and abs(across) < along
 
 
 # ---- the prompts of the evaluation ---------------------------------------------------------------
