@@ -17,10 +17,11 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 from tqdm import tqdm
 
+from cli import Help, pick_device, positive, run
 from demo import detector, render, scenes
 from sample import draw, warn
 from vae import load_vae
-from weights import Help, atomic_write, load_model, pick_device, positive, run
+from weights import atomic_write, load_model
 
 PASS, FAIL = (20, 150, 60), (205, 30, 40)
 CELL, LABEL = 132, 40                                      # of the sheet, in pixels

@@ -28,8 +28,9 @@ from PIL import Image, ImageOps
 from tqdm import tqdm
 from webdataset import TarWriter
 
+from cli import Help, pick_device, positive, run
 from fusedit import FuseDiTError
-from weights import Help, atomic_write, pick_device, positive, run
+from weights import atomic_write
 
 SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif"}
 STORED = {"JPEG": "jpg", "PNG": "png", "WEBP": "webp"}    # kept as they are; the rest become PNG

@@ -19,10 +19,10 @@ from PIL.PngImagePlugin import PngInfo
 from tqdm import tqdm
 
 import fusedit
+from cli import pick_device, positive, read_prompts, run
 from fusedit import FuseDiTError
 from vae import load_vae
-from weights import (atomic_write, export, last_checkpoint, load_model, pick_device, positive,
-                     read_prompts, run)
+from weights import atomic_write, export, last_checkpoint, load_model
 
 
 def arguments():

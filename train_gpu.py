@@ -16,10 +16,10 @@ from functools import partial
 import torch
 import torch.distributed as dist
 
+import cli
 import fusedit
 import loader
 import training
-import weights
 
 # ------------------------------------------------------------------------------ start
 
@@ -30,9 +30,9 @@ def start(run):
             free.bind(("127.0.0.1", 0))
             os.environ |= dict(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1",
                                MASTER_PORT=str(free.getsockname()[1]))
-    device, world = weights.pick_device(run.device), int(os.environ["WORLD_SIZE"])
+    device, world = cli.pick_device(run.device), int(os.environ["WORLD_SIZE"])
     if device.type == "cuda":
-        torch.cuda.set_device(device := weights.pick_device(f"cuda:{os.environ['LOCAL_RANK']}"))
+        torch.cuda.set_device(device := cli.pick_device(f"cuda:{os.environ['LOCAL_RANK']}"))
     os.environ.setdefault("DS_ACCELERATOR", device.type)  # DeepSpeed would guess
     torch.set_float32_matmul_precision("high")
     # The CPU's fused attention is slow backwards: 108 against 155 images/s in the demo's training.
@@ -176,5 +176,5 @@ def main():
 
 
 if __name__ == "__main__":
-    weights.run(main, "--micro-batch (the batch stays: it is accumulated); or use --remat, or on "
-                      "several GPUs a higher --zero")
+    cli.run(main, "--micro-batch (the batch stays: it is accumulated); or use --remat, or on "
+                  "several GPUs a higher --zero")

@@ -22,8 +22,9 @@ from safetensors.torch import save_file
 from torch.utils.checkpoint import checkpoint as recompute
 
 import fusedit
+from cli import read_prompts
 from fusedit import FuseDiTError
-from sample import read_prompts, sheet, to_images
+from sample import sheet, to_images
 from vae import load_vae
 from weights import atomic_write, build_model, fill, read_json, save_model, tensor_files
 

@@ -10,12 +10,10 @@ A model is loaded from
 Loading is strict, as a tensor that is left out or left over means another model: both are errors
 that name it. It builds on the meta device, shapes without memory, and loads only what is read.
 """
-import argparse
 import contextlib
 import json
 import os
 import shutil
-import sys
 from dataclasses import asdict, fields, replace
 from pathlib import Path
 
@@ -62,20 +60,6 @@ def read_json(path):
     except (OSError, ValueError) as e:
         raise FuseDiTError(f"cannot read {path} ({e}): is {Path(path).parent} a whole model "
                            "folder?") from None
-
-
-def read_prompts(path):
-    try:
-        lines = path.read_text("utf-8-sig").splitlines()   # -sig: what Windows puts in front
-    except OSError as e:
-        raise FuseDiTError(f"cannot read the prompt file {path}: {e.strerror}") from None
-    except UnicodeDecodeError as e:
-        raise FuseDiTError(f"the prompt file {path} is not UTF-8 (byte {e.start}): save it as "
-                           "UTF-8") from None
-    prompts = [line.strip() for line in lines if line.strip()]
-    if not prompts:
-        raise FuseDiTError(f"the prompt file {path} is empty: write a prompt a line")
-    return prompts
 
 
 def tensor_files(folder, stem="model"):
@@ -316,48 +300,3 @@ def export(model, folder):
         print(f"wrote {folder}")
     finally:
         shutil.rmtree(tmp, ignore_errors=True)
-
-
-class Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
-    """Defaults shown, examples left as they are laid out."""
-
-
-def positive(text):
-    """argparse's type of a whole number from 1 up."""
-    if int(text) < 1:
-        raise argparse.ArgumentTypeError("must be at least 1")
-    return int(text)
-
-
-def pick_device(name):
-    """torch.device of a --device flag; "auto" takes a GPU where there is one."""
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-        torch.zeros(1, device=device)
-    except (RuntimeError, AssertionError) as e:
-        raise FuseDiTError(f"--device {name} is not to be had here ({str(e).splitlines()[0]}); "
-                           "use --device cpu or auto") from None
-    return device
-
-
-def run(main, lower):
-    """Run a command; what the user can mend is one line on stderr, never a traceback."""
-    try:
-        sys.exit(main())
-    except FuseDiTError as e:
-        message, code = str(e), 1
-    except KeyboardInterrupt:
-        message, code = "interrupted", 130
-    except ModuleNotFoundError as e:        # an extra
-        message, code = f"{e.name} is not installed: pip install {e.name}", 1
-    except (OSError, SafetensorError) as e:  # a full disk, a folder that cannot be written
-        message = f"{getattr(e, 'strerror', None) or e}: {getattr(e, 'filename', None) or ''}"
-        code = 1
-    except (RuntimeError, MemoryError) as e:
-        if not (isinstance(e, (torch.OutOfMemoryError, MemoryError)) or "allocate" in str(e)):
-            raise
-        message, code = f"out of memory: lower {lower}", 1
-    print(f"{Path(sys.argv[0]).name}: error: {message}", file=sys.stderr)
-    sys.exit(code)

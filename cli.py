@@ -1,0 +1,69 @@
+"""What the commands share: flags, prompt files, the device, and errors in one line."""
+import argparse
+import sys
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+
+from fusedit import FuseDiTError
+
+
+class Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    """Defaults shown, examples left as they are laid out."""
+
+
+def positive(text):
+    """argparse's type of a whole number from 1 up."""
+    if int(text) < 1:
+        raise argparse.ArgumentTypeError("must be at least 1")
+    return int(text)
+
+
+def read_prompts(path):
+    """The prompts of a text file (a Path), one a line; empty lines are left out."""
+    try:
+        lines = path.read_text("utf-8-sig").splitlines()   # -sig: what Windows puts in front
+    except OSError as e:
+        raise FuseDiTError(f"cannot read the prompt file {path}: {e.strerror}") from None
+    except UnicodeDecodeError as e:
+        raise FuseDiTError(f"the prompt file {path} is not UTF-8 (byte {e.start}): save it as "
+                           "UTF-8") from None
+    prompts = [line.strip() for line in lines if line.strip()]
+    if not prompts:
+        raise FuseDiTError(f"the prompt file {path} is empty: write a prompt a line")
+    return prompts
+
+
+def pick_device(name):
+    """torch.device of a --device flag; "auto" takes a GPU where there is one."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.zeros(1, device=device)
+    except (RuntimeError, AssertionError) as e:
+        raise FuseDiTError(f"--device {name} is not to be had here ({str(e).splitlines()[0]}); "
+                           "use --device cpu or auto") from None
+    return device
+
+
+def run(main, lower):
+    """Run a command; what the user can mend is one line on stderr, never a traceback."""
+    try:
+        sys.exit(main())
+    except FuseDiTError as e:
+        message, code = str(e), 1
+    except KeyboardInterrupt:
+        message, code = "interrupted", 130
+    except ModuleNotFoundError as e:        # an extra
+        message, code = f"{e.name} is not installed: pip install {e.name}", 1
+    except (OSError, SafetensorError) as e:  # a full disk, a folder that cannot be written
+        message = f"{getattr(e, 'strerror', None) or e}: {getattr(e, 'filename', None) or ''}"
+        code = 1
+    except (RuntimeError, MemoryError) as e:
+        if not (isinstance(e, (torch.OutOfMemoryError, MemoryError)) or "allocate" in str(e)):
+            raise
+        message, code = f"out of memory: lower {lower}", 1
+    print(f"{Path(sys.argv[0]).name}: error: {message}", file=sys.stderr)
+    sys.exit(code)
