@@ -35,6 +35,14 @@ def read_prompts(path):
     return prompts
 
 
+def untaken(path):
+    """path (a Path), or the first of NAME_2, NAME_3, ... if there is such a file already."""
+    new, n = path, 2
+    while new.exists():
+        new, n = path.with_stem(f"{path.stem}_{n}"), n + 1
+    return new
+
+
 def pick_device(name):
     """torch.device of a --device flag; "auto" takes a GPU where there is one."""
     if name == "auto":

@@ -19,7 +19,7 @@ from PIL.PngImagePlugin import PngInfo
 from tqdm import tqdm
 
 import fusedit
-from cli import pick_device, positive, read_prompts, run
+from cli import pick_device, positive, read_prompts, run, untaken
 from fusedit import FuseDiTError
 from vae import load_vae
 from weights import atomic_write, export, last_checkpoint, load_model
@@ -106,11 +106,9 @@ def draw(jobs, model, vae, size, args, device):
 
 
 def save(prompt, seed, image, frames, args):
-    """Write the PNG (and GIF) under a name that is not taken yet."""
+    """Write the PNG (and GIF), over nothing that is there."""
     slug = re.sub(r"[^a-z0-9]+", "-", prompt.lower()).strip("-")[:60] or "empty"
-    path, n = args.out / f"{slug}-{seed}.png", 2
-    while path.exists():
-        path, n = args.out / f"{slug}-{seed}_{n}.png", n + 1
+    path = untaken(args.out / f"{slug}-{seed}.png")
     info = PngInfo()
     for key, value in dict(prompt=prompt, seed=seed, steps=args.steps, guidance=args.guidance,
                            negative=args.negative, model=args.model).items():
@@ -152,7 +150,7 @@ def main():
         save(prompt, seed, image, frames, args)
         images.append(image)
     if args.grid:
-        with atomic_write(args.out / "grid.png") as tmp:
+        with atomic_write(untaken(args.out / "grid.png")) as tmp:
             sheet(images, args.num_images if args.num_images > 1 else 4).save(tmp, "PNG")
 
 

@@ -188,6 +188,9 @@ def build_model(config, device="cpu", dtype=torch.float32, dit_tensors=None, sou
     if config.text_modulation_embeds_dim and not config.clip:
         raise FuseDiTError("config field text_modulation_embeds_dim needs clip, the model that "
                            "gives this vector")
+    if config.pos_embed == "ape" and (config.dit_hidden_size or 0) % 4:
+        raise FuseDiTError(f"config field dit_hidden_size is {config.dit_hidden_size}; pos_embed "
+                           "ape needs a multiple of 4: sine and cosine of row and column")
     base = resolve(config.base)
     with torch.device("meta"):
         model = FuseDiT(config, gemma_config(read_json(base / "config.json")))

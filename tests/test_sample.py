@@ -72,8 +72,9 @@ def test_a_seed_gives_one_picture_whatever_else_is_drawn(model, tmp_path):
 
 def test_nothing_is_overwritten(model, tmp_path):
     for _ in range(2):
-        run("--model", model, "--prompt", "a star", "--steps", 1, "--out", tmp_path)
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["a-star-0.png", "a-star-0_2.png"]
+        run("--model", model, "--prompt", "a star", "--steps", 1, "--out", tmp_path, "--grid")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["a-star-0.png", "a-star-0_2.png",
+                                                          "grid.png", "grid_2.png"]
 
 
 def test_each_text_is_read_once_and_not_again_during_the_steps(model, monkeypatch, tmp_path):

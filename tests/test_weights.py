@@ -116,7 +116,8 @@ def test_a_run_folder_means_its_latest_checkpoint(folder):
 
 @pytest.mark.parametrize("changes, words", [
     (dict(in_channels=16), "in_channels is 16.*vae"), (dict(text_modulation_embeds_dim=8), "clip"),
-    (dict(apply_chat_template=True), "no chat template")])
+    (dict(apply_chat_template=True), "no chat template"),
+    (dict(dit_hidden_size=10), "dit_hidden_size is 10.*multiple of 4")])
 def test_what_a_model_lacks_is_named(gemma_folder, changes, words):
     config = FuseDiTConfig(**dict(base=str(gemma_folder), vae=None, in_channels=3) | changes)
     with pytest.raises(FuseDiTError, match=words):
