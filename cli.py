@@ -11,6 +11,8 @@ from fusedit import FuseDiTError
 
 class Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
     """Defaults shown, examples left as they are laid out."""
+    def _get_help_string(self, action):                    # "(default: None)" tells nothing
+        return action.help if action.default is None else super()._get_help_string(action)
 
 
 def positive(text):

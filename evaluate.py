@@ -64,6 +64,7 @@ def paint(args, prompts: list[str]):
     model = load_model(args.model, device, dtype)
     args.out.mkdir(parents=True, exist_ok=True)            # fails now rather than after the drawing
     c = model.config
+    args.guidance = c.guidance if args.guidance is None else args.guidance
     vae = load_vae(c.vae, device, dtype, c.in_channels) if c.vae else None
     warn(model, prompts)
     jobs = [(prompt, args.seed + k) for k, prompt in enumerate(prompts)]
@@ -131,7 +132,8 @@ def arguments(argv=None):
     a("-n", type=positive, default=600, help="prompts, spread evenly over the categories")
     a("--seed", type=int, default=0, help="of the prompts and of their noise")
     a("--steps", type=positive, default=25, help="Euler steps")
-    a("--guidance", type=float, default=6.0, help="how strictly to follow the prompt")
+    a("--guidance", type=float, help="how strictly to follow the prompt; if not given, the "
+      "model's own")
     a("--batch-size", type=positive, default=32, help="pictures drawn at once")
     a("--out", type=Path, default=Path("evaluation"), metavar="DIR", help="folder for the results")
     a("--device", default="auto", help="auto, cpu, cuda, cuda:1, ...")

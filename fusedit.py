@@ -33,7 +33,6 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-
 for _f in (torch.exp, torch.log, torch.sin, torch.cos, torch.sqrt):
     _f(torch.ones(1))  # MKL bug: a first call made by several threads loses digits (pytorch#188792)
 
@@ -85,6 +84,7 @@ class FuseDiTConfig:
     image_size: int = 512                   # pixels, in training and by default in sampling
     vae: str | None = "stabilityai/stable-diffusion-3-medium-diffusers"  # None: x is the pixels
     shift: float = 3.0                      # > 1 spends more of training and steps on high noise
+    guidance: float = 6.0                   # of sampling (see sample), unless another is asked for
     max_text_tokens: int = 256              # longer prompts are cut
     instruction: str = ""                   # put before each prompt; its tokens come on top
     apply_chat_template: bool = False       # wrap prompts as instruction-tuned Gemmas expect
@@ -131,7 +131,7 @@ PRESETS = {  # name -> what differs from the baseline; the names are those of th
     "fusedit": _FINAL,                                             # the final model
     "demo": dict(base="demo/gemma", pos_embed="2d-rope", timestep_conditioning="addition",
                  vae=None, image_size=32, patch_size=4, in_channels=3, dit_hidden_size=256,
-                 shift=4.0, max_text_tokens=32),
+                 shift=4.0, guidance=3.0, max_text_tokens=32),
     "baselinedit/self-attention": dict(fusion="shallow"),
     "baselinedit/cross-attention": dict(fusion="shallow", attention="cross"),
     "fusedit/baseline": dict(),

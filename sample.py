@@ -32,7 +32,7 @@ def arguments():
             ("--prompts", dict(type=Path), "a text file (UTF-8) with a prompt a line"),
             ("--model", dict(default=Path(__file__).parent / "demo"), "a model's folder or hub id"),
             ("--steps", dict(type=positive, default=25), "Euler steps; more: finer, slower (25)"),
-            ("--guidance", dict(type=float, default=6.0), "pull of the prompt; 1 is none (6)"),
+            ("--guidance", dict(type=float), "pull of the prompt; 1: none (6, or the model's own)"),
             ("--negative", dict(default="", metavar="TEXT"), "what to steer away from (nothing)"),
             ("--seed", dict(type=int, default=0), "of a prompt's first picture (0)"),
             ("--num-images", dict(type=positive, default=1), "pictures of a prompt (1)"),
@@ -136,6 +136,7 @@ def main():
     if not prompts:
         return
     c = model.config
+    args.guidance = c.guidance if args.guidance is None else args.guidance
     vae = load_vae(c.vae, device, dtype, c.in_channels) if c.vae else None
     factor, size = vae.factor if vae else 1, [n or c.image_size for n in (args.height, args.width)]
     unit = c.patch_size * factor

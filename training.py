@@ -84,7 +84,6 @@ class RunConfig:
     sample_every: int = flag(1000, "steps between two sample grids", True, low=1)
     prompts: tuple = flag(PROMPTS, "of the sample grid: texts, or .txt files of them", True)
     sample_steps: int = flag(25, "sampler steps of the grid", True, low=1)
-    guidance: float = flag(6.0, "guidance of the grid", True)
 
 
 def parse_run(argv, description):
@@ -384,7 +383,7 @@ def sampler(run, config, model, vae):
     def draw(ema, step):
         dit = copy.deepcopy(ema).to(model.llm.embed_tokens.weight.dtype)
         x = fusedit.sample(dit, noise, texts.rows(list(range(n))), texts.rows([n] * n),
-                           run.sample_steps, run.guidance, config.shift)
+                           run.sample_steps, config.guidance, config.shift)
         page = sheet(to_images(x, vae), math.ceil(math.sqrt(n)))
         page.save(Path(run.out) / "samples" / f"step-{step:07d}.png")
     return draw

@@ -128,6 +128,7 @@ def test_an_untrained_model_end_to_end(tmp_path, capsys):
         args.command(args)
     assert (tmp_path / "a/shapes.json").read_text() == (tmp_path / "b/shapes.json").read_text()
     result = json.loads((tmp_path / "a/shapes.json").read_text())
+    assert result["settings"]["guidance"] == 3.0          # the demo's own
     assert result["overall"] <= 0.1 and len(result["prompts"]) == 8
     assert sorted(p.name for p in (tmp_path / "a").iterdir()) == ["shapes.json", "shapes.png"]
 

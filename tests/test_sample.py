@@ -28,7 +28,7 @@ def model(tmp_path_factory, gemma_folder):
     """A checkpoint that draws something: random weights, pixels of 8 x 8."""
     folder = tmp_path_factory.mktemp("model")
     config = FuseDiTConfig(base=str(gemma_folder), in_channels=3, vae=None, image_size=8,
-                           max_text_tokens=6, pos_embed="2d-rope")
+                           max_text_tokens=6, pos_embed="2d-rope", guidance=2.5)
     torch.manual_seed(0)
     dit = build_model(config).dit
     for p in dit.parameters():
@@ -46,8 +46,8 @@ def test_pictures_sheet_animation_and_metadata(model, tmp_path):
                                            for s in (5, 6) for e in ("gif", "png")])
     picture = Image.open(tmp_path / "a-blue-star-6.png")
     assert picture.size == (8, 8) and picture.text == {
-        "prompt": "a blue star", "seed": "6", "steps": "3", "guidance": "6.0", "negative": "",
-        "model": str(model)}
+        "prompt": "a blue star", "seed": "6", "steps": "3", "guidance": "2.5", "negative": "",
+        "model": str(model)}          # 2.5: the model's own
     assert Image.open(tmp_path / "a-red-circle-5.gif").n_frames == 3
 
 
@@ -55,9 +55,11 @@ def test_a_picture_names_the_checkpoint_not_the_run(model, tmp_path):
     (tmp_path / "run").mkdir()
     shutil.copytree(model, tmp_path / "run" / "step-0000007")
     (tmp_path / "run" / "latest").write_text("step-0000007\n")
-    done = run("--model", tmp_path / "run", "--prompt", "a star", "--steps", 1, "--out", tmp_path)
+    done = run("--model", tmp_path / "run", "--prompt", "a star", "--steps", 1, "--out", tmp_path,
+               "--guidance", 4)
     assert done.returncode == 0, done.stderr
     drawn = Image.open(tmp_path / "a-star-0.png")
+    assert drawn.text["guidance"] == "4.0"
     assert drawn.text["model"] == str(tmp_path / "run" / "step-0000007")
 
 
