@@ -1,4 +1,4 @@
-"""What the commands share: flags, prompt files, the device, and errors in one line."""
+"""What the commands share: flags, prompt files, file names, the device, errors in one line."""
 import argparse
 import sys
 from pathlib import Path
@@ -22,6 +22,13 @@ def positive(text):
     return int(text)
 
 
+def seed(text):
+    """argparse's type of a seed."""
+    if not 0 <= int(text) < 2**32:
+        raise argparse.ArgumentTypeError("must be from 0 to 4294967295")
+    return int(text)
+
+
 def read_prompts(path):
     """The prompts of a text file (a Path), one a line; empty lines are left out."""
     try:
@@ -37,10 +44,10 @@ def read_prompts(path):
     return prompts
 
 
-def untaken(path):
-    """path (a Path), or the first of NAME_2, NAME_3, ... if there is such a file already."""
+def untaken(path, *others):
+    """path (a Path), or NAME_2, NAME_3, ...: the first that is no file, nor with other suffixes."""
     new, n = path, 2
-    while new.exists():
+    while any(new.with_suffix(s).exists() for s in (path.suffix, *others)):
         new, n = path.with_stem(f"{path.stem}_{n}"), n + 1
     return new
 

@@ -1,6 +1,6 @@
 """Benchmarks: sample a model on a fixed set of prompts and score the pictures.
 
-    python evaluate.py shapes                          # the demo, 600 held-out prompts
+    python evaluate.py shapes                          # the demo, 600 prompts
     python evaluate.py shapes --model runs/demo --guidance 4 --out evaluation/g4
     python evaluate.py shapes --ground-truth -n 2000   # the detector on true renders
 
@@ -17,11 +17,11 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 from tqdm import tqdm
 
-from cli import Help, pick_device, positive, run
+from cli import Help, pick_device, positive, run, seed, untaken
 from demo import detector, render, scenes
 from sample import draw, warn
 from vae import load_vae
-from weights import atomic_write, load_model
+from weights import atomic_write, last_checkpoint, load_model
 
 PASS, FAIL = (20, 150, 60), (205, 30, 40)
 CELL, LABEL = 132, 40                                      # of the sheet, in pixels
@@ -61,6 +61,7 @@ def paint(args, prompts: list[str]):
     """A picture of every prompt, in order; prompt k is drawn with seed --seed + k."""
     device = pick_device(args.device)
     dtype = getattr(torch, args.dtype or ("float32" if device.type == "cpu" else "bfloat16"))
+    args.model = str(last_checkpoint(args.model))          # a run goes on: name what is scored
     model = load_model(args.model, device, dtype)
     args.out.mkdir(parents=True, exist_ok=True)            # fails now rather than after the drawing
     c = model.config
@@ -81,14 +82,15 @@ def finish(args, name: str, categories, results: list[dict], pictures: list) -> 
     settings = {k: getattr(args, k) for k in ("model", "n", "seed", "steps", "guidance")}
     text = json.dumps(dict(benchmark=name, overall=overall, categories=scores, settings=settings,
                            prompts=results), indent=1)
-    with atomic_write(args.out / f"{name}.json") as tmp:
+    path = untaken(args.out / f"{name}.json", ".png")
+    with atomic_write(path) as tmp:
         tmp.write_text(text + "\n")
-    with atomic_write(args.out / f"{name}.png") as tmp:
+    with atomic_write(path.with_suffix(".png")) as tmp:
         sheet(categories, results, pictures).save(tmp, "PNG")
     for category, score in scores.items():
         print(f"{category:<16}{score:6.3f}   {sum(rights[category])} of {len(rights[category])}")
     print(f"{'overall':<16}{overall:6.3f}   the mean of the categories")
-    print(f"wrote {args.out}/{name}.json and {name}.png")
+    print(f"wrote {path} and {path.with_suffix('.png').name}")
 
 
 def sheet(categories, results: list[dict], pictures: list, columns: int = 10) -> Image.Image:
@@ -122,15 +124,15 @@ def arguments(argv=None):
     commands = top.add_subparsers(required=True, metavar="BENCHMARK")
     p = commands.add_parser(
         "shapes", formatter_class=Help, help="coloured shapes, judged by an exact pixel detector",
-        description="Sample held-out prompts (demo/scenes.py says what is held out) in GenEval's "
-        "categories: " + ", ".join(scenes.CATEGORIES) + ". A picture is right if it holds exactly "
-        "the objects the prompt names, as it names them, and no other.",
+        description="Sample prompts in GenEval's categories, held out of training where they can "
+        "be (demo/scenes.py): " + ", ".join(scenes.CATEGORIES) + ". A picture is right if it holds "
+        "exactly the objects the prompt names, as it names them, and no other.",
         epilog="example:\n  python evaluate.py shapes --model runs/demo -n 600 --out evaluation")
     a = p.add_argument
     p.set_defaults(command=shapes, negative="", gif=False)
     a("--model", default=str(Path(__file__).parent / "demo"), help="what sample.py takes")
     a("-n", type=positive, default=600, help="prompts, spread evenly over the categories")
-    a("--seed", type=int, default=0, help="of the prompts and of their noise")
+    a("--seed", type=seed, default=0, help="of the prompts and of their noise")
     a("--steps", type=positive, default=25, help="Euler steps")
     a("--guidance", type=float, help="how strictly to follow the prompt; if not given, the "
       "model's own")

@@ -22,7 +22,7 @@ Glossary (eps: normal noise; L: Gemma's layers; H, W in [B,C,H,W]: height, width
     D        width of a stream                    v        velocity d x_t / d sigma = eps - x
     H, K, h  query heads, key/value heads, size of a head (Gemma's, in both towers)
 
-New to diffusion? Read "flow", the last 50 lines, first. Files and checkpoints: weights.py.
+New to diffusion? Read "flow", the last 60 lines, first. Files and checkpoints: weights.py.
 """
 import difflib
 import math
@@ -260,17 +260,17 @@ class Attention(nn.Module):
     """An attention's projections and per-head norms; the caller decides what looks at what.
 
     Its heads are Gemma's whatever the width, so that text and image keys fit one softmax.
-    own_keys: k_proj, v_proj, of the stream itself; text_keys: text_k_proj, text_v_proj (shallow).
+    own: k_proj, v_proj, of the stream itself; text_keys: text_k_proj, text_v_proj (shallow).
     """
-    def __init__(self, width, gemma: GemmaConfig, qk_norm, own_keys=True, text_keys=False):
+    def __init__(self, width, gemma: GemmaConfig, qk_norm, own=True, text_keys=False):
         super().__init__()
         self.h, H, K = gemma.head_dim, gemma.num_attention_heads, gemma.num_key_value_heads
         self.q_proj = nn.Linear(width, H * self.h, bias=False)
         self.o_proj = nn.Linear(H * self.h, width, bias=False)
-        for name in ["k_proj", "v_proj"] * own_keys + ["text_k_proj", "text_v_proj"] * text_keys:
+        for name in ["k_proj", "v_proj"] * own + ["text_k_proj", "text_v_proj"] * text_keys:
             self.add_module(name, nn.Linear(width, K * self.h, bias=False))
         self.q_norm = RMSNorm(self.h, gemma.rms_norm_eps) if qk_norm else nn.Identity()
-        if own_keys or text_keys:
+        if own or text_keys:
             self.k_norm = RMSNorm(self.h, gemma.rms_norm_eps) if qk_norm else nn.Identity()
 
     def heads(self, x):
@@ -405,8 +405,8 @@ class DiTBlock(Block):
         self.joint, self.shallow = c.attention == "self" and reads_text, c.fusion == "shallow"
         if self.joint:                         # in place of Block's: with text keys if shallow
             self.self_attn = Attention(width, gemma, c.qk_norm, text_keys=self.shallow)
-        elif reads_text:                       # False: no keys of its own, only the text's
-            self.cross_attn = Attention(width, gemma, c.qk_norm, False, text_keys=self.shallow)
+        elif reads_text:                       # a second softmax, over the text's keys alone
+            self.cross_attn = Attention(width, gemma, c.qk_norm, own=False, text_keys=self.shallow)
             if c.sandwich_norm:
                 self.post_cross_attention_layernorm = RMSNorm(width, gemma.rms_norm_eps)
         if self.conditioning == "adaln-zero":
@@ -450,7 +450,8 @@ class DiT(nn.Module):
         D, layers = self.width, c.dit_num_hidden_layers or L - c.initial_layers
         sources = range(c.initial_layers, c.initial_layers + layers)
         shared = sources if c.shared_attention_layers == "all" else c.shared_attention_layers
-        if deep and (not sources or not {*sources, *shared} <= set(range(L))):
+        fit = {*sources} & {*shared} and {*sources, *shared} <= set(range(L))
+        if not sources or deep and not fit:
             raise FuseDiTError(f"config fields initial_layers {c.initial_layers}, dit_num_hidden_"
                                f"layers {layers} or shared ones do not fit a Gemma of {L} layers")
         # The Gemma layer each block reads; None: the image only. (Shallow: just how many blocks.)
@@ -573,7 +574,6 @@ def token_ids(tokenizer, prompts, config):
             return text
         turn = [{"role": "user", "content": text}]
         return tokenizer.apply_chat_template(turn, tokenize=False).removeprefix(tokenizer.bos_token)
-
     texts = [wrap(config.instruction + p) if p else "" for p in prompts]
     extra, *rows = tokenizer([wrap(config.instruction.rstrip()), *texts])["input_ids"]
     bos = tokenizer.bos_token_id            # Gemma goes astray without it, so make sure of it
@@ -620,7 +620,7 @@ def flow_loss(dit, x, text, shift, generator=None):
     """
     x = x.float()
     eps = torch.randn(x.shape, device=x.device, generator=generator)
-    # Logit-normal: u gathers around 0.5 (0 would be pure noise); shift then moves it to noise.
+    # u picks a level, mostly from the middle of the table, whose levels lie nearer to noise.
     u = torch.sigmoid(torch.randn(len(x), device=x.device, generator=generator))
     sigma = train_sigmas(shift).to(x.device)[(u * 1000).long().clamp(max=999)]    # [B]
     s = sigma[:, None, None, None]

@@ -193,8 +193,11 @@ def folder_sample(item: Item) -> dict:
                 data, suffix = png(turned.convert(mode)), "png"
     except Exception:                       # Pillow raises a dozen kinds on broken files
         raise Skip("unreadable image") from None
-    return {"__key__": item.key, f"image.{suffix}": data,
-            **{f"{kind}.txt": text.encode() for kind, text in item.captions.items()}}
+    try:                                    # JSON can hold half an emoji ("\ud83d")
+        texts = {f"{kind}.txt": text.encode() for kind, text in item.captions.items()}
+    except UnicodeEncodeError:
+        raise Skip("caption is not Unicode") from None
+    return {"__key__": item.key, f"image.{suffix}": data, **texts}
 
 
 def text_rows(files: dict[str, Path], folder: Path, skipped: list) -> list[dict]:

@@ -19,7 +19,7 @@ from PIL.PngImagePlugin import PngInfo
 from tqdm import tqdm
 
 import fusedit
-from cli import pick_device, positive, read_prompts, run, untaken
+from cli import pick_device, positive, read_prompts, run, seed, untaken
 from fusedit import FuseDiTError
 from vae import load_vae
 from weights import atomic_write, export, last_checkpoint, load_model
@@ -32,9 +32,9 @@ def arguments():
             ("--prompts", dict(type=Path), "a text file (UTF-8) with a prompt a line"),
             ("--model", dict(default=Path(__file__).parent / "demo"), "a model's folder or hub id"),
             ("--steps", dict(type=positive, default=25), "Euler steps; more: finer, slower (25)"),
-            ("--guidance", dict(type=float), "pull of the prompt; 1: none (6, or the model's own)"),
+            ("--guidance", dict(type=float), "how strictly to follow the prompt (the model's)"),
             ("--negative", dict(default="", metavar="TEXT"), "what to steer away from (nothing)"),
-            ("--seed", dict(type=int, default=0), "of a prompt's first picture (0)"),
+            ("--seed", dict(type=seed, default=0), "of a prompt's first picture (0)"),
             ("--num-images", dict(type=positive, default=1), "pictures of a prompt (1)"),
             ("--height", dict(type=positive), "pixels (as trained)"),
             ("--width", dict(type=positive), "pixels (as trained)"),
@@ -108,7 +108,7 @@ def draw(jobs, model, vae, size, args, device):
 def save(prompt, seed, image, frames, args):
     """Write the PNG (and GIF), over nothing that is there."""
     slug = re.sub(r"[^a-z0-9]+", "-", prompt.lower()).strip("-")[:60] or "empty"
-    path = untaken(args.out / f"{slug}-{seed}.png")
+    path = untaken(args.out / f"{slug}-{seed}.png", ".gif")
     info = PngInfo()
     for key, value in dict(prompt=prompt, seed=seed, steps=args.steps, guidance=args.guidance,
                            negative=args.negative, model=args.model).items():
@@ -151,8 +151,9 @@ def main():
         save(prompt, seed, image, frames, args)
         images.append(image)
     if args.grid:
-        with atomic_write(untaken(args.out / "grid.png")) as tmp:
+        with atomic_write(path := untaken(args.out / "grid.png")) as tmp:
             sheet(images, args.num_images if args.num_images > 1 else 4).save(tmp, "PNG")
+        print(path)
 
 
 if __name__ == "__main__":

@@ -45,11 +45,10 @@ def start(run):
 
 # ------------------------------------------------------------------------------ build
 
-def build(run, dit, saved):
+def build(run, dit, saved, micro, times):
     """The DeepSpeed engine: by ZeRO stage it shares out Adam's state, gradients and weights."""
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch")  # DeepSpeed's to heed
     import deepspeed                        # takes seconds: not for --help
-    micro, times = training.split_batch(run, dist.get_world_size())
     adam = torch.optim.AdamW(dit.parameters(), run.lr, (run.beta1, run.beta2), fused=True,
                              weight_decay=run.weight_decay)
     config = dict(train_batch_size=run.batch, train_micro_batch_size_per_gpu=micro,
@@ -119,10 +118,11 @@ def save(run, config, engine, ema, step):
 def train(run, config, folder):
     """The whole run; returns the exit code."""
     device, rank, world = start(run)
+    micro, times = training.split_batch(run, world)
     saved = training.load_checkpoint(folder) if folder else None
     model, ema, vae = training.build(run, config, device, saved, rank)
-    engine = build(run, model.dit, saved)
-    first, (micro, times) = saved.step if saved else 0, training.split_batch(run, world)
+    engine = build(run, model.dit, saved, micro, times)
+    first = saved.step if saved else 0
     source = loader.Batches(run, config, model.tokenizer, micro, rank, world, first)
     batches = loader.load_batches(source, run.workers, pin=device.type == "cuda")
     log = training.Log(run, config, first, ema)

@@ -68,7 +68,7 @@ class RunConfig:
     crop: str = flag("center", "which square of a picture", choices=("center", "random"))
     ema_decay: float = flag(0.99, "decay of the averaged weights", low=0, high=1)
     ema_every: int = flag(100, "steps between two updates of the average", low=1)
-    seed: int = flag(42, "of weights, noise, data order and samples", low=0)
+    seed: int = flag(42, "of weights, noise, data order and samples", low=0, high=2**32 - 1)
     dtype: str = flag("bf16", "of compute; weights are kept in float32",
                       choices=("bf16", "float32"))
     device: str = flag("auto", "where to train", True, choices=("auto", "cuda", "cpu"))
@@ -208,12 +208,15 @@ def update_ema(ema, weights, updates, decay):
 def open_run(run, config):
     """The last checkpoint of the run's folder, or None. Refuses the folder of another run."""
     out = Path(run.out)
+    then = read_json(out / "config.json") if (out / "config.json").exists() else {}
+    if then and "run" not in then:
+        raise FuseDiTError(f"{out} holds a model, not a run: give the run another --out")
     if not (out / "latest").exists():
         return None
-    then, now = read_json(out / "config.json"), json.loads(settings(run, config))
-    free = {"run." + f.name for f in fields(RunConfig) if f.metadata["free"]}
-    differ = [f"{name} was {then[part].get(k)!r}, is {v!r}" for part in now
-              for k, v in now[part].items() if then[part].get(k) != v
+    now = json.loads(settings(run, config))
+    free = {"run." + f.name for f in fields(RunConfig) if f.metadata["free"]} | {"model.guidance"}
+    differ = [f"{name} was {old!r}, is {v!r}" for part in now for k, v in now[part].items()
+              if (old := then.get(part, {}).get(k)) != v
               and (name := f"{part}.{k}") not in free]
     if differ:
         raise FuseDiTError(f"{out} holds another run: {'; '.join(differ)}. Resume it with its own "
@@ -385,5 +388,6 @@ def sampler(run, config, model, vae):
         x = fusedit.sample(dit, noise, texts.rows(list(range(n))), texts.rows([n] * n),
                            run.sample_steps, config.guidance, config.shift)
         page = sheet(to_images(x, vae), math.ceil(math.sqrt(n)))
-        page.save(Path(run.out) / "samples" / f"step-{step:07d}.png")
+        with atomic_write(Path(run.out) / "samples" / f"step-{step:07d}.png") as tmp:
+            page.save(tmp, "PNG")
     return draw

@@ -203,7 +203,8 @@ def build_model(config, device="cpu", dtype=torch.float32, dit_tensors=None, sou
     else:
         written = [f.metadata() or {} for f, _ in list(dit_tensors.values())[:1]]
         then = json.loads(written[0].get("config", "{}")) if written else {}
-        changed = differences(asdict(config) | dict(base=0, vae=0), then | dict(base=0, vae=0))
+        free = dict(base=0, vae=0, guidance=0)             # they have no say in the shapes
+        changed = differences(asdict(config) | free, then | free)
         hint = "; fields (here, when written): " + "; ".join(changed) if then and changed else ""
         check_tensors(model.dit, dit_tensors, source, hint)
         fill(model.dit, dit_tensors, device, dtype)

@@ -31,6 +31,8 @@ below background picture image drawing photo big little grey zero one two three 
 how many color colour size shape where objects same list yes no unknown nothing none
 """.split()
 MAX_TOKENS = 128
+FILES = {"config.json", "generation_config.json", "model.safetensors", "tokenizer.json",
+         "tokenizer_config.json"}                          # what save() writes
 
 
 def vocabulary() -> list[str]:
@@ -306,9 +308,9 @@ def save(model, words: list[str], folder: Path) -> None:
 def make(out: Path, steps, batch_size, lr, seed, device, overwrite=False) -> None:
     """Train, report and save; `out` then holds a whole model, or what it held before."""
     taken = out.exists() and (not out.is_dir() or any(out.iterdir()))
-    if taken and not (overwrite and (out / "tokenizer.json").is_file()):
+    if taken and not (overwrite and out.is_dir() and {p.name for p in out.iterdir()} <= FILES):
         raise FuseDiTError(f"{out} is not empty; give a new folder" + (
-            ", as --overwrite only replaces a model" if overwrite else " or --overwrite"))
+            ", as --overwrite only replaces a tiny Gemma" if overwrite else " or --overwrite"))
     out.parent.mkdir(parents=True, exist_ok=True)
     tmp, old = (out.with_name(f".{out.name}.{os.getpid()}.{end}") for end in ("tmp", "old"))
     try:

@@ -3,6 +3,7 @@ import io
 import json
 import random
 from collections import Counter
+from dataclasses import replace
 from itertools import combinations, pairwise
 
 import numpy as np
@@ -15,7 +16,7 @@ import prepare_data
 from demo import detector, scenes, tiny_gemma
 from demo.render import render
 from demo.scenes import COLOURS, SHAPES, Group, Scene
-from fusedit import FuseDiTError, preset
+from fusedit import FuseDiTConfig, FuseDiTError, preset
 
 WORDS = tiny_gemma.vocabulary()
 COLOUR_WORDS = {c: c for c in COLOURS} | {"grey": "gray"}
@@ -287,8 +288,10 @@ def test_make_saves_a_gemma_that_loads_like_any_other(tmp_path):
     model = build_model(preset("demo", base=str(out)))
     text = model.encode(["a red circle", ""])
     assert text.keys[0].shape[:1] == (2,) and text.mask.sum(1).tolist() == [4, 1]
-    with pytest.raises(FuseDiTError, match="not empty"):
-        tiny_gemma.make(out, 2, 4, 1e-3, 0, torch.device("cpu"))
+    (out / "notes.txt").write_text("mine")
+    for overwrite in (False, True):         # only what it wrote itself may go
+        with pytest.raises(FuseDiTError, match="not empty"):
+            tiny_gemma.make(out, 2, 4, 1e-3, 0, torch.device("cpu"), overwrite=overwrite)
     assert [p.name for p in tmp_path.iterdir()] == ["gemma"]
 
 
@@ -301,6 +304,11 @@ def test_a_failed_training_leaves_the_old_model(tmp_path, monkeypatch):
         tiny_gemma.make(out, 2, 4, 1e-3, 0, torch.device("cpu"), overwrite=True)
     assert [p.name for p in tmp_path.iterdir()] == ["gemma"]
     assert (out / "tokenizer.json").read_text() == "old"
+
+
+def test_the_shipped_model_is_the_preset():
+    shipped = FuseDiTConfig(**json.loads((ROOT / "demo/config.json").read_text()))
+    assert replace(shipped, base="demo/gemma") == preset("demo")
 
 
 @pytest.mark.skipif(not (ROOT / "demo/gemma").exists(), reason="the demo's reader is not there")

@@ -208,6 +208,15 @@ def test_both_captions_broken_lines_and_odd_rows(photos, tmp_path):
     assert skipped == {"not JSON": 1, "no image name": 2, "no caption": 4}
 
 
+def test_half_an_emoji_in_a_caption_is_skipped_and_counted(photos, tmp_path):
+    rows = [dict(image="a.png", caption="\ud83d"), dict(image="b.jpg", caption="\U0001f600")]
+    (tmp_path / "c.json").write_text(json.dumps(rows))     # written as escapes: sound JSON
+    pack("folder", photos, tmp_path / "c.json", tmp_path / "out")
+    samples, index = read_shards(tmp_path / "out")
+    assert captions(samples) == ["\U0001f600"]
+    assert index["skipped"]["caption is not Unicode"] == 1
+
+
 def test_an_image_turned_by_its_tag_is_packed_upright(tmp_path):
     exif = Image.Exif()
     exif[0x0112] = 6

@@ -120,6 +120,7 @@ def test_words_and_length_the_model_cannot_read(model, tmp_path):
     (["--prompt", "x", "--height", "9"], 1, "--height 9 is not whole patches of 2 pixels; try 8 or "
                                             "10"),
     (["--prompt", "x", "--device", "cuda:7"], 1, "cuda:7"),
+    (["--prompt", "x", "--seed", "99999999999999999999"], 2, "from 0 to"),
     (["--prompt", "x", "--device", "toaster"], 1, "toaster"),
     (["--prompts", "{empty}/none.txt"], 1, "none.txt"),
     (["--prompts", "{blank}"], 1, "is empty"), (["--prompts", "{latin}"], 1, "not UTF-8 (byte 3)"),

@@ -370,6 +370,13 @@ def test_checkpoints_are_whole_or_absent(folder, monkeypatch):
     assert saved.step == 4 and (file.get_tensor(name) == 0).all() and "w" in saved.state
 
 
+def test_a_model_folder_is_no_run(folder):
+    run, config = folder
+    weights.save_model(run.out, config, {})
+    with pytest.raises(FuseDiTError, match="holds a model, not a run"):
+        training.open_run(run, config)
+
+
 def test_the_folder_of_another_run_is_refused(folder):
     run, config = folder
     training.save_checkpoint(run, config, 5, {}, {})
@@ -381,6 +388,7 @@ def test_the_folder_of_another_run_is_refused(folder):
     assert "model.pos_embed was '2d-rope', is 'ape'" in str(e.value)
     assert "steps" not in str(e.value) and "workers" not in str(e.value)
     run.lr = 1e-4
+    training.open_run(run, training.replace(config, guidance=2.0))      # of the samples alone
     (Path(run.out) / "latest").write_text("step-0000009\n")
     with pytest.raises(FuseDiTError, match="step-0000009, which is not there"):
         training.open_run(run, config)
