@@ -1,4 +1,4 @@
-"""What the commands share: flags, prompt files, file names, the device, errors in one line."""
+"""What the commands share: flags, prompt files, device and model, errors in one line."""
 import argparse
 import sys
 from pathlib import Path
@@ -7,6 +7,8 @@ import torch
 from safetensors import SafetensorError
 
 from fusedit import FuseDiTError
+from vae import load_vae
+from weights import last_checkpoint, load_model
 
 
 class Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
@@ -22,8 +24,8 @@ def positive(text):
     return int(text)
 
 
-def seed(text):
-    """argparse's type of a seed."""
+def uint32(text):
+    """argparse's type of a seed: what every random generator takes."""
     if not 0 <= int(text) < 2**32:
         raise argparse.ArgumentTypeError("must be from 0 to 4294967295")
     return int(text)
@@ -44,14 +46,6 @@ def read_prompts(path):
     return prompts
 
 
-def untaken(path, *others):
-    """path (a Path), or NAME_2, NAME_3, ...: the first that is no file, nor with other suffixes."""
-    new, n = path, 2
-    while any(new.with_suffix(s).exists() for s in (path.suffix, *others)):
-        new, n = path.with_stem(f"{path.stem}_{n}"), n + 1
-    return new
-
-
 def pick_device(name):
     """torch.device of a --device flag; "auto" takes a GPU where there is one."""
     if name == "auto":
@@ -63,6 +57,16 @@ def pick_device(name):
         raise FuseDiTError(f"--device {name} is not to be had here ({str(e).splitlines()[0]}); "
                            "use --device cpu or auto") from None
     return device
+
+
+def open_model(args):
+    """(model, VAE or None, device); args.model and args.guidance then say what draws and how."""
+    device = pick_device(args.device)
+    dtype = getattr(torch, args.dtype or ("float32" if device.type == "cpu" else "bfloat16"))
+    args.model = str(last_checkpoint(args.model))  # a run goes on, but a picture names what drew it
+    c = (model := load_model(args.model, device, dtype)).config
+    args.guidance = c.guidance if args.guidance is None else args.guidance
+    return model, load_vae(c.vae, device, dtype, c.in_channels) if c.vae else None, device
 
 
 def run(main, lower):

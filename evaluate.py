@@ -13,15 +13,13 @@ import random
 import textwrap
 from pathlib import Path
 
-import torch
 from PIL import Image, ImageDraw, ImageFont
 from tqdm import tqdm
 
-from cli import Help, pick_device, positive, run, seed, untaken
+from cli import Help, open_model, positive, run, uint32
 from demo import detector, render, scenes
 from sample import draw, warn
-from vae import load_vae
-from weights import atomic_write, last_checkpoint, load_model
+from weights import atomic_write, untaken
 
 PASS, FAIL = (20, 150, 60), (205, 30, 40)
 CELL, LABEL = 132, 40                                      # of the sheet, in pixels
@@ -59,17 +57,11 @@ def ground_truth(args) -> None:
 
 def paint(args, prompts: list[str]):
     """A picture of every prompt, in order; prompt k is drawn with seed --seed + k."""
-    device = pick_device(args.device)
-    dtype = getattr(torch, args.dtype or ("float32" if device.type == "cpu" else "bfloat16"))
-    args.model = str(last_checkpoint(args.model))          # a run goes on: name what is scored
-    model = load_model(args.model, device, dtype)
+    model, vae, device = open_model(args)
     args.out.mkdir(parents=True, exist_ok=True)            # fails now rather than after the drawing
-    c = model.config
-    args.guidance = c.guidance if args.guidance is None else args.guidance
-    vae = load_vae(c.vae, device, dtype, c.in_channels) if c.vae else None
     warn(model, prompts)
     jobs = [(prompt, args.seed + k) for k, prompt in enumerate(prompts)]
-    side = c.image_size // (vae.factor if vae else 1)
+    side = model.config.image_size // (vae.factor if vae else 1)
     for _, _, picture, _ in draw(jobs, model, vae, (side, side), args, device):
         yield picture
 
@@ -132,7 +124,7 @@ def arguments(argv=None):
     p.set_defaults(command=shapes, negative="", gif=False)
     a("--model", default=str(Path(__file__).parent / "demo"), help="what sample.py takes")
     a("-n", type=positive, default=600, help="prompts, spread evenly over the categories")
-    a("--seed", type=seed, default=0, help="of the prompts and of their noise")
+    a("--seed", type=uint32, default=0, help="of the prompts and of their noise")
     a("--steps", type=positive, default=25, help="Euler steps")
     a("--guidance", type=float, help="how strictly to follow the prompt; if not given, the "
       "model's own")

@@ -19,10 +19,9 @@ from PIL.PngImagePlugin import PngInfo
 from tqdm import tqdm
 
 import fusedit
-from cli import pick_device, positive, read_prompts, run, seed, untaken
+from cli import open_model, positive, read_prompts, run, uint32
 from fusedit import FuseDiTError
-from vae import load_vae
-from weights import atomic_write, export, last_checkpoint, load_model
+from weights import atomic_write, export, untaken
 
 
 def arguments():
@@ -34,7 +33,7 @@ def arguments():
             ("--steps", dict(type=positive, default=25), "Euler steps; more: finer, slower (25)"),
             ("--guidance", dict(type=float), "how strictly to follow the prompt (the model's)"),
             ("--negative", dict(default="", metavar="TEXT"), "what to steer away from (nothing)"),
-            ("--seed", dict(type=seed, default=0), "of a prompt's first picture (0)"),
+            ("--seed", dict(type=uint32, default=0), "of a prompt's first picture (0)"),
             ("--num-images", dict(type=positive, default=1), "pictures of a prompt (1)"),
             ("--height", dict(type=positive), "pixels (as trained)"),
             ("--width", dict(type=positive), "pixels (as trained)"),
@@ -125,19 +124,14 @@ def save(prompt, seed, image, frames, args):
 def main():
     args = arguments()
     prompts = args.prompt + (read_prompts(args.prompts) if args.prompts else [])
-    device = pick_device(args.device)
+    model, vae, device = open_model(args)
     if prompts:                             # fails now rather than after the drawing
         args.out.mkdir(parents=True, exist_ok=True)
-    dtype = getattr(torch, args.dtype or ("float32" if device.type == "cpu" else "bfloat16"))
-    args.model = last_checkpoint(args.model)  # a run goes on, but a picture names what drew it
-    model = load_model(args.model, device, dtype)
     if args.export:
         export(model, args.export)
     if not prompts:
         return
     c = model.config
-    args.guidance = c.guidance if args.guidance is None else args.guidance
-    vae = load_vae(c.vae, device, dtype, c.in_channels) if c.vae else None
     factor, size = vae.factor if vae else 1, [n or c.image_size for n in (args.height, args.width)]
     unit = c.patch_size * factor
     for side, n in zip(("height", "width"), size, strict=True):

@@ -208,15 +208,16 @@ def update_ema(ema, weights, updates, decay):
 def open_run(run, config):
     """The last checkpoint of the run's folder, or None. Refuses the folder of another run."""
     out = Path(run.out)
-    then = read_json(out / "config.json") if (out / "config.json").exists() else {}
-    if then and "run" not in then:
+    if not (out / "latest").exists() and not (out / "config.json").exists():
+        return None
+    then, now = read_json(out / "config.json"), json.loads(settings(run, config))
+    if "run" not in then:
         raise FuseDiTError(f"{out} holds a model, not a run: give the run another --out")
     if not (out / "latest").exists():
         return None
-    now = json.loads(settings(run, config))
     free = {"run." + f.name for f in fields(RunConfig) if f.metadata["free"]} | {"model.guidance"}
     differ = [f"{name} was {old!r}, is {v!r}" for part in now for k, v in now[part].items()
-              if (old := then.get(part, {}).get(k)) != v
+              if (old := then[part].get(k)) != v
               and (name := f"{part}.{k}") not in free]
     if differ:
         raise FuseDiTError(f"{out} holds another run: {'; '.join(differ)}. Resume it with its own "

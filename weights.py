@@ -38,6 +38,14 @@ def atomic_write(path):
         tmp.unlink(missing_ok=True)
 
 
+def untaken(path, *others):
+    """path (a Path), or NAME_2, NAME_3, ...: the first that is no file, nor with other suffixes."""
+    new, n = path, 2
+    while any(new.with_suffix(s).exists() for s in (path.suffix, *others)):
+        new, n = path.with_stem(f"{path.stem}_{n}"), n + 1
+    return new
+
+
 def resolve(name, near=".", patterns=("*.json", "*.safetensors", "*.model")):
     """The folder of a model: a path (also from `near` or this file's folder), or a hub id."""
     for root in (near, ".", Path(__file__).parent):

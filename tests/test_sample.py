@@ -80,15 +80,16 @@ def test_nothing_is_overwritten(model, tmp_path):
 
 
 def test_each_text_is_read_once_and_not_again_during_the_steps(model, monkeypatch, tmp_path):
+    import cli
     import sample
     calls = []
-    real = sample.load_model
+    real = cli.load_model
 
     def counted(*args):
         loaded = real(*args)
         loaded.llm.register_forward_hook(lambda m, i, out: calls.append(len(i[0])))
         return loaded
-    monkeypatch.setattr(sample, "load_model", counted)
+    monkeypatch.setattr(cli, "load_model", counted)
     monkeypatch.setattr(sys, "argv", ["sample.py", "--model", str(model), "--prompt", "a star",
                                       "--prompt", "a star", "--num-images", "3", "--steps", "4",
                                       "--batch-size", "2", "--out", str(tmp_path)])
