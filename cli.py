@@ -64,7 +64,7 @@ def open_model(args):
     device = pick_device(args.device)
     dtype = getattr(torch, args.dtype or ("float32" if device.type == "cpu" else "bfloat16"))
     args.model = str(last_checkpoint(args.model))  # a run goes on, but a picture names what drew it
-    c = (model := load_model(args.model, device, dtype)).config
+    c = (model := load_model(args.model, device, dtype, not args.no_ema)).config
     args.guidance = c.guidance if args.guidance is None else args.guidance
     return model, load_vae(c.vae, device, dtype, c.in_channels) if c.vae else None, device
 

@@ -132,6 +132,7 @@ def arguments(argv=None):
     a("--out", type=Path, default=Path("evaluation"), metavar="DIR", help="folder for the results")
     a("--device", default="auto", help="auto, cpu, cuda, cuda:1, ...")
     a("--dtype", choices=["float32", "bfloat16"], help="unless given, bfloat16 on a GPU only")
+    a("--no-ema", action="store_true", help="a checkpoint's raw, not averaged weights")
     a("--ground-truth", action="store_true", help="score the detector instead of a model: draw "
       "n scenes exactly and read them back")
     return top.parse_args(argv)

@@ -247,11 +247,9 @@ def rotate(x, angles):
 
 
 def attend(q, k, v, mask=None, scale=None):
-    """Softmax attention [B,H,N,h] of q over k, v [B,K,S,h], mask [...,N,S]: True may look.
-
-    H / K query heads share a key head. Keys are repeated for them, as the fused kernels that
-    take a mask do not take grouped heads.
-    """
+    """Softmax attention [B,H,N,h] of q over k, v [B,K,S,h], mask [...,N,S]: True may look."""
+    # H / K query heads share a key head. Keys are repeated for them, as the fused kernels that
+    # take a mask do not take grouped heads.
     k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for x in (k, v))
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale)
 
@@ -338,10 +336,8 @@ class TextFeatures(NamedTuple):
 
 
 class Gemma(nn.Module):
-    """Gemma 1, 2 or 3 as a reader: it returns keys and values of its layers, never logits.
-
-    No attention soft-capping, Gemma 2 included: the published models were trained without.
-    """
+    """Gemma 1, 2 or 3 as a reader: it returns keys and values of its layers, never logits."""
+    # No attention soft-capping, Gemma 2 included: the published models were trained without.
     def __init__(self, config):
         super().__init__()
         c = self.config = config
@@ -510,7 +506,8 @@ class DiT(nn.Module):
         B, C, rows, cols = len(x_t), c.in_channels, x_t.shape[2] // P, x_t.shape[3] // P
         assert x_t.shape == (B, C, rows * P, cols * P), f"{x_t.shape} in patches of {P}"
         assert sigma.shape == (B,) and len(text.mask) == B, (sigma.shape, text.mask.shape)
-        x = self.patch_embed["proj"](x_t.to(dtype)).flatten(2).transpose(1, 2)    # [B,N,D]
+        x = self.patch_embed["proj"](x_t.to(dtype)).flatten(2)                    # [B,D,N]
+        x = x.transpose(1, 2).contiguous()  # [B,N,D]; else every Linear would copy its input
         temb = mod = self.embed_time(sigma, text.pooled, dtype)                   # [B,D]
         if c.pos_embed == "ape":
             x = x + sine_table(rows, cols, self.width, x.device).to(dtype)
@@ -536,13 +533,13 @@ class FuseDiT(nn.Module):
     """Both towers; weights.build_model adds the tokenizer and, for CLIP modulation, pool."""
     def __init__(self, config: FuseDiTConfig, gemma: GemmaConfig):
         super().__init__()
-        self.config, self.tokenizer, self.pool = config, None, None
+        self.config, self.tokenizer, self.pool, self.own_llm = config, None, None, False
         self.llm, self.dit = Gemma(gemma).requires_grad_(False), DiT(config, gemma)
         L, i = gemma.num_hidden_layers, config.text_hidden_states_index
         if not -L - 1 <= i <= L:
             raise FuseDiTError(f"text_hidden_states_index {i}: this Gemma has {-L - 1} to {L}")
-        reads = [r for r in self.dit.reads if r is not None]
-        self.upto = i % (L + 1) if config.fusion == "shallow" else max(reads, default=0)
+        deepest = max(filter(None, self.dit.reads), default=0)
+        self.upto = i % (L + 1) if config.fusion == "shallow" else deepest
 
     def read(self, ids, mask, pooled=None):
         """TextFeatures of ids [B,T], right-padded with mask [B,T] (True: a real token).
@@ -555,6 +552,10 @@ class FuseDiT(nn.Module):
         keys, values = (tuple(None if r is None or shallow else x[r] for r in self.dit.reads)
                         for x in (keys, values))
         return TextFeatures(keys, values, hidden[-1] if shallow else None, mask, pooled)
+
+    def forward(self, x_t, sigma, words):
+        """Both towers at once, as training needs them: words are read's ids, mask and pooled."""
+        return self.dit(x_t, sigma, self.read(*words))
 
     def encode(self, prompts, pad_to=None):
         """TextFeatures of a list of prompts, padded to the longest or to pad_to tokens."""
@@ -603,29 +604,28 @@ def train_sigmas(shift):
 
 
 def sample_sigmas(steps, shift):
-    """The steps + 1 noise levels of the sampler, from 1 to 0.
-
-    Shifted twice, as published: linspace ends at the lowest training level, shifted once already.
-    """
+    """The steps + 1 noise levels of the sampler, from 1 to 0."""
+    # Shifted twice, as published: linspace ends at the lowest level of training, shifted already.
     low = float(train_sigmas(shift)[-1])
     levels = torch.linspace(1, low, steps, dtype=torch.float64)
     return torch.cat([shift_sigma(levels, shift), levels.new_zeros(1)]).float()
 
 
-def flow_loss(dit, x, text, shift, generator=None):
-    """Rectified-flow loss (section 3; arXiv 2209.03003): mean squared error of the velocity.
+def random_sigma(normal, shift):
+    """Noise levels of training, of normal random numbers [B]: mostly from the table's middle."""
+    u = torch.sigmoid(normal)
+    return train_sigmas(shift).to(u.device)[(u * 1000).long().clamp(max=999)]
+
+
+def flow_loss(dit, x, text, sigma, eps):
+    """Rectified-flow loss [B] (section 3; arXiv 2209.03003): mean squared error of the velocity.
 
     x [B,C,H,W]: clean latents of captions text. On the line x_t = (1 - sigma) x + sigma eps the
     velocity is eps - x. Many lines meet in one x_t: dit learns the mean, which sample() follows.
     """
-    x = x.float()
-    eps = torch.randn(x.shape, device=x.device, generator=generator)
-    # u picks a level, mostly from the middle of the table, whose levels lie nearer to noise.
-    u = torch.sigmoid(torch.randn(len(x), device=x.device, generator=generator))
-    sigma = train_sigmas(shift).to(x.device)[(u * 1000).long().clamp(max=999)]    # [B]
-    s = sigma[:, None, None, None]
+    x, s = x.float(), sigma[:, None, None, None]
     v = dit((1 - s) * x + s * eps, sigma, text)
-    return F.mse_loss(v.float(), eps - x)
+    return (v.float() - (eps - x)).square().flatten(1).mean(1)
 
 
 @torch.no_grad()

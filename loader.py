@@ -1,68 +1,243 @@
-"""WebDataset shards to training batches, made by worker processes ahead of time.
+"""WebDataset shards to training batches, in an order that is a function of the seed alone.
 
 A shard is a tar of KEY.image.png (or jpg, webp), KEY.synthetic_caption.txt and, if there is one,
-KEY.original_caption.txt. Workers decode, crop and tokenize whole batches, so that the launcher
-only moves them to its device: uint8 pixels, token ids, mask.
+KEY.original_caption.txt. index.json beside the shards says how many samples each one holds, so
+that any place of the run is found at once, with no replay of what came before it:
+
+    place in the run -> data set, epoch, place in it -> shard, sample -> pixels, words, noise
+
+Whoever asks for a place, whichever rank or worker, gets the same pixels, words and noise.
 """
 import atexit
+import contextlib
+import functools
 import glob
+import hashlib
 import io
-import itertools
+import json
+import math
 import os
 import random
+import shutil
 import signal
-import sys
+import tarfile
+import tempfile
+import threading
+import time
+import warnings
+from pathlib import Path
 
 import numpy as np
 import torch
-import webdataset as wds
 from braceexpand import braceexpand
+from filelock import FileLock
 from PIL import Image
-from torch.utils.data import DataLoader, IterableDataset, get_worker_info
+from torch.utils.data import DataLoader, Dataset, get_worker_info
+from webdataset.gopen import gopen
 
 import fusedit
 from fusedit import FuseDiTError
+from weights import atomic_write
+
+CYCLE = 1000                                # places over which data sets keep their shares exactly
+AHEAD = 20_000                              # places before their turn, remote shards are copied
+HANGS = 1800                                # seconds for a batch, after which a worker gives up
+
+# ------------------------------------------------------------------------------ which shards
+
+@functools.lru_cache
+def read_index(folder):
+    """{tar name: (samples, bytes, number of the first sample)} from a folder's index.json."""
+    try:
+        if "://" in folder:
+            with gopen(f"{folder}/index.json") as f:
+                index = json.load(f)
+        else:
+            index = json.loads(Path(folder, "index.json").read_text())
+        shards = [(s["name"], s["samples"], s.get("bytes")) for s in index["shards"]]
+    except Exception as e:                  # of a dozen openers, or of a list that is none
+        raise FuseDiTError(f"cannot read {folder}/index.json, the list of its shards ({e}): "
+                           f"`python prepare_data.py index {folder}` writes one") from None
+    first = np.cumsum([0] + [n for _, n, _ in shards]).tolist()
+    return {name: (n, size, at) for (name, n, size), at in zip(shards, first, strict=False)}
 
 
-def expand_shards(patterns):
-    """Every shard that the patterns name, and at least one for each."""
+def expand_shards(pattern):
+    """Every shard that --data's pattern names: [(path or url, samples, bytes, first sample)]."""
     shards = []
-    for pattern in itertools.chain(*(p.split("::") for p in patterns)):
-        for path in braceexpand(pattern):
+    for path in (p for part in pattern.split("::") for p in braceexpand(part)):
+        if "://" in path:
+            folder, _, name = path.rpartition("/")
+            found = [f"{folder}/{n}" for n in ([name] if name else read_index(folder))]
+        else:
             inside = os.path.join(glob.escape(path), "*.tar") if os.path.isdir(path) else path
-            url = "://" in path or os.path.isfile(path)
-            found = [path] if url else sorted(glob.glob(inside))
+            found = [path] if os.path.isfile(path) else sorted(glob.glob(inside))
             if not found:
                 raise FuseDiTError(f"--data: no file matches {inside}; `python prepare_data.py "
                                    "shapes DIR -n 10000` makes shards to begin with")
-            shards += found
-    if not shards:
-        raise FuseDiTError("--data is missing: say what to train on, --data 'shards/*.tar'")
+        for tar in found:
+            folder, _, name = tar.rpartition("/")
+            if name not in read_index(folder or "."):
+                raise FuseDiTError(f"{folder or '.'}/index.json does not list {name}: `python "
+                                   f"prepare_data.py index {folder or '.'}` writes it anew")
+            shards.append((tar, *read_index(folder or ".")[name]))
+    if not sum(n for _, n, *_ in shards):
+        raise FuseDiTError(f"--data {pattern}: its index.json counts no samples")
     return shards
 
 
-def read_samples(shards, stream, streams, seed, warn):
-    """Endless raw samples of one of the streams that a run's data is read in.
+# ------------------------------------------------------------------------------ in which order
 
-    Every epoch deals all shards out, in a new order that all streams agree on. Where there are
-    fewer shards than streams, one goes to several, and each takes its part of the samples.
+class Order:
+    """The sample at a place of one data set: a function of the seed and of nothing else.
+
+    In each epoch every sample comes once. The shards are shuffled and dealt out in pools of
+    `pool`, and the samples of a pool are shuffled among themselves: a reader has a few shards
+    open at a time, and nobody holds a list of all samples.
     """
-    parts = -(-streams // len(shards))
-    units = list(itertools.product(shards, range(parts)))
-    empty = 0                               # epochs without a sample, one after the other
-    for epoch in itertools.count():
-        order, found = list(units), 0
-        random.Random(f"{seed} {epoch}").shuffle(order)
-        for shard, part in order[stream::streams]:
-            samples = wds.tarfile_samples(iter([{"url": shard}]), handler=warn)
-            for sample in itertools.islice(samples, part, None, parts):
-                found += 1
-                yield sample
-        empty = 0 if found else empty + 1   # of a small shard, a stream's part may be empty
-        if empty == 100:
-            raise FuseDiTError(f"no samples in {shard}: a shard is a tar of KEY.image.png (or jpg, "
-                               "webp) and KEY.synthetic_caption.txt")
 
+    def __init__(self, counts, seed, pool):
+        self.counts, self.seed, self.pool = np.array(counts), seed, pool
+        self.total = int(self.counts.sum())
+
+    def shuffled(self, n, *which):
+        # numpy keeps what RandomState gives for a seed as it is, for good
+        return np.random.RandomState([self.seed, *which]).permutation(n)
+
+    @functools.lru_cache(16)
+    def epoch(self, e):
+        """Its shards in order, and the place in it at which each one begins."""
+        order = self.shuffled(len(self.counts), e)
+        return order, np.concatenate([[0], np.cumsum(self.counts[order])])
+
+    @functools.lru_cache(16)
+    def mix(self, e, first):
+        """The samples, in order, of the pool that begins with the first-th shard of an epoch."""
+        begins = self.epoch(e)[1]
+        last = min(first + self.pool, len(self.counts))
+        return begins[first] + self.shuffled(begins[last] - begins[first], e, first)
+
+    def __getitem__(self, place):
+        """(shard, number of the sample in it)"""
+        e, at = divmod(place, self.total)
+        order, begins = self.epoch(e)
+        first = (np.searchsorted(begins, at, "right") - 1) // self.pool * self.pool
+        at = self.mix(e, first)[at - begins[first]]
+        nth = np.searchsorted(begins, at, "right") - 1
+        return int(order[nth]), int(at - begins[nth])
+
+
+class Mixture:
+    """Several data sets in fixed shares: of every 1000 places each has its own, spread out."""
+
+    def __init__(self, sets, weights, seed, pool):
+        """sets: lists of expand_shards."""
+        self.orders = [Order([n for _, n, *_ in s], seed, pool) for s in sets]
+        self.begin = np.cumsum([0] + [len(s) for s in sets]).tolist()      # first shard of each
+        ends = np.round(np.cumsum(weights) / sum(weights) * CYCLE).astype(int)
+        self.share = np.diff(ends, prepend=0)
+        if not self.share.all():
+            raise FuseDiTError(f"--data-weights: less than one in {CYCLE} is never read")
+        self.slots = np.random.RandomState([seed]).permutation(np.repeat(range(len(sets)),
+                                                                         self.share))
+        self.nth = np.array([(self.slots[:i] == s).sum() for i, s in enumerate(self.slots)])
+
+    def __getitem__(self, place):
+        cycle, slot = divmod(place, CYCLE)
+        which = self.slots[slot]
+        shard, i = self.orders[which][cycle * int(self.share[which]) + int(self.nth[slot])]
+        return self.begin[which] + shard, i
+
+
+# ------------------------------------------------------------------------------ from which bytes
+
+def sample_offsets(path):
+    """Where in a tar each sample begins, and where the last one ends: int64 [samples + 1].
+
+    A damaged tar ends before the damage, of an unreadable one nothing is left: [0].
+    """
+    offsets, last, end = [], None, 0
+    with contextlib.suppress(tarfile.ReadError), tarfile.open(path, "r:") as tar:
+        for member in tar:
+            folder, _, name = member.name.rpartition("/")
+            key = folder, name.partition(".")[0]           # a sample's files stand together
+            if member.isfile() and key != last:
+                offsets.append(member.offset)
+                last = key
+            end = tar.offset
+            tar.members.clear()             # else it remembers all of them
+    return np.array([*offsets, end])
+
+
+class Tars:
+    """Samples of shards by number. Remote shards are copied here, and the oldest copies go."""
+
+    def __init__(self, shards, keep, cache):
+        self.shards, self.keep, self.opened = shards, keep, {}
+        self.cache = Path(cache or Path(tempfile.gettempdir(), "fusedit-shards"))
+
+    def fetch(self, url, size):
+        """The local copy of a remote shard; one process copies it and the others wait."""
+        self.cache.mkdir(parents=True, exist_ok=True)
+        path = self.cache / f"{hashlib.sha1(url.encode()).hexdigest()}.tar"
+        with FileLock(path.with_suffix(".lock")):
+            if not path.exists():
+                with FileLock(self.cache / "lock"):
+                    have = sorted(self.cache.glob("*.tar"), key=os.path.getmtime)
+                    for old in have[:-3 * self.keep]:
+                        old.unlink()        # who still reads it keeps it
+                with atomic_write(path) as tmp, gopen(url) as source, open(tmp, "wb") as copy:
+                    shutil.copyfileobj(source, copy)
+                    if size not in (None, copy.tell()):
+                        raise OSError(f"{copy.tell()} of {size} bytes arrived")
+            os.utime(path)
+        return path
+
+    def open(self, shard):
+        """(file, offsets) of a shard, or (None, why it cannot be had)."""
+        path, count, size, first = self.shards[shard]
+        for wait in (1, 10, 0) if "://" in path else (0,):
+            try:
+                local = self.fetch(path, size) if "://" in path else path
+                known = Path(local).with_name("offsets.npy")
+                if known.exists():
+                    every, index = np.load(known, mmap_mode="r"), read_index(str(known.parent))
+                    if len(every) == sum(n + 1 for n, *_ in index.values()):   # each with its end
+                        at = first + list(index).index(Path(path).name)
+                        return open(local, "rb"), every[at:at + count + 1]
+                return open(local, "rb"), sample_offsets(local)
+            except (OSError, ValueError, tarfile.TarError) as e:
+                problem = f"{type(e).__name__}: {e}"
+                time.sleep(wait)
+        return None, problem
+
+    def read(self, shard, i):
+        """{"image.jpg": bytes, ...} and its key; raises ValueError."""
+        if time.monotonic() > self.opened.get(shard, (0, 0, 0))[2]:
+            while len(self.opened) >= 2 * self.keep:       # this pool and, at its end, the next
+                del self.opened[next(iter(self.opened))]
+            found = self.open(shard)        # what is missing may come back, in ten minutes
+            self.opened[shard] = *found, math.inf if found[0] else time.monotonic() + 600
+        file, offsets, _ = self.opened[shard]
+        if file is None:
+            raise ValueError(f"the shard cannot be read ({offsets})")
+        if i + 1 >= len(offsets):
+            raise ValueError(f"the shard holds {len(offsets) - 1} samples that can be read")
+        try:
+            data = os.pread(file.fileno(), int(offsets[i + 1] - offsets[i]), int(offsets[i]))
+        except OSError:                     # of a network disk: look again
+            del self.opened[shard]
+            raise
+        try:
+            with tarfile.open(fileobj=io.BytesIO(data), mode="r:") as tar:
+                files = {m.name.rpartition("/")[2].partition("."): tar.extractfile(m).read()
+                         for m in tar if m.isfile()}
+        except (tarfile.TarError, OSError, AttributeError) as e:
+            raise ValueError(f"a damaged tar ({e})") from None
+        return {ext: content for (_, _, ext), content in files.items()}
+
+
+# ------------------------------------------------------------------------------ to which batch
 
 def square(image, size, crop, rng):
     """The picture in RGB, its shorter side resized to `size`, cut to a square.
@@ -82,74 +257,111 @@ def square(image, size, crop, rng):
     return image.resize((size, size), Image.Resampling.BICUBIC, (x, y, x + side, y + side))
 
 
-def decode(sample, run, size, rng):
-    """(pixels uint8 [H,W,3], caption) of a raw sample; raises ValueError or OSError."""
-    name = next((k for k in sample if k.startswith("image.")), None)
+def decode(files, run, size, rng):
+    """(pixels uint8 [H,W,3], caption) of a sample's files; raises ValueError or OSError."""
+    name = next((k for k in files if k.startswith("image.")), None)
     kinds = ["synthetic_caption.txt", "original_caption.txt"]
     if rng.random() < run.original_caption_rate:
         kinds.reverse()
-    kind = next((k for k in kinds if k in sample), None)
+    kind = next((k for k in kinds if k in files), None)
     if name is None or kind is None:
         raise ValueError("no image" if name is None else "no caption")
-    image = Image.open(io.BytesIO(sample[name]))
+    caption = files[kind].decode("utf-8").strip()
+    with warnings.catch_warnings():         # a decompression bomb is an error from 90 megapixels
+        warnings.simplefilter("error", Image.DecompressionBombWarning)
+        image = Image.open(io.BytesIO(files[name]))
     image.draft("RGB", (2 * size, 2 * size))  # a huge JPEG is decoded at a fraction of its size
-    caption = "" if rng.random() < run.caption_drop else sample[kind].decode("utf-8").strip()
-    return np.asarray(square(image, size, run.crop, rng)), caption
+    pixels = np.asarray(square(image, size, run.crop, rng))
+    return pixels, "" if rng.random() < run.caption_drop else caption
 
 
-class Batches(IterableDataset):
-    """Endless micro-batches of a rank: pixels uint8 [B,3,H,W], ids and mask [B,T], captions.
+class Batches(Dataset):
+    """Micro-batch m of a rank, for any m: no state is kept, so a run can go on anywhere.
 
-    Micro-batch m of the run comes from stream m % (ranks x workers), whichever rank trains on
-    it: 2 ranks with a worker each see what 1 rank with 2 workers sees, in the same order.
+    Pixels uint8 [B,3,H,W], ids and mask [B,T], captions, eps (and the VAE's noise) [B,C,h,w],
+    normal [B] for the noise level; bad: what could not be read, by name.
     """
 
-    def __init__(self, run, config, tokenizer, micro_batch, rank, world, start):
+    def __init__(self, run, config, tokenizer, micro, times=1, rank=0, world=1):
         self.run, self.config, self.tokenizer = run, config, tokenizer
-        self.micro_batch, self.rank, self.world = micro_batch, rank, world
-        self.shards, self.seed = expand_shards(run.data), f"{run.seed} {start}"
+        self.micro, self.times, self.rank, self.world = micro, times, rank, world
+        if not run.data:
+            raise FuseDiTError("--data is missing: say what to train on, --data 'shards/*.tar'")
+        sets = [expand_shards(p) for p in run.data]
+        if run.data_weights and len(run.data_weights) != len(sets):
+            raise FuseDiTError(f"--data-weights has {len(run.data_weights)} numbers for the "
+                               f"{len(sets)} data sets of --data")
+        if not run.data_weights:            # as one: each sample once in an epoch of them all
+            sets = [sum(sets, [])]
+        self.shards = sum(sets, [])
+        said = json.dumps([(os.path.basename(s[0]), s[1]) for s in self.shards])
+        self.digest = hashlib.sha1(said.encode()).hexdigest()
+        self.order = Mixture(sets, run.data_weights or [1], run.seed, run.mix_shards)
+        self.asked = {}
+        self.tars = Tars(self.shards, run.mix_shards * len(sets), run.cache)
         # one length for all batches: a compiled model would compile again for every new one
         self.pad_to = fusedit.token_ids(tokenizer, [""], config)[1]
-        self.skipped = self.in_a_row = self.bad = 0
 
-    def warn(self, problem, where="part of a shard"):
-        """Count what cannot be read, name the first few, and stop when that is everything."""
-        self.skipped, self.in_a_row, self.bad = self.skipped + 1, self.in_a_row + 1, self.bad + 1
-        why = f"{where}: {str(problem).split(' <')[0] or type(problem).__name__}"
-        if self.bad in (1, 2, 3, 10, 100, 1000, 10_000, 100_000):
-            print(f"skipped {why} ({self.bad} so far by this worker)", file=sys.stderr)
-        if self.in_a_row == 1000:
-            raise FuseDiTError(f"1000 samples in a row cannot be read; the last is {why}")
-        return True                         # tells webdataset to go on
+    def __len__(self):
+        return sum(s[1] for s in self.shards)
 
-    def __iter__(self):
-        info = get_worker_info()
-        worker, workers = (info.id, info.num_workers) if info else (0, 1)
-        stream, streams = worker * self.world + self.rank, self.world * workers
-        rng = random.Random(f"{self.seed} {stream}")
-        raw = read_samples(self.shards, stream, streams, self.seed, self.warn)
-        mixed = wds.filters.shuffle(self.run.shuffle, initial=self.run.shuffle, rng=rng)(raw)
-        try:
-            while True:
-                yield self.batch(mixed, rng)
-        except FuseDiTError as e:           # raised in a worker, it would arrive as a traceback
-            yield {"error": str(e)}
+    def ahead(self, place):
+        """Begin to copy the remote shard of a place that comes later, while others are read."""
+        shard, _ = self.order[place]
+        path, _, size, _ = self.shards[shard]
+        if "://" in path and shard not in self.asked:
+            self.asked[shard] = None
+            while len(self.asked) > 4 * self.tars.keep:
+                del self.asked[next(iter(self.asked))]
+            def fetch():
+                with contextlib.suppress(Exception):       # who needs it says what is wrong
+                    self.tars.fetch(path, size)
+            threading.Thread(target=fetch, daemon=True).start()
 
-    def batch(self, samples, rng):
-        pixels, captions, self.skipped = [], [], 0
-        while len(pixels) < self.micro_batch:
-            sample = next(samples)
+    def sample(self, place, bad):
+        """(pixels, caption, noise) of a place. A bad sample is named, and a near one stands in."""
+        rng = random.Random(f"{self.run.seed} {place}")
+        c, side = self.config, self.config.image_size // (8 if self.config.vae else 1)
+        noise = torch.Generator().manual_seed(rng.getrandbits(63))
+        noise = (torch.randn((), generator=noise),
+                 torch.randn(1 + bool(c.vae), c.in_channels, side, side, generator=noise))
+        for attempt in range(100):
+            shard, i = self.order[place]
             try:
-                image, caption = decode(sample, self.run, self.config.image_size, rng)
-            except (ValueError, OSError, SyntaxError, Image.DecompressionBombError) as e:
-                self.warn(e, f"{sample['__key__']} of {sample['__url__']}")
-                continue
-            pixels.append(image)
-            captions.append(caption)
-            self.in_a_row = 0
+                pixels, caption = decode(self.tars.read(shard, i), self.run, c.image_size, rng)
+                return pixels, caption, *noise
+            except MemoryError:
+                raise
+            except Exception as e:          # broken files raise anything in Pillow's decoders
+                why = str(e).split(" <")[0] or type(e).__name__
+            problem = f"sample {i} of {self.shards[shard][0]}: {why}"
+            bad += [problem] * (not attempt)    # each place counts once, whatever stood in
+            place += 1 + rng.randrange(CYCLE)   # near it: of a shard that is open already
+        raise FuseDiTError(f"100 samples in a row cannot be read; the last is {problem}")
+
+    def __getitem__(self, m):
+        if get_worker_info() is None:
+            return self.batch(m)
+        signal.alarm(HANGS)                 # ends the worker, and so the run
+        try:
+            return self.batch(m)
+        finally:
+            signal.alarm(0)
+
+    def batch(self, m):
+        step, i = divmod(m, self.times)
+        first = step * self.run.batch + (i * self.world + self.rank) * self.micro
+        try:
+            bad = []
+            self.ahead(first + AHEAD)
+            pixels, captions, normal, noise = zip(*[self.sample(first + j, bad)
+                                                    for j in range(self.micro)], strict=True)
+        except FuseDiTError as e:           # raised in a worker, it would arrive as a traceback
+            return {"error": str(e)}
         ids, mask = fusedit.tokenize(self.tokenizer, captions, self.config, self.pad_to)
         pixels = torch.from_numpy(np.stack(pixels).transpose(0, 3, 1, 2).copy())
-        return dict(pixels=pixels, ids=ids, mask=mask, captions=captions, skipped=self.skipped)
+        return dict(pixels=pixels, ids=ids, mask=mask, captions=captions, bad=bad,
+                    normal=torch.stack(normal), noise=torch.stack(noise, 1))
 
 
 def start_worker(_):
@@ -159,23 +371,37 @@ def start_worker(_):
     torch.set_num_threads(1)
 
 
-def load_batches(batches, workers, pin):
-    """The batches, made ahead of time by worker processes."""
+def load_batches(batches, which, workers, pin=False):
+    """The micro-batches `which` (a range), made ahead of time by worker processes."""
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # its threads do not survive the fork
 
+    def begun(iterator):
+        # torch's handler of a worker's death raises wherever the run is just then; without it the
+        # error comes from next(), which looks every 5 seconds.
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+        return iterator
+
     def stream():
-        for batch in DataLoader(batches, batch_size=None, num_workers=workers, pin_memory=pin,
-                                worker_init_fn=start_worker,
-                                prefetch_factor=4 if workers else None):
-            if "error" in batch:
-                raise FuseDiTError(batch["error"])
-            yield batch
+        try:
+            for batch in begun(iter(DataLoader(
+                    batches, batch_size=None, sampler=which, num_workers=workers, pin_memory=pin,
+                    worker_init_fn=start_worker, prefetch_factor=4 if workers else None))):
+                if "error" in batch:
+                    raise FuseDiTError(batch["error"])
+                yield batch
+        except (RuntimeError, OSError, EOFError) as e:     # of a pipe that broke in the middle
+            if not workers or isinstance(e, RuntimeError) and "DataLoader worker" not in str(e):
+                raise
+            raise FuseDiTError(f"a data process died ({str(e).splitlines()[0]}): out of memory? "
+                               "Then lower --workers. Or did a batch take over "
+                               f"{HANGS / 60:g} minutes?") from e
     made = stream()
     atexit.register(made.close)             # else Python would wait for the workers forever
     return made
 
 
 def to_device(batch, device):
-    """(pixels in [-1, 1], ids, mask) there; the pixels travel as uint8, a quarter of the bytes."""
-    pixels, ids, mask = (batch[k].to(device, non_blocking=True) for k in ("pixels", "ids", "mask"))
-    return pixels.float().div_(127.5).sub_(1), ids, mask
+    """(pixels in [-1, 1], ids, mask, normal, noise) there; pixels travel as bytes, a quarter."""
+    pixels, *rest = (batch[k].to(device, non_blocking=True)
+                     for k in ("pixels", "ids", "mask", "normal", "noise"))
+    return pixels.float().div_(127.5).sub_(1), *rest

@@ -4,9 +4,11 @@
     python prepare_data.py tiny-gemma demo/gemma
     python prepare_data.py folder photos/ captions.jsonl shards/photos
     python prepare_data.py folder photos/ shards/photos      # captions in .txt beside the images
+    python prepare_data.py index shards/others               # shards that came without index.json
 
 A shard is a tar of KEY.image.png (jpg, webp), KEY.synthetic_caption.txt (a model's caption) and
-KEY.original_caption.txt (the one it came with). index.json, written last, lists the shards.
+KEY.original_caption.txt (the one it came with). index.json, written last, lists the shards;
+offsets.npy says where in them each sample begins.
 Train on them with  python train_gpu.py --data 'shards/photos/*.tar'.
 """
 import argparse
@@ -24,12 +26,14 @@ from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
 from PIL import Image, ImageOps
 from tqdm import tqdm
 from webdataset import TarWriter
 
 from cli import Help, pick_device, positive, run
 from fusedit import FuseDiTError
+from loader import sample_offsets
 from weights import atomic_write
 
 SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif"}
@@ -52,17 +56,51 @@ class Skip(Exception):
 
 def write_shard(make, shard: Shard) -> tuple[dict, int, list]:
     """Write one tar of make(item) -> sample. Returns its index entry, items seen, [(why, item)]."""
-    count, skipped = 0, []
+    skipped = []
     with atomic_write(shard.path) as tmp:
         with open(tmp, "wb") as file, TarWriter(file, encoder=False, mtime=0) as tar:
             for item in shard.items:
                 try:
                     tar.write(make(item))
-                    count += 1
                 except Skip as why:
                     skipped.append((str(why), str(item)))
-        size = tmp.stat().st_size
-    return dict(name=shard.path.name, samples=count, bytes=size), len(shard.items), skipped
+    return index_entry(shard.path), len(shard.items), skipped
+
+
+def index_entry(path: Path) -> dict:
+    """A tar's name, samples, bytes, and the offsets of its samples."""
+    offsets = sample_offsets(path)
+    return dict(name=path.name, samples=len(offsets) - 1, bytes=path.stat().st_size,
+                offsets=offsets)
+
+
+def write_index(out: Path, entries: list, **more) -> dict:
+    """offsets.npy and then index.json, of index_entry's dicts; returns what is in the latter."""
+    with atomic_write(out / "offsets.npy") as tmp, open(tmp, "wb") as file:
+        np.save(file, np.concatenate([e.pop("offsets") for e in entries]))
+    index = dict(shards=entries, samples=sum(e["samples"] for e in entries)) | more
+    with atomic_write(out / "index.json") as tmp:
+        tmp.write_text(json.dumps(index, indent=1) + "\n")
+    return index
+
+
+def index_folder(args) -> None:
+    tars, entries = sorted(args.folder.glob("*.tar")), []
+    if not tars:
+        raise FuseDiTError(f"no *.tar in {args.folder}")
+    for entry in tqdm(in_parallel(index_entry, tars, args.workers), total=len(tars), unit="shard",
+                      desc="indexing", disable=None):
+        entries.append(entry)
+        with open(args.folder / entry["name"], "rb") as tar:
+            tar.seek(entry["offsets"][-1])
+            if tar.read(512) != bytes(512):                # a tar's last words
+                tqdm.write(f"{entry['name']} is damaged or cut short at byte "
+                           f"{entry['offsets'][-1]:,}, after {entry['samples']} samples",
+                           file=sys.stderr)
+    if not sum(e["samples"] for e in entries):
+        raise FuseDiTError(f"{args.folder}: no sample in any of {len(tars)} shards")
+    print(f"{write_index(args.folder, entries)['samples']} samples in {len(tars)} shards: "
+          f"{args.folder}/index.json")
 
 
 def write_shards(out: Path, name: str, items, make, args, skipped=()) -> None:
@@ -83,14 +121,11 @@ def write_shards(out: Path, name: str, items, make, args, skipped=()) -> None:
         for entry in [e for e in entries if not e["samples"]]:
             (out / entry["name"]).unlink()
             entries.remove(entry)
-        index = dict(shards=entries, samples=sum(e["samples"] for e in entries))
-        if skipped:
-            index["skipped"] = dict(Counter(why for why, _ in skipped).most_common())
         report(skipped)
         if not entries:
             raise FuseDiTError(f"nothing to pack: all {len(skipped)} were skipped, see above")
-        with atomic_write(out / "index.json") as tmp:
-            tmp.write_text(json.dumps(index, indent=1) + "\n")
+        reasons = Counter(why for why, _ in skipped).most_common()
+        index = write_index(out, entries, **dict(skipped=dict(reasons)) if skipped else {})
     except BaseException:
         remove_shards(out, name)
         raise
@@ -111,7 +146,8 @@ def in_parallel(function, jobs: list, workers: int):
 def remove_shards(out: Path, name: str = "*") -> None:
     """Delete what write_shards wrote, and nothing else."""
     tar = f"{name}-[0-9][0-9][0-9][0-9][0-9][0-9].tar"
-    for pattern in ("index.json", tar, f".{tar}.*.tmp", ".index.json.*.tmp"):
+    for pattern in ("index.json", "offsets.npy", tar, f".{tar}.*.tmp", ".index.json.*.tmp",
+                    ".offsets.npy.*.tmp"):
         for path in out.glob(pattern):
             path.unlink()
 
@@ -128,7 +164,7 @@ def open_output(out: Path, overwrite: bool) -> None:
     """Refuse a folder that holds something; with --overwrite, take old shards out of it."""
     if out.exists() and not out.is_dir():
         raise FuseDiTError(f"{out} is a file; OUT must be a folder")
-    ours = re.compile(r"\.?(index\.json|(shapes|folder)-\d{6}\.tar)(\..*\.tmp)?")
+    ours = re.compile(r"\.?(index\.json|offsets\.npy|(shapes|folder)-\d{6}\.tar)(\..*\.tmp)?")
     found = sorted(p.name for p in out.iterdir()) if out.is_dir() else []
     if overwrite:
         found = [name for name in found if not ours.fullmatch(name)]
@@ -327,6 +363,10 @@ def arguments(argv=None):
         p.add_argument("--shard-size", type=positive, default=2000, help="samples in a shard")
         p.add_argument("--workers", type=positive, default=os.cpu_count(), help="processes; the "
                        "shards are the same whatever their number")
+    i = command(index_folder, "index", "list the shards of a folder that came without index.json",
+                "shards/others")
+    i.add_argument("folder", type=Path, metavar="FOLDER", help="folder of the *.tar")
+    i.add_argument("--workers", type=positive, default=os.cpu_count(), help="processes")
     g = command(tiny_gemma, "tiny-gemma", "train the demo's frozen reader, a two-million-parameter "
                 "Gemma 2, on text about scenes", "demo/gemma")
     g.add_argument("out", type=Path, metavar="OUT", help="folder for the model and its tokenizer")

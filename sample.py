@@ -40,6 +40,7 @@ def arguments():
             ("--batch-size", dict(type=positive, default=8), "pictures drawn at once (8)"),
             ("--out", dict(type=Path, default="samples"), "folder for the pictures (samples)"),
             ("--device", dict(default="auto"), "auto, cpu, cuda, cuda:1, ... (auto)"),
+            ("--no-ema", dict(action="store_true"), "a checkpoint's raw, not averaged weights"),
             ("--dtype", dict(choices=["float32", "bfloat16"]), "bfloat16 on a GPU"),
             ("--grid", dict(action="store_true"), "also save all of them on one sheet, grid.png"),
             ("--gif", dict(action="store_true"), "also save an animation of the denoising"),

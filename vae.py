@@ -150,11 +150,10 @@ class VAE(nn.Module):
         mean, logvar = self.encoder(pixels.to(self.encoder.conv_in.weight)).chunk(2, dim=1)
         return mean, logvar.clamp(-30, 20)
 
-    def encode(self, pixels, generator=None):
-        """A sample of the posterior, shifted and scaled. A CPU generator serves every device."""
+    def encode(self, pixels, noise=None):
+        """A sample of the posterior, shifted and scaled; noise [B,16,H/8,W/8] draws it."""
         mean, logvar = self.moments(pixels)
-        source = generator.device if generator else mean.device
-        noise = torch.randn(mean.shape, generator=generator, device=source).to(mean)
+        noise = torch.randn_like(mean) if noise is None else noise.to(mean)
         z = mean + torch.exp(0.5 * logvar) * noise
         return (z - self.config.shift_factor) * self.config.scaling_factor
 

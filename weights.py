@@ -145,7 +145,7 @@ def check_tensors(module, found, source, hint=""):
 def trim(model):
     """Drop the Gemma weights that are never used, before memory is given to them."""
     llm = model.llm
-    if model.upto < len(llm.layers):
+    if model.upto < len(llm.layers) and llm.norm:
         llm.norm, llm.layers = None, llm.layers[:model.upto + 1]
         last = llm.layers[-1]               # of the last one only keys and values are computed
         last.mlp = last.self_attn.q_proj = last.self_attn.o_proj = None
@@ -185,9 +185,11 @@ def differences(a, b):
     return [f"{k}: {a.get(k)!r}, {b.get(k)!r}" for k in sorted(a | b) if a.get(k) != b.get(k)]
 
 
-def build_model(config, device="cpu", dtype=torch.float32, dit_tensors=None, source=None):
+def build_model(config, device="cpu", dtype=torch.float32, dit_tensors=None, source=None,
+                llm_tensors=None):
     """FuseDiT with Gemma from config.base in dtype, and the DiT's tensors or a fresh DiT (float32).
 
+    llm_tensors: a Gemma that was trained too, in place of base's; of what is read alone.
     Built on the meta device, shapes without memory; only what is read is then loaded.
     """
     if config.in_channels != 3 and not config.vae:
@@ -202,8 +204,10 @@ def build_model(config, device="cpu", dtype=torch.float32, dit_tensors=None, sou
     base = resolve(config.base)
     with torch.device("meta"):
         model = FuseDiT(config, gemma_config(read_json(base / "config.json")))
-    found = gemma_tensors(base)
-    check_tensors(model.llm, found, base)
+    if llm_tensors:
+        trim(model)
+    found, model.own_llm = llm_tensors or gemma_tensors(base), bool(llm_tensors)
+    check_tensors(model.llm, found, source if llm_tensors else base)
     trim(model)
     fill(model.llm, found, device, dtype)
     if dit_tensors is None:
@@ -249,14 +253,24 @@ def last_checkpoint(path):
     return Path(path) / latest.read_text().strip() if latest.exists() else path
 
 
-def load_model(path, device="cpu", dtype=torch.float32):
-    """A trained model from a checkpoint, a run, a released-layout folder or a hub id."""
+def load_model(path, device="cpu", dtype=torch.float32, ema=True):
+    """A trained model from a checkpoint, a run, a released-layout folder or a hub id.
+
+    ema=False: a checkpoint's raw weights instead of their average.
+    """
     folder = resolve(last_checkpoint(resolve(path)))
-    config = load_config(folder)
-    home = folder / "transformer" if (folder / "transformer").exists() else folder
-    found = {k[4:]: f for k, f in tensor_files(home).items() if k.startswith("dit.")}
-    found.pop("patch_embed.pos_embed", None)                       # a constant, see sine_table
-    return build_model(config, device, dtype, found, home).eval()
+    config, released = load_config(folder), (folder / "transformer").exists()
+    home, state = folder / "transformer" if released else folder, folder / "train_state"
+    if not ema and not state.exists():
+        raise FuseDiTError(f"{folder} has averaged weights only: the raw ones are in the "
+                           "checkpoints of a run")
+    found = tensor_files(home) if ema else {
+        k.removeprefix("weight."): f for k, f in tensor_files(state, "state").items()
+        if k.startswith("weight.")}
+    dit, llm = ({k[4:]: f for k, f in found.items() if k.startswith(part)}
+                for part in ("dit.", "llm."))
+    dit.pop("patch_embed.pos_embed", None)                         # a constant, see sine_table
+    return build_model(config, device, dtype, dit, home, None if released else llm).eval()
 
 
 def save_model(folder, config, dit):
@@ -279,6 +293,8 @@ def export(model, folder):
     if c.pos_embed == "ape":                # published models carry their constant table
         tensors["dit.patch_embed.pos_embed"] = sine_table(64, 64, model.dit.width, "cpu")
     tensors |= {f"llm.{k}": f.get_tensor(name) for k, (f, name) in gemma_tensors(base).items()}
+    if model.own_llm:                       # what is read of it was trained; the rest is base's
+        tensors |= {f"llm.{k}": v.cpu().contiguous() for k, v in model.llm.state_dict().items()}
     gemma = read_json(base / "config.json")
     gemma = gemma.get("base_config") or gemma.get("text_config") or gemma
     kind = "FuseDiT" if c.fusion == "deep" else "DiT"

@@ -3,11 +3,13 @@ import csv
 import io
 import json
 import random
+import re
 import subprocess
 import sys
 import tarfile
 from argparse import Namespace
 
+import numpy as np
 import pytest
 from conftest import ROOT
 from PIL import Image
@@ -36,7 +38,8 @@ def read_shards(out):
     """{key: {kind: bytes}} of all tars, and the index; each tar is as the index says."""
     index, samples = json.loads((out / "index.json").read_text()), {}
     assert sorted(p.name for p in out.iterdir()) == sorted(
-        [s["name"] for s in index["shards"]] + ["index.json"])
+        [s["name"] for s in index["shards"]] + ["index.json", "offsets.npy"])
+    offsets = np.load(out / "offsets.npy")
     for shard in index["shards"]:
         path, here = out / shard["name"], {}
         assert path.stat().st_size == shard["bytes"]
@@ -45,6 +48,9 @@ def read_shards(out):
                 key, kind = member.name.split(".", 1)
                 here.setdefault(key, {})[kind] = tar.extractfile(member).read()
         assert len(here) == shard["samples"] and not here.keys() & samples.keys()
+        begins, offsets = offsets[:len(here)], offsets[len(here) + 1:]     # and the end
+        for key, at in zip(here, begins, strict=True):
+            assert path.read_bytes()[at:at + len(key)].decode() == key
         samples |= here
     assert len(samples) == index["samples"]
     return samples, index
@@ -52,6 +58,33 @@ def read_shards(out):
 
 def files(folder):
     return {p.name: p.read_bytes() for p in folder.iterdir()}
+
+
+# ---- index ---------------------------------------------------------------------------------------
+
+def test_the_index_of_shards_that_came_without(tmp_path):
+    pack("shapes", tmp_path, "-n", 25, "--shard-size", 10)
+    written = files(tmp_path)
+    (tmp_path / "index.json").unlink()
+    (tmp_path / "offsets.npy").unlink()
+    out, _ = command("index", tmp_path, "--workers", 2)
+    assert "25 samples in 3 shards" in out and files(tmp_path) == written
+    tars = sorted(tmp_path.glob("*.tar"))
+    data, cut = (bytearray(tar.read_bytes()) for tar in tars[:2])
+    at = data.index(b"00000004.")                     # a header of its fifth sample
+    data[at + 20] ^= 1
+    tars[0].write_bytes(data)
+    tars[1].write_bytes(cut[:cut.index(b"00000013.")])
+    tars[2].write_bytes(b"")
+    out, err = command("index", tmp_path)
+    assert "7 samples in 3 shards" in out
+    for tar, n in zip(tars, (4, 3, 0), strict=True):
+        assert re.search(rf"{tar.name} is damaged or cut short at byte [\d,]+, after {n} samples",
+                         err)
+        tar.write_bytes(b"<html>")
+    assert "no sample in any of 3 shards" in command("index", tmp_path, code=1)[1]
+    (tmp_path / "none").mkdir()
+    assert "no *.tar" in command("index", tmp_path / "none", code=1)[1]
 
 
 # ---- shapes --------------------------------------------------------------------------------------

@@ -116,6 +116,7 @@ def test_words_and_length_the_model_cannot_read(model, tmp_path):
 
 @pytest.mark.parametrize("args, code, words", [
     ([], 2, "--prompt"), (["--prompt", "x", "--steps", "0"], 2, "at least 1"),
+    (["--prompt", "x", "--no-ema"], 1, "averaged weights only"),
     (["--prompt", "x", "--model", "./nowhere"], 1, "no such model folder"),
     (["--prompt", "x", "--model", "{empty}"], 1, "config.json"),
     (["--prompt", "x", "--height", "9"], 1, "--height 9 is not whole patches of 2 pixels; try 8 or "

@@ -1,0 +1,214 @@
+"""What a run takes, worked out on the meta device: parameters, FLOPs, memory, time. No GPU needed.
+
+    python train_gpu.py --preset fusedit/large-scale --plan 64xH100@0.4
+
+FLOPs and saved activations are counted on the model itself, run without data, and not by
+formulas that could drift from it.
+"""
+import math
+import re
+
+import torch
+import torch.nn.functional as F
+from torch.overrides import TorchFunctionMode
+from torch.utils.flop_counter import FlopCounterMode
+
+from fusedit import FuseDiT, FuseDiTError, TextFeatures
+from vae import VAE
+from weights import gemma_config, read_json, resolve, trim
+
+# Dense bf16 FLOP/s and bytes of memory, from the makers' data sheets.
+GPUS = {"B200": (2250e12, 180e9), "H200": (989e12, 141e9), "H100 PCIe": (756e12, 80e9),
+        "H100 NVL": (835e12, 94e9), "H100": (989e12, 80e9), "A100": (312e12, 80e9),
+        "L40S": (362e12, 48e9), "L4": (121e12, 24e9), "A10": (125e12, 24e9), "4090": (165e12, 24e9)}
+BUCKET = 200_000_000                        # gradients, or weights, that ZeRO moves at a time
+WHOLE = 100_000                             # weights of a tensor that ZeRO 3 does not cut up
+PAPER = 800_000 * 512                       # images, the length of the paper's large run
+_2B = dict(model_type="gemma", vocab_size=256000, hidden_size=2048, intermediate_size=16384,
+           num_hidden_layers=18, num_attention_heads=8, num_key_value_heads=1)
+GEMMAS = {                                  # shapes of the paper's Gemmas: they need no download
+    "google/gemma-2b": _2B, "google/gemma-2b-it": _2B,
+    "google/paligemma-3b-pt-448": _2B | dict(vocab_size=257216),
+    "google/gemma-2-2b": dict(model_type="gemma2", vocab_size=256000, hidden_size=2304,
+                              intermediate_size=9216, num_hidden_layers=26,
+                              num_attention_heads=8, num_key_value_heads=4)}
+
+
+def abstract(config):
+    """The model, of which no tensor takes memory."""
+    shape = GEMMAS.get(config.base) or read_json(resolve(config.base) / "config.json")
+    with torch.device("meta"):
+        model = FuseDiT(config, gemma_config(shape))
+    trim(model)
+    return model
+
+
+class FusedAttention(torch.autograd.Function):
+    """Stands for a GPU's fused attention, which keeps its inputs, its output and a row of sums."""
+    @staticmethod
+    def forward(ctx, q, k, v):
+        out = q.new_empty((*q.shape[:-1], v.shape[-1]))
+        ctx.save_for_backward(q, k, v, out, q.new_empty(q.shape[:-1], dtype=torch.float32))
+        return out
+
+
+class Fused(TorchFunctionMode):
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        if function is F.scaled_dot_product_attention:
+            return FusedAttention.apply(*args[:3])
+        return function(*args, **(kwargs or {}))
+
+
+def example(model, config, batch, dtype):
+    """Abstract x_t, sigma, ids and mask of a micro-batch."""
+    side = config.image_size // (8 if config.vae else 1)
+    x = torch.empty(batch, config.in_channels, side, side, device="meta")
+    ids = torch.empty(batch, config.max_text_tokens, dtype=torch.long, device="meta")
+    pooled = None
+    if config.text_modulation_embeds_dim:
+        pooled = torch.empty(batch, config.text_modulation_embeds_dim, dtype=dtype, device="meta")
+    return x, torch.empty(batch, device="meta"), ids, ids > 0, pooled
+
+
+def flops(model, config):
+    """Of one image: (Gemma's forward, the DiT's forward, the VAE's encoder)."""
+    x, sigma, ids, mask, pooled = example(model, config, 1, torch.float32)
+    counts = []
+    with torch.no_grad():
+        with FlopCounterMode(display=False) as count:
+            text = model.read(ids, mask, pooled)
+        counts.append(count.get_total_flops())
+        with FlopCounterMode(display=False) as count:
+            model.dit(x, sigma, text)
+        counts.append(count.get_total_flops())
+        if config.vae:
+            with torch.device("meta"):
+                vae, pixels = VAE(), torch.empty(1, 3, config.image_size, config.image_size)
+            with FlopCounterMode(display=False) as count:
+                vae.moments(pixels)
+        counts.append(count.get_total_flops() if config.vae else 0)
+    return counts
+
+
+def step_flops(model, config, train_llm=False):
+    """Of one image in training: forward, and backward at twice the cost where there is one."""
+    llm, dit, vae = flops(model, config)
+    return (3 if train_llm else 1) * llm + 3 * dit + vae
+
+
+def activations(model, config, batch, dtype, remat=False, train_llm=False):
+    """Bytes held from a forward pass for its backward pass, the text's keys and values among them.
+
+    With remat a block keeps its input alone, but one block at a time has everything again.
+    """
+    model.to(dtype)
+    x, sigma, ids, mask, pooled = example(model, config, batch, dtype)
+    weights = {p.untyped_storage()._cdata for p in model.parameters()}
+    total, seen, blocks = [0], {}, []
+
+    def keep(t):
+        storage = t.untyped_storage()
+        if storage._cdata not in weights and storage._cdata not in seen:
+            seen[storage._cdata] = t        # held, so that no other storage takes its place
+            total[0] += storage.nbytes()
+        return t
+    model.llm.requires_grad_(train_llm)
+    for layer in model.dit.layers:
+        layer.register_forward_pre_hook(lambda *_: blocks.append(total[0]))
+        layer.register_forward_hook(lambda *_: blocks.append(total[0]))
+    with Fused(), torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
+        text: TextFeatures = model.read(ids, mask, pooled)
+        for t in (*text.keys, *text.values, text.hidden):
+            if t is not None:
+                keep(t)
+        model.dit(x, sigma, text)
+    if not remat:
+        return total[0]
+    inside = [b - a for a, b in zip(blocks[::2], blocks[1::2], strict=True)]
+    rows = (x.shape[2] // config.patch_size) * (x.shape[3] // config.patch_size)
+    entry = batch * rows * model.dit.width * dtype.itemsize
+    return total[0] - sum(inside) + len(inside) * entry + max(inside)
+
+
+def states(model, train_llm, stage, world, dtype):
+    """Bytes of (weights, gradients, Adam's, average, Gemma, buffers) on one GPU.
+
+    What a stage shares out, as measured with DeepSpeed 0.19: 1 Adam's moments and float32 master
+    weights, 2 gradients too, 3 weights and Gemma too, but for tensors below WHOLE.
+    """
+    def size(module, most=math.inf):
+        return sum(p.numel() for p in module.parameters() if p.numel() <= most)
+
+    def held(*modules):
+        return sum(map(size, modules)) * weights + sum(
+            size(m, WHOLE) for m in modules) * (stage == 3)
+    low, (adam, grads, weights) = dtype.itemsize, [1 / world if stage >= least else 1
+                                                   for least in (1, 2, 3)]
+    trained = (model.dit, model.llm) if train_llm else (model.dit,)
+    n = sum(map(size, trained))
+    wide = {0: low, 1: 4 + low}.get(stage, 4)       # of a gradient, and where it is added up
+    copies = 2 if stage == 0 and low == 4 else 3    # plain float32 needs no master weights
+    live = min(BUCKET, size(model)) * (stage == 3)  # weights that are whole for the moment
+    return (held(*trained) * low, n * wide * grads, n * 4 * copies * adam, n * 4 / world,
+            0 if train_llm else held(model.llm) * low,
+            (min(BUCKET, n) * (stage > 1) + live) * low)
+
+
+def parse(text):
+    """(GPUs, their kind, utilisation) of "64xH100@0.4"."""
+    found = re.fullmatch(r"(\d+) *[xX*] *([\w ]+)(?:@([01]?(?:\.\d+)?))?", text.strip())
+    kind = found and next((k for k in GPUS if k.upper() == found[2].upper()), None)
+    used = float(found[3] or 0.4) if found else 0
+    if not kind or int(found[1]) < 1 or not 0 < used <= 1:
+        raise FuseDiTError(f"--plan {text}: write a number and a kind of GPU, as 8xH100 or "
+                           f"8xH100@0.4; known: {', '.join(GPUS)}")
+    return int(found[1]), kind, used
+
+
+def utilisation(model, config, device, world):
+    """(FLOPs of an image, peak FLOP/s of all GPUs together; None if this GPU's is not known)."""
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
+    peak = next((world * GPUS[k][0] for k in GPUS if re.search(rf"\b{k}\b", name)), None)
+    train_llm = any(p.requires_grad for p in model.llm.parameters())
+    return (step_flops(abstract(config), config, train_llm) if peak else None), peak
+
+
+def show(run, config):
+    """Print the plan of a run on GPUs that need not be here."""
+    import training
+    world, kind, used = parse(run.plan)
+    micro, times = training.split_batch(run, world)
+    model, (peak, memory) = abstract(config), GPUS[kind]
+    llm, dit = (sum(p.numel() for p in m.parameters()) for m in (model.llm, model.dit))
+    with torch.device("meta"):
+        vae = sum(p.numel() for p in VAE().parameters()) if config.vae else 0
+    cost, each = flops(model, config), step_flops(model, config, run.train_llm)
+    dtype = torch.float32 if run.dtype == "float32" else torch.bfloat16
+    side = config.image_size // (8 if config.vae else 1) // config.patch_size
+    print(f"{run.preset} at {config.image_size} pixels, batch {run.batch} = {world} {kind} x "
+          f"{times} x {micro}\n")
+    print(f"  DiT {dit:,}, {'trained' if run.train_llm else 'frozen'} Gemma {llm:,}, VAE {vae:,} "
+          "parameters")
+    print(f"  {side * side:,} image tokens, {config.max_text_tokens} text tokens at most")
+    print(f"  forward of an image: DiT {cost[1] / 1e12:.3g} TFLOP, Gemma {cost[0] / 1e12:.3g}, VAE "
+          f"{cost[2] / 1e12:.3g}; training, an image: {each / 1e12:.3g} TFLOP\n")
+    print(f"  GB on each GPU of {memory / 1e9:.0f}, micro-batch {micro}:")
+    heads = ("--zero", "weights", "gradients", "Adam", "EMA", "Gemma", "buffers", "VAE",
+             "activations", "sum", "--remat", "sum")
+    print("  " + "".join(f"{h:>12}" for h in heads))
+    act, less = (activations(abstract(config), config, micro, dtype, remat, run.train_llm)
+                 for remat in (False, True))
+    for stage in range(4):
+        held = [*states(model, run.train_llm, stage, world, dtype), vae * dtype.itemsize]
+        row = [*held, act, sum(held) + act, less, sum(held) + less]
+        print(f"  {stage:>12}" + "".join(f"{n / 1e9:12.2f}" for n in row)
+              + "   too much" * (row[-1] > memory) + "   with --remat" * (
+                  row[-1] <= memory < sum(held) + act))
+    print("  1-, 2-, 3-offload: as 1, 2, 3, but Adam's part is in the machine's memory")
+    speed = world * peak * used / each
+    days = PAPER / speed / 86400
+    print(f"\n  at {used:.0%} of {peak / 1e12:,.0f} TFLOP/s each: {speed:,.0f} images/s, "
+          f"{speed * side * side:,.0f} image tokens/s; {run.steps:,} steps in "
+          f"{run.steps * run.batch / speed / 86400:,.1f} days, the paper's 800,000 x 512 images in "
+          f"{math.ceil(days * 10) / 10:,.1f} days")
+    return 0

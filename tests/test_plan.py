@@ -1,0 +1,120 @@
+"""--plan: what it says of FLOPs and memory against formulas, and against what is allocated."""
+import json
+
+import pytest
+import torch
+from conftest import REFERENCE, tiny_gemma
+from launching import TORCHRUN, flags, several
+from shards import numbered
+
+import plan
+import training
+from fusedit import FuseDiTError, preset
+
+# In the last micro-batch of step 2, where gradients and moments are there: the storages that some
+# tensor holds, autograd's among them, when the forward pass ends and when the backward pass comes
+# to a block, with ZeRO's buffers.
+MEASURE = """
+import gc
+real, calls = fusedit.flow_loss, 0
+flash = torch.backends.cuda.enable_flash_sdp
+torch.backends.cuda.enable_flash_sdp = lambda on: flash(True)      # as on a GPU
+def live():
+    found = [t for t in gc.get_objects() if isinstance(t, torch.Tensor)]
+    found += [t.grad for t in found if t.is_leaf and t.grad is not None]
+    return sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes()
+                for t in found}.values())
+def measured(engine, x, text, sigma, eps):
+    global calls
+    calls += 1
+    if calls != 4:
+        return real(engine, x, text, sigma, eps)
+    batch = sum(t.untyped_storage().nbytes() for t in (x, eps)) + x.numel()     # and the bytes
+    seen = [live() - batch]
+    def backward(*_):
+        seen.append(live() - batch)
+        with open(OUT + str(dist.get_rank()), "w") as f:
+            json.dump(seen, f)
+    for layer in engine.module.dit.layers:
+        layer.register_full_backward_pre_hook(backward)
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: t, lambda t: t):
+        loss = real(engine, x, text, sigma, eps)
+    seen.append(live() - batch)
+    return loss
+fusedit.flow_loss = measured
+"""
+
+
+@pytest.mark.parametrize("stage, shape", [
+    *((stage, "image_size=16 dit_hidden_size=2048") for stage in range(4)),
+    *((stage, "image_size=64 dit_hidden_size=256") for stage in (0, 3))])
+def test_the_memory_is_what_is_allocated(tmp_path, stage, shape):
+    """Mostly weights and what belongs to them; and mostly activations."""
+    tiny_gemma(tmp_path / "gemma", num_hidden_layers=3)
+    data, argv = numbered(tmp_path / "data"), [
+        "--set", *shape.split(), "--zero", str(stage), "--batch", "16", "--micro-batch", "4",
+        "--steps", "2", "--dtype", "bf16", "--sample-every", "9"]
+    argv = flags(tmp_path / "gemma", data, tmp_path / "run", *argv)
+    several(tmp_path, [(f"OUT = {str(tmp_path / 'rank')!r}\n" + MEASURE, argv)], *TORCHRUN)
+    config = training.model_config(training.parse_run(argv, ""))
+    held = plan.states(plan.abstract(config), False, stage, 2, torch.bfloat16)
+    act = plan.activations(plan.abstract(config), config, 4, torch.bfloat16)
+    for rank in range(2):
+        seen = json.loads((tmp_path / f"rank{rank}").read_text())
+        assert sum(held) + act == pytest.approx(max(seen), rel=0.1)
+
+
+def test_flops_are_those_of_the_matrices():
+    """Twice the weights for every token, and twice two products of attention, at full size."""
+    config = preset("fusedit/large-scale")
+    model = plan.abstract(config)
+    llm, dit, vae = plan.flops(model, config)
+    N, T, H, h = 1024, 256, 8, 256
+    matrices = sum(p.numel() for n, p in model.dit.named_parameters() if p.dim() > 1)
+    attention = 26 * 4 * N * (T + N) * H * h
+    assert dit == pytest.approx(2 * matrices * N + attention, rel=0.01)
+    assert llm == pytest.approx(2 * T * sum(
+        p.numel() for n, p in model.llm.layers.named_parameters() if p.dim() > 1)
+        + 25 * 4 * T * T * H * h, rel=0.01)
+    assert 1e12 < vae < 1.3e12
+    assert plan.step_flops(model, config) == llm + 3 * dit + vae
+    assert plan.step_flops(model, config, True) == 3 * llm + 3 * dit + vae
+
+
+def test_activations_grow_with_the_batch_and_shrink_with_remat(gemma_folder):
+    config = training.model_config(training.parse_run(flags(gemma_folder, "x", "y"), ""))
+    one, four = (plan.activations(plan.abstract(config), config, n, torch.bfloat16)
+                 for n in (1, 4))
+    assert four == pytest.approx(4 * one, rel=0.05)
+    assert plan.activations(plan.abstract(config), config, 4, torch.bfloat16, True) < 0.8 * four
+
+
+def test_the_plan_of_every_paper_run_needs_no_download():
+    for name, run in json.loads((REFERENCE / "paper_runs.json").read_text()).items():
+        model = plan.abstract(preset(name))
+        assert sum(p.numel() for p in model.dit.parameters()) == run["dit_parameters"], name
+
+
+def test_what_is_printed(capsys, gemma_folder):
+    argv = ["--preset", "fusedit/large-scale", "--plan", "64xH100@0.5", "--steps", "800000"]
+    run = training.parse_run(argv, "")
+    assert plan.show(run, training.model_config(run)) == 0
+    out = capsys.readouterr().out
+    assert "batch 512 = 64 H100 x 1 x 8" in out and "DiT 2,024,828,480" in out
+    days = 800_000 * 512 * plan.step_flops(*(lambda c: (plan.abstract(c), c))(
+        training.model_config(run))) / (64 * 989e12 * 0.5) / 86400
+    assert f"800,000 steps in {days:.1f} days" in out
+    rows = [line.split() for line in out.splitlines() if line.strip()[:1] in "0123" and "." in line]
+    assert [r[0] for r in rows[:4]] == list("0123")
+    for row in rows[:4]:
+        numbers = [float(x) for x in row[1:12]]
+        assert sum(numbers[:8]) == pytest.approx(numbers[8], abs=0.05)
+    assert "with --remat" in out
+
+
+@pytest.mark.parametrize("text", ["8", "8xH999", "0xH100", "8xH100@2", "xH100", "8xH100@0.0"])
+def test_plans_that_make_no_sense(text):
+    with pytest.raises(FuseDiTError, match="known: B200"):
+        plan.parse(text)
+    assert plan.parse("8 x a100") == (8, "A100", 0.4)
+    assert plan.parse("2xH100 PCIe@0.5") == (2, "H100 PCIe", 0.5)
