@@ -194,7 +194,7 @@ class Saver:
         """Make room for a checkpoint of `size` bytes; what is wrong, if it cannot be."""
         try:
             if (free := shutil.disk_usage(self.out).free) < size * 1.01:
-                return f"it takes {size / 1e9:.2f} GB and {free / 1e9:.2f} GB are free"
+                return f"it takes {size / 1e9:.3g} GB and {free / 1e9:.3g} GB are free"
             shutil.rmtree(tmp, ignore_errors=True)
             (tmp / "train_state").mkdir(parents=True)
         except OSError as e:

@@ -1,6 +1,7 @@
 """What a run shows of itself: log lines, metrics.jsonl, validation loss, sample grids, a plot."""
 import argparse
 import contextlib
+import errno
 import json
 import math
 import resource
@@ -52,15 +53,14 @@ class Watcher:
         (self.out / "samples").mkdir(parents=True, exist_ok=True)
         with atomic_write(self.out / "config.json") as tmp:
             tmp.write_text(checkpoints.settings(run, self.config))
-        lines = path.read_text().splitlines() if path.exists() else []
-        lines = [s for s in lines if s.endswith("}")]      # a killed run may leave half a line
+        done = rows(path) if path.exists() else []
         for keep, name in ((True, "metrics.jsonl"), (False, "metrics-aside.jsonl")):
-            part = [s for s in lines if (json.loads(s)["step"] <= first) == keep]
+            part = [row for row in done if (row["step"] <= first) == keep]
             if keep or part:
                 old = (self.out / name).read_text() if not keep and (
                     self.out / name).exists() else ""
                 with atomic_write(self.out / name) as tmp:
-                    tmp.write_text(old + "".join(f"{s}\n" for s in part))
+                    tmp.write_text(old + "".join(json.dumps(row) + "\n" for row in part))
         self.boards = []
         if run.tensorboard:
             from torch.utils.tensorboard import SummaryWriter
@@ -166,8 +166,12 @@ class Watcher:
 
     def write(self, row, more=()):
         """A row of metrics.jsonl, and of the boards; more: what is no number."""
-        with unless_full(), open(self.out / "metrics.jsonl", "a") as f:
-            f.write(json.dumps(row | dict(more)) + "\n")
+        line = f"{json.dumps(row | dict(more))}\n".encode()
+        with unless_full(), open(self.out / "metrics.jsonl", "ab", buffering=0) as f:
+            at = f.tell()
+            if f.write(line) < len(line):   # the disk is full: no half a line stays
+                f.truncate(at)
+                raise OSError(errno.ENOSPC, f"no room for it in {f.name}")
         for board in self.boards:
             with unless_full():
                 board({k: v for k, v in row.items() if v is not None})
@@ -203,6 +207,15 @@ def unless_full():
         yield
     except OSError as e:
         print(f"WARNING: not written: {e}", file=sys.stderr, flush=True)
+
+
+def rows(path):
+    """The rows of a metrics.jsonl, of which a killed run may have left half a line."""
+    found = []
+    for line in path.read_text().splitlines():
+        with contextlib.suppress(ValueError):
+            found.append(json.loads(line))
+    return found
 
 
 def memory(device):
@@ -280,12 +293,11 @@ def plot(folder):
     path = Path(folder) / "metrics.jsonl"
     if not path.exists():
         raise FuseDiTError(f"{folder} has no metrics.jsonl: name a run's folder, as runs/demo")
-    rows = [json.loads(s) for s in path.read_text().splitlines() if s.endswith("}")]
-    if not rows:
+    if not (table := rows(path)):
         raise FuseDiTError(f"{path} is empty: the run has not logged yet")
 
     def curve(axis, key, **style):
-        xy = [(r["step"], r[key]) for r in rows if r.get(key) is not None]
+        xy = [(r["step"], r[key]) for r in table if r.get(key) is not None]
         axis.plot(*zip(*xy, strict=True), **style) if xy else None
     figure, (loss, val, speed) = plt.subplots(3, 1, figsize=(8, 10), sharex=True,
                                               layout="constrained")

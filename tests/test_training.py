@@ -219,7 +219,7 @@ def test_checkpoints_are_whole_or_absent(folder, monkeypatch, capsys):
     with monkeypatch.context() as m:                    # room is asked for before any is taken
         m.setattr("checkpoints.shutil.disk_usage", lambda _: type("U", (), dict(free=40)))
         assert save(run, config, 4) == 1
-    assert "0.00 GB are free" in capsys.readouterr().err
+    assert "it takes 4.8e-08 GB and 4e-08 GB are free" in capsys.readouterr().err
     assert save(run, config, 4, value=0.0) == 0
     assert not list(out.glob(".step*")) and not list(out.rglob("*.tmp"))
     saved = checkpoints.load_checkpoint(checkpoints.open_run(run, config))
@@ -382,8 +382,11 @@ def test_a_run_learns_saves_and_goes_on(gemma, data, tmp_path):
     assert not torch.equal(model.dit.state_dict()[name], raw.dit.state_dict()[name])
     assert model.config.base == str(gemma)
 
+    with open(out / "metrics.jsonl", "a") as f:             # of steps that no checkpoint has
+        f.write('{"step": 41, "loss": 9.0}\n{"step": 42, "lo')
     second = launch(flags(gemma, data, out, "--steps", "44", *more))
     assert "from step 40 to 44" in second.stdout
+    assert (out / "metrics-aside.jsonl").read_text() == '{"step": 41, "loss": 9.0}\n'
     assert [r["step"] for r in metrics(out) if "loss" in r] == list(range(1, 45))
     other = launch(flags(gemma, data, out, "--steps", "50", "--seed", "1", *more), check=False)
     assert other.returncode == 1 and "run.seed was 42, is 1" in other.stderr
@@ -693,23 +696,30 @@ def test_a_signal_ends_the_step_and_saves(gemma, data, tmp_path, number, while_s
 
 
 def test_a_full_disk_leaves_the_run_going(gemma, data, tmp_path):
-    """Files may grow to 40 kB only from step 5 on, as if the disk were full."""
-    code = ("import resource, signal\n"
+    """Files may not grow beyond a size from step 5 on, as if the disk were full."""
+    code = ("import os, resource, signal\n"
             "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
-            "poll = checkpoints.Saver.poll\n"
+            "poll = poll if 'poll' in globals() else checkpoints.Saver.poll\n"
             "def full(self, *a):\n"
-            "    if self.last == 4: resource.setrlimit(resource.RLIMIT_FSIZE, (40_000,) * 2)\n"
+            "    if self.last == 4: resource.setrlimit(resource.RLIMIT_FSIZE, (MOST, 1_000_000))\n"
             "    return poll(self, *a)\n"
-            "checkpoints.Saver.poll = full\n")
-    done = several(tmp_path, [(code, flags(gemma, data, tmp_path / "run", "--steps", "10",
-                                           "--save-every", "4", "--sample-every", "99"))])
-    assert "exit 1" in done.stdout and len(losses(tmp_path / "run")) == 10
-    for step in (8, 10):
-        assert f"WARNING: step {step} is NOT saved" in done.stderr
-    assert "The last checkpoint is step-0000004" in done.stderr
-    assert [p.name for p in checkpoints.checkpoints(tmp_path / "run")] == ["step-0000004"]
-    assert checkpoints.damage(tmp_path / "run" / "step-0000004") is None
-    assert not list((tmp_path / "run").glob(".step*"))
+            "checkpoints.Saver.poll = full\n"
+            "resource.setrlimit(resource.RLIMIT_FSIZE, (1_000_000, 1_000_000))\n")
+    sizes = {"run": "40_000", "log": "os.path.getsize(self.out / 'metrics.jsonl') + 20"}
+    done = several(tmp_path, [
+        (code.replace("MOST", size), flags(gemma, data, tmp_path / name, "--steps", "10",
+                                           "--save-every", "4", "--sample-every", "99"))
+        for name, size in sizes.items()])
+    assert done.stdout.count("exit 1") == 2 and len(losses(tmp_path / "run")) == 10
+    assert 4 <= len(losses(tmp_path / "log")) < 7           # whole lines, none in part
+    assert "WARNING: not written: " in done.stderr
+    for name in sizes:
+        for step in (8, 10):
+            assert done.stderr.count(f"WARNING: step {step} is NOT saved") == 2
+        assert "The last checkpoint is step-0000004" in done.stderr
+        assert [p.name for p in checkpoints.checkpoints(tmp_path / name)] == ["step-0000004"]
+        assert checkpoints.damage(tmp_path / name / "step-0000004") is None
+        assert not list((tmp_path / name).glob(".step*"))
 
 
 @pytest.mark.parametrize("launcher", ["torchrun", "deepspeed"])
