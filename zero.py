@@ -41,7 +41,7 @@ def guard(adam, max_norm):
     optimizer of DeepSpeed's does. Decided on the device, as GradScaler does: nothing waits."""
     def check(adam, *_):
         grads = [p.grad for p in adam.param_groups[0]["params"] if p.grad is not None]
-        adam.norm = torch.nn.utils.get_total_norm(grads).nan_to_num(nan=math.inf)
+        adam.norm = torch.nn.utils.get_total_norm(grads).nan_to_num(math.inf, math.inf)
         torch._foreach_mul_(grads, (max_norm / (adam.norm + 1e-6)).clamp(max=1) if max_norm else 1)
         adam.grad_scale, adam.found_inf = None, (~adam.norm.isfinite()).float()
     adam.register_step_pre_hook(check)
@@ -49,8 +49,14 @@ def guard(adam, max_norm):
 
 def grad_norm(engine):
     """Of the step just done, before clipping; not finite: the step was skipped."""
-    return getattr(engine.basic_optimizer, "norm", None) if plain(engine) else \
-        engine.get_global_grad_norm()
+    if plain(engine):
+        return engine.basic_optimizer.norm
+    shared = engine.optimizer
+    if engine.zero_optimization_stage() < 3 and getattr(shared, "cpu_offload", False) and \
+            shared.overflow:
+        # DeepSpeed 0.19 leaves a skipped step's gradients where it adds up the next step's
+        shared.averaged_gradients.update(dict.fromkeys(shared.averaged_gradients))
+    return engine.get_global_grad_norm()
 
 
 def plain(engine):

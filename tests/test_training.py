@@ -544,20 +544,34 @@ fusedit.random_sigma = poisoned
 """
 
 
+# A finite loss whose gradient's norm is not.
+HUGE = """
+loss_of, calls = fusedit.flow_loss, -1
+def huge(*args):
+    global calls
+    calls += 1
+    return loss_of(*args) * (1e37 if calls == 2 else 1)
+fusedit.flow_loss = huge
+"""
+
+
 def test_a_step_that_is_not_finite_is_skipped_and_counted(gemma, data, tmp_path):
     def job(bad, name, steps, *more):
         return POISON.replace("{bad}", str(bad)), flags(
             gemma, data, tmp_path / name, "--steps", str(steps), "--ema-every", "1", *more)
-    modes = [("0", "float32"), ("1", "float32"), ("2", "float32"), ("3", "float32"), ("0", "bf16"),
-             ("1", "bf16"), ("3", "bf16")]
+    modes = [*((z, "float32") for z in "0123"), *((z, "bf16") for z in (
+        "0", "1", "2", "3", "1-offload", "2-offload", "3-offload"))]
     jobs = []
     for z, dtype in modes:
         more = ("--zero", z, "--dtype", dtype, "--save-every", "3")
         jobs += [job([2], f"a{z}{dtype}", 6, *more), job([2], f"b{z}{dtype}", 3, *more),
                  job([], f"b{z}{dtype}", 6, *more)]
     jobs += [job(list(range(5, 99)), "dead", 40, "--save-every", "4", "--log-every", "2"),
-             job([0, 1, 2, 3, 4, 5, 6, 7, 8, 10, 11], "lives", 14)]
+             job([0, 1, 2, 3, 4, 5, 6, 7, 8, 10, 11], "lives", 14),
+             (HUGE, job([], "huge", 4, "--zero", "0", "--save-every", "3")[1])]
     done = several(tmp_path, jobs)
+    assert [r["skipped_steps"] for r in metrics(tmp_path / "huge")] == [0, 0, 1, 1]
+    assert all(v.isfinite().all() for v in state(tmp_path / "huge", 4).values())
     for z, dtype in modes:
         name = f"{z}{dtype}"
         rows = metrics(tmp_path / f"a{name}")
