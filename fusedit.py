@@ -357,7 +357,7 @@ class Gemma(nn.Module):
         c, T, device = self.config, ids.shape[1], ids.device
         x = self.embed_tokens(ids)
         # In x's dtype, as Gemma was trained: in bf16 the factor itself is rounded.
-        x = x * torch.tensor(c.hidden_size ** 0.5, dtype=x.dtype, device=device)
+        x = x * torch.full((), c.hidden_size ** 0.5, dtype=x.dtype, device=device)
         place = torch.arange(T, device=device)
         far, near = (place[None, :, None] * frequencies(c.head_dim // 2, theta, device) / factor
                      for theta, factor in ((c.rope_theta, c.rope_factor), (c.local_theta, 1)))
@@ -598,9 +598,9 @@ def shift_sigma(sigma, shift):
     return shift * sigma / (1 + (shift - 1) * sigma)
 
 
-def train_sigmas(shift):
+def train_sigmas(shift, device=None):
     """The 1000 noise levels of training, from 1 down to almost 0."""
-    return shift_sigma(torch.arange(1000, 0, -1) / 1000, shift)
+    return shift_sigma(torch.arange(1000, 0, -1, device=device) / 1000, shift)
 
 
 def sample_sigmas(steps, shift):
@@ -614,7 +614,7 @@ def sample_sigmas(steps, shift):
 def random_sigma(normal, shift):
     """Noise levels of training, of normal random numbers [B]: mostly from the table's middle."""
     u = torch.sigmoid(normal)
-    return train_sigmas(shift).to(u.device)[(u * 1000).long().clamp(max=999)]
+    return train_sigmas(shift, u.device)[(u * 1000).long().clamp(max=999)]
 
 
 def flow_loss(dit, x, text, sigma, eps):

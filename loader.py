@@ -372,32 +372,38 @@ def start_worker(_):
 
 
 def load_batches(batches, which, workers, pin=False):
-    """The micro-batches `which` (a range), made ahead of time by worker processes."""
+    """The micro-batches `which` (a range), made ahead of time by worker processes, from now on.
+
+    Call it before there is an optimizer: a worker keeps a copy of all that this process has.
+    """
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # its threads do not survive the fork
 
-    def begun(iterator):
-        # torch's handler of a worker's death raises wherever the run is just then; without it the
-        # error comes from next(), which looks every 5 seconds.
-        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-        return iterator
-
     def stream():
+        made = iter(DataLoader(batches, batch_size=None, sampler=which, num_workers=workers,
+                               pin_memory=pin, worker_init_fn=start_worker,
+                               prefetch_factor=4 if workers else None))
+        # torch's handler of a worker's death raises wherever the run is just then; without it the
+        # error comes from next(made), which looks every 5 seconds.
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+        yield
         try:
-            for batch in begun(iter(DataLoader(
-                    batches, batch_size=None, sampler=which, num_workers=workers, pin_memory=pin,
-                    worker_init_fn=start_worker, prefetch_factor=4 if workers else None))):
+            for batch in made:
                 if "error" in batch:
                     raise FuseDiTError(batch["error"])
                 yield batch
         except (RuntimeError, OSError, EOFError) as e:     # of a pipe that broke in the middle
-            if not workers or isinstance(e, RuntimeError) and "DataLoader worker" not in str(e):
+            if not workers or isinstance(e, RuntimeError) and not any(
+                    who in str(e) for who in ("DataLoader worker", "Pin memory thread")):
                 raise
             raise FuseDiTError(f"a data process died ({str(e).splitlines()[0]}): out of memory? "
                                "Then lower --workers. Or did a batch take over "
                                f"{HANGS / 60:g} minutes?") from e
-    made = stream()
-    atexit.register(made.close)             # else Python would wait for the workers forever
-    return made
+        finally:
+            made = None                     # ends the workers
+    started = stream()
+    next(started)
+    atexit.register(started.close)          # else Python would wait for the workers forever
+    return started
 
 
 def to_device(batch, device):

@@ -39,6 +39,9 @@ def start(run):
     if gpu:
         torch.cuda.set_device(device)
     world = int(os.environ["WORLD_SIZE"])
+    if world > 1 and run.device == "auto" and torch.version.cuda and not gpu:
+        raise fusedit.FuseDiTError(f"{socket.gethostname()} shows no GPU, which torch is built for "
+                                   "(nvidia-smi?); on CPUs, --device cpu says that none is meant")
     os.environ.setdefault("DS_ACCELERATOR", device.type)  # DeepSpeed would guess
     torch.set_float32_matmul_precision("high")
     # The CPU's fused attention is slow backwards: 108 against 155 images/s in the demo's training.
@@ -62,13 +65,15 @@ def build(run, model, saved, micro, times):
     config = dict(train_batch_size=run.batch, train_micro_batch_size_per_gpu=micro,
                   gradient_accumulation_steps=times,
                   gradient_clipping=run.max_grad_norm, fp16=dict(enabled=False),
-                  bf16=dict(enabled=run.dtype == "bf16"), zero_optimization=dict(stage=stage),
+                  bf16=dict(enabled=run.dtype == "bf16", check_grad_overflow=True),
+                  zero_optimization=dict(stage=stage),
                   zero_allow_untested_optimizer=True, zero_force_ds_cpu_optimizer=False)
     if stage:                               # stage 0 can only add gradients up in bf16
         config["data_types"] = dict(grad_accum_dtype="fp32")
     bucket = min(plan.BUCKET, sum(p.numel() for p in model.parameters() if p.requires_grad))
     usual = dict(zero_optimization=dict(reduce_bucket_size=bucket,
-                                        stage3_max_live_parameters=plan.BUCKET))
+                                        stage3_max_live_parameters=plan.BUCKET),
+                 timers=dict(throughput=dict(enabled=False)))      # it would wait for the device
     if offload:
         config["zero_optimization"]["offload_optimizer"] = dict(device="cpu")
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # on a CPU, a minute of C++
@@ -98,9 +103,9 @@ def train(run, config):
     source = loader.Batches(run, config, model.tokenizer, micro, times, rank, world)
     saver = checkpoints.Saver(run, config, owner, saved, source.digest)
     watcher = watch.Watcher(run, config, model, vae, saved, micro, len(source))
-    engine = build(run, model, saved, micro, times)
     coming = range(first * times, run.steps * times)
     batches = loader.load_batches(source, coming, run.workers, pin=device.type == "cuda")
+    engine, saved = build(run, model, saved, micro, times), None        # and its files are closed
     signals, step = training.catch_signals(), first
     for step in range(first, run.steps):
         # ------------------------------------------------------------ the training step

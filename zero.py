@@ -142,7 +142,8 @@ def averaged(engine, ema, owner):
                         old[name] = p.detach().to("cpu", copy=True)
                     p.copy_(new[name])
                 if engine.zero_optimization_stage() < 3:
-                    dist.broadcast(p.data, owner[name])
+                    # in DeepSpeed's group: another's first use would take memory of the GPU
+                    dist.broadcast(p.data, owner[name], engine.seq_data_parallel_group)
     exchange(ema, raw)
     engine.eval()
     yield engine.module                     # an error of one rank must not wait for the others

@@ -15,7 +15,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 CAPS = {"fusedit.py": 650, "vae.py": 180, "train_gpu.py": 180, "train_tpu.py": 220,
         "training.py": 450, "sample.py": 160, "prepare_data.py": 450, "evaluate.py": 400,
-        "weights.py": 340, "loader.py": 410, "cli.py": 90,  # these seven are not in DESIGN
+        "weights.py": 340, "loader.py": 420, "cli.py": 90,  # these seven are not in DESIGN
         "checkpoints.py": 310, "watch.py": 330, "zero.py": 160, "plan.py": 240}
 DEMO_BYTES = 12_000_000
 LINE, FUNCTION = 100, 50
