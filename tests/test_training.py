@@ -736,6 +736,19 @@ def test_a_full_disk_leaves_the_run_going(gemma, data, tmp_path):
         assert not list((tmp_path / name).glob(".step*"))
 
 
+def test_checkpoints_by_the_clock(gemma, data, tmp_path):
+    slow = ("poll = poll if 'poll' in globals() else checkpoints.Saver.poll\n"
+            "import time\n"
+            "checkpoints.Saver.poll = lambda *a: (time.sleep(0.05), poll(*a))[1]\n")
+    more = "--steps", "20", "--keep", "99", "--sample-every", "99"
+    several(tmp_path, [
+        (slow, flags(gemma, data, tmp_path / "often", *more, "--save-minutes", str(0.2 / 60))),
+        flags(gemma, data, tmp_path / "never", *more)])
+    steps = [int(p.name[5:]) for p in checkpoints.checkpoints(tmp_path / "often")]
+    assert 3 <= len(steps) <= 15 and steps[-1] == 20        # a second in all, and more
+    assert [p.name for p in checkpoints.checkpoints(tmp_path / "never")] == ["step-0000020"]
+
+
 @pytest.mark.parametrize("launcher", ["torchrun", "deepspeed"])
 def test_a_dead_rank_ends_the_others(gemma, data, tmp_path, launcher):
     command = [sys.executable, *TORCHRUN] if launcher == "torchrun" else [
