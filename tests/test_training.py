@@ -749,24 +749,45 @@ def test_checkpoints_by_the_clock(gemma, data, tmp_path):
     assert [p.name for p in checkpoints.checkpoints(tmp_path / "never")] == ["step-0000020"]
 
 
-@pytest.mark.parametrize("launcher", ["torchrun", "deepspeed"])
-def test_a_dead_rank_ends_the_others(gemma, data, tmp_path, launcher):
+def two_ranks(argv, launcher):
+    """(launcher's process, [pids of rank 1's processes]) of a run that has made 5 steps."""
     command = [sys.executable, *TORCHRUN] if launcher == "torchrun" else [
         shutil.which("deepspeed", path=Path(sys.executable).parent), "--num_gpus", "2",
         "--master_port", "29611"]
-    process = subprocess.Popen(
-        [*command, ROOT / "train_gpu.py", *flags(gemma, data, tmp_path / "run", "--steps",
-                                                 "1000000")],
-        text=True, env=ENV, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-        start_new_session=True)
+    process = subprocess.Popen([*command, ROOT / "train_gpu.py", *argv], text=True, env=ENV,
+                               stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+                               start_new_session=True)
     for line in process.stdout:
         if "step 5/" in line:
             break
-    found = subprocess.run(["pgrep", "-f", str(tmp_path / "run")], text=True, capture_output=True)
-    ranks = [int(pid) for pid in found.stdout.split() if b"LOCAL_RANK=1" in
-             Path(f"/proc/{pid}/environ").read_bytes()]
+    return process, [pid for pid in running(argv) if b"LOCAL_RANK=1" in
+                     Path(f"/proc/{pid}/environ").read_bytes()]
+
+
+def running(argv):
+    """Processes with the run's folder in their command line."""
+    out = argv[argv.index("--out") + 1]
+    return list(map(int, subprocess.run(["pgrep", "-f", out], text=True,
+                                        capture_output=True).stdout.split()))
+
+
+@pytest.mark.parametrize("launcher", ["torchrun", "deepspeed"])
+def test_a_dead_rank_ends_the_others(gemma, data, tmp_path, launcher):
+    argv = flags(gemma, data, tmp_path / "run", "--steps", "1000000")
+    process, ranks = two_ranks(argv, launcher)
     os.kill(ranks[-1], signal.SIGKILL)
     begin = time.time()
     process.communicate(timeout=60)
     assert process.returncode != 0 and time.time() - begin < 60
-    assert not subprocess.run(["pgrep", "-f", str(tmp_path / "run")], capture_output=True).stdout
+    assert not running(argv)
+
+
+def test_a_signal_to_one_rank_stops_all(gemma, data, tmp_path):
+    process, ranks = two_ranks(flags(gemma, data, tmp_path / "run", "--steps", "1000000"),
+                               "torchrun")
+    os.kill(ranks[-1], signal.SIGTERM)
+    out, _ = process.communicate(timeout=60)
+    last = (tmp_path / "run" / "latest").read_text().strip()
+    assert process.returncode == 0, out
+    assert f"stopped by SIGTERM; step {int(last[5:])} is saved" in out
+    assert checkpoints.damage(tmp_path / "run" / last) is None
