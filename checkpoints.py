@@ -20,11 +20,10 @@ from typing import NamedTuple
 import torch
 import torch.distributed as dist
 from filelock import FileLock, Timeout
-from safetensors.torch import save_file
 
 import training
 from fusedit import FuseDiTError
-from weights import atomic_write, read_json, tensor_files
+from weights import atomic_write, read_json, save_file, tensor_files
 
 KEYS = ("weight.", "exp_avg.", "exp_avg_sq.")
 
@@ -68,13 +67,16 @@ def open_run(run, config):
         digits = run.resume.removeprefix("step-")
         wanted = [p for p in found if digits.isdigit() and int(p.name[5:]) == int(digits)]
         if not wanted:
-            raise FuseDiTError(f"--resume {run.resume}: {out} has "
-                               + ", ".join(p.name for p in found))
+            raise FuseDiTError(f"--resume {run.resume} is neither auto, none nor a step of {out}, "
+                               "which has " + ", ".join(p.name for p in found))
     for folder in reversed(wanted):
         if (why := damage(folder)) is None:
             return folder
         if os.environ.get("RANK", "0") == "0":
             print(f"passed over {folder}, which is damaged: {why}", file=sys.stderr, flush=True)
+    if wanted != found:
+        raise FuseDiTError(f"--resume {run.resume} is damaged (see above); {out} has "
+                           + ", ".join(p.name for p in found if p not in wanted))
     if wanted:
         raise FuseDiTError(f"{out}: no checkpoint is whole (see above). To begin anew, give the "
                            "run another --out")
@@ -291,4 +293,7 @@ class Saver:
                 a.startswith(("--local_rank", "--resume")) or b == "--resume"))
             print(f"stopped by {signal.Signals(stopped).name}; step {step} is saved. To go on:\n"
                   f"  {launcher} {argv}", flush=True)
+        elif self.rank == 0 and self.last == step:
+            print(f"{self.out} has all of its {step} steps; more --steps go on. To draw with it: "
+                  f"python sample.py --model {self.out} --prompt ...", flush=True)
         return 0 if self.last == step else 1

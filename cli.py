@@ -78,7 +78,9 @@ def run(main, lower):
     except KeyboardInterrupt:
         message, code = "interrupted", 130
     except ModuleNotFoundError as e:        # an extra
-        message, code = f"{e.name} is not installed: pip install {e.name}", 1
+        extra = dict(deepspeed="gpu", matplotlib="watch", tensorboard="watch", wandb="watch")
+        what = f"-e '.[{extra[e.name]}]'" if e.name in extra else e.name
+        message, code = f"{e.name} is not installed: pip install {what}", 1
     except (OSError, SafetensorError) as e:  # a full disk, a folder that cannot be written
         message = f"{getattr(e, 'strerror', None) or e}: {getattr(e, 'filename', None) or ''}"
         code = 1

@@ -202,9 +202,11 @@ def show(run, config):
         held = [*states(model, run.train_llm, stage, world, dtype), vae * dtype.itemsize]
         row = [*held, act, sum(held) + act, less, sum(held) + less]
         print(f"  {stage:>12}" + "".join(f"{n / 1e9:12.2f}" for n in row)
-              + "   too much" * (row[-1] > memory) + "   with --remat" * (
-                  row[-1] <= memory < sum(held) + act))
-    print("  1-, 2-, 3-offload: as 1, 2, 3, but Adam's part is in the machine's memory")
+              + ("   too much" if row[-1] > memory else "   with --remat" if
+                 sum(held) + act > memory else "   fits") + f"   <- --zero {run.zero}" * (
+                     stage == int(run.zero[0])))
+    print("  1-, 2-, 3-offload: as 1, 2, 3, but Adam's part is in the machine's memory; --remat "
+          "costs a second forward pass of the DiT")
     speed = world * peak * used / each
     days = PAPER / speed / 86400
     print(f"\n  at {used:.0%} of {peak / 1e12:,.0f} TFLOP/s each: {speed:,.0f} images/s, "

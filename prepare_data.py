@@ -87,7 +87,7 @@ def write_index(out: Path, entries: list, **more) -> dict:
 def index_folder(args) -> None:
     tars, entries = sorted(args.folder.glob("*.tar")), []
     if not tars:
-        raise FuseDiTError(f"no *.tar in {args.folder}")
+        raise FuseDiTError(f"no *.tar in {args.folder}, which must be a folder of them")
     for entry in tqdm(in_parallel(index_entry, tars, args.workers), total=len(tars), unit="shard",
                       desc="indexing", disable=None):
         entries.append(entry)

@@ -92,7 +92,7 @@ class RunConfig:
     save_minutes: float = flag(0.0, "also after so many minutes; 0: not", True, low=0)
     keep: int = flag(3, "number of checkpoints kept; the oldest go", True, low=1)
     keep_every: int = flag(0, "but those of every so many steps stay; 0: none do", True, low=0)
-    sample_every: int = flag(1000, "steps between two sample grids", True, low=1)
+    sample_every: int = flag(1000, "steps between two sample grids; 0: none", True, low=0)
     val_every: int = flag(1000, "steps between two validation losses", True, low=1)
     val_samples: int = flag(256, "held-out samples of one", True, low=1)
     prompts: tuple = flag(PROMPTS, "of the sample grid: texts, or .txt files of them", True)
@@ -104,6 +104,7 @@ class RunConfig:
 def parse_run(argv, description):
     """RunConfig from the command line; argparse is generated from the fields above."""
     parser = argparse.ArgumentParser(description=description,
+                                     usage="%(prog)s [--flag value ...]; --help lists the flags",
                                      formatter_class=argparse.RawTextHelpFormatter)
     for f in fields(RunConfig):
         about, kind = f.metadata["about"], type(f.default)
@@ -140,8 +141,14 @@ def check(run):
     """Raise what can be known to be wrong before the model loads."""
     for pattern in (*run.data, *run.val_data):
         loader.expand_shards(pattern)
-    if run.deepspeed_config and not Path(run.deepspeed_config).is_file():
-        raise FuseDiTError(f"--deepspeed-config {run.deepspeed_config}: no such file")
+    if Path(run.out).is_file():
+        raise FuseDiTError(f"--out {run.out} is a file; it must be a folder")
+    if run.deepspeed_config:
+        try:
+            json.loads(Path(run.deepspeed_config).read_text())
+        except (OSError, ValueError) as e:
+            raise FuseDiTError(f"--deepspeed-config {run.deepspeed_config}: "
+                               f"{getattr(e, 'strerror', None) or f'not JSON ({e})'}") from None
 
 
 def model_config(run):
@@ -267,7 +274,8 @@ def catch_signals():
 def due(run, step, first, stop, now):
     """Whether to (log, look, save) after `step` steps; what is saved has a checked loss."""
     last = step == run.steps
-    look = last or step % run.sample_every == 0 or bool(run.val_data) and step % run.val_every == 0
+    look = any(n and (last or step % n == 0) for n in (
+        run.sample_every, run.val_data and run.val_every))
     save = last or step % run.save_every == 0 or bool(stop) or now
     return save or look or step % run.log_every == 0 or step == first + 1, look and not stop, save
 

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from PIL.PngImagePlugin import PngInfo
 from tqdm import tqdm
 
 import checkpoints
@@ -20,7 +21,7 @@ import plan
 import training
 from fusedit import FuseDiTError
 from sample import sheet, to_images
-from weights import atomic_write, untaken
+from weights import atomic_write
 
 LEVELS = [(i + 0.5) / 8 for i in range(8)]  # sigmas of the validation loss
 BAD_STEPS = 10                              # skipped one after the other: the run has diverged
@@ -181,13 +182,15 @@ class Watcher:
     def look(self, step, model):
         """Sample grid and validation loss of the model with its averaged weights, when due."""
         run, last = self.run, step == self.run.steps
-        if last or step % run.sample_every == 0:
+        if run.sample_every and (last or step % run.sample_every == 0):
             images = draw(run, self.config, model, self.vae, self.rank, self.world)
             if self.rank == 0:
                 page = sheet(images, math.ceil(math.sqrt(len(images))))
+                said = PngInfo()
+                said.add_text("prompts", "\n".join(run.prompts))
                 png = self.out / "samples" / f"step-{step:07d}.png"
                 with unless_full(), atomic_write(png) as tmp:
-                    page.save(tmp, "PNG")
+                    page.save(tmp, "PNG", pnginfo=said)
         if run.val_data and (last or step % run.val_every == 0):
             self.val = self.val or validation(run, self.config, model, self.micro, self.rank,
                                               self.world)
@@ -286,15 +289,16 @@ def validate(batches, config, model, vae, device):
 # ------------------------------------------------------------------------------ plot
 
 def plot(folder):
-    """Loss, validation and throughput of a run to a new PNG in its folder; returns its path."""
-    import matplotlib
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
+    """Loss, validation and throughput of a run to plot.png in its folder; returns its path."""
     path = Path(folder) / "metrics.jsonl"
     if not path.exists():
         raise FuseDiTError(f"{folder} has no metrics.jsonl: name a run's folder, as runs/demo")
     if not (table := rows(path)):
         raise FuseDiTError(f"{path} is empty: the run has not logged yet")
+    import matplotlib
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    from matplotlib.ticker import LogFormatter
 
     def curve(axis, key, **style):
         xy = [(r["step"], r[key]) for r in table if r.get(key) is not None]
@@ -310,11 +314,15 @@ def plot(folder):
     curve(speed, "images_per_s", lw=0.8)
     speed.set(ylabel="images/s", xlabel="step", ylim=(0, None))
     for axis in (loss, val):
+        for which in (axis.yaxis.set_major_formatter, axis.yaxis.set_minor_formatter):
+            which(LogFormatter(minor_thresholds=(2, 0.5)))          # 0.6, not 6 x 10^-1
         if axis.get_legend_handles_labels()[0]:
             axis.legend(fontsize="small", ncols=2)
+        else:
+            axis.text(0.5, 0.5, "no --val-data", transform=axis.transAxes, ha="center")
     for axis in (loss, val, speed):
         axis.grid(alpha=0.3)
-    with atomic_write(png := untaken(Path(folder) / "plot.png")) as tmp:
+    with atomic_write(png := Path(folder) / "plot.png") as tmp:
         figure.savefig(tmp, format="png", dpi=120)
     return png
 

@@ -18,10 +18,12 @@ from dataclasses import asdict, fields, replace
 from pathlib import Path
 
 import torch
+import safetensors.torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 
 from fusedit import FuseDiT, FuseDiTConfig, FuseDiTError, GemmaConfig, sine_table
+
+os.umask(UMASK := os.umask(0))           # it can only be read by setting it
 
 
 @contextlib.contextmanager
@@ -60,6 +62,12 @@ def resolve(name, near=".", patterns=("*.json", "*.safetensors", "*.model")):
         raise FuseDiTError(f"{name} is not a folder here, and the hub did not give it ("
                            f"{type(e).__name__}). Check the name and the network; Gemma also needs "
                            "its licence accepted on the hub and `hf auth login`") from e
+
+
+def save_file(tensors, path, metadata):
+    """Safetensors' own, but readable by all whom the umask lets: theirs is the owner's alone."""
+    safetensors.torch.save_file(tensors, path, metadata)
+    os.chmod(path, 0o666 & ~UMASK)
 
 
 def read_json(path):

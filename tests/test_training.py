@@ -303,7 +303,13 @@ def test_a_damaged_checkpoint_is_passed_over_by_name(folder, capsys, file, how):
     saver(run, config, 1).lock.release()    # going on sets it aside, and says where `latest` is
     assert steps_of(run) == [1] and list(Path(run.out).glob("aside-*-step-0000002"))
     assert (Path(run.out) / "latest").read_text() == "step-0000001\n"
+    save(run, config, 3)
+    run.resume = "1"
     (Path(run.out) / "step-0000001" / "train_state" / "state.json").unlink()
+    with pytest.raises(FuseDiTError, match="--resume 1 is damaged .* has step-0000003"):
+        checkpoints.open_run(run, config)
+    run.resume = "auto"
+    (Path(run.out) / "step-0000003" / "train_state" / "state.json").unlink()
     with pytest.raises(FuseDiTError, match="no checkpoint is whole"):
         checkpoints.open_run(run, config)
 
@@ -319,7 +325,7 @@ def test_which_checkpoint_to_resume(folder):
     saver(run, config, 2).lock.release()    # what came later is kept, under another name
     assert steps_of(run) == [1, 2] and list(Path(run.out).glob("aside-*-step-0000013"))
     run.resume = "5"
-    with pytest.raises(FuseDiTError, match="--resume 5: .* has step-0000001, step-0000002"):
+    with pytest.raises(FuseDiTError, match="--resume 5 is neither .* has step-0000001, step-0000002"):
         checkpoints.open_run(run, config)
     run.resume = "none"
     with pytest.raises(FuseDiTError, match="--resume auto goes on"):
@@ -374,7 +380,10 @@ def test_a_run_learns_saves_and_goes_on(gemma, data, tmp_path):
     assert held[1]["val_loss"] == pytest.approx(np.mean(levels)) and len(set(levels)) == 8
     assert (out / "latest").read_text() == "step-0000040\n"
     with Image.open(out / "samples" / "step-0000040.png") as grid:
-        assert grid.size[0] > 32
+        assert grid.size[0] > 32 and grid.info["prompts"].splitlines()[1] == "a star"
+    modes = {p.stat().st_mode & 0o777 for p in (out / "step-0000040").rglob("*.*")
+             if p.is_file()}
+    assert len(modes) == 1                  # tensors too are read by whom the umask lets
     model = weights.load_model(out)         # the whole run folder, its EMA
     raw = weights.load_model(out, ema=False)
     name = "layers.0.mlp.up_proj.weight"
@@ -402,12 +411,15 @@ def test_a_run_learns_saves_and_goes_on(gemma, data, tmp_path):
 
 
 def test_what_goes_wrong_is_one_line(gemma, data, tmp_path):
+    (tmp_path / "bad.json").write_text("{oops")
     (tmp_path / "ds.json").write_text('{"zero_optimization": {"stage": 2}}')
     for argv, says in [
             (["--data", str(tmp_path / "none-*.tar")], "no file matches"),
-            (["--deepspeed-config", str(tmp_path / "no.json")], "no such file"),
+            (["--deepspeed-config", str(tmp_path / "no.json")], "No such file"),
+            (["--deepspeed-config", str(tmp_path / "bad.json")], "not JSON"),
+            (["--out", str(tmp_path / "bad.json")], "is a file"),
             (["--device", "cuda"], "--device cuda") if not torch.cuda.is_available() else
-            (["--deepspeed-config", str(tmp_path / "no.json")], "no such file"),
+            (["--deepspeed-config", str(tmp_path / "no.json")], "No such file"),
             (["--deepspeed-config", str(tmp_path / "ds.json")],
              "zero_optimization.stage is 2, but the flags say 1"),
             (["--plan", "8xH999"], "known: B200")]:
