@@ -298,7 +298,6 @@ def plot(folder):
     import matplotlib
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
-    from matplotlib.ticker import LogFormatter
 
     def curve(axis, key, **style):
         xy = [(r["step"], r[key]) for r in table if r.get(key) is not None]
@@ -315,7 +314,7 @@ def plot(folder):
     speed.set(ylabel="images/s", xlabel="step", ylim=(0, None))
     for axis in (loss, val):
         for which in (axis.yaxis.set_major_formatter, axis.yaxis.set_minor_formatter):
-            which(LogFormatter(minor_thresholds=(2, 0.5)))          # 0.6, not 6 x 10^-1
+            which(lambda y, _: f"{y:g}" if f"{y:e}"[0] in "1235" else "")
         if axis.get_legend_handles_labels()[0]:
             axis.legend(fontsize="small", ncols=2)
         else:
