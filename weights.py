@@ -17,8 +17,8 @@ import shutil
 from dataclasses import asdict, fields, replace
 from pathlib import Path
 
-import torch
 import safetensors.torch
+import torch
 from safetensors import SafetensorError, safe_open
 
 from fusedit import FuseDiT, FuseDiTConfig, FuseDiTError, GemmaConfig, sine_table

@@ -60,7 +60,7 @@ def test_every_setting_is_a_flag_with_its_comment_and_default():
     out = subprocess.run([sys.executable, ROOT / "train_gpu.py", "--help"], text=True,
                          capture_output=True, check=True).stdout
     for f in fields(training.RunConfig):
-        assert f"--{f.name.replace('_', '-')} " in out or f"--{f.name}," in out, f.name
+        assert re.search(rf"^  --{f.name.replace('_', '-')}[ ,]", out, re.M), f.name
         assert f.metadata["about"] in out
         if type(f.default) in (int, float):
             assert f"{f.metadata['about']} ({f.default})" in out
