@@ -20,12 +20,12 @@ from typing import NamedTuple
 import torch
 import torch.distributed as dist
 from filelock import FileLock, Timeout
+from safetensors import SafetensorError, safe_open
 
 import training
 from fusedit import FuseDiTError
 from weights import atomic_write, read_json, save_file, tensor_files
 
-KEYS = ("weight.", "exp_avg.", "exp_avg_sq.")
 
 def damage(folder):
     """What is wrong with a checkpoint, or None: every file must have the bytes it was left with."""
@@ -122,16 +122,16 @@ def sync(path):
 
 
 class Saver:
-    """Checkpoints, each rank writing what it owns, beside the training.
+    """Checkpoints, each rank writing its share, beside the training.
 
     step-0000500/ is a model folder of the averaged weights, with train_state/ to resume from.
     It appears whole or not at all: written under another name, fsynced, renamed when all ranks
     have written, and only then named in `latest`. Older ones go when the new one stands.
     """
 
-    def __init__(self, run, config, owner, saved, data):
-        """owner: the rank that has a tensor; data: digest of the run's shards."""
-        self.run, self.config, self.owner, self.out = run, config, owner, Path(run.out)
+    def __init__(self, run, config, saved, data):
+        """data: digest of the run's shards."""
+        self.run, self.config, self.out = run, config, Path(run.out)
         self.data, first = data, saved.step if saved else 0
         self.rank, self.world = dist.get_rank(), dist.get_world_size()
         self.thread = self.state = self.problem = None
@@ -172,24 +172,23 @@ class Saver:
         return f"{stem}.safetensors" if self.world == 1 else \
             f"{stem}-{rank + 1:05d}-of-{self.world:05d}.safetensors"
 
-    def save(self, step, ema, cells, counts):
-        """Copy this rank's share and begin to write it. cells: (key, name, get, ...)."""
-        self.wait()
+    def save(self, step, share, counts):
+        """Begin to write share(): this rank's {NAME: average}, and {"weight.NAME": ...}.
+
+        Of all ranks together they are the tensors of load_checkpoint, in the CPU's memory and for
+        nobody else to change; one in pieces has names as NAME[0:8,0:512], its places.
+        """
+        self.wait()                         # one checkpoint's copies at a time
         self.clock, tmp = time.monotonic(), self.out / f".step-{step:07d}.tmp"
-        state, size = {}, 0
-        for key, name, get, *_ in cells:
-            whole = get()                   # a gathering: it takes all ranks
-            size += whole.numel() * 4 * (2 if key == "weight" else 1)      # and the average
-            if self.owner[name] == self.rank:
-                state[f"{key}.{name}"] = whole.to("cpu", torch.float32, copy=True)
-            del whole
-        ema = {name: p.to("cpu", copy=True) for name, p in ema.items()}
-        problem = self.prepare(tmp, size) if self.rank == 0 else None
+        average, state = share()
+        size = torch.tensor(sum(t.nbytes for part in (average, state) for t in part.values()))
+        dist.all_reduce(size)
+        problem = self.prepare(tmp, int(size)) if self.rank == 0 else None
         if training.agree(problem is not None)[0]:
             self.warn(step, problem)
             return
         self.state = dict(step=step, data=self.data) | counts
-        self.thread = threading.Thread(target=self.write, args=(tmp, ema, state))
+        self.thread = threading.Thread(target=self.write, args=(tmp, average, state))
         self.thread.start()
 
     def prepare(self, tmp, size):
@@ -202,23 +201,16 @@ class Saver:
         except OSError as e:
             return str(e)
 
-    def write(self, tmp, ema, state):
-        """In a thread: this rank's files; and rank 0's, which say who wrote what."""
+    def write(self, tmp, average, state):
+        """In a thread: this rank's files; and the model's configuration, once."""
         config, parts = json.dumps(asdict(self.config), indent=2), []
         try:
-            for stem, tensors in (("model", ema), ("train_state/state", state)):
+            for stem, tensors in (("model", average), ("train_state/state", state)):
                 parts.append(tmp / self.part(stem, self.rank))
                 save_file(tensors, parts[-1], {"config": config})
             if self.rank == 0:
-                texts = {"config.json": config}
-                for stem, keys in ((("model", [""]), ("train_state/state", KEYS))
-                                   if self.world > 1 else ()):
-                    texts[f"{stem}.safetensors.index.json"] = json.dumps({"weight_map": {
-                        key + name: Path(self.part(stem, r)).name
-                        for key in keys for name, r in self.owner.items()}})
-                for name, text in texts.items():
-                    parts.append(tmp / name)
-                    parts[-1].write_text(text + "\n")
+                parts.append(tmp / "config.json")
+                parts[-1].write_text(config + "\n")
             for path in parts:
                 sync(path)
         except BaseException as e:          # of whatever kind: this checkpoint is not whole
@@ -248,7 +240,7 @@ class Saver:
         if self.rank == 0 and not failed:
             try:
                 self.publish(tmp, name)
-            except OSError as e:
+            except (OSError, SafetensorError) as e:
                 failed, problem = True, e
         if failed:
             self.warn(step, problem)
@@ -259,9 +251,14 @@ class Saver:
 
     def publish(self, tmp, name):
         """Rank 0 gives the folder its name, and `latest` this name; older ones go."""
-        for stem, rank in ((s, r) for s in ("model", "train_state/state")
-                           for r in range(self.world)):
-            (tmp / self.part(stem, rank)).stat()           # raises if this disk lacks it
+        for stem in ("model", "train_state/state"):
+            where = {}
+            for path in (tmp / self.part(stem, rank) for rank in range(self.world)):
+                with safe_open(path, "pt") as file:        # raises if this disk lacks it
+                    where |= dict.fromkeys(file.keys(), path.name)
+            if self.world > 1:
+                with atomic_write(tmp / f"{stem}.safetensors.index.json") as index:
+                    index.write_text(json.dumps({"weight_map": where}) + "\n")
         files = {str(p.relative_to(tmp)): p.stat().st_size for p in tmp.rglob("*")
                  if p.is_file()}
         with atomic_write(tmp / "train_state" / "state.json") as text:
@@ -287,7 +284,8 @@ class Saver:
         self.wait()
         if self.rank == 0 and stopped and self.last == step:
             launcher = ("python" if self.world == 1 else "torchrun ..." if "TORCHELASTIC_RUN_ID"
-                        in os.environ else "deepspeed ...")
+                        in os.environ else "deepspeed ..." if "LOCAL_RANK" in os.environ else
+                        "on every host: python")
             before = [None, *sys.argv]      # an old --resume would go back again
             argv = shlex.join(a for a, b in zip(sys.argv, before, strict=False) if not (
                 a.startswith(("--local_rank", "--resume")) or b == "--resume"))

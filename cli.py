@@ -1,9 +1,11 @@
 """What the commands share: flags, prompt files, device and model, errors in one line."""
 import argparse
+import os
 import sys
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 from safetensors import SafetensorError
 
 from fusedit import FuseDiTError
@@ -78,15 +80,23 @@ def run(main, lower):
     except KeyboardInterrupt:
         message, code = "interrupted", 130
     except ModuleNotFoundError as e:        # an extra
-        extra = dict(deepspeed="gpu", matplotlib="watch", tensorboard="watch", wandb="watch")
+        extra = dict(deepspeed="gpu", torch_xla="tpu", duckdb="data", **dict.fromkeys(
+            ("matplotlib", "tensorboard", "wandb"), "watch"))
         what = f"-e '.[{extra[e.name]}]'" if e.name in extra else e.name
         message, code = f"{e.name} is not installed: pip install {what}", 1
     except (OSError, SafetensorError) as e:  # a full disk, a folder that cannot be written
         message = f"{getattr(e, 'strerror', None) or e}: {getattr(e, 'filename', None) or ''}"
         code = 1
     except (RuntimeError, MemoryError) as e:
-        if not (isinstance(e, (torch.OutOfMemoryError, MemoryError)) or "allocate" in str(e)):
+        if "closed by peer" in str(e):
+            message, code = "another process of this run has stopped; its own log says why", 1
+        elif isinstance(e, (torch.OutOfMemoryError, MemoryError)) or any(
+                word in str(e) for word in ("allocate", "RESOURCE_EXHAUSTED")):
+            message, code = f"out of memory: lower {lower}", 1
+        else:
             raise
-        message, code = f"out of memory: lower {lower}", 1
-    print(f"{Path(sys.argv[0]).name}: error: {message}", file=sys.stderr)
+    print(f"{Path(sys.argv[0]).name}: error: {message}", file=sys.stderr, flush=True)
+    if dist.is_initialized() and dist.get_world_size() > 1:
+        sys.stdout.flush()
+        os._exit(code)                      # what is done at exit may wait for the other ranks
     sys.exit(code)

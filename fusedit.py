@@ -248,8 +248,7 @@ def rotate(x, angles):
 
 def attend(q, k, v, mask=None, scale=None):
     """Softmax attention [B,H,N,h] of q over k, v [B,K,S,h], mask [...,N,S]: True may look."""
-    # H / K query heads share a key head. Keys are repeated for them, as the fused kernels that
-    # take a mask do not take grouped heads.
+    # H / K query heads share a key head; fused kernels that take a mask want one for each.
     k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for x in (k, v))
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale)
 
@@ -289,7 +288,7 @@ class Attention(nn.Module):
 
 
 class Block(nn.Module):
-    """The weights and the two residual branches of a Gemma layer; a DiT block builds on it."""
+    """A Gemma layer; a DiT block builds on its weights and its two residual branches."""
     def __init__(self, width, gemma, sandwich, qk_norm):
         super().__init__()
         self.sandwich, norm = sandwich, lambda: RMSNorm(width, gemma.rms_norm_eps)
@@ -309,6 +308,27 @@ class Block(nn.Module):
             return x + gate * self.mlp(modulate(self.post_attention_layernorm(x), shift, scale))
         y = self.mlp(modulate(self.pre_feedforward_layernorm(x), shift, scale))
         return x + gate * self.post_feedforward_layernorm(y)
+
+    def forward(self, x, angles, mask, scale, rotated):
+        """x [B,T,D] after this layer; and its keys and values [B,K,T,h], and x as it came."""
+        y, attn = self.input_layernorm(x), self.self_attn
+        k, v = attn.kv(y)
+        turned = rotate(k, angles)
+        given = turned if rotated else k, v, x
+        if self.mlp is None:                # the last one that is read, see weights.trim
+            return x, given
+        z = attend(attn.q(y, angles), turned, v, mask, scale)
+        return self.add_mlp(self.add_attention(x, attn.out(z))), given
+
+
+class Blocks(nn.ModuleList):
+    """A tower's blocks, in turn. (train_tpu.py puts in its place what compiles one for all.)"""
+    def forward(self, x, own, shared):      # own: what only one block gets, a tuple for each
+        outs = []
+        for block, inputs in zip(self, own):
+            x, out = block(x, *inputs, *shared)
+            outs.append(out)
+        return x, outs
 
 
 def modulate(x, shift, scale):          # AdaLN (arXiv 2212.09748): shift, scale, gate tell sigma
@@ -331,9 +351,6 @@ class TextFeatures(NamedTuple):
             return tuple(map(each, *xs)) if nested else (None if xs[0] is None else f(*xs))
         return TextFeatures(*map(each, self, *others))
 
-    def rows(self, index):                  # a list: some prompts, repeated or reordered
-        return self.apply(lambda x: x[torch.as_tensor(index, device=x.device)])
-
 
 class Gemma(nn.Module):
     """Gemma 1, 2 or 3 as a reader: it returns keys and values of its layers, never logits."""
@@ -342,17 +359,16 @@ class Gemma(nn.Module):
         super().__init__()
         c = self.config = config
         self.embed_tokens = nn.Embedding(c.vocab_size, c.hidden_size)
-        self.layers = nn.ModuleList(Block(c.hidden_size, c, sandwich=c.model_type != "gemma",
-                                          qk_norm=c.model_type == "gemma3_text")
-                                    for _ in range(c.num_hidden_layers))
+        self.layers = Blocks(Block(c.hidden_size, c, sandwich=c.model_type != "gemma",
+                                   qk_norm=c.model_type == "gemma3_text")
+                             for _ in range(c.num_hidden_layers))
         self.norm = RMSNorm(c.hidden_size, c.rms_norm_eps)
 
     def forward(self, ids, upto, rotated=True):
         """For ids [B,T], of layers 0 .. upto: keys and values [B,K,T,h], and their inputs [B,T,D].
 
-        Of layer `upto` only keys and values are computed; with upto = L all layers run, and the
-        final norm's output comes last. rotated=False: keys without positions (cross-attention).
-        Padding needs no mask: it stands on the right, and a causal token never looks to its right.
+        With upto = L the final norm's output comes last. rotated=False: keys without positions, for
+        cross-attention. Padding needs no mask: it is on the right, where no causal token looks.
         """
         c, T, device = self.config, ids.shape[1], ids.device
         x = self.embed_tokens(ids)
@@ -363,20 +379,10 @@ class Gemma(nn.Module):
                      for theta, factor in ((c.rope_theta, c.rope_factor), (c.local_theta, 1)))
         back = place[:, None] - place                              # [T,T] how far each one is back
         causal, window = back >= 0, (back >= 0) & (back < c.sliding_window)
-        keys, values, hidden = [], [], []
-        for i, layer in enumerate(self.layers[:upto + 1]):
-            angles, mask = (near, window) if i in c.sliding_layers else (far, causal)
-            hidden.append(x)
-            y, attn = layer.input_layernorm(x), layer.self_attn
-            k, v = attn.kv(y)
-            turned = rotate(k, angles)
-            keys.append(turned if rotated else k)
-            values.append(v)
-            if i == upto:
-                return keys, values, hidden
-            z = attend(attn.q(y, angles), turned, v, mask, scale=c.query_scale ** -0.5)
-            x = layer.add_mlp(layer.add_attention(x, attn.out(z)))
-        return keys, values, hidden + [self.norm(x)]
+        own = [(near, window) if i in c.sliding_layers else (far, causal) for i in range(upto + 1)]
+        x, given = self.layers(x, own, (c.query_scale ** -0.5, rotated))
+        keys, values, hidden = map(list, zip(*given))
+        return keys, values, hidden + [self.norm(x)] if upto == c.num_hidden_layers else hidden
 
 
 # ---------------------------------------------------------------------------- DiT, the painter
@@ -418,7 +424,7 @@ class DiTBlock(Block):
             return (mod + self.scale_shift_table)[:, None].chunk(6, dim=-1)
         return 0, 0, 1, 0, 0, 1
 
-    def forward(self, x, mod, angles, text_k, text_v, hidden, text_mask, joint_mask):
+    def forward(self, x, text_k, text_v, mod, angles, hidden, text_mask, joint_mask):
         """x [B,N,D] after this block. mod: the time embedding [B,D], or t_block's [B,6D], or 0."""
         shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = self.modulation(mod)
         attn, cross = self.self_attn, self.cross_attn
@@ -433,7 +439,7 @@ class DiTBlock(Block):
         if cross is not None:                                      # a second softmax: text alone
             z = cross.out(attend(cross.q(x), text_k, text_v, text_mask))
             x = x + (self.post_cross_attention_layernorm(z) if self.sandwich else z)
-        return self.add_mlp(x, shift_m, scale_m, gate_m)
+        return self.add_mlp(x, shift_m, scale_m, gate_m), None
 
 
 class DiT(nn.Module):
@@ -443,21 +449,18 @@ class DiT(nn.Module):
         c, eps, L = config, gemma.rms_norm_eps, gemma.num_hidden_layers
         deep, adaln_zero = c.fusion == "deep", c.timestep_conditioning == "adaln-zero"
         self.config, self.h, self.width = c, gemma.head_dim, c.dit_hidden_size or gemma.hidden_size
-        D, layers = self.width, c.dit_num_hidden_layers or L - c.initial_layers
+        D, P, layers = self.width, c.patch_size, c.dit_num_hidden_layers or L - c.initial_layers
         sources = range(c.initial_layers, c.initial_layers + layers)
         shared = sources if c.shared_attention_layers == "all" else c.shared_attention_layers
         fit = {*sources} & {*shared} and {*sources, *shared} <= set(range(L))
         if not sources or deep and not fit:
             raise FuseDiTError(f"config fields initial_layers {c.initial_layers}, dit_num_hidden_"
                                f"layers {layers} or shared ones do not fit a Gemma of {L} layers")
-        # The Gemma layer each block reads; None: the image only. (Shallow: just how many blocks.)
-        self.reads = [i if i in shared else None for i in sources]
-        proj = nn.Conv2d(c.in_channels, D, c.patch_size, stride=c.patch_size)
-        self.patch_embed = nn.ModuleDict({"proj": proj})
-        self.layers = nn.ModuleList(DiTBlock(c, gemma, D, not deep or i is not None)
-                                    for i in self.reads)
+        self.reads = [i if i in shared else None for i in sources]  # Gemma's; None: image alone
+        self.patch_embed = nn.ModuleDict(dict(proj=nn.Conv2d(c.in_channels, D, P, stride=P)))
+        self.layers = Blocks(DiTBlock(c, gemma, D, not deep or i is not None) for i in self.reads)
         self.norm_out = AdaNorm(D, 2, eps) if adaln_zero else RMSNorm(D, eps)
-        self.proj_out = nn.Linear(D, c.patch_size ** 2 * c.in_channels)
+        self.proj_out = nn.Linear(D, P * P * c.in_channels)
         def mlp(width):
             return nn.Linear(width, D), nn.SiLU(), nn.Linear(D, D)
         if c.timestep_conditioning:
@@ -521,8 +524,8 @@ class DiT(nn.Module):
         text_mask = text.mask[:, None, None, :]                                   # [B,1,1,T]
         joint_mask = F.pad(text_mask, (0, rows * cols), value=True)               # [B,1,1,T+N]
         hidden = self.context_embedder(text.hidden.to(dtype)) if c.fusion == "shallow" else None
-        for layer, k, v in zip(self.layers, text.keys, text.values, strict=True):
-            x = layer(x, mod, angles, k, v, hidden, text_mask, joint_mask)
+        own = [*zip(text.keys, text.values, strict=True)]
+        x, _ = self.layers(x, own, (mod, angles, hidden, text_mask, joint_mask))
         x = self.proj_out(modulate(self.norm_out(x), *self.final_modulation(temb)))
         x = x.view(B, rows, cols, P, P, C).permute(0, 5, 1, 3, 2, 4)          # [B,C,rows,P,cols,P]
         return x.reshape(x_t.shape).to(x_t.dtype)
@@ -535,11 +538,11 @@ class FuseDiT(nn.Module):
         super().__init__()
         self.config, self.tokenizer, self.pool, self.own_llm = config, None, None, False
         self.llm, self.dit = Gemma(gemma).requires_grad_(False), DiT(config, gemma)
-        L, i = gemma.num_hidden_layers, config.text_hidden_states_index
-        if not -L - 1 <= i <= L:
-            raise FuseDiTError(f"text_hidden_states_index {i}: this Gemma has {-L - 1} to {L}")
+        n, i = gemma.num_hidden_layers + 1, config.text_hidden_states_index
+        if not -n <= i < n:
+            raise FuseDiTError(f"text_hidden_states_index {i}: this Gemma has {-n} to {n - 1}")
         deepest = max(filter(None, self.dit.reads), default=0)
-        self.upto = i % (L + 1) if config.fusion == "shallow" else deepest
+        self.upto = i % n if config.fusion == "shallow" else deepest
 
     def read(self, ids, mask, pooled=None):
         """TextFeatures of ids [B,T], right-padded with mask [B,T] (True: a real token).
@@ -606,22 +609,20 @@ def train_sigmas(shift, device=None):
 def sample_sigmas(steps, shift):
     """The steps + 1 noise levels of the sampler, from 1 to 0."""
     # Shifted twice, as published: linspace ends at the lowest level of training, shifted already.
-    low = float(train_sigmas(shift)[-1])
-    levels = torch.linspace(1, low, steps, dtype=torch.float64)
+    levels = torch.linspace(1, float(train_sigmas(shift)[-1]), steps, dtype=torch.float64)
     return torch.cat([shift_sigma(levels, shift), levels.new_zeros(1)]).float()
 
 
 def random_sigma(normal, shift):
-    """Noise levels of training, of normal random numbers [B]: mostly from the table's middle."""
-    u = torch.sigmoid(normal)
-    return train_sigmas(shift, u.device)[(u * 1000).long().clamp(max=999)]
+    """Noise levels of training, of normal numbers [B]: mostly the table's middle, itself noisy."""
+    return train_sigmas(shift, normal.device)[(normal.sigmoid() * 1000).long().clamp(max=999)]
 
 
 def flow_loss(dit, x, text, sigma, eps):
     """Rectified-flow loss [B] (section 3; arXiv 2209.03003): mean squared error of the velocity.
 
-    x [B,C,H,W]: clean latents of captions text. On the line x_t = (1 - sigma) x + sigma eps the
-    velocity is eps - x. Many lines meet in one x_t: dit learns the mean, which sample() follows.
+    On the line x_t = (1 - sigma) x + sigma eps, from clean latents x to noise eps, the velocity is
+    eps - x. Many lines meet in one x_t: dit learns their mean, given text; sample() follows it.
     """
     x, s = x.float(), sigma[:, None, None, None]
     v = dit((1 - s) * x + s * eps, sigma, text)
@@ -629,22 +630,21 @@ def flow_loss(dit, x, text, sigma, eps):
 
 
 @torch.no_grad()
-def sample(dit, noise, text, empty, steps, guidance, shift, callback=None):
+def sample(dit, noise, text, empty, steps, guidance, shift, callback=lambda i, x: None):
     """Euler integration of the velocity from noise [B,C,H,W] at sigma 1 to a picture at 0.
 
     text, empty: TextFeatures of the B prompts and of what to avoid (the empty or a negative
     prompt), of the same T. Classifier-free guidance (arXiv 2207.12598) goes past the prompt's
     velocity, v_empty + guidance (v - v_empty); 1 turns it off. callback(i, x) after each step.
     """
-    x, sigmas, guided = noise.float(), sample_sigmas(steps, shift).to(noise.device), guidance != 1
+    x, sigmas, guided = noise.float(), sample_sigmas(steps, shift).tolist(), guidance != 1
     if guided:
         text = text.apply(lambda a, b: torch.cat([a, b]), empty)
     for i in range(steps):
-        v = dit(torch.cat([x, x]) if guided else x, sigmas[i].expand(len(text.mask)), text)
+        v = dit(torch.cat([x, x]) if guided else x, x.new_full([len(text.mask)], sigmas[i]), text)
         if guided:
             v, v_empty = v.chunk(2)
             v = v_empty + guidance * (v - v_empty)
         x = x + (sigmas[i + 1] - sigmas[i]) * v
-        if callback:
-            callback(i, x)
+        callback(i, x)
     return x

@@ -20,6 +20,7 @@ import os
 import random
 import shutil
 import signal
+import sys
 import tarfile
 import tempfile
 import threading
@@ -31,39 +32,43 @@ import numpy as np
 import torch
 from braceexpand import braceexpand
 from filelock import FileLock
-from PIL import Image
+from PIL import Image, ImageOps
+from safetensors import SafetensorError, safe_open
 from torch.utils.data import DataLoader, Dataset, get_worker_info
 from webdataset.gopen import gopen
 
 import fusedit
 from fusedit import FuseDiTError
-from weights import atomic_write
+from weights import ClipTokenizer, atomic_write, fingerprint
 
 CYCLE = 1000                                # places over which data sets keep their shares exactly
 AHEAD = 20_000                              # places before their turn, remote shards are copied
+FORMATS = "JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF"        # no EPS: it runs programs
+LATENTS = ".latents.safetensors"            # of a shard, in place of its .tar
 HANGS = 1800                                # seconds for a batch, after which a worker gives up
 
 # ------------------------------------------------------------------------------ which shards
 
 @functools.lru_cache
 def read_index(folder):
-    """{tar name: (samples, bytes, number of the first sample)} from a folder's index.json."""
+    """{tar name: (samples, bytes, latents, number of the first sample)} of an index.json."""
     try:
         if "://" in folder:
             with gopen(f"{folder}/index.json") as f:
                 index = json.load(f)
         else:
             index = json.loads(Path(folder, "index.json").read_text())
-        shards = [(s["name"], s["samples"], s.get("bytes")) for s in index["shards"]]
+        shards = [(s["name"], s["samples"], s.get("bytes"), s.get("latents"))
+                  for s in index["shards"]]
     except Exception as e:                  # of a dozen openers, or of a list that is none
         raise FuseDiTError(f"cannot read {folder}/index.json, the list of its shards ({e}): "
                            f"`python prepare_data.py index {folder}` writes one") from None
-    first = np.cumsum([0] + [n for _, n, _ in shards]).tolist()
-    return {name: (n, size, at) for (name, n, size), at in zip(shards, first, strict=False)}
+    first = np.cumsum([0] + [n for _, n, *_ in shards]).tolist()
+    return {name: (*known, at) for (name, *known), at in zip(shards, first, strict=False)}
 
 
 def expand_shards(pattern):
-    """Every shard that --data's pattern names: [(path or url, samples, bytes, first sample)]."""
+    """Every shard that --data's pattern names: [(path or url, samples, bytes, latents, first)]."""
     shards = []
     for path in (p for part in pattern.split("::") for p in braceexpand(part)):
         if "://" in path:
@@ -84,6 +89,22 @@ def expand_shards(pattern):
     if not sum(n for _, n, *_ in shards):
         raise FuseDiTError(f"--data {pattern}: its index.json counts no samples")
     return shards
+
+
+def encoded(shards, run, config, rank):
+    """Whether to train on the latents beside the shards, which `prepare_data.py encode` wrote."""
+    known = [latents for _, count, _, latents, _ in shards if count]
+    if not config.vae or not run.latents or not any(known):
+        return False
+    want = dict(vae=fingerprint(config.vae), image_size=config.image_size)
+    why = "--crop random needs the pictures" if run.crop == "random" else (
+        "some shards have none" if not all(known) else next((
+            f"they are of {k} {latents.get(k)}, not {want[k]}" for latents in known for k in want
+            if latents.get(k) != want[k]), None))
+    if rank == 0:
+        print(f"latents beside the shards are not read: {why}" if why else
+              "reading the latents beside the shards, not their pictures", file=sys.stderr)
+    return not why
 
 
 # ------------------------------------------------------------------------------ in which order
@@ -166,25 +187,48 @@ def sample_offsets(path):
                 last = key
             end = tar.offset
             tar.members.clear()             # else it remembers all of them
+    if offsets and end > os.path.getsize(path):
+        end = offsets.pop()                 # of the last sample only a part is there
     return np.array([*offsets, end])
+
+
+def ends_well(file, end):
+    """Whether what a tar ends with, zeros, stands where its last sample ends."""
+    file.seek(end)
+    return file.read(512) == bytes(512)
+
+
+def read_sample(file, offsets, i):
+    """(key, its files as {"image.jpg": bytes, ...}) of a tar's sample; raises ValueError."""
+    data = os.pread(file.fileno(), int(offsets[i + 1] - offsets[i]), int(offsets[i]))
+    key, files = "", {}
+    try:
+        with tarfile.open(fileobj=io.BytesIO(data), mode="r:") as tar:
+            for member in tar:
+                if member.isfile():
+                    key, _, ext = member.name.rpartition("/")[2].partition(".")
+                    files[ext] = tar.extractfile(member).read()
+    except (tarfile.TarError, OSError, AttributeError) as e:
+        raise ValueError(f"a damaged tar ({e})") from None
+    return key, files
 
 
 class Tars:
     """Samples of shards by number. Remote shards are copied here, and the oldest copies go."""
 
-    def __init__(self, shards, keep, cache):
-        self.shards, self.keep, self.opened = shards, keep, {}
+    def __init__(self, shards, keep, cache, latents=False):
+        self.shards, self.keep, self.latents, self.opened = shards, keep, latents, {}
         self.cache = Path(cache or Path(tempfile.gettempdir(), "fusedit-shards"))
 
     def fetch(self, url, size):
-        """The local copy of a remote shard; one process copies it and the others wait."""
+        """The local copy of a remote file; one process copies it and the others wait."""
         self.cache.mkdir(parents=True, exist_ok=True)
         path = self.cache / f"{hashlib.sha1(url.encode()).hexdigest()}.tar"
         with FileLock(path.with_suffix(".lock")):
             if not path.exists():
                 with FileLock(self.cache / "lock"):
                     have = sorted(self.cache.glob("*.tar"), key=os.path.getmtime)
-                    for old in have[:-3 * self.keep]:
+                    for old in have[:-3 * (1 + self.latents) * self.keep]:
                         old.unlink()        # who still reads it keeps it
                 with atomic_write(path) as tmp, gopen(url) as source, open(tmp, "wb") as copy:
                     shutil.copyfileobj(source, copy)
@@ -193,62 +237,68 @@ class Tars:
             os.utime(path)
         return path
 
+    def files(self, shard):
+        """Where on this machine a shard is and, if they are read, its latents."""
+        path, _, size, latents, _ = self.shards[shard]
+        beside = path.removesuffix(".tar") + LATENTS, (latents or {}).get("bytes")
+        return [self.fetch(p, n) if "://" in p else p
+                for p, n in [(path, size), beside][:1 + self.latents]]
+
     def open(self, shard):
-        """(file, offsets) of a shard, or (None, why it cannot be had)."""
-        path, count, size, first = self.shards[shard]
+        """(file, offsets, latents and which are whole) of a shard, or (None, why it is not)."""
+        path, count, _, _, first = self.shards[shard]
         for wait in (1, 10, 0) if "://" in path else (0,):
             try:
-                local = self.fetch(path, size) if "://" in path else path
+                local, *beside = self.files(shard)
+                beside = [safe_open(p, "pt") for p in beside]
+                beside = [(f.get_slice("latents"), f.get_tensor("whole")) for f in beside]
                 known = Path(local).with_name("offsets.npy")
                 if known.exists():
                     every, index = np.load(known, mmap_mode="r"), read_index(str(known.parent))
                     if len(every) == sum(n + 1 for n, *_ in index.values()):   # each with its end
                         at = first + list(index).index(Path(path).name)
-                        return open(local, "rb"), every[at:at + count + 1]
-                return open(local, "rb"), sample_offsets(local)
-            except (OSError, ValueError, tarfile.TarError) as e:
+                        return open(local, "rb"), every[at:at + count + 1], *beside
+                return open(local, "rb"), sample_offsets(local), *beside
+            except (OSError, ValueError, tarfile.TarError, SafetensorError) as e:
                 problem = f"{type(e).__name__}: {e}"
                 time.sleep(wait)
         return None, problem
 
     def read(self, shard, i):
-        """{"image.jpg": bytes, ...} and its key; raises ValueError."""
-        if time.monotonic() > self.opened.get(shard, (0, 0, 0))[2]:
+        """The files of a sample, {"image.jpg": bytes, ...}; "latents" too; raises ValueError."""
+        if time.monotonic() > self.opened.get(shard, (0, 0))[0]:
             while len(self.opened) >= 2 * self.keep:       # this pool and, at its end, the next
                 del self.opened[next(iter(self.opened))]
             found = self.open(shard)        # what is missing may come back, in ten minutes
-            self.opened[shard] = *found, math.inf if found[0] else time.monotonic() + 600
-        file, offsets, _ = self.opened[shard]
+            self.opened[shard] = math.inf if found[0] else time.monotonic() + 600, *found
+        _, file, offsets, *beside = self.opened[shard]
         if file is None:
             raise ValueError(f"the shard cannot be read ({offsets})")
         if i + 1 >= len(offsets):
             raise ValueError(f"the shard holds {len(offsets) - 1} samples that can be read")
         try:
-            data = os.pread(file.fileno(), int(offsets[i + 1] - offsets[i]), int(offsets[i]))
+            files = read_sample(file, offsets, i)[1]
         except OSError:                     # of a network disk: look again
             del self.opened[shard]
             raise
-        try:
-            with tarfile.open(fileobj=io.BytesIO(data), mode="r:") as tar:
-                files = {m.name.rpartition("/")[2].partition("."): tar.extractfile(m).read()
-                         for m in tar if m.isfile()}
-        except (tarfile.TarError, OSError, AttributeError) as e:
-            raise ValueError(f"a damaged tar ({e})") from None
-        return {ext: content for (_, _, ext), content in files.items()}
+        for latents, whole in beside:
+            files["latents"] = latents[i] if whole[i] else None
+        return files
 
 
 # ------------------------------------------------------------------------------ to which batch
 
 def square(image, size, crop, rng):
-    """The picture in RGB, its shorter side resized to `size`, cut to a square.
+    """The picture in RGB and upright, its shorter side resized to `size`, cut to a square.
 
     Bicubic, which Pillow widens when it shrinks a picture, so that nothing aliases: sharper
     than a box filter at odd ratios, and with less ringing than Lanczos.
     """
+    ImageOps.exif_transpose(image, in_place=True)
     if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
         image = image.convert("RGBA")       # see-through parts show white, not what they hide
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-    image = image.convert("RGB")
+    image = image if image.mode == "RGB" else image.convert("RGB")
     if image.size == (size, size):
         return image
     side = min(image.size)
@@ -258,7 +308,7 @@ def square(image, size, crop, rng):
 
 
 def decode(files, run, size, rng):
-    """(pixels uint8 [H,W,3], caption) of a sample's files; raises ValueError or OSError."""
+    """(pixels uint8 [3,H,W], or latents, and caption) of a sample's files; raises ValueError."""
     name = next((k for k in files if k.startswith("image.")), None)
     kinds = ["synthetic_caption.txt", "original_caption.txt"]
     if rng.random() < run.original_caption_rate:
@@ -267,19 +317,28 @@ def decode(files, run, size, rng):
     if name is None or kind is None:
         raise ValueError("no image" if name is None else "no caption")
     caption = files[kind].decode("utf-8").strip()
+    pixels = files["latents"] if "latents" in files else read_square(files[name], size, run.crop,
+                                                                      rng)
+    if pixels is None:
+        raise ValueError("damaged image")
+    return pixels, "" if rng.random() < run.caption_drop else caption
+
+
+def read_square(data, size, crop="center", rng=None):
+    """A picture's file as uint8 [3,size,size]; raises whatever Pillow does on broken files."""
     with warnings.catch_warnings():         # a decompression bomb is an error from 90 megapixels
         warnings.simplefilter("error", Image.DecompressionBombWarning)
-        image = Image.open(io.BytesIO(files[name]))
-    image.draft("RGB", (2 * size, 2 * size))  # a huge JPEG is decoded at a fraction of its size
-    pixels = np.asarray(square(image, size, run.crop, rng))
-    return pixels, "" if rng.random() < run.caption_drop else caption
+        image = Image.open(io.BytesIO(data), formats=FORMATS)
+    image.draft("RGB", (size, size))        # of a JPEG's 8 x 8 blocks, as much as is needed
+    return torch.from_numpy(np.array(square(image, size, crop, rng))).permute(2, 0, 1)
 
 
 class Batches(Dataset):
     """Micro-batch m of a rank, for any m: no state is kept, so a run can go on anywhere.
 
-    Pixels uint8 [B,3,H,W], ids and mask [B,T], captions, eps (and the VAE's noise) [B,C,h,w],
-    normal [B] for the noise level; bad: what could not be read, by name.
+    Pixels uint8 [B,3,H,W], or latents, a VAE's mean and log variance [B,2*C,h,w]; ids and mask
+    [B,T], captions, noise [B,1,C,h,w] (with a VAE also its own, [B,2,C,h,w]), normal [B] for the
+    noise level, clip [B,77] if the model has CLIP's vector; bad: what could not be read, by name.
     """
 
     def __init__(self, run, config, tokenizer, micro, times=1, rank=0, world=1):
@@ -297,8 +356,9 @@ class Batches(Dataset):
         said = json.dumps([(os.path.basename(s[0]), s[1]) for s in self.shards])
         self.digest = hashlib.sha1(said.encode()).hexdigest()
         self.order = Mixture(sets, run.data_weights or [1], run.seed, run.mix_shards)
-        self.asked = {}
-        self.tars = Tars(self.shards, run.mix_shards * len(sets), run.cache)
+        self.asked, self.clip = {}, config.clip and ClipTokenizer(config.clip)
+        self.tars = Tars(self.shards, run.mix_shards * len(sets), run.cache,
+                         encoded(self.shards, run, config, rank))
         # one length for all batches: a compiled model would compile again for every new one
         self.pad_to = fusedit.token_ids(tokenizer, [""], config)[1]
 
@@ -308,14 +368,13 @@ class Batches(Dataset):
     def ahead(self, place):
         """Begin to copy the remote shard of a place that comes later, while others are read."""
         shard, _ = self.order[place]
-        path, _, size, _ = self.shards[shard]
-        if "://" in path and shard not in self.asked:
+        if "://" in self.shards[shard][0] and shard not in self.asked:
             self.asked[shard] = None
             while len(self.asked) > 4 * self.tars.keep:
                 del self.asked[next(iter(self.asked))]
             def fetch():
                 with contextlib.suppress(Exception):       # who needs it says what is wrong
-                    self.tars.fetch(path, size)
+                    self.tars.files(shard)
             threading.Thread(target=fetch, daemon=True).start()
 
     def sample(self, place, bad):
@@ -359,9 +418,10 @@ class Batches(Dataset):
         except FuseDiTError as e:           # raised in a worker, it would arrive as a traceback
             return {"error": str(e)}
         ids, mask = fusedit.tokenize(self.tokenizer, captions, self.config, self.pad_to)
-        pixels = torch.from_numpy(np.stack(pixels).transpose(0, 3, 1, 2).copy())
-        return dict(pixels=pixels, ids=ids, mask=mask, captions=captions, bad=bad,
-                    normal=torch.stack(normal), noise=torch.stack(noise, 1))
+        pixels = torch.stack([p.movedim(0, -1) for p in pixels]).movedim(-1, 1)  # as they lie
+        batch = dict(pixels=pixels, ids=ids, mask=mask, captions=captions, bad=bad,
+                     normal=torch.stack(normal), noise=torch.stack(noise))
+        return batch | dict(clip=self.clip(captions)) if self.clip else batch
 
 
 def start_worker(_):
@@ -406,8 +466,25 @@ def load_batches(batches, which, workers, pin=False):
     return started
 
 
+def tensors(batches, bad):
+    """Of each batch the tensors alone; its list of bad samples is appended to `bad`."""
+    for batch in batches:
+        bad.append(batch["bad"])
+        yield {k: v for k, v in batch.items() if isinstance(v, torch.Tensor)}
+
+
+def until_error(batches, problems):
+    """The batches, read by a thread, whose error would be lost: it is appended to `problems`."""
+    try:
+        yield from batches
+    except Exception as e:
+        problems.append(e)
+
+
 def to_device(batch, device):
-    """(pixels in [-1, 1], ids, mask, normal, noise) there; pixels travel as bytes, a quarter."""
-    pixels, *rest = (batch[k].to(device, non_blocking=True)
-                     for k in ("pixels", "ids", "mask", "normal", "noise"))
-    return pixels.float().div_(127.5).sub_(1), *rest
+    """(pixels in [-1, 1] or latents, ids, mask, clip's tokens or None, normal, noises) there."""
+    pixels, ids, mask, clip, normal, noise = (
+        batch[k].to(device, non_blocking=True) if k in batch else None
+        for k in ("pixels", "ids", "mask", "clip", "normal", "noise"))
+    pixels = pixels.float() if pixels.dtype != torch.uint8 else pixels.float().div_(127.5).sub_(1)
+    return pixels.contiguous(), ids, mask, clip, normal, noise.unbind(1)

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch.overrides import TorchFunctionMode
 from torch.utils.flop_counter import FlopCounterMode
 
+import spmd
 from fusedit import FuseDiT, FuseDiTError, TextFeatures
 from vae import VAE
 from weights import gemma_config, read_json, resolve, trim
@@ -21,6 +22,7 @@ from weights import gemma_config, read_json, resolve, trim
 GPUS = {"B200": (2250e12, 180e9), "H200": (989e12, 141e9), "H100 PCIe": (756e12, 80e9),
         "H100 NVL": (835e12, 94e9), "H100": (989e12, 80e9), "A100": (312e12, 80e9),
         "L40S": (362e12, 48e9), "L4": (121e12, 24e9), "A10": (125e12, 24e9), "4090": (165e12, 24e9)}
+TPUS = {"v4": (275e12, 32e9), "v5e": (197e12, 16e9), "v5p": (459e12, 95e9), "v6e": (918e12, 32e9)}
 BUCKET = 200_000_000                        # gradients, or weights, that ZeRO moves at a time
 WHOLE = 100_000                             # weights of a tensor that ZeRO 3 does not cut up
 PAPER = 800_000 * 512                       # images, the length of the paper's large run
@@ -55,8 +57,17 @@ class FusedAttention(torch.autograd.Function):
 class Fused(TorchFunctionMode):
     def __torch_function__(self, function, types, args=(), kwargs=None):
         if function is F.scaled_dot_product_attention:
-            return FusedAttention.apply(*args[:3])
+            return self.attention(*args[:3])
         return function(*args, **(kwargs or {}))
+
+    def attention(self, q, k, v):
+        return FusedAttention.apply(q, k, v)
+
+
+class Unfused(Fused):
+    """XLA's attention, which keeps the softmax, [B,H,N,S]."""
+    def attention(self, q, k, v):
+        return (q @ k.transpose(2, 3)).softmax(-1) @ v
 
 
 def example(model, config, batch, dtype):
@@ -96,7 +107,7 @@ def step_flops(model, config, train_llm=False):
     return (3 if train_llm else 1) * llm + 3 * dit + vae
 
 
-def activations(model, config, batch, dtype, remat=False, train_llm=False):
+def activations(model, config, batch, dtype, remat=False, train_llm=False, attention=Fused):
     """Bytes held from a forward pass for its backward pass, the text's keys and values among them.
 
     With remat a block keeps its input alone, but one block at a time has everything again.
@@ -116,7 +127,7 @@ def activations(model, config, batch, dtype, remat=False, train_llm=False):
     for layer in model.dit.layers:
         layer.register_forward_pre_hook(lambda *_: blocks.append(total[0]))
         layer.register_forward_hook(lambda *_: blocks.append(total[0]))
-    with Fused(), torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
+    with attention(), torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
         text: TextFeatures = model.read(ids, mask, pooled)
         for t in (*text.keys, *text.values, text.hidden):
             if t is not None:
@@ -155,14 +166,19 @@ def states(model, train_llm, stage, world, dtype):
 
 
 def parse(text):
-    """(GPUs, their kind, utilisation) of "64xH100@0.4"."""
-    found = re.fullmatch(r"(\d+) *[xX*] *([\w ]+)(?:@([01]?(?:\.\d+)?))?", text.strip())
-    kind = found and next((k for k in GPUS if k.upper() == found[2].upper()), None)
-    used = float(found[3] or 0.4) if found else 0
-    if not kind or int(found[1]) < 1 or not 0 < used <= 1:
+    """(devices, their kind, utilisation) of "64xH100@0.4" or "v4-256", which has 128 chips."""
+    text, _, used = text.strip().partition("@")
+    used = float(used or 0.4) if re.fullmatch(r"[01]?(\.\d+)?", used) else 0
+    gpu, tpu = re.fullmatch(r"(\d+) *[xX*] *([\w ]+)", text), re.fullmatch(
+        r"([vV]\w+)-(\d+)", text.replace("v5litepod", "v5e"))
+    name, n = (gpu[2], int(gpu[1])) if gpu else (tpu[1], int(tpu[2])) if tpu else ("", 0)
+    kind = next((k for k in (GPUS if gpu else TPUS) if k.upper() == name.upper()), None)
+    if kind in ("v4", "v5p"):               # named by their cores, two on a chip
+        n //= 2
+    if not kind or n < 1 or not 0 < used <= 1:
         raise FuseDiTError(f"--plan {text}: write a number and a kind of GPU, as 8xH100 or "
-                           f"8xH100@0.4; known: {', '.join(GPUS)}")
-    return int(found[1]), kind, used
+                           f"8xH100@0.4, or a TPU, as v4-256; known: {', '.join([*GPUS, *TPUS])}")
+    return n, kind, used
 
 
 def utilisation(model, config, device, world):
@@ -174,24 +190,42 @@ def utilisation(model, config, device, world):
 
 
 def show(run, config):
-    """Print the plan of a run on GPUs that need not be here."""
+    """Print the plan of a run on devices that need not be here."""
     import training
-    world, kind, used = parse(run.plan)
-    micro, times = training.split_batch(run, world)
-    model, (peak, memory) = abstract(config), GPUS[kind]
+    n, kind, used = parse(run.plan)
+    micro, times = training.split_batch(run, n)
+    model, (peak, memory) = abstract(config), (GPUS | TPUS)[kind]
     llm, dit = (sum(p.numel() for p in m.parameters()) for m in (model.llm, model.dit))
     with torch.device("meta"):
         vae = sum(p.numel() for p in VAE().parameters()) if config.vae else 0
     cost, each = flops(model, config), step_flops(model, config, run.train_llm)
-    dtype = torch.float32 if run.dtype == "float32" else torch.bfloat16
     side = config.image_size // (8 if config.vae else 1) // config.patch_size
-    print(f"{run.preset} at {config.image_size} pixels, batch {run.batch} = {world} {kind} x "
-          f"{times} x {micro}\n")
+    print(f"{run.preset} at {config.image_size} pixels, batch {run.batch} = {n} {kind} x {times} x "
+          f"{micro}\n")
     print(f"  DiT {dit:,}, {'trained' if run.train_llm else 'frozen'} Gemma {llm:,}, VAE {vae:,} "
           "parameters")
     print(f"  {side * side:,} image tokens, {config.max_text_tokens} text tokens at most")
     print(f"  forward of an image: DiT {cost[1] / 1e12:.3g} TFLOP, Gemma {cost[0] / 1e12:.3g}, VAE "
           f"{cost[2] / 1e12:.3g}; training, an image: {each / 1e12:.3g} TFLOP\n")
+    (tpu_memory if kind in TPUS else gpu_memory)(run, config, n, micro, vae, memory)
+    speed = n * peak * used / each
+    days = PAPER / speed / 86400
+    print(f"\n  at {used:.0%} of {peak / 1e12:,.0f} TFLOP/s each: {speed:,.0f} images/s, "
+          f"{speed * side * side:,.0f} image tokens/s; {run.steps:,} steps in "
+          f"{run.steps * run.batch / speed / 86400:,.1f} days, the paper's 800,000 x 512 images in "
+          f"{math.ceil(days * 10) / 10:,.1f} days")
+    return 0
+
+
+def fits(memory, plain, less):
+    """What a device of so much memory can do: with all activations, or with --remat."""
+    return "too much" if less > memory else "with --remat" if plain > memory else "fits"
+
+
+def gpu_memory(run, config, world, micro, vae, memory):
+    """Print what a GPU holds, by ZeRO stage."""
+    dtype = torch.float32 if run.dtype == "float32" else torch.bfloat16
+    model = abstract(config)
     print(f"  GB on each GPU of {memory / 1e9:.0f}, micro-batch {micro}:")
     heads = ("--zero", "weights", "gradients", "Adam", "EMA", "Gemma", "buffers", "VAE",
              "activations", "sum", "--remat", "sum")
@@ -201,16 +235,54 @@ def show(run, config):
     for stage in range(4):
         held = [*states(model, run.train_llm, stage, world, dtype), vae * dtype.itemsize]
         row = [*held, act, sum(held) + act, less, sum(held) + less]
-        print(f"  {stage:>12}" + "".join(f"{n / 1e9:12.2f}" for n in row)
-              + ("   too much" if row[-1] > memory else "   with --remat" if
-                 sum(held) + act > memory else "   fits") + f"   <- --zero {run.zero}" * (
+        print(f"  {stage:>12}" + "".join(f"{n / 1e9:12.2f}" for n in row) + "   "
+              + fits(memory, row[8], row[10]) + f"   <- --zero {run.zero}" * (
                      stage == int(run.zero[0])))
     print("  1-, 2-, 3-offload: as 1, 2, 3, but Adam's part is in the machine's memory; --remat "
           "costs a second forward pass of the DiT")
-    speed = world * peak * used / each
-    days = PAPER / speed / 86400
-    print(f"\n  at {used:.0%} of {peak / 1e12:,.0f} TFLOP/s each: {speed:,.0f} images/s, "
-          f"{speed * side * side:,.0f} image tokens/s; {run.steps:,} steps in "
-          f"{run.steps * run.batch / speed / 86400:,.1f} days, the paper's 800,000 x 512 images in "
-          f"{math.ceil(days * 10) / 10:,.1f} days")
-    return 0
+
+
+def chip(name, shape, sizes):
+    """Numbers of a tensor on one chip of a mesh, sizes: {axis: devices}."""
+    cuts = (sizes[axis] for axis in spmd.spec(name, shape, sizes) if axis)
+    return math.prod(shape) // math.prod(cuts)
+
+
+def tpu_memory(run, config, n, micro, vae, memory):
+    """Print how the rules cut every kind of tensor on --mesh, and what a chip holds.
+
+    gathered: a block whole, while it is computed, and the next one on its way.
+    """
+    sizes = dict(zip(spmd.AXES, spmd.mesh_shape(run.mesh, n), strict=True))
+    low = 4 if run.dtype == "float32" else 2
+    dtype = torch.float32 if low == 4 else torch.bfloat16
+    model, kinds = abstract(config), {}     # tensors of a stack of layers under one name
+    for name, p in model.named_parameters():
+        key = re.sub(r"layers\.\d+", "layers.block", name)
+        kinds.setdefault((key, *p.shape), []).append(name)
+    print(f"  mesh of {' x '.join(f'{v} {k}' for k, v in sizes.items())}; tensors of over 0.1 % of "
+          f"the model, and how they are cut:\n{'layers':>8}{'dimensions':>16}  {'cut along':16}"
+          f"{'million':>8}{'a chip':>8}")
+    total, held = sum(p.numel() for p in model.parameters()), dict(dit=0, llm=0)
+    for (key, *shape), names in kinds.items():
+        each, part = math.prod(shape), chip(key.replace(".block", ""), shape, sizes)
+        held[key[:3]] += len(names) * part
+        if len(names) * each > total / 1000:
+            cut = spmd.spec(key.replace(".block", ""), shape, sizes)
+            print(f"{len(names):>8}{' x '.join(map(str, shape)):>16}  "
+                  f"{', '.join(a or '-' for a in cut):16}{len(names) * each / 1e6:8.1f}"
+                  f"{len(names) * part / 1e6:8.2f}  {key.replace('.block', '')}")
+    trained = held["dit"] + held["llm"] * run.train_llm
+    act, less = (activations(abstract(config), config, max(1, micro * sizes["tensor"]), dtype,
+                             remat, run.train_llm, Unfused) // sizes["tensor"]
+                 for remat in (False, True))
+    block = sum(p.numel() for p in model.dit.layers[0].parameters())
+    row = dict(weights=4 * trained, gradients=4 * trained, Adam=8 * trained, EMA=4 * trained,
+               cast=low * trained * (low < 4), Gemma=low * held["llm"] * (not run.train_llm),
+               gathered=2 * low * block // sizes["tensor"], VAE=vae * low)
+    base = sum(row.values())
+    row |= {"activations": act, "sum": base + act, "--remat": less, "sum ": base + less}
+    print(f"\n  GB on each chip of {memory / 1e9:.0f}, micro-batch {micro}:\n  "
+          + "".join(f"{k.strip():>12}" for k in row))
+    print("  " + "".join(f"{v / 1e9:12.2f}" for v in row.values()) + "   "
+          + fits(memory, base + act, base + less))

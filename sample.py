@@ -98,8 +98,9 @@ def draw(jobs, model, vae, size, args, device):
                     frames.append([sheet([im], 1, 256) for im in to_images(x, vae)])
             rngs = [torch.Generator().manual_seed(seed) for _, seed in part]
             noise = torch.stack([torch.randn(c.in_channels, *size, generator=g) for g in rngs])
-            text = texts.rows([prompts.index(prompt) for prompt, _ in part])
-            x = fusedit.sample(model.dit, noise.to(device), text, texts.rows([-1] * len(part)),
+            rows = [prompts.index(prompt) for prompt, _ in part]
+            x = fusedit.sample(model.dit, noise.to(device), texts.apply(lambda t: t[rows]),
+                               texts.apply(lambda t: t[[-1] * len(rows)]),
                                args.steps, args.guidance, c.shift, step)
             for i, image in enumerate(to_images(x, vae)):
                 yield *part[i], image, [f[i] for f in frames]

@@ -12,9 +12,11 @@ import os
 import socket
 import warnings
 from datetime import timedelta
+from functools import partial
 
 import torch
 import torch.distributed as dist
+from torch.utils.checkpoint import checkpoint as recompute
 
 import checkpoints
 import cli
@@ -54,12 +56,24 @@ def start(run):
 
 # ------------------------------------------------------------------------------ build
 
+def blocks(run, model):
+    """Compile and recompute the blocks, if asked to."""
+    if run.compile and run.zero[0] != "3":  # there the Gemma's weights come one by one
+        model.llm.compile()
+    for layer in model.dit.layers:          # one by one: what is compiled for one serves all
+        if run.compile:
+            layer.forward = torch.compile(layer.forward)
+        if run.remat:
+            layer.forward = partial(recompute, layer.forward, use_reentrant=False)
+
+
 def build(run, model, saved, micro, times):
     """The DeepSpeed engine: by ZeRO stage it shares out Adam's state, gradients and weights."""
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch")  # DeepSpeed's to heed
     import deepspeed                        # takes seconds: not for --help
     stage, offload = int(run.zero[0]), run.zero.endswith("offload")
     plain = stage == 0 and run.dtype == "float32"          # then Adam works without DeepSpeed's
+    blocks(run, model)
     adam = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], run.lr,
                              (run.beta1, run.beta2), fused=True, weight_decay=run.weight_decay)
     config = dict(train_batch_size=run.batch, train_micro_batch_size_per_gpu=micro,
@@ -98,10 +112,11 @@ def train(run, config):
     device, rank, world = start(run)
     micro, times = training.split_batch(run, world)
     saved = checkpoints.load_checkpoint(checkpoints.open_run(run, config))
-    model, ema, owner, vae = training.build(run, config, device, saved, rank, world)
+    model, vae = training.build(run, config, device, saved)
+    owner, ema = zero.averages(model, saved, rank, world)
     first, stop = saved.step if saved else 0, 0
     source = loader.Batches(run, config, model.tokenizer, micro, times, rank, world)
-    saver = checkpoints.Saver(run, config, owner, saved, source.digest)
+    saver = checkpoints.Saver(run, config, saved, source.digest)
     watcher = watch.Watcher(run, config, model, vae, saved, micro, len(source))
     coming = range(first * times, run.steps * times)
     batches = loader.load_batches(source, coming, run.workers, pin=device.type == "cuda")
@@ -113,11 +128,11 @@ def train(run, config):
             group["lr"] = training.learning_rate(run, step)
         for _ in range(times):
             batch = next(batches)
-            x, ids, mask, normal, noise = loader.to_device(batch, device)  # x [B,3,H,W] in [-1,1]
+            x, ids, mask, clip, normal, noise = loader.to_device(batch, device)  # x [B,3,H,W]
             if vae:
                 with torch.no_grad():
                     x = vae.encode(x, noise[1])                            # [B,16,H/8,W/8]
-            words = ids, mask, model.pool and model.pool(batch["captions"])
+            words = ids, mask, model.pool and model.pool(clip)
             sigma = fusedit.random_sigma(normal, config.shift)             # [B]
             loss = fusedit.flow_loss(engine, x, words, sigma, noise[0]).mean()
             engine.backward(loss)
@@ -125,9 +140,8 @@ def train(run, config):
             watcher.saw(loss, batch["bad"])                                # no wait for the device
         step += 1
         watcher.stepped(zero.grad_norm(engine))
-        if step % run.ema_every == 0:
-            latest = ((name, get()) for _, name, get, _ in zero.cells(engine, ["weight"]))
-            training.update_ema(ema, latest, step // run.ema_every - 1, run.ema_decay)
+        if (decay := training.ema_decay(run, step)) < 1:
+            zero.update_ema(engine, ema, decay)
         # -------------------------------------------------------------------------------
         stop, now = saver.poll(max(signals, default=0))
         logs, looks, saves = training.due(run, step, first, stop, now)
@@ -137,8 +151,8 @@ def train(run, config):
             with zero.averaged(engine, ema, owner) as average:
                 watcher.look(step, average)
         if saves:
-            counts = watcher.counts | dict(adam_step=zero.adam_step(engine))
-            saver.save(step, ema, zero.cells(engine), counts)
+            counts = watcher.counts | dict(adam_step=training.adam_steps(engine.basic_optimizer))
+            saver.save(step, lambda: zero.shares(engine, ema, owner), counts)
         watcher.resume(looks or saves)      # leaves their time out of the images/s
         if stop:
             break

@@ -9,14 +9,13 @@ import argparse
 import json
 import math
 import signal
+import sys
 import time
 from dataclasses import dataclass, field, fields, replace
-from functools import partial
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from torch.utils.checkpoint import checkpoint as recompute
 
 import cli
 import fusedit
@@ -34,10 +33,13 @@ PROMPTS = ("a large red circle above a small blue square", "two small green circ
            "a small cyan cross on a white background")
 
 
-def flag(default, about, free=False, low=None, high=None, choices=None):
-    """A setting: default, line of --help, and `free` if a run may be resumed with another."""
+def flag(default, about, free=False, low=None, high=None, choices=None, only=""):
+    """A setting: default, line of --help, and `free` if a run may be resumed with another.
+
+    only: "gpu" or "tpu", where that launcher alone has it as a flag.
+    """
     return field(default=default, metadata=dict(about=about, free=free, low=low, high=high,
-                                                choices=choices))
+                                                choices=choices, only=only))
 
 
 @dataclass
@@ -67,20 +69,24 @@ class RunConfig:
     original_caption_rate: float = flag(0.0, "share of original, not synthetic captions",
                                         low=0, high=1)
     crop: str = flag("center", "which square of a picture", choices=("center", "random"))
+    latents: bool = flag(True, "read latents that `prepare_data.py encode` left beside the shards")
     ema_decay: float = flag(0.99, "decay of the averaged weights", low=0, high=1)
     ema_every: int = flag(100, "steps between two updates of the average", low=1)
     train_llm: bool = flag(False, "train the Gemma as well")
     seed: int = flag(42, "of weights, noise, data order and samples", low=0, high=2**32 - 1)
     dtype: str = flag("bf16", "of compute; weights are kept in float32",
                       choices=("bf16", "float32"))
-    device: str = flag("auto", "where to train", True, choices=("auto", "cuda", "cpu"))
+    device: str = flag("auto", "where to train", True, choices=("auto", "cuda", "cpu"), only="gpu")
     zero: str = flag("1", "ZeRO: devices share 1 Adam's state, 2 gradients too, 3 weights too; "
-                     "offload: Adam on the CPU", True,
+                     "offload: Adam on the CPU", True, only="gpu",
                      choices=("0", "1", "2", "3", "1-offload", "2-offload", "3-offload"))
-    deepspeed_config: str = flag("", "JSON of more DeepSpeed settings", True)
-    compile: bool = flag(False, "compile the blocks: faster, after a minute", True)
+    deepspeed_config: str = flag("", "JSON of more DeepSpeed settings", True, only="gpu")
+    compile: bool = flag(False, "compile the blocks: faster, after a minute", True, only="gpu")
+    mesh: str = flag("-1,1", "devices along fsdp, which share the batch and all tensors, and along "
+                     "tensor, which share heads and the MLP's width; -1: all others", True,
+                     only="tpu")
     remat: bool = flag(False, "recompute activations: less memory, slower", True)
-    workers: int = flag(4, "data processes of a device; 0: none", True, low=0)
+    workers: int = flag(4, "data processes of a GPU, or of a TPU's host; 0: none", True, low=0)
     mix_shards: int = flag(8, "shards read at a time, their samples mixed", low=1)
     max_skipped: float = flag(0.01, "share of samples that may be unreadable", True, low=0, high=1)
     log_every: int = flag(20, "steps between two lines of the log", True, low=1)
@@ -97,16 +103,17 @@ class RunConfig:
     val_samples: int = flag(256, "held-out samples of one", True, low=1)
     prompts: tuple = flag(PROMPTS, "of the sample grid: texts, or .txt files of them", True)
     sample_steps: int = flag(25, "sampler steps of the grid", True, low=1)
-    plan: str = flag("", "train nothing: print parameters, memory and time on these GPUs, as in "
-                     "8xH100, or 8xH100@0.5 at half of their peak (0.4)", True)
+    plan: str = flag("", "train nothing: print parameters, memory and time on these, as in 8xH100 "
+                     "or v5e-256; 8xH100@0.5: at half of their peak (0.4)", True)
 
 
-def parse_run(argv, description):
+def parse_run(argv, description, engine="gpu"):
     """RunConfig from the command line; argparse is generated from the fields above."""
+    mine = [f for f in fields(RunConfig) if f.metadata["only"] in ("", engine)]
     parser = argparse.ArgumentParser(description=description,
                                      usage="%(prog)s [--flag value ...]; --help lists the flags",
                                      formatter_class=argparse.RawTextHelpFormatter)
-    for f in fields(RunConfig):
+    for f in mine:
         about, kind = f.metadata["about"], type(f.default)
         shown = f.default if kind is not tuple else f"{len(f.default)} of them" if f.default else ""
         extra = dict(type=kind, choices=f.metadata["choices"], metavar=kind.__name__.upper())
@@ -119,9 +126,11 @@ def parse_run(argv, description):
         parser.add_argument("--" + f.name.replace("_", "-"), **extra, default=None,
                             help=about + (f" ({shown})" if shown != "" else ""))
     parser.add_argument("--local_rank", "--local-rank", help=argparse.SUPPRESS)  # launchers add it
+    words = iter(sys.argv[1:] if argv is None else argv)
+    argv = [f"{w}={next(words, '')}" if w == "--mesh" else w for w in words]  # else -1,2 is a flag
     given = {k: v for k, v in vars(parser.parse_args(argv)).items() if v is not None}
     given.pop("local_rank", None)
-    for f in (f for f in fields(RunConfig) if f.name in given):
+    for f in (f for f in mine if f.name in given):
         low, high = f.metadata["low"], f.metadata["high"]
         if low is not None and not low <= given[f.name] <= (math.inf if high is None else high):
             parser.error(f"--{f.name.replace('_', '-')} is {given[f.name]}; it must be "
@@ -201,55 +210,39 @@ def learning_rate(run, step):
 
 # ------------------------------------------------------------------------------ build and EMA
 
-def share_out(sizes, world):
-    """{name: rank}, so that ranks hold about the same: the largest first, to who has least."""
-    load, owner = [0] * world, {}
-    for name in sorted(sizes, key=lambda name: (-sizes[name], name)):
-        owner[name] = rank = load.index(min(load))
-        load[rank] += sizes[name]
-    return owner
-
-
-def build(run, config, device, saved, rank, world):
-    """The model, new or from a checkpoint; this rank's averages, who has which; the VAE."""
+def build(run, config, device, saved):
+    """(model, VAE or None); the trained weights are new, in float32, or a checkpoint's."""
     dtype = torch.bfloat16 if run.dtype == "bf16" else torch.float32
     torch.manual_seed(run.seed)
     model = build_model(config, device, dtype)
     vae = load_vae(config.vae, device, dtype, config.in_channels) if config.vae else None
     if run.train_llm:
         model.llm.float().requires_grad_(True)
-    trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
-    owner = share_out({n: p.numel() for n, p in trained.items()}, world)
-    if saved:
-        for name, p in trained.items():
-            file, stored = saved.state[f"weight.{name}"]
-            p.data.copy_(file.get_tensor(stored))
-    ema = {}
-    for name in (name for name, r in owner.items() if r == rank):
-        file, stored = saved.ema[name] if saved else (None, None)
-        ema[name] = file.get_tensor(stored).to(device) if saved else trained[name].detach().clone()
-    if run.compile and run.zero[0] != "3":  # there the Gemma's weights come one by one
-        model.llm.compile()
-    for layer in model.dit.layers:          # one by one: what is compiled for one serves all
-        if run.compile:
-            layer.forward = torch.compile(layer.forward)
-        if run.remat:
-            layer.forward = partial(recompute, layer.forward, use_reentrant=False)
-    return model, ema, owner, vae
+    for name, p in trained(model) if saved else ():
+        file, stored = saved.state[f"weight.{name}"]
+        p.data.copy_(file.get_tensor(stored))
+    return model, vae
 
 
-@torch.no_grad()
-def update_ema(ema, weights, updates, decay):
-    """Move this rank's averages, {name: float32}, towards all weights, (name, tensor)s.
+def trained(model):
+    """[(name, parameter)] of what a step changes."""
+    return [(name, p) for name, p in model.named_parameters() if p.requires_grad]
 
-    `updates` counts the earlier ones. The decay grows from 0.1 as (1 + n) / (10 + n) until it
-    is `decay`: 0.99 from the start would leave a run of 2,000 steps, updated every 100, with
-    0.99^20 = 82 % of its random first weights.
+
+def ema_decay(run, step):
+    """Of the average of the weights after `step` steps; 1, which leaves it, between updates.
+
+    It grows from 0.1 as (1 + n) / (10 + n), n updates done, until it is run.ema_decay: 0.99 from
+    the start would leave a run of 2,000 steps, updated every 100, with 0.99^20 = 82 % of its
+    random first weights.
     """
-    decay = min(decay, (1 + updates) / (10 + updates))
-    for name, weight in weights:            # to walk through them takes all ranks
-        if name in ema:
-            ema[name].lerp_(weight.to(ema[name]), 1 - decay)
+    n, rest = divmod(step, run.ema_every)
+    return 1.0 if rest else min(run.ema_decay, n / (9 + n))
+
+
+def adam_steps(adam):
+    """How many steps Adam has made: the run's, less those skipped."""
+    return max((int(s["step"]) for s in adam.state.values()), default=0)
 
 
 # ------------------------------------------------------------------------------ steps
@@ -271,12 +264,15 @@ def catch_signals():
     return caught
 
 
+def on(run, step, every):
+    """Is it time for what is done at the end and every so many steps? 0: never."""
+    return bool(every) and (step == run.steps or step % every == 0)
+
+
 def due(run, step, first, stop, now):
     """Whether to (log, look, save) after `step` steps; what is saved has a checked loss."""
-    last = step == run.steps
-    look = any(n and (last or step % n == 0) for n in (
-        run.sample_every, run.val_data and run.val_every))
-    save = last or step % run.save_every == 0 or bool(stop) or now
+    look = on(run, step, run.sample_every) or on(run, step, run.val_data and run.val_every)
+    save = on(run, step, run.save_every) or bool(stop) or now
     return save or look or step % run.log_every == 0 or step == first + 1, look and not stop, save
 
 

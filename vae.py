@@ -145,7 +145,9 @@ class VAE(nn.Module):
         self.encoder, self.decoder = encoder(config), decoder(config)
 
     def moments(self, pixels):
-        """Mean and log variance of the posterior, each [B,16,H/8,W/8]."""
+        """Mean and log variance of the posterior, each [B,16,H/8,W/8]; of latents, themselves."""
+        if pixels.shape[1] == 2 * self.config.latent_channels:  # of `prepare_data.py encode`
+            return pixels.chunk(2, dim=1)
         assert all(n % self.factor == 0 for n in pixels.shape[2:]), pixels.shape
         mean, logvar = self.encoder(pixels.to(self.encoder.conv_in.weight)).chunk(2, dim=1)
         return mean, logvar.clamp(-30, 20)

@@ -7,7 +7,9 @@ import math
 import resource
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -27,13 +29,20 @@ LEVELS = [(i + 0.5) / 8 for i in range(8)]  # sigmas of the validation loss
 BAD_STEPS = 10                              # skipped one after the other: the run has diverged
 
 
+class One(NamedTuple):
+    """Where the ranks are hosts, and all their devices together seem one to each of them."""
+    place: Callable                         # batches -> batches there
+    sync: Callable                          # runs what was only noted down
+    devices: int
+
+
 class Watcher:
     """A launcher's eyes: it is told of each micro-batch and step, and speaks when asked.
 
     All ranks have one, since sums and pictures take all of them; rank 0's writes.
     """
 
-    def __init__(self, run, config, model, vae, saved, micro, samples):
+    def __init__(self, run, config, model, vae, saved, micro, samples, one=None):
         """samples: how many the data has, at least 1,000 of which a share may be unreadable."""
         first = saved.step if saved else 0
         self.run, self.config, self.model, self.vae, self.step = run, config, model, vae, first
@@ -43,6 +52,8 @@ class Watcher:
         self.out, self.device = Path(run.out), model.llm.embed_tokens.weight.device
         self.losses, self.norms, self.bad = [], [], []
         self.in_a_row, self.val = 0, None
+        self.one = one or One(iter, lambda: None, self.world)
+        self.share = (0, 1) if one else (self.rank, self.world)    # of what is drawn
         self.flops, self.peak = plan.utilisation(model, config, self.device, self.world)
         if self.rank == 0:
             self.open(first)
@@ -75,9 +86,9 @@ class Watcher:
                              config=json.loads(checkpoints.settings(run, self.config)))
             self.boards.append(lambda row: job.log(row, step=row["step"]))
         count = sum(p.numel() for p in self.model.parameters() if p.requires_grad)
-        times = run.batch // (self.micro * self.world)
-        print(f"{self.out}: {count:,} weights, from step {first} to {run.steps}; a step is "
-              f"{self.world} x {self.device.type} x {times} x {self.micro} pictures", flush=True)
+        times, n = run.batch // (self.micro * self.world), self.one.devices
+        print(f"{self.out}: {count:,} weights, from step {first} to {run.steps}; a step is {n} x "
+              f"{self.device.type} x {times} x {run.batch // (times * n)} pictures", flush=True)
         self.bar = tqdm(total=run.steps, initial=first, unit="step", disable=None, leave=False)
 
     def resume(self, paused):
@@ -101,8 +112,8 @@ class Watcher:
     def gather(self):
         """(loss of each step since the last time, gradient norms, names of bad samples)."""
         steps = len(self.norms)
-        losses = torch.stack(self.losses).view(steps, -1).mean(1).cpu()
-        norms, bad = torch.stack(self.norms).cpu().tolist(), self.bad
+        losses, norms = (torch.stack([x.cpu() for x in seen]) for seen in (self.losses, self.norms))
+        losses, norms, bad = losses.view(steps, -1).mean(1), norms.tolist(), self.bad
         self.losses, self.norms, self.bad = [], [], []
         if self.world > 1:
             dist.all_reduce(losses)
@@ -181,9 +192,9 @@ class Watcher:
 
     def look(self, step, model):
         """Sample grid and validation loss of the model with its averaged weights, when due."""
-        run, last = self.run, step == self.run.steps
-        if run.sample_every and (last or step % run.sample_every == 0):
-            images = draw(run, self.config, model, self.vae, self.rank, self.world)
+        run = self.run
+        if training.on(run, step, run.sample_every):
+            images = draw(run, self.config, model, self.vae, self.one.sync, *self.share)
             if self.rank == 0:
                 page = sheet(images, math.ceil(math.sqrt(len(images))))
                 said = PngInfo()
@@ -191,10 +202,11 @@ class Watcher:
                 png = self.out / "samples" / f"step-{step:07d}.png"
                 with unless_full(), atomic_write(png) as tmp:
                     page.save(tmp, "PNG", pnginfo=said)
-        if run.val_data and (last or step % run.val_every == 0):
+        if training.on(run, step, run.val_data and run.val_every):
             self.val = self.val or validation(run, self.config, model, self.micro, self.rank,
                                               self.world)
-            losses = validate(self.val, self.config, model, self.vae, self.device)
+            losses = validate(self.one.place(self.val), model, self.vae, self.device,
+                              self.one.sync)
             if self.rank == 0:
                 mean = sum(losses) / len(losses)
                 self.write(dict(step=step, val_loss=mean) | {
@@ -230,8 +242,8 @@ def memory(device):
 
 
 @torch.no_grad()
-def draw(run, config, model, vae, rank, world):
-    """The run's prompts, always from the same noise, as images.
+def draw(run, config, model, vae, sync, rank, world):
+    """The run's prompts, always from the same noise, as images. sync: after each sampler step.
 
     Each rank draws its part, all of them the same number: ZeRO 3 fetches weights from all ranks
     at once.
@@ -243,9 +255,9 @@ def draw(run, config, model, vae, rank, world):
     noise = torch.stack([torch.randn(config.in_channels, side, side,
                                      generator=torch.Generator().manual_seed(run.seed + i))
                          for i in mine]).to(texts.mask.device)
-    k = len(mine)
-    x = fusedit.sample(model.dit, noise, texts.rows(list(range(k))), texts.rows([k] * k),
-                       run.sample_steps, config.guidance, config.shift)
+    x = fusedit.sample(model.dit, noise, texts.apply(lambda t: t[:-1]),
+                       texts.apply(lambda t: t[[-1] * len(mine)]), run.sample_steps,
+                       config.guidance, config.shift, lambda i, x: sync())
     images = to_images(x, vae)
     if world == 1:
         return images
@@ -254,35 +266,36 @@ def draw(run, config, model, vae, rank, world):
 
 
 def validation(run, config, model, micro, rank, world):
-    """This rank's [(batch, which of its samples count)] of the held-out samples, kept in memory."""
+    """This rank's batches of the held-out samples, kept in memory; counts [B]: 1, or 0 if extra."""
     held = training.replace(run, data=run.val_data, data_weights=[], caption_drop=0.0, seed=0,
                             original_caption_rate=0.0, crop="center", batch=micro * world)
     source = loader.Batches(held, config, model.tokenizer, micro, 1, rank, world)
     n = min(run.val_samples, sum(s[1] for s in source.shards))
-    batches = []
-    for m in range(-(-n // held.batch)):
-        batch = source[m]
+    batches = [source[m] for m in range(-(-n // held.batch))]
+    for m, batch in enumerate(batches):
         if "error" in batch:
             raise FuseDiTError(batch["error"])
-        batches.append((batch, m * held.batch + rank * micro + torch.arange(micro) < n))
-    return batches
+        place = m * held.batch + rank * micro + torch.arange(micro)
+        batch["counts"] = (place < n).float()
+    return list(loader.tensors(batches, []))
 
 
 @torch.no_grad()
-def validate(batches, config, model, vae, device):
+def validate(batches, model, vae, device, sync=lambda: None):
     """Mean loss at each of LEVELS over all held-out samples, with the same noise each time."""
     sums = torch.zeros(len(LEVELS) + 1, dtype=torch.float64)
-    for batch, counts in batches:
-        x, ids, mask, _, noise = loader.to_device(batch, device)
+    for batch in batches:
+        x, ids, mask, clip, _, noise = loader.to_device(batch, device)
         x = vae.encode(x, noise[1]) if vae else x
-        text = model.read(ids, mask, model.pool and model.pool(batch["captions"]))
+        text, counts = model.read(ids, mask, model.pool and model.pool(clip)), batch["counts"]
+        sync()                              # else all of the above again at every level
         for k, level in enumerate(LEVELS):
-            loss = fusedit.flow_loss(model.dit, x, text, torch.full((len(x),), level,
-                                                                    device=device), noise[0])
-            sums[k] += loss.cpu()[counts].sum()
-        sums[-1] += counts.sum()
+            sigma = torch.full((len(x),), level, device=device)
+            loss = fusedit.flow_loss(model.dit, x, text, sigma, noise[0])
+            sums[k] += (loss * counts.to(device)).sum().cpu()
+        sums[-1] += counts.sum().cpu()
     if dist.is_initialized() and dist.get_world_size() > 1:
-        dist.all_reduce(sums)
+        dist.all_reduce(sums)               # where all ranks are one device, so many times the sum
     return (sums[:-1] / sums[-1]).tolist()
 
 

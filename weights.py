@@ -11,7 +11,9 @@ Loading is strict, as a tensor that is left out or left over means another model
 that name it. It builds on the meta device, shapes without memory, and loads only what is read.
 """
 import contextlib
+import hashlib
 import json
+import math
 import os
 import shutil
 from dataclasses import asdict, fields, replace
@@ -23,7 +25,7 @@ from safetensors import SafetensorError, safe_open
 
 from fusedit import FuseDiT, FuseDiTConfig, FuseDiTError, GemmaConfig, sine_table
 
-os.umask(UMASK := os.umask(0))           # it can only be read by setting it
+os.umask(UMASK := os.umask(0))              # it can only be read by setting it
 
 
 @contextlib.contextmanager
@@ -78,18 +80,66 @@ def read_json(path):
                            "folder?") from None
 
 
+def weight_files(folder, stem):
+    index = Path(folder) / f"{stem}.safetensors.index.json"
+    shards = read_json(index)["weight_map"].values() if index.exists() else [f"{stem}.safetensors"]
+    return [Path(folder) / name for name in sorted(set(shards))]
+
+
 def tensor_files(folder, stem="model"):
     """{tensor name: (open file, its name there)} of stem.safetensors, whole or in shards."""
-    index, tensors = Path(folder) / f"{stem}.safetensors.index.json", {}
-    shards = read_json(index)["weight_map"].values() if index.exists() else [f"{stem}.safetensors"]
-    for path in (Path(folder) / name for name in sorted(set(shards))):
+    tensors = {}
+    for path in weight_files(folder, stem):
         try:
             file = safe_open(path, framework="pt")
         except (OSError, SafetensorError) as e:
             raise FuseDiTError(f"{path} is missing, truncated or corrupt ({e}): copy or download "
                                "it again") from None
-        tensors |= {name: (file, name) for name in file.keys()}
+        for name in file.keys():
+            whole, _, place = name.partition("[")          # a TPU host writes NAME[0:8,0:512]
+            if place:
+                tensors.setdefault(whole, (Pieces(), whole))[0].add(place, file, name)
+            else:
+                tensors[name] = file, name
     return tensors
+
+
+def fingerprint(vae):
+    """A short name of a VAE's weights, by which it is known whose latents are beside shards."""
+    whole, folder = hashlib.sha256(), resolve(vae, patterns=("vae/*",))
+    folder = folder / "vae" if (folder / "vae").is_dir() else folder
+    for path in weight_files(folder, "diffusion_pytorch_model"):
+        with open(path, "rb") as file:
+            whole.update(hashlib.file_digest(file, "sha256").digest())
+    return whole.hexdigest()[:16]
+
+
+class Pieces:
+    """A tensor that lies in several files or names, to be read as from one safetensors file."""
+    def __init__(self):
+        self.parts = []                     # (its slices, file, name)
+
+    def add(self, place, file, name):
+        rows = (map(int, part.split(":")) for part in place.rstrip("]").split(","))
+        self.parts.append((tuple(slice(*row) for row in rows), file, name))
+        self.metadata = file.metadata
+
+    def get_slice(self, _):
+        return self
+
+    def get_shape(self):
+        return [max(s.stop for s in dim) for dim in zip(*(p[0] for p in self.parts), strict=True)]
+
+    def get_tensor(self, name):
+        whole, missing = None, math.prod(self.get_shape())
+        for place, file, part in self.parts:
+            piece = file.get_tensor(part)
+            whole = piece.new_empty(self.get_shape()) if whole is None else whole
+            whole[place] = piece
+            missing -= piece.numel()
+        if missing:
+            raise FuseDiTError(f"{name} lacks some of its pieces: is a file of its folder missing?")
+        return whole
 
 
 def gemma_config(d):
@@ -153,7 +203,7 @@ def check_tensors(module, found, source, hint=""):
 def trim(model):
     """Drop the Gemma weights that are never used, before memory is given to them."""
     llm = model.llm
-    if model.upto < len(llm.layers) and llm.norm:
+    if model.upto < len(llm.layers):
         llm.norm, llm.layers = None, llm.layers[:model.upto + 1]
         last = llm.layers[-1]               # of the last one only keys and values are computed
         last.mlp = last.self_attn.q_proj = last.self_attn.o_proj = None
@@ -173,19 +223,28 @@ def load_tokenizer(folder):
         raise FuseDiTError(f"cannot load a tokenizer from {folder}: {e}") from e
 
 
-def load_clip(name, device, dtype):
-    """prompts -> [B,C]: the pooled, projected vectors of a CLIP text model (77 tokens at most)."""
-    from transformers import CLIPTextModelWithProjection, CLIPTokenizer
-    folder = resolve(name)
-    clip = CLIPTextModelWithProjection.from_pretrained(folder, dtype=dtype).to(device).eval()
-    tokenizer = CLIPTokenizer.from_pretrained(folder)
+class ClipTokenizer:
+    """prompts -> [B,77]: the tokens of a CLIP text model."""
+    def __init__(self, name):
+        from transformers import CLIPTokenizer
+        self.tokenizer = CLIPTokenizer.from_pretrained(resolve(name))
+
+    def __call__(self, prompts):
+        return self.tokenizer(list(prompts), padding="max_length", truncation=True, max_length=77,
+                              return_tensors="pt")["input_ids"]
+
+
+class Clip:
+    """The pooled, projected vectors [B,C] of a CLIP text model, of prompts or of their tokens."""
+    def __init__(self, name, device, dtype):
+        from transformers import CLIPTextModelWithProjection
+        model, self.tokens = CLIPTextModelWithProjection, ClipTokenizer(name)
+        self.model = model.from_pretrained(resolve(name), dtype=dtype).to(device).eval()
 
     @torch.no_grad()
-    def pool(prompts):
-        words = tokenizer(list(prompts), padding="max_length", truncation=True, max_length=77,
-                          return_tensors="pt")
-        return clip(words["input_ids"].to(device)).text_embeds
-    return pool
+    def __call__(self, words):
+        ids = words if isinstance(words, torch.Tensor) else self.tokens(words)
+        return self.model(ids.to(self.model.device)).text_embeds
 
 
 def differences(a, b):
@@ -212,12 +271,13 @@ def build_model(config, device="cpu", dtype=torch.float32, dit_tensors=None, sou
     base = resolve(config.base)
     with torch.device("meta"):
         model = FuseDiT(config, gemma_config(read_json(base / "config.json")))
-    if llm_tensors:
-        trim(model)
-    found, model.own_llm = llm_tensors or gemma_tensors(base), bool(llm_tensors)
-    check_tensors(model.llm, found, source if llm_tensors else base)
+    model.own_llm = bool(llm_tensors)
+    if not llm_tensors:                     # base's own are all of it
+        check_tensors(model.llm, llm_tensors := gemma_tensors(base), base)
     trim(model)
-    fill(model.llm, found, device, dtype)
+    if model.own_llm:
+        check_tensors(model.llm, llm_tensors, source)
+    fill(model.llm, llm_tensors, device, dtype)
     if dit_tensors is None:
         model.dit.to_empty(device=device).init_weights()
     else:
@@ -233,7 +293,7 @@ def build_model(config, device="cpu", dtype=torch.float32, dit_tensors=None, sou
     if config.apply_chat_template and not model.tokenizer.chat_template:
         raise FuseDiTError(f"{words} has no chat template, so apply_chat_template cannot be true: "
                            "take an instruction-tuned Gemma")
-    model.pool = config.clip and load_clip(config.clip, device, dtype)
+    model.pool = config.clip and Clip(config.clip, device, dtype)
     return model
 
 
@@ -273,8 +333,7 @@ def load_model(path, device="cpu", dtype=torch.float32, ema=True):
         raise FuseDiTError(f"{folder} has averaged weights only: the raw ones are in the "
                            "checkpoints of a run")
     found = tensor_files(home) if ema else {
-        k.removeprefix("weight."): f for k, f in tensor_files(state, "state").items()
-        if k.startswith("weight.")}
+        k.removeprefix("weight."): f for k, f in tensor_files(state, "state").items()}
     dit, llm = ({k[4:]: f for k, f in found.items() if k.startswith(part)}
                 for part in ("dit.", "llm."))
     dit.pop("patch_embed.pos_embed", None)                         # a constant, see sine_table

@@ -8,6 +8,7 @@ import torch
 import torch.distributed as dist
 
 from fusedit import FuseDiTError
+from training import trained
 from weights import read_json
 
 
@@ -64,15 +65,11 @@ def plain(engine):
     return engine.optimizer is engine.basic_optimizer
 
 
-def trained(engine):
-    return [(n, p) for n, p in engine.module.named_parameters() if p.requires_grad]
-
-
 def cells(engine, keys=("weight", "exp_avg", "exp_avg_sq")):
     """(key, name, get, put) of float32 weights and moments; get() gathers, so on all ranks."""
     from deepspeed import utils as ds
     adam = engine.basic_optimizer
-    for i, (name, p) in enumerate(trained(engine)):
+    for i, (name, p) in enumerate(trained(engine.module)):
         for key in keys:
             if engine.zero_optimization_stage() == 0:
                 share = adam.param_groups[0]["params"][i]
@@ -87,9 +84,41 @@ def cells(engine, keys=("weight", "exp_avg", "exp_avg_sq")):
             yield key, name, get, put
 
 
-def adam_step(engine):
-    """How many steps Adam has made: the run's, less those skipped."""
-    return max((int(s["step"]) for s in engine.basic_optimizer.state.values()), default=0)
+def averages(model, saved, rank, world):
+    """(the rank that has each tensor's average and writes it, {name: average} of this rank).
+
+    Ranks hold about the same: the largest tensor comes first, to who has least.
+    """
+    weights, load, owner = dict(trained(model)), [0] * world, {}
+    for name in sorted(weights, key=lambda name: (-weights[name].numel(), name)):
+        owner[name] = least = load.index(min(load))
+        load[least] += weights[name].numel()
+    mine, ema = [name for name, r in owner.items() if r == rank], {}
+    for name in mine:
+        p = weights[name]
+        file, stored = saved.ema[name] if saved else (None, None)
+        ema[name] = file.get_tensor(stored).to(p.device) if saved else p.detach().clone()
+    return owner, ema
+
+
+@torch.no_grad()
+def update_ema(engine, ema, decay):
+    """Move this rank's averages towards the weights."""
+    for _, name, get, _ in cells(engine, ["weight"]):
+        weight = get()                      # a gathering: it takes all ranks
+        if name in ema:
+            ema[name].lerp_(weight.to(ema[name]), 1 - decay)
+
+
+def shares(engine, ema, owner):
+    """What Saver.save writes of this rank: copies of the average and of all cells it owns."""
+    state = {}
+    for key, name, get, _ in cells(engine):
+        whole = get()                       # a gathering: it takes all ranks
+        if owner[name] == dist.get_rank():
+            state[f"{key}.{name}"] = whole.to("cpu", torch.float32, copy=True)
+        del whole
+    return {name: p.to("cpu", copy=True) for name, p in ema.items()}, state
 
 
 def fill(engine, saved):
@@ -106,7 +135,7 @@ def fill(engine, saved):
                              exp_avg_sq=torch.zeros_like(p))
     if zero in (1, 2):                      # it would look for them after the first step
         engine.optimizer._lazy_init_hp_params_optimizer_state()
-    weights = dict(trained(engine))
+    weights = dict(trained(engine.module))
     for key, name, _, put in cells(engine) if saved else ():
         file, stored = saved.state[f"{key}.{name}"]
         value, p = file.get_tensor(stored).to(engine.device), weights[name]
@@ -135,7 +164,7 @@ def averaged(engine, ema, owner):
 
     @torch.no_grad()
     def exchange(new, old=None):
-        for name, p in trained(engine):
+        for name, p in trained(engine.module):
             with GatheredParameters([p], modifier_rank=owner[name]):
                 if owner[name] == rank:
                     if old is not None:

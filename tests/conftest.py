@@ -1,4 +1,5 @@
 """Tiny models that the tests share. Nothing is downloaded."""
+import json
 import sys
 from pathlib import Path
 
@@ -50,6 +51,22 @@ def tiny_gemma(folder, kind="gemma2", seed=0, **changes):
     model.save_pretrained(folder)
     tiny_tokenizer(folder)
     return model
+
+
+def tiny_clip(folder):
+    """A random CLIP text model with vectors of 24 numbers, saved as transformers saves one."""
+    from tokenizers.pre_tokenizers import ByteLevel
+    from transformers import CLIPTextConfig, CLIPTextModelWithProjection
+    torch.manual_seed(0)
+    CLIPTextModelWithProjection(CLIPTextConfig(
+        vocab_size=600, hidden_size=16, intermediate_size=32, num_hidden_layers=2, eos_token_id=1,
+        num_attention_heads=2, projection_dim=24)).save_pretrained(folder)
+    # CLIP's tokenizer: 256 bytes, the same ending a word, no merges, two special tokens.
+    chars = sorted(ByteLevel.alphabet())
+    words = ["<|startoftext|>", "<|endoftext|>", *chars, *(c + "</w>" for c in chars)]
+    (folder / "vocab.json").write_text(json.dumps({w: i for i, w in enumerate(words)}))
+    (folder / "merges.txt").write_text("#version: 0.2\n")
+    return folder
 
 
 @pytest.fixture(scope="session")

@@ -30,30 +30,36 @@ def launch(argv, *launcher, check=True, **more):
 
 # Several runs in one process, whose start takes longest. Jobs: (what to do before, flags).
 SEVERAL = """
-import json, sys, torch, torch.distributed as dist, train_gpu
-import checkpoints, fusedit, loader, watch
+import json, sys, torch, torch.distributed as dist, train_{engine} as launcher
+import checkpoints, fusedit, loader, spmd, watch
 init = dist.init_process_group
 dist.init_process_group = lambda *a, **k: dist.is_initialized() or init(*a, **k)
 dist.destroy_process_group = lambda: None
 for code, argv in json.load(open(sys.argv[1])):
     exec(code)
-    sys.argv = ["train_gpu.py", *argv]
+    sys.argv = ["train_{engine}.py", *argv]
     try:
-        print("exit", train_gpu.main())
+        print("exit", launcher.main())
     except fusedit.FuseDiTError as e:
         print("error:", e)
 """
 
 
-def several(tmp_path, jobs, *launcher):
+def several(tmp_path, jobs, *launcher, engine="gpu", devices=1):
+    """Jobs: flags, or (what to do before, flags). devices: of a CPU, for train_tpu.py."""
     jobs = [job if isinstance(job, tuple) else ("", job) for job in jobs]
-    (tmp_path / "several.py").write_text(SEVERAL)
+    (tmp_path / "several.py").write_text(SEVERAL.format(engine=engine))
     (tmp_path / "jobs.json").write_text(json.dumps(jobs))
     done = subprocess.run([sys.executable, *launcher, str(tmp_path / "several.py"),
-                           str(tmp_path / "jobs.json")], env=ENV, text=True, capture_output=True,
-                          timeout=600)
+                           str(tmp_path / "jobs.json")], env=virtual(devices), text=True,
+                          capture_output=True, timeout=900)
     assert done.returncode == 0, done.stderr[-3000:]
     return done
+
+
+def virtual(devices):
+    """The environment in which a CPU has several devices, for XLA."""
+    return ENV | {"PJRT_DEVICE": "CPU", "CPU_NUM_DEVICES": str(devices)}
 
 
 def metrics(out):
@@ -74,4 +80,5 @@ def state(out, step):
 def assert_equal(a, b, atol=None):
     assert a.keys() == b.keys()
     for k in a:
+        assert a[k].shape == b[k].shape, k  # allclose would broadcast
         assert torch.equal(a[k], b[k]) if atol is None else torch.allclose(a[k], b[k], atol=atol), k

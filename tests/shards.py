@@ -6,7 +6,7 @@ from pathlib import Path
 
 from PIL import Image
 
-import prepare_data
+import check
 
 COLOURS = {"red": (255, 0, 0), "green": (0, 255, 0), "blue": (0, 0, 255)}
 SHAPE = ["image_size=16", "patch_size=4", "dit_hidden_size=32", "initial_layers=0",
@@ -39,7 +39,7 @@ def scene(key, colour="red", size=(16, 16), **changes):
 
 
 def index(folder, offsets=True):
-    prepare_data.index_folder(Namespace(folder=Path(folder), workers=1))
+    check.index(Namespace(folder=Path(folder), workers=1))
     if not offsets:
         (Path(folder) / "offsets.npy").unlink()
 

@@ -12,7 +12,7 @@ import torch
 from conftest import ROOT
 from PIL import Image, ImageFilter
 
-import prepare_data
+import sources
 from demo import detector, scenes, tiny_gemma
 from demo.render import render
 from demo.scenes import COLOURS, SHAPES, Group, Scene
@@ -55,7 +55,7 @@ def test_colours_are_far_apart():
 def test_training_never_contains_what_is_held_out():
     """Checked on what is written to shards, by the words of both captions and by the pixels."""
     for i in range(1500):
-        sample = prepare_data.shapes_sample(3, 32, i)
+        sample = sources.shapes_sample(3, 32, i)
         for kind in ("synthetic_caption.txt", "original_caption.txt"):
             words = tiny_gemma.split(sample[kind].decode())
             shapes = {SHAPE_WORDS[w] for w in words if w in SHAPE_WORDS}

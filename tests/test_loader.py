@@ -158,9 +158,9 @@ def test_noise_and_words_belong_to_the_sample(gemma, shards):
     whole = batches(gemma, shards, *argv, micro=8)[3]
     parts = [batches(gemma, shards, *argv, micro=2, times=2, rank=r, world=2)[6 + i]
              for i in range(2) for r in range(2)]
-    for key, axis in (("noise", 1), ("normal", 0), ("pixels", 0), ("ids", 0)):
-        assert torch.cat([p[key] for p in parts], axis).equal(whole[key]), key
-    assert whole["noise"].shape == (1, 8, 3, 16, 16)
+    for key in ("noise", "normal", "pixels", "ids"):
+        assert torch.cat([p[key] for p in parts]).equal(whole[key]), key
+    assert whole["noise"].shape == (8, 1, 3, 16, 16)
     assert len({*whole["normal"].tolist()}) == 8
     assert abs(whole["noise"].std() - 1) < 0.05
 
@@ -184,14 +184,15 @@ def test_any_step_is_reached_at_once(gemma, tmp_path, known):
         dict(name=f"s-{s:06d}.tar", samples=10_000, bytes=size.st_size) for s in range(2600)]}))
     script = (
         "import sys, time, resource, loader, training, weights\n"
-        "loader.decode = lambda f, run, size, rng: (loader.np.zeros((16, 16, 3), 'uint8'), 'a')\n"
+        "loader.decode = lambda f, run, size, rng: (loader.torch.zeros(3, 16, 16).byte(), 'a')\n"
         "begin = time.time()\n"
         "run = training.parse_run(sys.argv[1:], '')\n"
         "source = loader.Batches(run, training.model_config(run),\n"
         "                        weights.load_tokenizer(run.base), 512)\n"
         "batch = source[800_000]\n"
         "assert len(batch['captions']) == 512 and not batch['bad']\n"
-        "print(time.time() - begin, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6)\n")
+        "print(time.time() - begin,\n"
+        "      resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6)\n")
     done = subprocess.run([sys.executable, "-c", script, "--data", data, "--base", gemma,
                            "--batch", "512", "--set", *SHAPE], env=os.environ | {
                                "PYTHONPATH": str(ROOT)}, text=True, capture_output=True)
@@ -206,15 +207,16 @@ def test_any_step_is_reached_at_once(gemma, tmp_path, known):
 def test_a_batch_is_what_the_shards_hold(gemma, shards):
     b = batches(gemma, shards, "--caption-drop", "0")[0]
     assert b["pixels"].shape == (4, 3, 16, 16) and b["pixels"].dtype == torch.uint8
-    assert b["pixels"].is_contiguous() and not b["bad"]
+    assert not b["bad"]
     assert b["ids"].shape == b["mask"].shape == (4, 8)      # always max_text_tokens wide
     for pixels, caption, mask in zip(b["pixels"], b["captions"], b["mask"], strict=True):
         colour = torch.tensor(COLOURS[caption.split()[1]], dtype=torch.uint8)
         assert caption == f"a {caption.split()[1]} square" and mask.sum() == 4
         assert (pixels == colour[:, None, None]).all()
-    x, ids, mask, normal, noise = loader.to_device(b, "cpu")
-    assert ids is b["ids"] and mask is b["mask"] and normal is b["normal"] and noise is b["noise"]
-    assert x.dtype == torch.float32 and x.min() == -1 and x.max() == 1
+    x, ids, mask, clip, normal, noise = loader.to_device(b, "cpu")
+    assert ids is b["ids"] and mask is b["mask"] and normal is b["normal"] and clip is None
+    assert len(noise) == 1 and noise[0].equal(b["noise"][:, 0])
+    assert x.dtype == torch.float32 and x.min() == -1 and x.max() == 1 and x.is_contiguous()
 
 
 def test_offsets_make_no_difference_but_in_time(gemma, shards):
@@ -241,7 +243,7 @@ def test_long_names_and_folders_in_a_tar(tmp_path):
                 info.size = 3
                 tar.addfile(info, loader.io.BytesIO(key[-3:].encode()))
     assert len(loader.sample_offsets(tmp_path / "a.tar")) == 3
-    tars = loader.Tars([(str(tmp_path / "a.tar"), 2, None, 0)], 2, "")
+    tars = loader.Tars([(str(tmp_path / "a.tar"), 2, None, None, 0)], 2, "")
     assert tars.read(0, 0) == {"image.png": b"aaa", "synthetic_caption.txt": b"aaa"}
     assert tars.read(0, 1) == {"image.png": b"ort", "synthetic_caption.txt": b"ort"}
 

@@ -112,9 +112,45 @@ def test_what_is_printed(capsys, gemma_folder):
     assert "with --remat" in out
 
 
-@pytest.mark.parametrize("text", ["8", "8xH999", "0xH100", "8xH100@2", "xH100", "8xH100@0.0"])
+@pytest.mark.parametrize("name, chips", [("v4-256", 128), ("v5e-256", 256)])
+@pytest.mark.parametrize("mesh", ["-1,1", "-1,2"])
+def test_a_tpus_plan_adds_up(capsys, name, chips, mesh):
+    argv = ["--preset", "fusedit/large-scale", "--plan", name, "--mesh", mesh]
+    run = training.parse_run(argv, "", "tpu")
+    assert plan.show(run, training.model_config(run)) == 0
+    lines = capsys.readouterr().out.splitlines()
+    sizes = dict(zip(("fsdp", "tensor"), (chips // int(mesh[3:]), int(mesh[3:])), strict=True))
+    assert f"batch 512 = {chips} " in lines[0]
+    rows = [line.split() for line in lines if line.endswith("weight")]
+    model, shown = plan.abstract(training.model_config(run)), 0.0
+    for row in rows:                        # as "26 9216 x 2304 tensor, fsdp 552.1 4.31 name"
+        n, whole, part = int(row[0]), float(row[-3]), float(row[-2])
+        dims = [int(d) for d in row[1:-3] if d.isdigit()]
+        assert n * torch.Size(dims).numel() == pytest.approx(whole * 1e6, abs=0.06e6)
+        assert whole / part == pytest.approx(chips, rel=0.02)
+        shown += whole
+    total = sum(p.numel() for p in model.parameters())
+    assert shown * 1e6 == pytest.approx(total, rel=0.002)
+    heads, values = lines[-4].split(), [float(x) for x in lines[-3].split()[:12]]
+    table = dict(zip(heads, values, strict=False))
+    base = values[:heads.index("activations")]
+    assert sum(base) + table["activations"] == pytest.approx(values[-3], abs=0.05)
+    assert sum(base) + values[-2] == pytest.approx(values[-1], abs=0.05)
+    assert values[-2] < table["activations"] / 4 and lines[-3].endswith("fits")
+    trained = sum(plan.chip(k, p.shape, sizes) for k, p in model.dit.named_parameters("dit"))
+    assert trained < 1.1 * 2_024_828_480 / chips
+    assert table["Adam"] == pytest.approx(8 * trained / 1e9, abs=0.006)
+    block = sum(p.numel() for p in model.dit.layers[0].parameters())
+    assert table["gathered"] == pytest.approx(4 * block / sizes["tensor"] / 1e9, abs=0.006)
+    assert table["weights"] == pytest.approx(4 * trained / 1e9, abs=0.006)
+
+
+@pytest.mark.parametrize("text", ["8", "8xH999", "0xH100", "8xH100@2", "xH100", "8xH100@0.0",
+                                  "v9-8", "v4-1", "v5e-0", "8xv4"])
 def test_plans_that_make_no_sense(text):
-    with pytest.raises(FuseDiTError, match="known: B200"):
+    with pytest.raises(FuseDiTError, match="known: B200.* v4, v5e"):
         plan.parse(text)
+    assert plan.parse("v4-256") == (128, "v4", 0.4)
+    assert plan.parse("V5E-16@.5") == (16, "v5e", 0.5)
     assert plan.parse("8 x a100") == (8, "A100", 0.4)
     assert plan.parse("2xH100 PCIe@0.5") == (2, "H100 PCIe", 0.5)

@@ -8,12 +8,14 @@ import subprocess
 import sys
 import tarfile
 from argparse import Namespace
+from functools import partial
 
 import numpy as np
 import pytest
 from conftest import ROOT
 from PIL import Image
 
+import packing
 import prepare_data
 from demo import detector, scenes
 from fusedit import FuseDiTError
@@ -30,15 +32,17 @@ def command(*words, code=0):
 
 def pack(*words):
     """The same, inside this process (no second start of Python)."""
-    args = prepare_data.arguments([*map(str, words), "--workers", "1"])
-    args.command(args)
+    one = ["--workers", "1"] * ("--workers" not in words)
+    args = prepare_data.arguments([*map(str, words), *one])
+    return args.run(args)
 
 
 def read_shards(out):
-    """{key: {kind: bytes}} of all tars, and the index; each tar is as the index says."""
+    """{key: {kind: bytes}} of all tars, index and report; everything is as these say."""
     index, samples = json.loads((out / "index.json").read_text()), {}
+    report = json.loads((out / "report.json").read_text())
     assert sorted(p.name for p in out.iterdir()) == sorted(
-        [s["name"] for s in index["shards"]] + ["index.json", "offsets.npy"])
+        [s["name"] for s in index["shards"]] + ["index.json", "offsets.npy", "report.json"])
     offsets = np.load(out / "offsets.npy")
     for shard in index["shards"]:
         path, here = out / shard["name"], {}
@@ -52,12 +56,14 @@ def read_shards(out):
         for key, at in zip(here, begins, strict=True):
             assert path.read_bytes()[at:at + len(key)].decode() == key
         samples |= here
-    assert len(samples) == index["samples"]
-    return samples, index
+    assert len(samples) == index["samples"] == report["outputs"]
+    assert report["inputs"] == report["outputs"] + sum(report["skipped"].values())
+    assert report["skipped"] == {why: len(keys) for why, keys in report["skipped_keys"].items()}
+    return samples, index | report
 
 
 def files(folder):
-    return {p.name: p.read_bytes() for p in folder.iterdir()}
+    return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
 
 
 # ---- index ---------------------------------------------------------------------------------------
@@ -123,6 +129,7 @@ def test_a_folder_in_use_is_refused_and_overwrite_replaces_only_shards(tmp_path)
     assert "not empty" in err and "--overwrite" in err and err.count("\n") == 1
     assert files(out) == before
     (out / ".shapes-000001.tar.123.tmp").write_text("of a killed run")
+    (out / "shapes-000003.latents.safetensors").write_text("of shards that go")
     pack("shapes", out, "-n", 5, "--shard-size", 5, "--overwrite")
     assert len(read_shards(out)[0]) == 5
     (out / "notes.txt").write_text("mine")
@@ -133,15 +140,35 @@ def test_a_folder_in_use_is_refused_and_overwrite_replaces_only_shards(tmp_path)
         pack("shapes", out / "notes.txt", "-n", 5)
 
 
-def test_what_fails_midway_leaves_nothing(tmp_path):
-    def make(i):
-        if i == 7:
+def test_what_fails_midway_is_gone_on_with(tmp_path, capsys):
+    def make(broken, i):
+        if i == broken:
             raise OSError(28, "No space left on device")
         return {"__key__": str(i), "image.png": b"x"}
-    args = Namespace(shard_size=3, workers=1)
-    with pytest.raises(OSError):
-        prepare_data.write_shards(tmp_path / "out", "shapes", range(10), make, args)
-    assert list((tmp_path / "out").iterdir()) == []
+    for name, broken in (("out", 7), ("out", None), ("whole", None)):
+        args = Namespace(out=tmp_path / name, workers=1, overwrite=False)
+        jobs = [range(0, 3), range(3, 6), range(6, 9), range(9, 10)]
+        assert packing.begin(args, n=10)
+        if broken:
+            before = files(args.out)
+            with pytest.raises(OSError):
+                packing.pack(args, "shapes", jobs, partial(make, broken))
+            assert "stopped; 2 of 4 shards are packed" in capsys.readouterr().err
+            assert len(files(args.out)) == len(before) + 4     # and their records
+        else:
+            packing.pack(args, "shapes", jobs, partial(make, broken))
+    assert files(tmp_path / "out") == files(tmp_path / "whole")
+    assert not packing.begin(args, n=10)                   # there is nothing left to do
+    assert "is finished: 10 images" in capsys.readouterr().out
+
+
+def test_what_was_begun_otherwise_is_refused(tmp_path):
+    args = Namespace(out=tmp_path / "out", workers=1, overwrite=False)
+    assert packing.begin(args, n=10, seed=0) and packing.begin(args, n=10, seed=0)
+    with pytest.raises(FuseDiTError, match=r"begun otherwise \(seed 0, now 1\).*--overwrite"):
+        packing.begin(args, n=10, seed=1)
+    args.overwrite = True
+    assert packing.begin(args, n=10, seed=1)
 
 
 # ---- folder --------------------------------------------------------------------------------------
@@ -169,7 +196,7 @@ def captions(samples):
 def test_folder_with_txt_beside_the_images(photos, tmp_path, capsys):
     pack("folder", photos, tmp_path / "out")
     samples, index = read_shards(tmp_path / "out")
-    assert captions(samples) == [f"an orange {c}" for c in "abcdef"] and "skipped" not in index
+    assert captions(samples) == [f"an orange {c}" for c in "abcdef"] and not index["skipped"]
     kinds = {s["original_caption.txt"].decode()[-1]: next(k for k in s if "image" in k)
              for s in samples.values()}
     assert kinds == {"a": "image.png", "b": "image.jpg", "c": "image.webp", "d": "image.png",
@@ -191,8 +218,9 @@ def test_folder_skips_and_counts_what_is_broken(photos, tmp_path):
     out, err = command("folder", photos, tmp_path / "out", "--shard-size", 4, "--workers", 2)
     samples, index = read_shards(tmp_path / "out")
     assert captions(samples) == [f"an orange {c}" for c in "def"]
-    assert index["skipped"] == {"unreadable image": 7, "no caption": 2, "caption is not UTF-8": 1}
-    assert "skipped 7: unreadable image: " in err and "and 2 more" in err
+    assert index["skipped"] == {"damaged or cut short": 6, "no caption": 2, "not an image": 1,
+                                "caption is not UTF-8": 1}
+    assert "skipped 6: damaged or cut short: " in err and "and 1 more" in err
     assert "skipped 2: no caption: a.png, b.jpg" in err and "c.txt" in err
     assert "3 images" in out
 
@@ -248,15 +276,6 @@ def test_half_an_emoji_in_a_caption_is_skipped_and_counted(photos, tmp_path):
     samples, index = read_shards(tmp_path / "out")
     assert captions(samples) == ["\U0001f600"]
     assert index["skipped"]["caption is not Unicode"] == 1
-
-
-def test_an_image_turned_by_its_tag_is_packed_upright(tmp_path):
-    exif = Image.Exif()
-    exif[0x0112] = 6
-    image(tmp_path / "in/a.jpg", size=(20, 10), exif=exif).with_suffix(".txt").write_text("up")
-    pack("folder", tmp_path / "in", tmp_path / "out")
-    (sample,) = read_shards(tmp_path / "out")[0].values()
-    assert Image.open(io.BytesIO(sample["image.png"])).size == (10, 20)
 
 
 def test_the_order_is_mixed_and_the_seed_decides(photos, tmp_path):

@@ -37,6 +37,7 @@ import loader
 import training
 import watch
 import weights
+import zero
 from fusedit import FuseDiTError
 
 
@@ -56,10 +57,15 @@ def data(tmp_path_factory):
 # ------------------------------------------------------------------------------ run settings
 
 
-def test_every_setting_is_a_flag_with_its_comment_and_default():
-    out = subprocess.run([sys.executable, ROOT / "train_gpu.py", "--help"], text=True,
+@pytest.mark.parametrize("engine", ["gpu", "tpu"])
+def test_every_setting_is_a_flag_with_its_comment_and_default(engine):
+    """train_tpu.py, too, without torch_xla."""
+    out = subprocess.run([sys.executable, ROOT / f"train_{engine}.py", "--help"], text=True,
                          capture_output=True, check=True).stdout
     for f in fields(training.RunConfig):
+        if f.metadata["only"] not in ("", engine):
+            assert f"--{f.name.replace('_', '-')}" not in out
+            continue
         assert re.search(rf"^  --{f.name.replace('_', '-')}[ ,]", out, re.M), f.name
         assert f.metadata["about"] in out
         if type(f.default) in (int, float):
@@ -131,25 +137,34 @@ def test_learning_rate():
     assert [training.learning_rate(run, i) for i in (0, 1, 9, 10 ** 6)] == [0.5, 1, 1, 1]
 
 
-def test_ema_formula():
-    ema, expected = {"w": torch.ones(1)}, 1.0
-    for n, value in enumerate([2.0, 5.0, -1.0, 4.0]):
-        rate = min(0.2, (1 + n) / (10 + n))
-        expected = rate * expected + (1 - rate) * value
-        latest = [("another rank's", torch.zeros(3)), ("w", torch.tensor([value]))]
-        training.update_ema(ema, latest, n, 0.2)
-        assert ema["w"].item() == pytest.approx(expected, rel=1e-6)
-    assert rate == 0.2                      # the last updates were past the warm-up
-    assert list(ema) == ["w"]
+def test_decay_of_the_average():
+    run = training.RunConfig(ema_decay=0.2, ema_every=5)
+    assert [training.ema_decay(run, step) for step in (1, 4, 6, 9, 11)] == [1.0] * 5
+    assert [training.ema_decay(run, step) for step in (5, 10, 15)] == [1 / 10, 2 / 11, 0.2]
 
 
 def test_shares_are_even_and_the_same_for_all():
     sizes = {f"layer.{i}": n for i, n in enumerate([100, 90, 60, 40, 40, 30, 20, 10, 5, 5])}
+
+    def owners(names, world):
+        model = torch.nn.Module()
+        for name in names:
+            layer = torch.nn.Module()
+            layer.weight = torch.nn.Parameter(torch.full((sizes[name],), float(sizes[name])))
+            model.add_module(name.replace(".", "_"), layer)
+        ranks = [zero.averages(model, None, rank, world) for rank in range(world)]
+        assert all(owner == ranks[0][0] for owner, _ in ranks)
+        for rank, (owner, ema) in enumerate(ranks):
+            assert ema.keys() == {name for name, r in owner.items() if r == rank}
+            assert all((p == len(p)).all() for p in ema.values())
+        return ranks[0][0]
     for world in (1, 2, 3, 4):
-        owner = training.share_out(sizes, world)
-        load = [sum(sizes[n] for n, r in owner.items() if r == rank) for rank in range(world)]
-        assert owner.keys() == sizes.keys() and max(load) <= sum(load) / world + max(sizes.values())
-        assert owner == training.share_out(dict(reversed(sizes.items())), world)
+        owner = owners(sizes, world)
+        load = [sum(sizes[n.replace("_", ".").removesuffix(".weight")] for n, r in owner.items()
+                    if r == rank) for rank in range(world)]
+        assert len(owner) == len(sizes)
+        assert max(load) <= sum(load) / world + max(sizes.values())
+        assert owner == owners(dict(reversed(sizes.items())), world)
 
 
 # ------------------------------------------------------------------------------ run folder
@@ -174,21 +189,21 @@ def folder(tmp_path, gemma):
     return run, config
 
 
-def cells(value=1.0):
-    return [(key, "dit.w", lambda: torch.full((3,), value))
-            for key in ("weight", "exp_avg", "exp_avg_sq")]
+def share(value=1.0):
+    return {"dit.w": torch.full((3,), value)}, {
+        f"{key}.dit.w": torch.full((3,), value) for key in ("weight", "exp_avg", "exp_avg_sq")}
 
 
 def saver(run, config, first=0, data="some"):
     saved = checkpoints.Saved(first, "some", first, 0, 0, 0, {}, {}) if first else None
-    return checkpoints.Saver(run, config, {"dit.w": 0}, saved, data)
+    return checkpoints.Saver(run, config, saved, data)
 
 
 def save(run, config, *steps, value=1.0):
     """Save at these steps; returns the exit code of the last."""
     to = saver(run, config, max(steps_of(run), default=0))
     for step in steps:
-        to.save(step, {"dit.w": torch.full((3,), value)}, cells(value),
+        to.save(step, lambda: share(value),
                 dict(adam_step=step, seen=0, skipped=0, skipped_steps=0))
     code = to.close(steps[-1], 0)
     to.lock.release()
@@ -438,7 +453,7 @@ def plain_torch(argv):
     average = {name: p.detach().clone() for name, p in model.dit.named_parameters()}
     for step in range(run.steps):
         batch = source[step]
-        x, eps = batch["pixels"] / 127.5 - 1, batch["noise"][0]
+        x, eps = batch["pixels"] / 127.5 - 1, batch["noise"][:, 0]
         sigma = fusedit.random_sigma(batch["normal"], model.config.shift)
         s = sigma[:, None, None, None]
         v = model.dit((1 - s) * x + s * eps, sigma, model.read(batch["ids"], batch["mask"]))

@@ -5,7 +5,7 @@ from dataclasses import asdict
 
 import pytest
 import torch
-from conftest import REFERENCE, tiny_gemma
+from conftest import REFERENCE, tiny_clip, tiny_gemma
 from safetensors.torch import load_file, save_file
 
 import weights
@@ -225,18 +225,7 @@ def test_atomic_write_leaves_nothing_half_written(tmp_path):
 
 def test_clip_modulation_end_to_end(tmp_path, gemma_folder):
     """A tiny random CLIP, saved as transformers saves one, reaches the time embedding."""
-    from transformers import CLIPTextConfig, CLIPTextModelWithProjection
-    clip = tmp_path / "clip"
-    torch.manual_seed(0)
-    CLIPTextModelWithProjection(CLIPTextConfig(
-        vocab_size=600, hidden_size=16, intermediate_size=32, num_hidden_layers=2, eos_token_id=1,
-        num_attention_heads=2, projection_dim=24)).save_pretrained(clip)
-    # CLIP's tokenizer: 256 bytes, the same ending a word, no merges, two special tokens.
-    from tokenizers.pre_tokenizers import ByteLevel
-    chars = sorted(ByteLevel.alphabet())
-    words = ["<|startoftext|>", "<|endoftext|>", *chars, *(c + "</w>" for c in chars)]
-    (clip / "vocab.json").write_text(json.dumps({w: i for i, w in enumerate(words)}))
-    (clip / "merges.txt").write_text("#version: 0.2\n")
+    clip = tiny_clip(tmp_path / "clip")
     config = FuseDiTConfig(base=str(gemma_folder), clip=str(clip), text_modulation_embeds_dim=24,
                            vae=None, in_channels=3)
     model = build_model(config)

@@ -1,0 +1,370 @@
+"""train_tpu.py on a CPU's virtual devices, where PyTorch/XLA's sharding is real."""
+import importlib.util
+import json
+import os
+import random
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+import torch
+from conftest import REFERENCE, ROOT, tiny_clip, tiny_gemma
+from PIL import Image
+import launching
+from launching import assert_equal, flags, losses, metrics, several, state, virtual
+from shards import numbered
+
+import checkpoints
+import plan
+import training
+
+pytestmark = pytest.mark.skipif(not importlib.util.find_spec("torch_xla"),
+                                reason="needs PyTorch/XLA: pip install -e '.[tpu,test]'")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def compiled(tmp_path_factory):
+    """Programs that these tests' processes compile, for each other."""
+    launching.ENV["XLA_PERSISTENT_CACHE_PATH"] = str(tmp_path_factory.mktemp("xla"))
+
+
+@pytest.fixture(scope="module")
+def gemma(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("gemma")
+    tiny_gemma(folder, num_hidden_layers=3)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    return numbered(tmp_path_factory.mktemp("data"))
+
+
+VARIANTS = {                                # the last one with a VAE and CLIP's vector
+    "mixed": ["--set", "timestep_conditioning=adaln-zero", "pos_embed=1d-rope",
+              "sandwich_norm=false", "--weight-decay", "0.1", "--remat"],
+    "single": ["--set", "timestep_conditioning=adaln-single", "pos_embed=m-rope",
+               "shared_attention_layers=[0,2]"],
+    "cross": ["--set", "attention=cross", "timestep_conditioning=addition", "pos_embed=ape"],
+    "shallow": ["--set", "fusion=shallow", "timestep_conditioning=adaln-zero"],
+    "shallow-cross": ["--set", "fusion=shallow", "attention=cross", "initial_layers=1",
+                      "text_hidden_states_index=1", "dit_num_hidden_layers=2"],
+    "llm": ["--train-llm"],
+    "latents": ["--set", f"vae={REFERENCE}/released_layout/pipeline/vae", "in_channels=16",
+                "image_size=32", "patch_size=2", "timestep_conditioning=adaln-zero",
+                "text_modulation_embeds_dim=24", "clip=CLIP"]}
+
+
+def test_every_mesh_trains_as_one_process_of_train_gpu(gemma, data, tmp_path):
+    """30 steps of the same weights, data and noise; and what else a run can be, on 2 x 2."""
+    clip = str(tiny_clip(tmp_path / "clip"))
+
+    def job(name, *more, steps=30):
+        more = [m.replace("CLIP", clip) for m in more]
+        return flags(gemma, data, tmp_path / name, "--steps", str(steps), "--caption-drop", "0.3",
+                     "--ema-every", "3", "--warmup-steps", "5", "--lr-schedule", "cosine",
+                     "--sample-every", "0", *more)
+    several(tmp_path, [job("plain", "--zero", "0"), *(
+        job(name, *more, "--zero", "0", steps=8) for name, more in VARIANTS.items())])
+    for devices, meshes in ((1, ["1,1"]), (2, ["2,1"]), (8, ["8,1", "4,2", "2,4"])):
+        several(tmp_path, [job(mesh, "--mesh", mesh) for mesh in meshes], engine="tpu",
+                devices=devices)
+    jobs = [job(f"tpu-{name}", *more, "--mesh", "2,2", steps=8) for name, more in VARIANTS.items()]
+    jobs += [job("4,1"), job("parts", "--micro-batch", "1")]
+    several(tmp_path, jobs, engine="tpu", devices=4)
+    plain = losses(tmp_path / "plain")
+    assert len(plain) == 30 and plain[-1] < plain[0]
+    for name in ("1,1", "2,1", "4,1", "8,1", "4,2", "2,4", "parts"):
+        assert losses(tmp_path / name) == pytest.approx(plain, rel=1e-4), name
+        assert [r["grad_norm"] for r in metrics(tmp_path / name)] == pytest.approx(
+            [r["grad_norm"] for r in metrics(tmp_path / "plain")], rel=1e-3)
+    for name in VARIANTS:
+        assert losses(tmp_path / f"tpu-{name}") == pytest.approx(losses(tmp_path / name),
+                                                                 rel=1e-4), name
+        assert_equal(state(tmp_path / f"tpu-{name}", 8), state(tmp_path / name, 8), atol=1e-4)
+
+
+BYTES = """
+import torch_xla.distributed.spmd as xs
+class Engine(launcher.Engine):
+    def step(self, *args):
+        super().step(*args)
+        if self.micro == 1:                 # of two micro-batches: the gradients so far
+            launcher.torch_xla.sync(wait=True)
+            grads = [xs.XLAShardedTensor(s[1].grad).local_shards for s in self.state.values()]
+            print("GRADS", max(sum(g[d].data.nbytes for g in grads) for d in range(len(grads[0]))))
+    def shares(self):
+        found = super().shares()
+        held = {}
+        for tensors in self.state.values():
+            for which, t in enumerate(tensors):
+                for s in xs.XLAShardedTensor(t).local_shards:
+                    held[s.shard_device] = held.get(s.shard_device, [0] * 4)
+                    held[s.shard_device][which] += s.data.nbytes
+        print("HELD", json.dumps(held))
+        return found
+launcher.Engine = Engine
+"""
+
+
+def test_a_device_holds_its_share(data, tmp_path):
+    """Averages, weights and both of Adam's moments, read from the shards themselves."""
+    tiny_gemma(tmp_path / "gemma", num_hidden_layers=2, head_dim=64, intermediate_size=512)
+    total = None
+    for devices, meshes in ((1, ["1,1"]), (2, ["2,1"]), (4, ["2,2"]), (8, ["8,1", "2,4"])):
+        jobs = [(BYTES if i == 0 else "", flags(
+            tmp_path / "gemma", data, tmp_path / mesh, "--steps", "2", "--mesh", mesh,
+            "--set", "dit_hidden_size=256", "--sample-every", "0", "--batch", "16",
+            "--micro-batch", str(8 // devices)))
+            for i, mesh in enumerate(meshes)]
+        out = several(tmp_path, jobs, engine="tpu", devices=devices).stdout
+        found = [json.loads(line[5:]) for line in out.splitlines() if line.startswith("HELD")]
+        grads = [int(line[6:]) for line in out.splitlines() if line.startswith("GRADS")]
+        assert len(found) == len(meshes) == len(grads)
+        for held in found:
+            total = total or held["CPU:0"]
+            assert len(held) == devices and sum(total) == 4 * total[0] > 4 * 4_000_000
+            for device in held.values():
+                assert device == pytest.approx([n / devices for n in total], rel=0.1)
+        assert grads == pytest.approx([total[0] / devices] * len(meshes), rel=0.1)
+
+
+COMPILES = """
+import os
+os.environ["XLA_PERSISTENT_CACHE_PATH"] = CACHE         # not what others have compiled
+import torch_xla.debug.metrics as met
+class Engine(launcher.Engine):
+    def step(self, *args):
+        super().step(*args)
+        print("COMPILED", self.micro, met.counter_value("UncachedCompile"))
+launcher.Engine = Engine
+"""
+
+
+def test_nothing_compiles_after_the_second_step(gemma, data, tmp_path):
+    """Learning rates, updates of the average, log lines, checkpoints: 100 steps."""
+    job = flags(gemma, data, tmp_path / "run", "--steps", "100", "--warmup-steps", "30",
+                "--lr-schedule", "cosine", "--ema-every", "10", "--save-every", "20", "--log-every",
+                "7", "--sample-every", "0", "--mesh", "2,2")
+    code = f"CACHE = {str(tmp_path / 'cache')!r}\n" + COMPILES
+    out = several(tmp_path, [(code, job)], engine="tpu", devices=4).stdout
+    counts = dict(map(int, m) for m in re.findall(r"COMPILED (\d+) (\d+)", out))
+    assert len(counts) == 100 and 0 < counts[2] == counts[100] <= 3
+
+
+GROWTH = """
+import torch_xla
+import torch_xla.debug.metrics as met
+class Engine(launcher.Engine):
+    def step(self, *args):
+        if self.micro == 1:
+            last = [self.norm, *(t for s in self.state.values() for t in s)]
+            sync, launcher.torch_xla.sync = torch_xla.sync, lambda: None  # the graph is still whole
+            super().step(*args)
+            launcher.torch_xla.sync = sync
+            last = [self.norm, *(t for s in self.state.values() for t in s)]
+            print("GRAPH", torch_xla._XLAC._get_xla_tensors_hlo(last).count(" = "))
+            sync()
+            return
+        super().step(*args)
+launcher.Engine = Engine
+"""
+
+
+def test_the_graph_does_not_grow_with_depth(data, tmp_path):
+    sizes = {}
+    for layers in (2, 26):
+        tiny_gemma(tmp_path / str(layers), num_hidden_layers=layers)
+        job = flags(tmp_path / str(layers), data, tmp_path / f"run{layers}", "--steps", "2",
+                    "--sample-every", "0", "--mesh", "2,2")
+        begin = time.time()
+        out = several(tmp_path, [(GROWTH, job)], engine="tpu", devices=4).stdout
+        print(f"{layers} layers: {time.time() - begin:.1f} s in all")
+        sizes[layers] = int(re.search(r"GRAPH (\d+)", out)[1])
+    assert 1000 < sizes[2] < sizes[26] < 1.1 * sizes[2], sizes
+
+
+def test_remat_takes_the_memory_that_the_plan_says(data, tmp_path, monkeypatch):
+    """Of what XLA says it needs between a step's inputs and outputs; and without, at most."""
+    tiny_gemma(tmp_path / "gemma", num_hidden_layers=12)
+    monkeypatch.setitem(launching.ENV, "PT_XLA_DEBUG_LEVEL", "1")
+    found = {}
+    for remat in (False, True):
+        argv = flags(tmp_path / "gemma", data, tmp_path / str(remat), "--steps", "1", "--set",
+                     "image_size=64", "dit_hidden_size=128", "--sample-every", "0",
+                     *["--remat"] * remat)
+        done = several(tmp_path, [argv], engine="tpu", devices=2)
+        sizes = re.findall(r"Intermediate tensor size: ([\d.]+) GB", done.stdout + done.stderr)
+        config = training.model_config(training.parse_run(argv, "", "tpu"))
+        found[remat] = max(map(float, sizes)), plan.activations(
+            plan.abstract(config), config, 4, torch.float32, remat, False, plan.Unfused) / 1e9
+    assert found[True][0] == pytest.approx(found[True][1], rel=0.3)
+    assert 3 * found[True][0] < found[False][0] < found[False][1]
+
+
+# ------------------------------------------------------------------------------ checkpoints
+
+def watched(argv, *code):
+    return subprocess.Popen([sys.executable, *(code or [ROOT / "train_tpu.py"]), *argv], text=True,
+                            env=virtual(2), stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+                            start_new_session=True)
+
+
+def test_killed_six_times_equals_never_killed(gemma, data, tmp_path):
+    def argv(name):
+        return flags(gemma, data, tmp_path / name, "--steps", "60", "--save-every", "3",
+                     "--ema-every", "1", "--sample-every", "0", "--workers", "1")
+    whole = watched(argv("whole"))
+    assert whole.communicate(timeout=300) and whole.returncode == 0
+    rng, kills, begun = random.Random(1), 0, 0
+    while True:
+        process, after, lines = watched(argv("killed")), rng.randrange(4, 12), []
+        for line in process.stdout:
+            lines.append(line)
+            after -= line.startswith("step")
+            if kills < 6 and after <= 0:
+                time.sleep(rng.random() * 0.1)
+                os.killpg(process.pid, signal.SIGKILL)
+                kills += 1
+                break
+        else:
+            assert process.wait() == 0, lines[-20:]
+            break
+        process.wait()
+        at = int(re.search(r"from step (\d+) ", "".join(lines))[1])
+        assert at >= begun
+        begun = at
+    assert kills == 6 and begun > 10
+    assert_equal(state(tmp_path / "killed", 60), state(tmp_path / "whole", 60))
+    assert losses(tmp_path / "killed") == losses(tmp_path / "whole")
+
+
+def test_other_meshes_and_gpus_go_on_with_a_run(gemma, data, tmp_path):
+    """8 x 1 to 4 x 2 and to 2 x 1, to train_gpu.py and back; the same pictures from sample.py."""
+    def job(name, steps, *more):
+        return flags(gemma, data, tmp_path / name, "--steps", str(steps), "--ema-every", "1",
+                     "--save-every", "6", "--sample-every", "0", *more)
+    several(tmp_path, [job("whole", 12), job("gpu-tpu", 6, "--zero", "2")])
+    several(tmp_path, [job("8x1", 6, "--mesh", "8,1")], engine="tpu", devices=8)
+    for name in ("4x2", "2x1", "tpu-gpu"):
+        shutil.copytree(tmp_path / "8x1", tmp_path / name)
+    several(tmp_path, [job("8x1", 12, "--mesh", "8,1"), job("4x2", 12, "--mesh", "4,2")],
+            engine="tpu", devices=8)
+    several(tmp_path, [job("2x1", 12), job("gpu-tpu", 12)], engine="tpu", devices=2)
+    several(tmp_path, [job("tpu-gpu", 9, "--zero", "2")])
+    several(tmp_path, [job("tpu-gpu", 12)], engine="tpu", devices=2)
+    for name, near in (("4x2", 1e-5), ("2x1", 1e-5), ("gpu-tpu", 1e-4), ("tpu-gpu", 1e-4)):
+        assert losses(tmp_path / name) == pytest.approx(losses(tmp_path / "whole"), rel=1e-4)
+        assert losses(tmp_path / name) == pytest.approx(losses(tmp_path / "8x1"), rel=near), name
+        assert_equal(state(tmp_path / name, 12), state(tmp_path / "8x1", 12), atol=1e-4)
+    pictures = []
+    for name in ("8x1", "tpu-gpu", "whole"):
+        subprocess.run([sys.executable, ROOT / "sample.py", "--model", tmp_path / name, "--prompt",
+                        "a red square", "--steps", "4", "--out", tmp_path / "out" / name],
+                       check=True, capture_output=True)
+        (path,) = (tmp_path / "out" / name).glob("*.png")
+        with Image.open(path) as image:
+            pictures.append(np.asarray(image.convert("RGB")).astype(int))
+    assert np.ptp(pictures[0]) > 20
+    assert all(np.abs(p - pictures[0]).max() <= 1 for p in pictures)
+
+
+SLOW = """
+import time, cli, loader, train_tpu
+decode = loader.decode
+loader.decode = lambda *args: (time.sleep(0.05), decode(*args))[1]
+cli.run(train_tpu.main, "")
+"""
+
+
+def test_a_signal_ends_the_step_and_saves(gemma, data, tmp_path):
+    """Also while the threads that feed the mesh wait for data."""
+    process = watched(flags(gemma, data, tmp_path / "run", "--steps", "100000", "--log-every", "5",
+                            "--workers", "1"), "-c", SLOW)
+    for line in process.stdout:
+        if line.startswith("step 5/"):
+            os.killpg(process.pid, signal.SIGTERM)
+            break
+    out, _ = process.communicate(timeout=120)
+    last = (tmp_path / "run" / "latest").read_text().strip()
+    assert process.returncode == 0 and "Traceback" not in out and "Exception" not in out, out
+    assert f"stopped by SIGTERM; step {int(last[5:])} is saved" in out
+    assert checkpoints.damage(tmp_path / "run" / last) is None
+
+
+# ------------------------------------------------------------------------------ what else
+
+POISON = """
+real = real if "real" in globals() else fusedit.random_sigma
+count = -1
+def poisoned(normal, shift):
+    global count
+    count += 1
+    return real(normal, shift) * (float("nan") if count == 2 else 1)
+fusedit.random_sigma = poisoned
+"""
+
+
+def test_a_step_that_is_not_finite_is_skipped_and_counted(gemma, data, tmp_path):
+    def job(name, steps, *more):
+        return flags(gemma, data, tmp_path / name, "--steps", str(steps), "--ema-every", "1",
+                     "--sample-every", "0", "--save-every", "3", *more)
+    clean = "fusedit.random_sigma = real"
+    several(tmp_path, [(POISON, job("a", 6)), (POISON, job("b", 3)), (clean, job("b", 6))],
+            engine="tpu", devices=2)
+    rows = metrics(tmp_path / "a")
+    assert [r["skipped_steps"] for r in rows] == [0, 0, 1, 1, 1, 1]
+    assert rows[2]["loss"] is None and rows[2]["grad_norm"] is None
+    assert json.loads((tmp_path / "a" / "step-0000006" / "train_state" / "state.json").read_text()
+                      )["adam_step"] == 5
+    assert_equal(state(tmp_path / "a", 6), state(tmp_path / "b", 6))
+    assert all(v.isfinite().all() for v in state(tmp_path / "a", 6).values())
+
+
+def test_looks_are_those_of_train_gpu(gemma, data, tmp_path):
+    """Validation loss and sample grids, of the averaged weights; and the compute type, bf16."""
+    def job(name, *more):
+        return flags(gemma, data, tmp_path / name, "--steps", "6", "--ema-every", "1",
+                     "--sample-every", "3", "--val-data", str(data), "--val-every", "3",
+                     "--val-samples", "21", *more)
+    several(tmp_path, [job("gpu"), job("gpu16", "--dtype", "bf16")])
+    several(tmp_path, [job("tpu", "--mesh", "2,2"), job("tpu16", "--dtype", "bf16")], engine="tpu",
+            devices=4)
+    for suffix, near in (("", 1e-4), ("16", 3e-2)):
+        want, got = ([r for r in metrics(tmp_path / (name + suffix)) if "val_loss" in r]
+                     for name in ("gpu", "tpu"))
+        assert [r["step"] for r in got] == [3, 6]
+        for a, b in zip(want, got, strict=True):
+            assert list(b.values()) == pytest.approx(list(a.values()), rel=near)
+        assert losses(tmp_path / f"tpu{suffix}") == pytest.approx(losses(tmp_path / f"gpu{suffix}"),
+                                                                  rel=near)
+        with Image.open(tmp_path / f"gpu{suffix}" / "samples" / "step-0000006.png") as a, \
+                Image.open(tmp_path / f"tpu{suffix}" / "samples" / "step-0000006.png") as b:
+            off = np.abs(np.asarray(a.convert("RGB")).astype(int) - np.asarray(b.convert("RGB")))
+            assert off.max() <= (1 if not suffix else 40)
+
+
+def test_what_goes_wrong_is_one_line(gemma, data, tmp_path):
+    (tmp_path / "bad").mkdir()
+    broken = numbered(tmp_path / "bad" / "data")
+    for tar in broken.glob("*.tar"):
+        tar.write_bytes(b"")
+    for argv, says in [
+            (["--workers", "1", broken], "100 samples in a row cannot be read"),
+            (["--mesh", "3,1"], "--mesh 3,1 does not make up 2 devices"),
+            (["--batch", "9"], "--batch 9 does not divide into 2 devices; --batch 8 or 10 would"),
+            (["--data", str(tmp_path / "none-*.tar")], "no file matches")]:
+        where = argv.pop() if argv[-1] == broken else data
+        done = subprocess.run([sys.executable, ROOT / "train_tpu.py", *flags(
+            gemma, where, tmp_path / "run"), *argv], env=virtual(2), text=True, capture_output=True)
+        assert done.returncode == 1 and says in done.stderr, done.stderr
+        assert done.stderr.count("\n") == 1 and not list(tmp_path.glob("run/step-*"))
+    alone = {k: v for k, v in virtual(2).items() if k != "PJRT_DEVICE"}
+    done = subprocess.run([sys.executable, ROOT / "train_tpu.py", *flags(
+        gemma, data, tmp_path / "run")], env=alone, text=True, capture_output=True)
+    assert done.returncode == 1 and "no TPU is here" in done.stderr
