@@ -60,8 +60,8 @@ def fetch(url, path, wrong, saw):
                 raise OSError(why)
             with open(part, "rb") as file:
                 os.fsync(file.fileno())
-            os.replace(part, path)
-            return drop(part)
+            version(part).unlink(missing_ok=True)   # first: whoever finds `path` looks no further
+            return os.replace(part, path)
         except (OSError, HTTPException, ValueError) as e:  # URLError and timeouts are OSErrors
             if getattr(e, "errno", None) in (errno.ENOSPC, errno.EACCES, errno.EROFS):
                 raise
@@ -193,12 +193,20 @@ def read_checksums(path):
     return {PurePosixPath(row[1]).name: row[0] for row in found if len(row) == 2}
 
 
+def still_missing(args, links):
+    """{file name: url} of what has no folder yet; what a killed run left behind is deleted."""
+    missing = {name: url for name, url in links.items() if not (args.out / name[:-4]).is_dir()}
+    done = () if args.keep_tars else links.keys() - missing.keys()
+    for litter in (*(args.out / name for name in done), *args.out.glob(".download.json.*.tmp")):
+        litter.unlink(missing_ok=True)
+    return missing
+
+
 def sa1b_download(args):
     """Every tar of the list: fetched, checked, its images unpacked into a folder, and deleted."""
     links, sums = read_links(args.links), read_checksums(args.md5) if args.md5 else {}
     args.out.mkdir(parents=True, exist_ok=True)
-    missing = {name: url for name, url in links.items() if not (args.out / name[:-4]).is_dir()}
-    failed = {}
+    missing, failed = still_missing(args, links), {}
 
     def bring(name):
         def wrong(path):

@@ -2,7 +2,9 @@
 import hashlib
 import io
 import json
+import os
 import re
+import sys
 import tarfile
 import threading
 import time
@@ -177,6 +179,29 @@ def test_killed_eight_times_every_image_is_there(tmp_path, url):
     for name in TARS:
         assert_whole(out, name)
     assert any(begin for _, begin in Server.ranges)
+
+
+def test_killed_before_any_step_it_leaves_no_trace(tmp_path, url):
+    """Killed before the k-th file is opened, renamed or deleted, for every k, and run again."""
+    steps = {"open", "os.rename", "os.remove", "os.mkdir", "os.rmdir"}
+    words, k, status = [links(tmp_path, url, ["drops", "good"]), "--workers", 1], 0, 9
+    while status == 9:
+        k, out, Server.asked = k + 1, tmp_path / f"out{k}", Counter()
+        if not (child := os.fork()):
+            left = iter(range(k - 1))
+            sys.addaudithook(lambda event, args, left=left, out=out: os._exit(9) if (
+                event in steps and str(out) in str(args[0]) and next(left, None) is None) else None)
+            try:
+                pack("sa1b-download", *words[:1], out, *words[1:])
+                os._exit(0)
+            finally:
+                os._exit(1)
+        status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+        pack("sa1b-download", *words[:1], out, *words[1:])
+        assert {p.name for p in out.iterdir()} == {"download.json", "sa_000000", "sa_000001"}, k
+        for name in list(TARS)[:2]:
+            assert_whole(out, name)
+    assert status == 0 and k > 30
 
 
 def test_checksums_find_what_a_tar_cannot(tmp_path, url):
