@@ -27,6 +27,7 @@ import threading
 import time
 import warnings
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import torch
@@ -445,6 +446,10 @@ def load_batches(batches, which, workers, pin=False):
         # torch's handler of a worker's death raises wherever the run is just then; without it the
         # error comes from next(made), which looks every 5 seconds.
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+        if workers:                         # torch's event takes a lock that a dead worker may hold
+            over, processes = threading.Event(), made._workers
+            made._workers_done_event = SimpleNamespace(
+                is_set=over.is_set, set=lambda: over.set() or [w.kill() for w in processes])
         yield
         try:
             for batch in made:
@@ -471,14 +476,6 @@ def tensors(batches, bad):
     for batch in batches:
         bad.append(batch["bad"])
         yield {k: v for k, v in batch.items() if isinstance(v, torch.Tensor)}
-
-
-def until_error(batches, problems):
-    """The batches, read by a thread, whose error would be lost: it is appended to `problems`."""
-    try:
-        yield from batches
-    except Exception as e:
-        problems.append(e)
 
 
 def to_device(batch, device):

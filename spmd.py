@@ -1,7 +1,8 @@
 """What a mesh of devices takes apart: weights into shards, towers into stacks, and back.
 
 Plain torch, for train_tpu.py: which mesh axis cuts which dimension, a tower as one block with
-stacked weights, the step that XLA compiles, and how a host names its pieces in a checkpoint.
+stacked weights, the step that XLA compiles, how a host names its pieces in a checkpoint, and how
+the errors of its data thread are kept.
 """
 import contextlib
 import copy
@@ -185,3 +186,11 @@ def pieces(key, name, shards, shape):
         for i, stored in enumerate(stored_names(name, values)):
             found[key + stored + place] = (values[i] if stacked else values).contiguous()
     return found
+
+
+def until_error(batches, problems):
+    """The batches, read by a thread, whose error would be lost: it is appended to `problems`."""
+    try:
+        yield from batches
+    except Exception as e:
+        problems.append(e)

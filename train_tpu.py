@@ -140,7 +140,7 @@ def feed(batches, device, mesh):
     specs = {k: xs.ShardingSpec(mesh, (spmd.AXES, *[None] * (n - 1)), minibatch=True)
              for k, n in dims.items()}
     # What is inside an MpDeviceLoader: this can be closed, before the data workers are.
-    loading = ParallelLoader(loader.until_error(batches, problems), [device], input_sharding=specs,
+    loading = ParallelLoader(spmd.until_error(batches, problems), [device], input_sharding=specs,
                              loader_prefetch_size=2, device_prefetch_size=2)
     atexit.register(loading.close)
     yield from loading.per_device_loader(device)

@@ -412,6 +412,24 @@ def test_a_dead_worker_is_an_error_with_its_cause(gemma, shards, time_until):
     assert time.time() - begin < 30
 
 
+def test_a_worker_may_die_with_a_lock_in_its_hands(gemma, shards, monkeypatch):
+    """torch's event has one: whoever asks the event after that waits forever."""
+    events = []
+    monkeypatch.setattr(torch.multiprocessing, "Event", lambda: events.append(
+        multiprocessing.Event()) or events[-1])
+    made = loader.load_batches(batches(gemma, shards), range(1000), 2)
+    next(made)
+    takes = multiprocessing.Process(target=events[0]._cond.acquire)
+    takes.start()
+    takes.join()
+    workers = multiprocessing.active_children()
+    os.kill(workers[0].pid, signal.SIGKILL)
+    with pytest.raises(FuseDiTError, match="a data process died"):
+        for _ in made:
+            pass
+    assert not any(worker.is_alive() for worker in workers)
+
+
 def test_a_worker_that_hangs_is_an_error(gemma, shards, monkeypatch):
     monkeypatch.setattr(loader, "HANGS", 1)
     monkeypatch.setattr(loader, "decode", lambda *_: time.sleep(60))
