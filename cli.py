@@ -50,8 +50,9 @@ def read_prompts(path):
 
 def pick_device(name):
     """torch.device of a --device flag; "auto" takes a GPU where there is one."""
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if name == "auto" and torch.cuda.is_available():       # torchrun's process k takes GPU k
+        name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
+    name = "cpu" if name == "auto" else name
     try:
         device = torch.device(name)
         torch.zeros(1, device=device)
@@ -59,6 +60,11 @@ def pick_device(name):
         raise FuseDiTError(f"--device {name} is not to be had here ({str(e).splitlines()[0]}); "
                            "use --device cpu or auto") from None
     return device
+
+
+def rank_and_world():
+    """This process's number, and how many torchrun (or Slurm, so told) has started."""
+    return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
 
 
 def open_model(args):
@@ -80,9 +86,10 @@ def run(main, lower):
     except KeyboardInterrupt:
         message, code = "interrupted", 130
     except ModuleNotFoundError as e:        # an extra
-        extra = dict(deepspeed="gpu", torch_xla="tpu", duckdb="data", **dict.fromkeys(
-            ("matplotlib", "tensorboard", "wandb"), "watch"))
-        what = f"-e '.[{extra[e.name]}]'" if e.name in extra else e.name
+        extras = dict(gpu="deepspeed", tpu="torch_xla", data="duckdb", eval="cleanfid efficientnet",
+                      watch="matplotlib tensorboard wandb")
+        found = [x for x, names in extras.items() if e.name.split("_lite")[0] in names.split()]
+        what = f"-e '.[{found[0]}]'" if found else e.name
         message, code = f"{e.name} is not installed: pip install {what}", 1
     except (OSError, SafetensorError) as e:  # a full disk, a folder that cannot be written
         message = f"{getattr(e, 'strerror', None) or e}: {getattr(e, 'filename', None) or ''}"

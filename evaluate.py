@@ -1,45 +1,260 @@
-"""Benchmarks: sample a model on a fixed set of prompts and score the pictures.
+"""Benchmarks: sample a model on fixed prompts, score the pictures, compare models.
 
-    python evaluate.py shapes                          # the demo, 600 prompts
-    python evaluate.py shapes --model runs/demo --guidance 4 --out evaluation/g4
-    python evaluate.py shapes --ground-truth -n 2000   # the detector on true renders
+    python evaluate.py shapes                                      # the demo, 600 prompts
+    python evaluate.py shapes --guidance 1,2,3,6 --steps 10,25     # a sweep, with a figure
+    torchrun --nproc-per-node 8 evaluate.py geneval --prompts evaluation_metadata.jsonl --model ...
+    python evaluate.py fid --real photos --fake evaluation/mjhq-my-model/guidance-6-steps-25/images
+    python evaluate.py report a=evaluation/shapes-a b=evaluation/shapes-b
 
-Each benchmark writes NAME.json (scores, settings, every verdict) and NAME.png (a sheet of
-pictures with pass and fail marks) to --out, and prints a table.
+What samples writes DIR/guidance-G-steps-S/: run.json, and images/ as the official scorer of the
+benchmark wants it. The noise of a picture follows from the seed, the prompt's place and the
+picture's number alone, and the same command goes on where a stopped one was.
 """
 import argparse
+import hashlib
+import io
 import json
+import os
 import random
-import textwrap
+import re
+import time
 from pathlib import Path
+from typing import NamedTuple
 
-from PIL import Image, ImageDraw, ImageFont
+import numpy as np
+from PIL import Image
 from tqdm import tqdm
 
+import cli
+import metrics
+import report
 from cli import Help, open_model, positive, run, uint32
 from demo import detector, render, scenes
-from sample import draw, warn
-from weights import atomic_write, untaken
+from fusedit import FuseDiTError
+from sample import draw, notes, warn
+from weights import atomic_write
 
-PASS, FAIL = (20, 150, 60), (205, 30, 40)
-CELL, LABEL = 132, 40                                      # of the sheet, in pixels
+ROOT = Path(__file__).parent
 
 
-# ---- shapes: GenEval's categories on the demo's world --------------------------------------------
+# ---- what is drawn -------------------------------------------------------------------------------
 
-def shapes(args) -> None:
-    """Held-out prompts by category; a picture is right if it holds what was said and no more."""
+class Work(NamedTuple):
+    """A benchmark's prompts; of each, a file a picture, or one file for a grid of all."""
+    prompts: list[str]
+    files: list[list[str]]
+    images: int = 1                         # of a prompt
+    texts: dict[str, str] = {}              # more files, and what is in them
+
+
+def geneval(args):
+    """GenEval (arXiv 2310.11513): NUMBER/metadata.jsonl and NUMBER/samples/NUMBER.png."""
+    rows = [line for line in read(args.prompts).splitlines() if line.strip()]
+    for n, row in enumerate(rows, 1):
+        if not {"tag", "prompt"} <= parse(args.prompts, row, f"line {n}").keys():
+            raise FuseDiTError(f"{args.prompts} line {n} has no tag or no prompt: is it GenEval's "
+                               "prompts/evaluation_metadata.jsonl?")
+    return Work([json.loads(row)["prompt"] for row in rows],
+                [[f"{k:05}/samples/{i:04}.png" for i in range(4)] for k in range(len(rows))], 4,
+                {f"{k:05}/metadata.jsonl": row + "\n" for k, row in enumerate(rows)})
+
+
+def dpg(args):
+    """DPG-Bench (arXiv 2403.05135): NAME.png of NAME.txt, four pictures in two rows."""
+    texts = {path.stem: read(path).strip() for path in sorted(args.prompts.glob("*.txt"))}
+    return Work(list(texts.values()), [[f"{name}.png"] for name in texts], 4)
+
+
+def mjhq(args):
+    """MJHQ-30K (arXiv 2402.17245): CATEGORY/NAME.jpg, as the folder of real ones is."""
+    rows = parse(args.prompts, read(args.prompts), "the file")
+    bad = [name for name, row in rows.items() if not isinstance(row, dict)
+           or not {"category", "prompt"} <= row.keys()
+           or not re.fullmatch(r"[^./\\][^/\\]*/[^./\\][^/\\]*", f"{row['category']}/{name}")]
+    if bad:
+        raise FuseDiTError(f"{args.prompts}: {bad[0]} has no category or prompt, or no plain name: "
+                           "is it MJHQ-30K's meta_data.json?")
+    return Work([row["prompt"] for row in rows.values()],
+                [[f"{row['category']}/{name}.jpg"] for name, row in rows.items()])
+
+
+def shapes(args):
+    """Held-out scenes of the demo's world."""
     prompts = scenes.evaluation_prompts(args.n, args.seed)
-    results, pictures = [], []
-    for (category, said, prompt), picture in zip(prompts, paint(args, [p for *_, p in prompts]),
-                                                 strict=True):
-        why = detector.verdict(said, detector.read(picture))
-        results.append(dict(category=category, prompt=prompt, right=not why, why=why))
-        pictures.append(picture)
-    finish(args, "shapes", scenes.CATEGORIES, results, pictures)
+    return Work([p for *_, p in prompts], [[f"{k:05}.png"] for k in range(len(prompts))])
 
 
-def ground_truth(args) -> None:
+def read(path):
+    try:
+        return path.read_text("utf-8-sig")
+    except (OSError, UnicodeDecodeError) as e:
+        raise FuseDiTError(f"cannot read {path}: {getattr(e, 'strerror', None) or e}") from None
+
+
+def parse(path, text, where):
+    try:
+        found = json.loads(text)
+    except ValueError:
+        found = None
+    if not isinstance(found, dict):
+        raise FuseDiTError(f"{path}: {where} is no JSON of the form {{...}}")
+    return found
+
+
+# ---- drawing -------------------------------------------------------------------------------------
+
+def evaluate(args):
+    """Draw a benchmark at every --guidance and --steps; score what this file can score."""
+    work = args.work(args)
+    if not work.prompts:
+        raise FuseDiTError(f"there is no prompt in {args.prompts}")
+    sweep, points = len(args.steps) * len(args.guidance or [0]) > 1, []
+    if sweep:
+        import matplotlib  # noqa: F401     says now, not after the drawing, that it is missing
+    model, vae, device = open_model(args)
+    warn(model, work.prompts)
+    guidance = args.guidance if isinstance(args.guidance, list) else [args.guidance]
+    path = Path(args.model)
+    name = "-".join(path.parts[-2:] if path.name.startswith("step-") else path.parts[-1:])
+    top = args.out or Path("evaluation") / f"{args.name}-{name}"
+    for g, steps in [(g, steps) for g in guidance for steps in args.steps]:
+        one = argparse.Namespace(**vars(args) | dict(
+            guidance=g, steps=steps, out=top / f"guidance-{g:g}-steps-{steps}"))
+        settings = claim(one, work, model)
+        if not paint(one, work, model, vae, device, settings):
+            continue                        # another process is still at it, and will score
+        print(f"{len(work.prompts)} prompts, {work.images} pictures of each: {one.out}/images")
+        if args.name == "shapes":
+            points.append(score_shapes(one, settings))
+        else:
+            print("next:", *(line.format(out=one.out) for line in NEXT[args.name]), sep="\n    ")
+    if sweep and points:
+        report.sweep(points, top / "sweep.png")
+
+
+def identity(model):
+    """A short name of a model's weights: of up to 64 values of every tensor, to the bit."""
+    whole = hashlib.sha256()
+    for name, tensor in model.named_parameters():
+        some = tensor.detach().flatten()[::max(1, tensor.numel() // 64)].float().cpu()
+        whole.update(name.encode() + some.numpy().tobytes())
+    return whole.hexdigest()[:16]
+
+
+def claim(args, work, model):
+    """The settings, written to OUT/run.json, or found there the same; raises FuseDiTError."""
+    prompts = hashlib.sha256(json.dumps([work.prompts, work.files]).encode()).hexdigest()[:16]
+    said = dict(benchmark=args.name, model=args.model, weights=identity(model), prompts=prompts,
+                images=work.images, size=model.config.image_size, seed=args.seed, steps=args.steps,
+                guidance=args.guidance, dtype=str(next(model.dit.parameters()).dtype)[6:])
+    path = args.out / "run.json"            # looked for last: another process may just write it
+    taken = args.out.exists() and any(p.name[0] != "." for p in args.out.iterdir())
+    if path.exists():
+        before = parse(path, read(path), "the file")
+        other = [f"{k} {before.get(k)}, now {v}" for k, v in said.items() if before.get(k) != v]
+        if other:
+            raise FuseDiTError(f"{args.out} holds pictures drawn otherwise ({'; '.join(other)}): "
+                               "give another --out, or delete it")
+        return before
+    if taken:
+        raise FuseDiTError(f"{args.out} is not empty and has no run.json: give another --out")
+    write(path, (json.dumps(said, indent=1) + "\n").encode())
+    return said
+
+
+def picture_seed(seed, prompt, image):
+    """The seed of a picture's noise, which sample.py --seed takes, too."""
+    return int(np.random.SeedSequence((seed, prompt, image)).generate_state(1)[0])
+
+
+def paint(args, work, model, vae, device, settings):
+    """Draw what is missing in OUT/images of this process's share; is all of it there now?
+
+    A batch is always of the same whole prompts, whoever draws it and whatever of it is there: sums
+    of other batches may differ in their last bit, and a picture then by a level.
+    """
+    rank, world = cli.rank_and_world()
+    paths = [[args.out / "images" / file for file in files] for files in work.files]
+    each, size = max(1, args.batch_size // work.images), args.batch_size
+    share = [range(len(paths))[i:i + each] for i in range(0, len(paths), each)][rank::world]
+    clean({path for group in share for k in group for path in paths[k]}, args.out)
+    for name, text in work.texts.items() if rank == 0 else ():
+        if not (args.out / "images" / name).exists():
+            write(args.out / "images" / name, text.encode())
+    batches, done = [], 0
+    for group in share:
+        part = [(k, i) for k in group for i in range(work.images)]
+        if all(path.exists() for k in group for path in paths[k]):
+            done += len(part)
+        else:
+            batches += [part[at:at + size] for at in range(0, len(part), size)]
+    jobs = [[(work.prompts[k], picture_seed(args.seed, k, i)) for k, i in part] for part in batches]
+    side, begin = model.config.image_size // (vae.factor if vae else 1), time.monotonic()
+    drawn = draw(jobs, model, vae, (side, side), args, device, done, quiet=rank > 0)
+    places = [place for part in batches for place in part]
+    for (k, i), (prompt, seed, picture, _) in zip(places, drawn, strict=True):
+        seeds, row = ([], []) if i == 0 else (seeds, row)      # of this prompt so far
+        seeds.append(seed)
+        row.append(picture)
+        if len(paths[k]) == work.images:
+            save(picture, paths[k][i], notes(prompt, seed, args))
+        elif len(row) == work.images:
+            save(two_rows(row), paths[k][0], notes(prompt, " ".join(map(str, seeds)), args))
+    if batches and world == 1:
+        speed = round(sum(map(len, batches)) / (time.monotonic() - begin), 3)
+        settings |= dict(images_per_s=speed, device=str(device))
+        write(args.out / "run.json", (json.dumps(settings, indent=1) + "\n").encode())
+    return all(path.exists() for part in paths for path in part)
+
+
+def clean(paths, out):
+    """Delete what a killed run had half written of these."""
+    for half in out.rglob(".*.tmp"):
+        if half.with_name(half.name[1:].rsplit(".", 2)[0]) in paths:
+            half.unlink()
+
+
+def two_rows(pictures):
+    """Four pictures on one, in reading order, as DPG-Bench's scorer cuts them out again."""
+    w, h = pictures[0].size
+    page = Image.new("RGB", (2 * w, 2 * h))
+    for i, picture in enumerate(pictures):
+        page.paste(picture, (i % 2 * w, i // 2 * h))
+    return page
+
+
+def save(picture, path, info):
+    """As a PNG with its notes, or a JPEG that loses little; a file that is there is left alone."""
+    if not path.exists():
+        data, png = io.BytesIO(), path.suffix == ".png"
+        picture.save(data, **dict(format="PNG", pnginfo=info) if png else dict(
+            format="JPEG", quality=95, subsampling=0))
+        write(path, data.getvalue())
+
+
+def write(path, data):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with atomic_write(path) as tmp:
+        tmp.write_bytes(data)
+
+
+# ---- scoring -------------------------------------------------------------------------------------
+
+def score_shapes(args, settings):
+    """shapes.json and shapes.png; a picture is right if it holds what was said and no more."""
+    rows, pictures = [], []
+    for k, (category, said, prompt) in enumerate(scenes.evaluation_prompts(args.n, args.seed)):
+        pictures.append(Image.open(args.out / "images" / f"{k:05}.png").convert("RGB"))
+        why = detector.verdict(said, detector.read(pictures[-1]))
+        rows.append(dict(category=category, prompt=prompt, right=int(not why), why=why))
+    result = report.scored("shapes", rows, settings)
+    report.write(result, args.out / "shapes.json")
+    with atomic_write(args.out / "shapes.png") as tmp:
+        report.sheet(scenes.CATEGORIES, rows, pictures).save(tmp, "PNG")
+    return result
+
+
+def ground_truth(args):
     """The detector's own score: scenes of every kind, drawn exactly, must be read back whole."""
     wrong = 0
     for i in tqdm(range(args.n), unit="picture", desc="reading", disable=None):
@@ -53,95 +268,93 @@ def ground_truth(args) -> None:
           f"({1 - wrong / args.n:.2%})")
 
 
-# ---- what every benchmark needs ------------------------------------------------------------------
-
-def paint(args, prompts: list[str]):
-    """A picture of every prompt, in order; prompt k is drawn with seed --seed + k."""
-    model, vae, device = open_model(args)
-    args.out.mkdir(parents=True, exist_ok=True)            # fails now rather than after the drawing
-    warn(model, prompts)
-    jobs = [(prompt, args.seed + k) for k, prompt in enumerate(prompts)]
-    side = model.config.image_size // (vae.factor if vae else 1)
-    for _, _, picture, _ in draw(jobs, model, vae, (side, side), args, device):
-        yield picture
-
-
-def finish(args, name: str, categories, results: list[dict], pictures: list) -> None:
-    """Scores by category and overall (their mean, as in GenEval): table, JSON, sheet."""
-    rights = {c: [r["right"] for r in results if r["category"] == c] for c in categories}
-    scores = {c: sum(r) / len(r) for c, r in rights.items() if r}
-    overall = sum(scores.values()) / len(scores)
-    settings = {k: getattr(args, k) for k in ("model", "n", "seed", "steps", "guidance")}
-    text = json.dumps(dict(benchmark=name, overall=overall, categories=scores, settings=settings,
-                           prompts=results), indent=1)
-    path = untaken(args.out / f"{name}.json", ".png")
-    with atomic_write(path) as tmp:
-        tmp.write_text(text + "\n")
-    with atomic_write(path.with_suffix(".png")) as tmp:
-        sheet(categories, results, pictures).save(tmp, "PNG")
-    for category, score in scores.items():
-        print(f"{category:<16}{score:6.3f}   {sum(rights[category])} of {len(rights[category])}")
-    print(f"{'overall':<16}{overall:6.3f}   the mean of the categories")
-    print(f"wrote {path} and {path.with_suffix('.png').name}")
-
-
-def sheet(categories, results: list[dict], pictures: list, columns: int = 10) -> Image.Image:
-    """The first pictures of every category, a row each; a frame and a mark say right or wrong."""
-    page = Image.new("RGB", (columns * CELL, len(categories) * (CELL + LABEL)), "white")
-    pen, font = ImageDraw.Draw(page), ImageFont.load_default(10)
-    for row, category in enumerate(categories):
-        shown = [(r, p) for r, p in zip(results, pictures) if r["category"] == category]
-        for column, (result, picture) in enumerate(shown[:columns]):
-            x, y = column * CELL, row * (CELL + LABEL)
-            colour, side = PASS if result["right"] else FAIL, CELL - 8
-            pen.rectangle((x + 1, y + 1, x + CELL - 2, y + CELL - 2), fill=colour)
-            page.paste(picture.resize((side, side), Image.Resampling.NEAREST), (x + 4, y + 4))
-            mark(pen, x + CELL - 16, y + 4, result["right"], colour)
-            pen.text((x + 3, y + CELL), textwrap.fill(result["prompt"], 24, max_lines=3),
-                     "black", font, spacing=1)
-    return page
-
-
-def mark(pen: ImageDraw.ImageDraw, x: int, y: int, right: bool, colour) -> None:
-    pen.rectangle((x - 1, y, x + 11, y + 12), fill=colour)
-    strokes = [((1, 6), (4, 10), (10, 2))] if right else [((2, 2), (9, 10)), ((9, 2), (2, 10))]
-    for stroke in strokes:
-        pen.line([(x + a, y + b) for a, b in stroke], "white", 2)
+def fid(args):
+    """Frechet and kernel distance between two folders of pictures."""
+    device = cli.pick_device(args.device)
+    label, prepare, network = metrics.extractor(args.features, device, args.inception)
+    paths = [metrics.pictures(folder) for folder in (args.real, args.fake)]
+    x, y = (metrics.features(some, prepare, network, device, args.batch_size, args.workers)
+            for some in paths)
+    distance, kid = metrics.frechet(x, y), metrics.kid(x, y)
+    print(f"{label:<26}{distance:10.4f}   {len(x)} real, {len(y)} drawn: compare with as many\n"
+          f"{'KID x 1000':<26}{1000 * kid:10.4f}   without bias, of any number")
+    result = dict(benchmark="fid", label=label, distance=distance, kid=kid, real=len(x),
+                  fake=len(y), folders=[str(args.real), str(args.fake)])
+    name = re.sub(r"[^a-z0-9]+", "-", label.lower()).strip("-")
+    report.write(result, args.out or args.fake.parent / f"{name}.json")
 
 
 # ---- the command line ----------------------------------------------------------------------------
 
+NEXT = dict(
+    geneval=("python evaluation/evaluate_images.py {out}/images --outfile results.jsonl ...",
+             "python evaluate.py geneval-score results.jsonl      (the first is GenEval's own)"),
+    dpg=("accelerate launch dpg_bench/compute_dpg_bench.py --image-root-path {out}/images "
+         "--pic-num 4 --resolution SIDE --res-path dpg.txt",
+         "python evaluate.py dpg-score dpg.txt                (the first is ELLA's own)"),
+    mjhq=("python evaluate.py fid --real mjhq30k_imgs --fake {out}/images",))
+
+
+def numbers(kind):
+    """argparse's type of a list such as 2,4,6."""
+    def parsed(text):
+        return list(dict.fromkeys(kind(part) for part in text.split(",")))
+    parsed.__name__ = f"list of {kind.__name__}"
+    return parsed
+
+
+def sampler(commands, name, work, about, prompts=None):
+    """A benchmark that draws, and the flags that all of these share."""
+    p = commands.add_parser(name, formatter_class=Help, help=about, description=work.__doc__)
+    p.set_defaults(command=evaluate, name=name, work=work, negative="", gif=False, prompts=None)
+    a = p.add_argument
+    if prompts:
+        a("--prompts", type=Path, required=True, metavar="PATH", help=prompts)
+    a("--model", default=str(ROOT / "demo"), help="what sample.py takes")
+    a("--seed", type=uint32, default=0, help="of the pictures' noise (and of shapes' prompts)")
+    a("--steps", type=numbers(positive), default=[25], help="Euler steps; a list is a sweep")
+    a("--guidance", type=numbers(float), help="how strictly to follow the prompt, a list is a "
+      "sweep; if not given, the model's own (6 in the paper)")
+    a("--batch-size", type=positive, default=32, help="pictures drawn at once, at most")
+    a("--out", type=Path, metavar="DIR", help="if not given, evaluation/BENCHMARK-MODEL")
+    a("--device", default="auto", help="auto, cpu, cuda, cuda:1, ...; torchrun's GPUs by itself")
+    a("--dtype", choices=["float32", "bfloat16"], help="unless given, bfloat16 on a GPU only")
+    a("--no-ema", action="store_true", help="a checkpoint's raw, not averaged weights")
+    return a
+
+
 def arguments(argv=None):
     top = argparse.ArgumentParser(description=__doc__, formatter_class=Help)
     commands = top.add_subparsers(required=True, metavar="BENCHMARK")
-    p = commands.add_parser(
-        "shapes", formatter_class=Help, help="coloured shapes, judged by an exact pixel detector",
-        description="Sample prompts in GenEval's categories, held out of training where they can "
-        "be (demo/scenes.py): " + ", ".join(scenes.CATEGORIES) + ". A picture is right if it holds "
-        "exactly the objects the prompt names, as it names them, and no other.",
-        epilog="example:\n  python evaluate.py shapes --model runs/demo -n 600 --out evaluation")
-    a = p.add_argument
-    p.set_defaults(command=shapes, negative="", gif=False)
-    a("--model", default=str(Path(__file__).parent / "demo"), help="what sample.py takes")
+    a = sampler(commands, "shapes", shapes, "coloured shapes, judged by an exact pixel detector")
     a("-n", type=positive, default=600, help="prompts, spread evenly over the categories")
-    a("--seed", type=uint32, default=0, help="of the prompts and of their noise")
-    a("--steps", type=positive, default=25, help="Euler steps")
-    a("--guidance", type=float, help="how strictly to follow the prompt; if not given, the "
-      "model's own")
-    a("--batch-size", type=positive, default=32, help="pictures drawn at once")
-    a("--out", type=Path, default=Path("evaluation"), metavar="DIR", help="folder for the results")
+    a("--ground-truth", action="store_const", const=ground_truth, dest="command", help="score the "
+      "detector instead of a model: draw n scenes exactly and read them back")
+    sampler(commands, "geneval", geneval, "objects, counts, colours, places: the official layout",
+            "GenEval's prompts/evaluation_metadata.jsonl")
+    sampler(commands, "dpg", dpg, "long prompts: the official layout",
+            "ELLA's folder dpg_bench/prompts of .txt files")
+    sampler(commands, "mjhq", mjhq, "30,000 pictures for FID", "MJHQ-30K's meta_data.json")
+    p = commands.add_parser("fid", formatter_class=Help, help="distance of two folders of pictures",
+                            description=metrics.__doc__)
+    p.set_defaults(command=fid)
+    a = p.add_argument
+    a("--real", type=Path, required=True, metavar="DIR", help="pictures, also in folders below")
+    a("--fake", type=Path, required=True, metavar="DIR", help="the drawn ones")
+    a("--features", default="inception", metavar="NAME", help="inception (FID), efficientnet-lite0 "
+      "(no download), or a vision model of transformers: a folder or a hub id")
+    a("--inception", type=Path, default=Path.home() / ".cache/fusedit", metavar="DIR",
+      help=f"folder of {metrics.INCEPTION}")
+    a("--batch-size", type=positive, default=64, help="pictures at once")
+    a("--workers", type=positive, default=os.cpu_count(), help="threads that read pictures")
     a("--device", default="auto", help="auto, cpu, cuda, cuda:1, ...")
-    a("--dtype", choices=["float32", "bfloat16"], help="unless given, bfloat16 on a GPU only")
-    a("--no-ema", action="store_true", help="a checkpoint's raw, not averaged weights")
-    a("--ground-truth", action="store_true", help="score the detector instead of a model: draw "
-      "n scenes exactly and read them back")
+    a("--out", type=Path, metavar="FILE", help="if not given, fid.json beside the folder --fake")
+    report.commands(commands)
     return top.parse_args(argv)
 
 
 def main():
     args = arguments()
-    if args.ground_truth:
-        args.command = ground_truth
     args.command(args)
 
 

@@ -9,7 +9,6 @@
 Training draws from the posterior with the noise that it would have used on pixels.
 """
 import json
-import os
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -18,7 +17,7 @@ from tqdm import tqdm
 
 import check
 import packing
-from cli import pick_device
+from cli import pick_device, rank_and_world
 from fusedit import FuseDiTError
 from loader import LATENTS, read_index, read_sample, read_square
 from vae import load_vae
@@ -79,9 +78,7 @@ def encode_shard(tar, vae, args, said, saw):
 
 
 def encode(args):
-    rank, world = (int(os.environ.get(k, d)) for k, d in (("RANK", 0), ("WORLD_SIZE", 1)))
-    if args.device == "auto" and torch.cuda.is_available():                    # torchrun's
-        args.device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
+    rank, world = rank_and_world()
     device, tars = pick_device(args.device), check.shards_of(args.folder)
     counts = {name: n for name, (n, *_) in read_index(str(args.folder)).items()}
     vae = load_vae(args.vae, device, getattr(torch, args.dtype))

@@ -84,38 +84,43 @@ def sheet(images, columns, side=192):
     return page
 
 
-def draw(jobs, model, vae, size, args, device):
-    """(prompt, seed, image, frames of its denoising) of each job (prompt, seed), in batches."""
-    c, prompts = model.config, list(dict.fromkeys(prompt for prompt, _ in jobs))
-    texts = model.encode([*prompts, args.negative])    # Gemma reads every distinct text once
-    with tqdm(total=args.steps * len(jobs), desc="drawing", unit="step", disable=None) as bar:
-        for start in range(0, len(jobs), args.batch_size):
-            part, frames = jobs[start:start + args.batch_size], []
+def draw(batches, model, vae, size, args, device, done=0, quiet=False):
+    """(prompt, seed, image, frames) of each (prompt, seed) of lists; done: images drawn before."""
+    c, total = model.config, done + sum(map(len, batches))
+    with tqdm(total=total, initial=done, disable=quiet or None, desc="drawing", unit="image",
+              bar_format="{l_bar}{bar}| {n:.0f}/{total} [{elapsed}<{remaining} {rate_fmt}]") as bar:
+        for part in batches:
+            prompts, frames = list(dict.fromkeys(prompt for prompt, _ in part)), []
+            texts = model.encode([*prompts, args.negative])    # once for all pictures of a prompt
 
             def step(i, x, part=part, frames=frames):
-                bar.update(len(part))
+                bar.update(len(part) / args.steps)
                 if args.gif:
                     frames.append([sheet([im], 1, 256) for im in to_images(x, vae)])
             rngs = [torch.Generator().manual_seed(seed) for _, seed in part]
-            noise = torch.stack([torch.randn(c.in_channels, *size, generator=g) for g in rngs])
-            rows = [prompts.index(prompt) for prompt, _ in part]
-            x = fusedit.sample(model.dit, noise.to(device), texts.apply(lambda t: t[rows]),
-                               texts.apply(lambda t: t[[-1] * len(rows)]),
+            noise = [torch.randn(c.in_channels, *size, generator=rng) for rng in rngs]
+            rows, last = [prompts.index(prompt) for prompt, _ in part], [-1] * len(part)
+            x = fusedit.sample(model.dit, torch.stack(noise).to(device),
+                               texts.apply(lambda t: t[rows]), texts.apply(lambda t: t[last]),
                                args.steps, args.guidance, c.shift, step)
             for i, image in enumerate(to_images(x, vae)):
                 yield *part[i], image, [f[i] for f in frames]
+
+
+def notes(prompt, seed, args):              # what a PNG says of itself
+    info = PngInfo()
+    for key, value in dict(prompt=prompt, seed=seed, steps=args.steps, guidance=args.guidance,
+                           negative=args.negative, model=args.model).items():
+        info.add_itxt(key, str(value))
+    return info
 
 
 def save(prompt, seed, image, frames, args):
     """Write the PNG (and GIF), over nothing that is there."""
     slug = re.sub(r"[^a-z0-9]+", "-", prompt.lower()).strip("-")[:60] or "empty"
     path = untaken(args.out / f"{slug}-{seed}.png", ".gif")
-    info = PngInfo()
-    for key, value in dict(prompt=prompt, seed=seed, steps=args.steps, guidance=args.guidance,
-                           negative=args.negative, model=args.model).items():
-        info.add_itxt(key, str(value))
     with atomic_write(path) as tmp:
-        image.save(tmp, "PNG", pnginfo=info)
+        image.save(tmp, "PNG", pnginfo=notes(prompt, seed, args))
     if frames:
         with atomic_write(path.with_suffix(".gif")) as tmp:
             frames[0].save(tmp, "GIF", save_all=True, append_images=frames[1:], loop=0,
@@ -127,23 +132,22 @@ def main():
     args = arguments()
     prompts = args.prompt + (read_prompts(args.prompts) if args.prompts else [])
     model, vae, device = open_model(args)
-    if prompts:                             # fails now rather than after the drawing
-        args.out.mkdir(parents=True, exist_ok=True)
     if args.export:
         export(model, args.export)
     if not prompts:
         return
-    c = model.config
-    factor, size = vae.factor if vae else 1, [n or c.image_size for n in (args.height, args.width)]
-    unit = c.patch_size * factor
+    args.out.mkdir(parents=True, exist_ok=True)            # fails now rather than after the drawing
+    c, factor = model.config, vae.factor if vae else 1
+    size, unit = [n or c.image_size for n in (args.height, args.width)], c.patch_size * factor
     for side, n in zip(("height", "width"), size, strict=True):
         if n < unit or n % unit:
             near = f"{n // unit * unit} or " * (n > unit) + f"{(n // unit + 1) * unit}"
             raise FuseDiTError(f"--{side} {n} is not whole patches of {unit} pixels; try {near}")
     warn(model, list(dict.fromkeys([*prompts, args.negative])))
     jobs, images = [(p, args.seed + k) for p in prompts for k in range(args.num_images)], []
-    size = [n // factor for n in size]
-    for prompt, seed, image, frames in draw(jobs, model, vae, size, args, device):
+    batches = [jobs[i:i + args.batch_size] for i in range(0, len(jobs), args.batch_size)]
+    for prompt, seed, image, frames in draw(batches, model, vae, [n // factor for n in size], args,
+                                            device):
         save(prompt, seed, image, frames, args)
         images.append(image)
     if args.grid:

@@ -1,19 +1,25 @@
 """evaluate.py: what a perfect, a wrong and an untrained model score, and what is written."""
+import io
 import json
 import random
+import socket
 import subprocess
 import sys
+import time
 
+import numpy as np
 import pytest
 import torch
 from conftest import ROOT
 from PIL import Image
 
 import evaluate
+import report
+import sample
 from demo import scenes, tiny_gemma
 from demo.render import render
 from demo.scenes import CATEGORIES, COLOURS, SIZES
-from fusedit import preset
+from fusedit import FuseDiTError, preset
 
 
 def complete(said, rng):
@@ -27,23 +33,28 @@ def complete(said, rng):
             return said._replace(groups=groups, background=ground)
 
 
-def paint_with(change):
+def draw_with(change):
     """A stand-in for the model: draws change(what is said) of every prompt, exactly."""
-    def paint(args, prompts):
+    def draw(jobs, model, vae, size, args, *_, quiet):
         rng = random.Random(0)
         wanted = scenes.evaluation_prompts(args.n, args.seed)
-        assert prompts == [p for *_, p in wanted]
-        for category, said, _ in wanted:
-            scene = complete(change(category, said), rng)
-            yield render(scene, scenes.place(scene, rng))
-    return paint
+        said = [job for part in jobs for job in part]
+        assert [prompt for prompt, _ in said] == [p for *_, p in wanted]
+        for (category, scene, _), (prompt, seed) in zip(wanted, said, strict=True):
+            scene = complete(change(category, scene), rng)
+            yield prompt, seed, render(scene, scenes.place(scene, rng)), []
+    return draw
+
+
+def command(*words):
+    args = evaluate.arguments([str(word) for word in words])
+    args.command(args)
 
 
 def score(monkeypatch, tmp_path, change, n=120):
-    monkeypatch.setattr(evaluate, "paint", paint_with(change))
-    args = evaluate.arguments(["shapes", "-n", str(n), "--out", str(tmp_path)])
-    args.command(args)
-    return json.loads((tmp_path / "shapes.json").read_text())
+    monkeypatch.setattr(evaluate, "draw", draw_with(change))
+    command("shapes", "-n", n, "--out", tmp_path, "--device", "cpu")
+    return json.loads((tmp_path / "guidance-3-steps-25/shapes.json").read_text())
 
 
 def test_a_perfect_model_scores_one(monkeypatch, tmp_path, capsys):
@@ -51,9 +62,11 @@ def test_a_perfect_model_scores_one(monkeypatch, tmp_path, capsys):
     assert result["overall"] == 1 and result["categories"] == dict.fromkeys(CATEGORIES, 1)
     assert len(result["prompts"]) == 120 and result["settings"]["seed"] == 0
     table = capsys.readouterr().out
-    assert all(category in table for category in CATEGORIES) and "20 of 20" in table
-    assert Image.open(tmp_path / "shapes.png").size == (
-        10 * evaluate.CELL, 6 * (evaluate.CELL + evaluate.LABEL))
+    assert all(category in table for category in CATEGORIES) and "20 prompts" in table
+    assert Image.open(tmp_path / "guidance-3-steps-25/shapes.png").size == (
+        10 * report.CELL, 6 * (report.CELL + report.LABEL))
+    low, high = result["intervals"]["overall"]
+    assert low == high == 1
 
 
 def swap_colours(_, said):
@@ -114,23 +127,234 @@ def test_the_prompts_are_fixed_even_and_held_out():
     assert not any(g.colour for s in by["two objects"] + by["single object"] for g in s.groups)
 
 
-def test_an_untrained_model_end_to_end(tmp_path, capsys):
+@pytest.fixture(scope="session")
+def untrained(tmp_path_factory):
+    """A model of the demo's shape that paints something of every prompt."""
     from weights import build_model, save_model
-    words = tiny_gemma.vocabulary()
-    tiny_gemma.save(tiny_gemma.build(len(words)), words, tmp_path / "gemma")
-    config = preset("demo", base=str(tmp_path / "gemma"))
+    folder, words = tmp_path_factory.mktemp("untrained"), tiny_gemma.vocabulary()
+    tiny_gemma.save(tiny_gemma.build(len(words)), words, folder / "gemma")
+    config = preset("demo", base=str(folder / "gemma"))
     torch.manual_seed(0)
-    save_model(tmp_path / "model", config, build_model(config).dit.state_dict())
-    run = ["shapes", "--model", str(tmp_path / "model"), "-n", "8", "--steps", "2",
-           "--batch-size", "3", "--device", "cpu", "--out"]
+    dit = build_model(config).dit.state_dict()
+    last = [k for k in dit if dit[k].abs().max() == 0]     # zero as trainings begin: no picture
+    assert last
+    for name in last:
+        torch.nn.init.normal_(dit[name], std=0.05)
+    save_model(folder / "model", config, dit)
+    return folder / "model"
+
+
+def test_an_untrained_model_end_to_end(untrained, tmp_path):
+    words = ["shapes", "--model", untrained, "-n", 8, "--steps", 2, "--batch-size", 3, "--device",
+             "cpu", "--out"]
     for out in ("a", "b"):
-        args = evaluate.arguments([*run, str(tmp_path / out)])
-        args.command(args)
-    assert (tmp_path / "a/shapes.json").read_text() == (tmp_path / "b/shapes.json").read_text()
-    result = json.loads((tmp_path / "a/shapes.json").read_text())
-    assert result["settings"]["guidance"] == 3.0          # the demo's own
-    assert result["overall"] <= 0.1 and len(result["prompts"]) == 8
-    assert sorted(p.name for p in (tmp_path / "a").iterdir()) == ["shapes.json", "shapes.png"]
+        command(*words, tmp_path / out)
+    a, b = (json.loads((tmp_path / out / "guidance-3-steps-2/shapes.json").read_text())
+            for out in "ab")
+    assert a["settings"].pop("images_per_s") > 0 and b["settings"].pop("images_per_s") > 0
+    assert a == b and a["overall"] <= 0.1 and len(a["prompts"]) == 8
+    assert a["settings"]["guidance"] == 3.0               # the demo's own
+    assert names(tmp_path / "a") == {f"guidance-3-steps-2/{name}" for name in (
+        "run.json", "shapes.json", "shapes.png", *(f"images/{k:05}.png" for k in range(8)))}
+
+
+def names(folder):
+    return {p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file()}
+
+
+def contents(folder):
+    return {p.relative_to(folder).as_posix(): p.read_bytes() for p in folder.rglob("*.*")
+            if p.is_file() and p.name != "run.json"}
+
+
+# ------------------------------------------------------------------------------ official layouts
+
+# Of GenEval's prompts/create_prompts.py, which makes evaluation_metadata.jsonl: one a tag.
+METADATA = [
+    dict(tag="single_object", include=[{"class": "bench", "count": 1}],
+         prompt="a photo of a bench"),
+    dict(tag="two_object", include=[{"class": "clock", "count": 1}, {"class": "cup", "count": 1}],
+         prompt="a photo of a clock and a cup"),
+    dict(tag="counting", include=[{"class": "bird", "count": 3}], exclude=[
+        {"class": "bird", "count": 4}], prompt="a photo of three birds"),
+    dict(tag="colors", include=[{"class": "car", "count": 1, "color": "red"}],
+         prompt="a photo of a red car"),
+    dict(tag="position", include=[{"class": "dog", "count": 1}, {
+        "class": "cat", "count": 1, "position": ["left of", 0]}],
+        prompt="a photo of a cat left of a dog"),
+    dict(tag="color_attr", include=[{"class": "cup", "count": 1, "color": "pink"}, {
+        "class": "tie", "count": 1, "color": "blue"}],
+        prompt="a photo of a pink cup and a blue tie")]
+
+
+def metadata(tmp_path):
+    path = tmp_path / "evaluation_metadata.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in METADATA))
+    return path
+
+
+def test_geneval_as_its_scorer_reads_it(tmp_path, capsys):
+    """evaluation/evaluate_images.py of djghosh13/geneval: of the folder's entries it takes the
+    folders whose name isdigit(), json.load()s metadata.jsonl there, which takes one object only,
+    and reads all of samples/ whose name matches \\d+\\.png; the README has samples/0000.png."""
+    command("geneval", "--prompts", metadata(tmp_path), "--out", tmp_path / "out", "--steps", 2)
+    folder = tmp_path / "out/guidance-3-steps-2/images"
+    assert names(folder) == {f"{k:05}/{name}" for k in range(6) for name in (
+        "metadata.jsonl", *(f"samples/{i:04}.png" for i in range(4)))}
+    for k, row in enumerate(METADATA):
+        with open(folder / f"{k:05}" / "metadata.jsonl") as file:
+            assert json.load(file) == row
+        pictures = [Image.open(folder / f"{k:05}/samples/{i:04}.png") for i in range(4)]
+        assert all(p.size == (32, 32) and p.mode == "RGB" for p in pictures)
+        assert pictures[0].text["prompt"] == row["prompt"]
+        assert len({p.tobytes() for p in pictures}) == 4
+    assert "evaluate_images.py" in capsys.readouterr().out
+
+
+def test_dpg_as_its_scorer_reads_it(tmp_path, monkeypatch):
+    """dpg_bench/compute_dpg_bench.py of TencentQQGYLab/ELLA: takes all that os.listdir() gives, up
+    to the first dot it must be an item_id, which are the names of the prompt files; cuts squares of
+    --resolution at (0,0), (1,0), (0,1), (1,1) for --pic-num 4."""
+    prompts = tmp_path / "prompts"
+    prompts.mkdir()
+    (prompts / "COCOval2014000000000042.txt").write_text("a large red circle\n")
+    (prompts / "partiprompts0.txt").write_text("two small blue squares")
+    command("dpg", "--prompts", prompts, "--out", tmp_path / "out", "--steps", 3)
+    folder = tmp_path / "out/guidance-3-steps-3/images"
+    assert names(folder) == {"COCOval2014000000000042.png", "partiprompts0.png"}
+    grid = Image.open(folder / "partiprompts0.png")
+    assert grid.size == (64, 64) and grid.text["prompt"] == "two small blue squares"
+    seeds = grid.text["seed"].split()
+    assert [int(s) for s in seeds] == [evaluate.picture_seed(0, 1, i) for i in range(4)]
+    for seed, place in zip(seeds, [(0, 0), (1, 0), (0, 1), (1, 1)], strict=True):
+        monkeypatch.setattr(sys, "argv", [
+            "sample.py", "--prompt", "two small blue squares", "--seed", seed, "--steps", "3",
+            "--out", str(tmp_path / "one")])
+        sample.main()
+        x, y = place[0] * 32, place[1] * 32
+        one = np.asarray(Image.open(tmp_path / f"one/two-small-blue-squares-{seed}.png"), int)
+        assert np.abs(one - np.asarray(grid.crop((x, y, x + 32, y + 32)), int)).max() <= 1
+
+
+def test_mjhq_as_its_pictures_lie(tmp_path):
+    """meta_data.json of playgroundai/MJHQ-30K, {NAME: {"category", "prompt"}}; its mjhq30k_imgs.zip
+    holds CATEGORY/NAME.jpg, ten categories; clean-fid reads folders recursively."""
+    rows = {f"{k:032x}": dict(category=c, prompt=f"a large red circle {c}") for k, c in enumerate((
+        "animals", "art", "fashion", "food", "indoor", "landscape", "logo", "people", "plants",
+        "vehicles"))}
+    (tmp_path / "meta_data.json").write_text(json.dumps(rows))
+    command("mjhq", "--prompts", tmp_path / "meta_data.json", "--out", tmp_path / "out", "--steps",
+            1)
+    folder = tmp_path / "out/guidance-3-steps-1/images"
+    assert names(folder) == {f"{row['category']}/{name}.jpg" for name, row in rows.items()}
+    assert all(Image.open(p).size == (32, 32) and Image.open(p).format == "JPEG"
+               for p in folder.rglob("*.jpg"))
+
+
+@pytest.mark.parametrize("name, text, says", [
+    ("geneval", "", "no prompt"), ("geneval", '{"tag": "x"}\n', "line 1 has no tag or no prompt"),
+    ("geneval", "[1]\n", "line 1 is no JSON"), ("dpg", "", "no prompt"), ("mjhq", "{", "no JSON"),
+    ("mjhq", '{"a": {"category": "art"}}', "a has no category or prompt"),
+    ("mjhq", '{"../a": {"category": "art", "prompt": "x"}}', "no plain name"),
+    ("mjhq", '{"a": {"category": "..", "prompt": "x"}}', "no plain name")])
+def test_prompts_that_are_none(tmp_path, name, text, says):
+    path = tmp_path / "prompts"
+    path.mkdir() if name == "dpg" else path.write_text(text)
+    with pytest.raises(FuseDiTError, match=says):
+        command(name, "--prompts", path, "--out", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+# ------------------------------------------------------------------------------ the same pictures
+
+def process(untrained, tmp_path, out, *more, n=1):
+    """`evaluate.py geneval` as processes of their own: by python, or torchrun."""
+    start = [sys.executable] if n == 1 else [
+        sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", n, "--master-port",
+        free_port()]
+    return subprocess.Popen([str(w) for w in (
+        *start, ROOT / "evaluate.py", "geneval", "--prompts", metadata(tmp_path), "--model",
+        untrained, "--steps", 3, "--out", tmp_path / out, "--device", "cpu", *more)],
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+
+def free_port():
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return str(s.getsockname()[1])
+
+
+def test_any_batch_and_number_of_processes_draw_the_same(untrained, tmp_path):
+    runs = dict(b4=(4, 1), b7=(7, 1), b1=(1, 1), again=(4, 1), two=(4, 2))
+    for out, (batch, n) in runs.items():
+        done = process(untrained, tmp_path, out, "--batch-size", batch, n=n)
+        text = done.communicate(timeout=200)[0]
+        assert done.returncode == 0, text
+        assert text.count("next:") >= 1                    # whoever ends last says it
+    want = contents(tmp_path / "b4")
+    assert len(want) == 30
+    assert contents(tmp_path / "again") == want == contents(tmp_path / "two")
+    assert contents(tmp_path / "b7") == want               # 7 holds one prompt's four, as 4 does
+    one = contents(tmp_path / "b1")
+    assert one.keys() == want.keys()
+    for name in want:                                      # sums of another batch: the last bit
+        if name.endswith(".png"):
+            a, b = (np.asarray(Image.open(io.BytesIO(x[name])), int) for x in (one, want))
+            assert np.abs(a - b).max() <= 1
+
+
+def test_killed_six_times(untrained, tmp_path):
+    whole = process(untrained, tmp_path, "whole", "--batch-size", 1)
+    assert whole.wait(200) == 0
+    rng, kills, ages = random.Random(0), 0, {}
+    folder = tmp_path / "killed"
+    while kills < 6:
+        run = process(untrained, tmp_path, "killed", "--batch-size", 1)
+        wanted = len(ages) + rng.randrange(1, 4)           # pictures, until then
+        while run.poll() is None and len(list(folder.rglob("samples/0*.png"))) < wanted:
+            time.sleep(0.002)
+        time.sleep(rng.random() * 0.05)
+        if run.poll() is None:
+            kills += 1
+        run.kill()
+        run.wait()
+        now = {p: p.stat().st_mtime_ns for p in folder.rglob("samples/0*.png")}
+        assert all(now[p] == age for p, age in ages.items())       # none was drawn again
+        assert kills < 6 or len(now) < 24
+        ages = now
+    half = next(folder.rglob("samples")) / ".0003.png.1.tmp"
+    half.write_bytes(b"half")
+    last = process(untrained, tmp_path, "killed", "--batch-size", 1)
+    assert last.wait(200) == 0 and not half.exists()
+    assert contents(folder) == contents(tmp_path / "whole")
+
+
+def test_other_settings_are_not_mixed(untrained, tmp_path, capsys):
+    words = ["shapes", "-n", 2, "--steps", 1, "--device", "cpu", "--out", tmp_path, "--model"]
+    command(*words, untrained)
+    before = (next(tmp_path.rglob("00001.png"))).stat().st_mtime_ns
+    (next(tmp_path.rglob("00000.png"))).unlink()
+    command(*words, untrained, "--batch-size", 7)          # another batch may go on
+    assert (next(tmp_path.rglob("00001.png"))).stat().st_mtime_ns == before
+    for more in (["--seed", 1], ["-n", 3], ["--dtype", "bfloat16"]):
+        with pytest.raises(FuseDiTError, match="drawn otherwise .*give another --out"):
+            command(*words, untrained, *more)
+    with pytest.raises(FuseDiTError, match="weights"):
+        command(*words, ROOT / "demo", "--guidance", 3)
+    (tmp_path / "guidance-3-steps-1" / "run.json").unlink()
+    with pytest.raises(FuseDiTError, match="not empty"):
+        command(*words, untrained)
+
+
+def test_a_sweep_with_its_figure(untrained, tmp_path, capsys):
+    command("shapes", "-n", 6, "--guidance", "1,2.5", "--steps", "1,2", "--model", untrained,
+            "--out", tmp_path, "--device", "cpu")
+    results = {p.parent.name: json.loads(p.read_text()) for p in tmp_path.rglob("shapes.json")}
+    assert results.keys() == {f"guidance-{g}-steps-{s}" for g in ("1", "2.5") for s in "12"}
+    assert results["guidance-2.5-steps-1"]["settings"]["guidance"] == 2.5
+    assert Image.open(tmp_path / "sweep.png").width > 1000           # both panels
+    one, other = (p.read_bytes() for p in tmp_path.glob("guidance-*-steps-2/images/00000.png"))
+    assert one != other
 
 
 def test_ground_truth_and_errors_as_a_user_sees_them(tmp_path):

@@ -1,0 +1,320 @@
+"""Scores: the official scorers' files read, results of several models compared, table and figures.
+
+A result is a JSON file with its "benchmark". Where prompts are right or wrong it has "overall" (the
+mean of the categories, as in GenEval), "categories", their 95 % "intervals", and all "prompts".
+"""
+import json
+import re
+import textwrap
+from collections import defaultdict
+from pathlib import Path
+
+from PIL import Image, ImageDraw, ImageFont
+
+import metrics
+from cli import Help
+from fusedit import FuseDiTError
+from weights import atomic_write, untaken
+
+PASS, FAIL = (20, 150, 60), (205, 30, 40)
+CELL, LABEL = 132, 40                                      # of the sheet, in pixels
+INK, GRID, BLUE = "#333333", "#e4e4e4", "#2a6fbb"
+GENEVAL = "single_object", "two_object", "counting", "colors", "position", "color_attr"
+
+
+# ---- a result ------------------------------------------------------------------------------------
+
+def scored(name, rows, settings):
+    """The result of rows dict(category, prompt, right from 0 to 1, ...), and a table of it."""
+    groups = by_category(rows)
+    scores, sure = {c: sum(v) / len(v) for c, v in groups.items()}, metrics.intervals(groups)
+    overall = sum(scores.values()) / len(scores)
+    for category, score in (scores | dict(overall=overall)).items():
+        values = groups.get(category)
+        print(f"{category:<16}{score:6.3f}   {span(sure[category])}   " + (
+            f"{len(values)} prompts" if values else "the mean of the categories"))
+    return dict(benchmark=name, overall=overall, categories=scores, intervals=sure,
+                settings=settings, prompts=rows)
+
+
+def by_category(rows):
+    groups = defaultdict(list)
+    for row in rows:
+        groups[row["category"]].append(row["right"])
+    return groups
+
+
+def span(interval):
+    return f"[{interval[0]:.3f}, {interval[1]:.3f}]"
+
+
+def write(result, path):
+    """As JSON, beside another result that has the name already."""
+    text = json.dumps(result, indent=1) + "\n"
+    if not path.exists() or path.read_text() != text:
+        path = untaken(path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with atomic_write(path) as tmp:
+            tmp.write_text(text)
+    print(path)
+
+
+def load(path):
+    """A result from its file; raises FuseDiTError."""
+    try:
+        result = json.loads(path.read_text())
+        assert result["benchmark"]
+        return result
+    except OSError as e:
+        raise FuseDiTError(f"cannot read {path}: {e.strerror}") from None
+    except (ValueError, TypeError, KeyError, AssertionError):
+        raise FuseDiTError(f"{path} is no result of evaluate.py") from None
+
+
+# ---- the official scorers ------------------------------------------------------------------------
+
+def geneval_score(args):
+    """The table of GenEval, from the results.jsonl of its evaluation/evaluate_images.py."""
+    found = defaultdict(list)
+    for n, line in enumerate(lines(args.results), 1):
+        try:
+            row = json.loads(line)
+            found[row["metadata"], row["tag"], row["prompt"]].append(bool(row["correct"]))
+        except (ValueError, TypeError, KeyError):
+            raise FuseDiTError(f"{args.results} line {n} is none of GenEval's results") from None
+    counts = {len(rights) for rights in found.values()}
+    if len(counts) > 1:
+        raise FuseDiTError(f"prompts have {min(counts)} to {max(counts)} pictures: the drawing is "
+                           "not finished; the same geneval command goes on with it")
+    order = sorted(found.items(), key=lambda item: GENEVAL.index(item[0][1])
+                   if item[0][1] in GENEVAL else len(GENEVAL))
+    print(f"{len(found)} prompts, {max(counts, default=0)} pictures of each")
+    write(scored("geneval", [dict(category=tag, prompt=prompt, right=sum(v) / len(v)) for
+                             (_, tag, prompt), v in order], dict(results=str(args.results))),
+          args.out or args.results.with_name("geneval.json"))
+
+
+def dpg_score(args):
+    """DPG-Bench's score and its broad categories, from the file of compute_dpg_bench.py."""
+    text = lines(args.results)
+    total = [re.fullmatch(r"DPG-Bench score: (\S+)", line) for line in text]
+    if not any(total):
+        raise FuseDiTError(f"{args.results} has no line 'DPG-Bench score:': is it the --res-path "
+                           "of compute_dpg_bench.py, and did that end?")
+    begin = text.index("L1 category scores:") + 1
+    end = text.index("L2 category scores:")
+    broad = dict(line.strip().split(": ") for line in text[begin:end])
+    # Each line of a picture ends with the mean of its four; their mean is the total.
+    values = [float(line.rsplit(", ", 1)[1]) for line in text[:begin - 2] if ", " in line]
+    result = dict(benchmark="dpg", overall=float(next(filter(None, total))[1]) / 100,
+                  categories={name: float(value) / 100 for name, value in broad.items()},
+                  intervals=dict(overall=metrics.intervals(dict(all=values))["overall"]),
+                  settings=dict(results=str(args.results)))
+    for name, value in (result["categories"] | dict(overall=result["overall"])).items():
+        print(f"{name:<16}{100 * value:6.2f}")
+    write(result, args.out or args.results.with_name("dpg.json"))
+
+
+def lines(path):
+    try:
+        found = [line for line in path.read_text("utf-8").splitlines() if line.strip()]
+    except (OSError, UnicodeDecodeError) as e:
+        raise FuseDiTError(f"cannot read {path}: {getattr(e, 'strerror', None) or e}") from None
+    if not found:
+        raise FuseDiTError(f"{path} is empty")
+    return found
+
+
+# ---- comparing -----------------------------------------------------------------------------------
+
+def compare(args):
+    """Is B better than A? Two results of one benchmark on the same prompts, prompt by prompt."""
+    a, b = load(args.a), load(args.b)
+    keys = [[(row["category"], row["prompt"]) for row in r.get("prompts", ())] for r in (a, b)]
+    if a["benchmark"] != b["benchmark"] or keys[0] != keys[1] or not keys[0]:
+        raise FuseDiTError(f"{args.a} and {args.b} are not of the same prompts: compare runs of "
+                           "one benchmark with the same -n and --seed")
+    rows = [dict(category=p["category"], right=q["right"] - p["right"])
+            for p, q in zip(a["prompts"], b["prompts"], strict=True)]
+    print(f"{'':<16}{'A':>6} {'B':>6}   B - A")
+    for category, values in by_category(rows).items():
+        print(f"{category:<16}{a['categories'][category]:6.3f} {b['categories'][category]:6.3f}  "
+              f"{sum(values) / len(values):+.3f}   {sum(v > 0 for v in values)} prompts better, "
+              f"{sum(v < 0 for v in values)} worse")
+    mean, interval, p = metrics.paired(by_category(rows))
+    print(f"{'overall':<16}{a['overall']:6.3f} {b['overall']:6.3f}  {mean:+.3f}   "
+          f"{span(interval)}, p = {p:.4f}: " + (
+              f"{'B' if mean > 0 else 'A'} is better" if p < 0.05 else "may well be chance"))
+
+
+def measures(path):
+    """(name, value, interval or None, is more better) of all that a result or a run says."""
+    if path.name == "metrics.jsonl":
+        rows = [json.loads(row) for row in path.read_text().splitlines() if row.endswith("}")]
+        losses = [row["val_loss"] for row in rows if row.get("val_loss") is not None]
+        speeds = sorted(row["images_per_s"] for row in rows if row.get("images_per_s"))
+        return [("validation loss", losses[-1], None, False)] * bool(losses) + [
+            ("training, images/s", speeds[len(speeds) // 2], None, True)] * bool(speeds)
+    result = load(path)
+    if result["benchmark"] == "fid":
+        of = f", {result['real']} and {result['fake']}"
+        kid = "KID" + result["label"][2:] if result["label"] != "FID" else "KID"
+        return [(result["label"] + of, result["distance"], None, False),
+                (f"{kid} x 1000{of}", 1000 * result["kid"], None, False)]
+    speed = result.get("images_per_s") or result.get("settings", {}).get("images_per_s")
+    name = dict(geneval="GenEval", dpg="DPG-Bench").get(result["benchmark"], result["benchmark"])
+    score = [(name, result["overall"], result["intervals"]["overall"], True)
+             ] if "overall" in result else []
+    return score + [("sampling, images/s", speed, None, True)] * bool(speed and not score)
+
+
+def is_result(path):
+    return path.name == "metrics.jsonl" or (
+        path.suffix == ".json" and '"benchmark"' in path.read_text()[:40])
+
+
+def report(args):
+    """Results of several models in one Markdown table and one figure."""
+    table = defaultdict(dict)               # {measure: {model: (value, interval)}}
+    better = {}
+    for said in args.results:
+        name, _, path = said.rpartition("=")
+        name, path = name or Path(path).stem, Path(path)
+        for file in filter(is_result, sorted(path.rglob("*"))) if path.is_dir() else [path]:
+            for measure, *found, more in measures(file):
+                if table[measure].setdefault(name, found) != found:
+                    raise FuseDiTError(f"{file}: {name} has another {measure} already: name single "
+                                       "files, or another NAME=")
+                better[measure] = more
+    if not table:
+        raise FuseDiTError("no results there: name files or folders of evaluate.py and train_*.py")
+    models = list(dict.fromkeys(model for row in table.values() for model in row))
+    best = {m: (max if better[m] else min)(v for v, _ in row.values()) for m, row in table.items()}
+
+    def cell(measure, model):
+        value, interval = table[measure].get(model, (None, None))
+        text = "" if value is None else f"{value:.4g}" + (f" {span(interval)}" if interval else "")
+        return f"**{text}**" if value == best[measure] and len(table[measure]) > 1 else text
+    head = ["", *(f"{m} {'↑' if better[m] else '↓'}" for m in table)]
+    rows = [head, ["---"] * len(head), *([model, *(cell(m, model) for m in table)]
+                                         for model in models)]
+    text = "".join(f"| {' | '.join(row)} |\n" for row in rows)
+    with atomic_write(path := untaken(args.out, ".png")) as tmp:
+        tmp.write_text(text, "utf-8")
+    figure(table, better, models, path.with_suffix(".png"))
+    print(f"{text}{path} and {path.with_suffix('.png').name}")
+
+
+# ---- pictures ------------------------------------------------------------------------------------
+
+def axes(plt, count, width, height):
+    fig, found = plt.subplots(1, count, figsize=(width, height), squeeze=False,
+                              layout="constrained")
+    for axis in found[0]:
+        axis.spines[["top", "right"]].set_visible(False)
+        axis.grid(color=GRID, lw=0.8)
+        axis.set_axisbelow(True)
+        axis.tick_params(colors=INK, length=0)
+    return fig, found[0]
+
+
+def keep(fig, path):
+    with atomic_write(path) as tmp:
+        fig.savefig(tmp, format="png", dpi=120)
+
+
+def figure(table, better, models, path):
+    """A panel a measure: a dot a model, with its interval."""
+    import matplotlib
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    fig, panels = axes(plt, len(table), 1.2 + 2.6 * len(table), 1.3 + 0.35 * len(models))
+    for axis, (measure, row) in zip(panels, table.items(), strict=True):
+        for y, model in enumerate(models):
+            if model in row:
+                value, interval = row[model]
+                axis.plot(interval or [], [y] * len(interval or []), color=BLUE, lw=2)
+                axis.plot(value, y, "o", color=BLUE)
+                axis.annotate(f"{value:.4g}", (value, y), (0, 6), textcoords="offset points",
+                              ha="center", color=INK, fontsize=8)
+        axis.set_yticks(range(len(models)), models if axis is panels[0] else [""] * len(models))
+        axis.set(ylim=(len(models) - 0.5, -0.7))
+        axis.margins(x=0.25)
+        axis.set_title(f"{measure} ({'more' if better[measure] else 'less'} is better)", fontsize=9,
+                       color=INK)
+    keep(fig, path)
+
+
+def sweep(results, path):
+    """Score against guidance, a line a number of steps, and against steps, a line a guidance."""
+    import matplotlib
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    points = {(r["settings"]["guidance"], r["settings"]["steps"]): (
+        r["overall"], r["intervals"]["overall"]) for r in results}
+    names = ["guidance", "Euler steps"]
+    shown = [i for i in (0, 1) if len({key[i] for key in points}) > 1]
+    fig, panels = axes(plt, len(shown), 5.2 * len(shown), 3.8)
+    for axis, i in zip(panels, shown, strict=True):
+        lines = sorted({key[1 - i] for key in points})
+        for n, line in enumerate(lines):
+            colour = plt.get_cmap("viridis")(0.9 * n / max(1, len(lines) - 1))
+            x = sorted(key[i] for key in points if key[1 - i] == line)
+            y, sure = zip(*(points[(v, line) if i == 0 else (line, v)] for v in x), strict=True)
+            axis.plot(x, y, "o-", color=colour, ms=4, lw=1.6, label=f"{line:g}")
+            axis.fill_between(x, *zip(*sure, strict=True), color=colour, alpha=0.12, lw=0)
+        axis.set_xlabel(names[i], color=INK)
+        axis.set_ylabel("score, with 95 % interval", color=INK)
+        if i == 1:
+            axis.set_xscale("log")
+            axis.set_xticks(x, [f"{v:g}" for v in x])
+            axis.minorticks_off()
+        axis.legend(title=names[1 - i], frameon=False, fontsize=8, title_fontsize=8)
+    keep(fig, path)
+    print(path)
+
+
+def sheet(categories, rows, pictures, columns=10):
+    """The first pictures of every category, a row each; a frame and a mark say right or wrong."""
+    page = Image.new("RGB", (columns * CELL, len(categories) * (CELL + LABEL)), "white")
+    pen, font = ImageDraw.Draw(page), ImageFont.load_default(10)
+    for line, category in enumerate(categories):
+        shown = [(r, p) for r, p in zip(rows, pictures, strict=True) if r["category"] == category]
+        for column, (row, picture) in enumerate(shown[:columns]):
+            x, y = column * CELL, line * (CELL + LABEL)
+            colour, side = PASS if row["right"] else FAIL, CELL - 8
+            pen.rectangle((x + 1, y + 1, x + CELL - 2, y + CELL - 2), fill=colour)
+            page.paste(picture.resize((side, side), Image.Resampling.NEAREST), (x + 4, y + 4))
+            mark(pen, x + CELL - 16, y + 4, row["right"], colour)
+            pen.text((x + 3, y + CELL), textwrap.fill(row["prompt"], 24, max_lines=3),
+                     "black", font, spacing=1)
+    return page
+
+
+def mark(pen, x, y, right, colour):
+    pen.rectangle((x - 1, y, x + 11, y + 12), fill=colour)
+    strokes = [((1, 6), (4, 10), (10, 2))] if right else [((2, 2), (9, 10)), ((9, 2), (2, 10))]
+    for stroke in strokes:
+        pen.line([(x + a, y + b) for a, b in stroke], "white", 2)
+
+
+# ---- the command line ----------------------------------------------------------------------------
+
+def commands(parsers):
+    """geneval-score, dpg-score, compare and report, of evaluate.py."""
+    def add(name, command, about):
+        p = parsers.add_parser(name, formatter_class=Help, help=about, description=command.__doc__)
+        p.set_defaults(command=command)
+        return p.add_argument
+    for name, command, file in (("geneval-score", geneval_score, "results.jsonl"),
+                                ("dpg-score", dpg_score, "the file of its --res-path")):
+        a = add(name, command, "the table, from the official scorer's file")
+        a("results", type=Path, metavar="FILE", help=file)
+        a("--out", type=Path, metavar="FILE", help="if not given, a JSON file beside it")
+    a = add("compare", compare, "two models on the same prompts, with a paired test")
+    a("a", type=Path, metavar="A.json")
+    a("b", type=Path, metavar="B.json")
+    a = add("report", report, "several models in one table and one figure")
+    a("results", nargs="+", metavar="NAME=PATH", help="a result, or a folder of them; a run's "
+      "folder gives its validation loss and speed. Equal NAMEs share a row")
+    a("--out", type=Path, default=Path("report.md"), metavar="FILE.md", help="and FILE.png")
