@@ -18,6 +18,7 @@ import os
 import random
 import re
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
@@ -112,7 +113,8 @@ def evaluate(args):
     if sweep:
         import matplotlib  # noqa: F401     says now, not after the drawing, that it is missing
     model, vae, device = open_model(args)
-    warn(model, work.prompts)
+    if cli.rank_and_world()[0] == 0:
+        warn(model, work.prompts)
     guidance = args.guidance if isinstance(args.guidance, list) else [args.guidance]
     path = Path(args.model)
     name = "-".join(path.parts[-2:] if path.name.startswith("step-") else path.parts[-1:])
@@ -123,7 +125,7 @@ def evaluate(args):
         settings = claim(one, work, model)
         if not paint(one, work, model, vae, device, settings):
             continue                        # another process is still at it, and will score
-        print(f"{len(work.prompts)} prompts, {work.images} pictures of each: {one.out}/images")
+        print(f"{len(work.prompts)} prompts, {work.images} of each: {one.out}/images")
         if args.name == "shapes":
             points.append(score_shapes(one, settings))
         else:
@@ -192,14 +194,20 @@ def paint(args, work, model, vae, device, settings):
     side, begin = model.config.image_size // (vae.factor if vae else 1), time.monotonic()
     drawn = draw(jobs, model, vae, (side, side), args, device, done, quiet=rank > 0)
     places = [place for part in batches for place in part]
-    for (k, i), (prompt, seed, picture, _) in zip(places, drawn, strict=True):
-        seeds, row = ([], []) if i == 0 else (seeds, row)      # of this prompt so far
-        seeds.append(seed)
-        row.append(picture)
-        if len(paths[k]) == work.images:
-            save(picture, paths[k][i], notes(prompt, seed, args))
-        elif len(row) == work.images:
-            save(two_rows(row), paths[k][0], notes(prompt, " ".join(map(str, seeds)), args))
+    with ThreadPoolExecutor(4) as pool:     # a PNG takes as long as some steps of a GPU
+        saved = []
+        for (k, i), (prompt, seed, picture, _) in zip(places, drawn, strict=True):
+            seeds, row = ([], []) if i == 0 else (seeds, row)  # of this prompt so far
+            seeds.append(str(seed))
+            row.append(picture)
+            saved = [job for job in saved if not job.done() or job.result()]   # raises its error
+            if len(paths[k]) == work.images:
+                saved.append(pool.submit(save, picture, paths[k][i], notes(prompt, seed, args)))
+            elif len(row) == work.images:
+                info = notes(prompt, " ".join(seeds), args)
+                saved.append(pool.submit(save, two_rows(row), paths[k][0], info))
+        for job in saved:
+            job.result()
     if batches and world == 1:
         speed = round(sum(map(len, batches)) / (time.monotonic() - begin), 3)
         settings |= dict(images_per_s=speed, device=str(device))

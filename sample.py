@@ -56,14 +56,14 @@ def warn(model, prompts):
     """Say which words the model cannot read, and where a long prompt is cut."""
     tok = model.tokenizer
     rows, limit = fusedit.token_ids(tok, prompts, model.config)
-    for prompt, row in zip(prompts, rows, strict=True):
-        unknown = [w for w in re.findall(r"\w+|[^\w\s]", prompt) if tok.unk_token_id in row
-                   and tok.unk_token_id in tok(w, add_special_tokens=False)["input_ids"]]
-        if unknown:
-            print("warning: the model does not know:", ", ".join(unknown), file=sys.stderr)
-        if len(row) > limit:
-            end = tok.decode(row[:limit], skip_special_tokens=True)[-40:]
-            print(f"warning: prompt cut to {limit} tokens, after {end!r}", file=sys.stderr)
+    ids = {w: tok(w, add_special_tokens=False)["input_ids"] for prompt, row in zip(
+        prompts, rows, strict=True) if tok.unk_token_id in row
+        for w in re.findall(r"\w+|[^\w\s]", prompt)}
+    if unknown := [w for w in ids if tok.unk_token_id in ids[w]]:
+        print("warning: the model does not know:", ", ".join(unknown), file=sys.stderr)
+    for row in [row for row in rows if len(row) > limit]:
+        end = tok.decode(row[:limit], skip_special_tokens=True)[-40:]
+        print(f"warning: prompt cut to {limit} tokens, after {end!r}", file=sys.stderr)
 
 
 def to_images(x, vae):
@@ -86,18 +86,18 @@ def sheet(images, columns, side=192):
 
 def draw(batches, model, vae, size, args, device, done=0, quiet=False):
     """(prompt, seed, image, frames) of each (prompt, seed) of lists; done: images drawn before."""
-    c, total = model.config, done + sum(map(len, batches))
+    c, total, read = model.config, done + sum(map(len, batches)), None
     with tqdm(total=total, initial=done, disable=quiet or None, desc="drawing", unit="image",
               bar_format="{l_bar}{bar}| {n:.0f}/{total} [{elapsed}<{remaining} {rate_fmt}]") as bar:
         for part in batches:
-            prompts, frames = list(dict.fromkeys(prompt for prompt, _ in part)), []
-            texts = model.encode([*prompts, args.negative])    # once for all pictures of a prompt
+            if (prompts := list(dict.fromkeys(prompt for prompt, _ in part))) != read:
+                read, texts = prompts, model.encode([*prompts, args.negative])
+            frames, rngs = [], [torch.Generator().manual_seed(seed) for _, seed in part]
 
             def step(i, x, part=part, frames=frames):
                 bar.update(len(part) / args.steps)
                 if args.gif:
                     frames.append([sheet([im], 1, 256) for im in to_images(x, vae)])
-            rngs = [torch.Generator().manual_seed(seed) for _, seed in part]
             noise = [torch.randn(c.in_channels, *size, generator=rng) for rng in rngs]
             rows, last = [prompts.index(prompt) for prompt, _ in part], [-1] * len(part)
             x = fusedit.sample(model.dit, torch.stack(noise).to(device),
