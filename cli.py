@@ -50,7 +50,7 @@ def read_prompts(path):
 
 def pick_device(name):
     """torch.device of a --device flag; "auto" takes a GPU where there is one."""
-    if name == "auto" and torch.cuda.is_available():       # torchrun's process k takes GPU k
+    if name in ("auto", "cuda") and torch.cuda.is_available():       # torchrun's k takes GPU k
         name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
     name = "cpu" if name == "auto" else name
     try:

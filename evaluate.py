@@ -52,7 +52,8 @@ def geneval(args):
     """GenEval (arXiv 2310.11513): NUMBER/metadata.jsonl and NUMBER/samples/NUMBER.png."""
     rows = [line for line in read(args.prompts).splitlines() if line.strip()]
     for n, row in enumerate(rows, 1):
-        if not {"tag", "prompt"} <= parse(args.prompts, row, f"line {n}").keys():
+        found = parse(args.prompts, row, f"line {n}")
+        if not all(isinstance(found.get(key), str) for key in ("tag", "prompt")):
             raise FuseDiTError(f"{args.prompts} line {n} has no tag or no prompt: is it GenEval's "
                                "prompts/evaluation_metadata.jsonl?")
     return Work([json.loads(row)["prompt"] for row in rows],
@@ -70,7 +71,7 @@ def mjhq(args):
     """MJHQ-30K (arXiv 2402.17245): CATEGORY/NAME.jpg, as the folder of real ones is."""
     rows = parse(args.prompts, read(args.prompts), "the file")
     bad = [name for name, row in rows.items() if not isinstance(row, dict)
-           or not {"category", "prompt"} <= row.keys()
+           or not all(isinstance(row.get(key), str) for key in ("category", "prompt"))
            or not re.fullmatch(r"[^./\\][^/\\]*/[^./\\][^/\\]*", f"{row['category']}/{name}")]
     if bad:
         raise FuseDiTError(f"{args.prompts}: {bad[0]} has no category or prompt, or no plain name: "
@@ -80,7 +81,8 @@ def mjhq(args):
 
 
 def shapes(args):
-    """Held-out scenes of the demo's world."""
+    """Held-out scenes of the demo's world, in GenEval's categories (demo/scenes.py). A picture is
+    right if it holds exactly the objects that the prompt names, as it names them, and no other."""
     prompts = scenes.evaluation_prompts(args.n, args.seed)
     return Work([p for *_, p in prompts], [[f"{k:05}.png"] for k in range(len(prompts))])
 
@@ -109,7 +111,7 @@ def evaluate(args):
     work = args.work(args)
     if not work.prompts:
         raise FuseDiTError(f"there is no prompt in {args.prompts}")
-    sweep, points = len(args.steps) * len(args.guidance or [0]) > 1, []
+    sweep = len(args.steps) * len(args.guidance or [0]) > 1 and args.name == "shapes"
     if sweep:
         import matplotlib  # noqa: F401     says now, not after the drawing, that it is missing
     model, vae, device = open_model(args)
@@ -119,23 +121,27 @@ def evaluate(args):
     path = Path(args.model)
     name = "-".join(path.parts[-2:] if path.name.startswith("step-") else path.parts[-1:])
     top = args.out or Path("evaluation") / f"{args.name}-{name}"
-    for g, steps in [(g, steps) for g in guidance for steps in args.steps]:
-        one = argparse.Namespace(**vars(args) | dict(
-            guidance=g, steps=steps, out=top / f"guidance-{g:g}-steps-{steps}"))
-        settings = claim(one, work, model)
+    runs = [argparse.Namespace(**vars(args) | dict(
+        guidance=g, steps=steps, out=top / f"guidance-{g:g}-steps-{steps}"))
+        for g in guidance for steps in args.steps]
+    for one, settings in [(one, claim(one, work, model)) for one in runs]:
         if not paint(one, work, model, vae, device, settings):
-            continue                        # another process is still at it, and will score
+            continue                        # the process that ends last goes on
         print(f"{len(work.prompts)} prompts, {work.images} of each: {one.out}/images")
         if args.name == "shapes":
-            points.append(score_shapes(one, settings))
+            score_shapes(one, settings)
         else:
-            print("next:", *(line.format(out=one.out) for line in NEXT[args.name]), sep="\n    ")
-    if sweep and points:
-        report.sweep(points, top / "sweep.png")
+            to = dict(out=one.out.resolve(), size=settings["size"])
+            print("next:", *(line.format(**to) for line in NEXT[args.name]), sep="\n    ")
+    results = [one.out / "shapes.json" for one in runs]
+    if sweep and all(path.exists() for path in results):
+        name = "-".join(["sweep-guidance", *(f"{g:g}" for g in guidance), "steps"])
+        report.sweep([report.load(path) for path in results],
+                     top / f"{name}-{'-'.join(map(str, args.steps))}.png")
 
 
 def identity(model):
-    """A short name of a model's weights: of up to 64 values of every tensor, to the bit."""
+    """A short name of a model's weights: of some 64 values of every tensor, to the bit."""
     whole = hashlib.sha256()
     for name, tensor in model.named_parameters():
         some = tensor.detach().flatten()[::max(1, tensor.numel() // 64)].float().cpu()
@@ -153,7 +159,8 @@ def claim(args, work, model):
     taken = args.out.exists() and any(p.name[0] != "." for p in args.out.iterdir())
     if path.exists():
         before = parse(path, read(path), "the file")
-        other = [f"{k} {before.get(k)}, now {v}" for k, v in said.items() if before.get(k) != v]
+        other = [f"{k} {before.get(k)}, now {v}" for k, v in said.items()
+                 if k != "model" and before.get(k) != v]           # it may have moved
         if other:
             raise FuseDiTError(f"{args.out} holds pictures drawn otherwise ({'; '.join(other)}): "
                                "give another --out, or delete it")
@@ -170,49 +177,53 @@ def picture_seed(seed, prompt, image):
 
 
 def paint(args, work, model, vae, device, settings):
-    """Draw what is missing in OUT/images of this process's share; is all of it there now?
+    """Draw what is missing in OUT/images of this process's share; is all there now, by its doing?
 
-    A batch is always of the same whole prompts, whoever draws it and whatever of it is there: sums
-    of other batches may differ in their last bit, and a picture then by a level.
+    A batch is always of the same pictures, whoever draws it and whatever of it is there, since sums
+    of other batches may differ in their last bit, and a picture then by a level. So of a batch that
+    was cut short all is drawn again; the files that are there stay.
     """
     rank, world = cli.rank_and_world()
     paths = [[args.out / "images" / file for file in files] for files in work.files]
     each, size = max(1, args.batch_size // work.images), args.batch_size
     share = [range(len(paths))[i:i + each] for i in range(0, len(paths), each)][rank::world]
-    clean({path for group in share for k in group for path in paths[k]}, args.out)
+    clean({path for group in share for k in group for path in paths[k]} | set(
+        () if rank else [args.out / "run.json", *(args.out / "images" / f for f in work.texts)]),
+        args.out)
     for name, text in work.texts.items() if rank == 0 else ():
         if not (args.out / "images" / name).exists():
             write(args.out / "images" / name, text.encode())
     batches, done = [], 0
     for group in share:
-        part = [(k, i) for k in group for i in range(work.images)]
-        if all(path.exists() for k in group for path in paths[k]):
-            done += len(part)
-        else:
-            batches += [part[at:at + size] for at in range(0, len(part), size)]
+        places = [(k, i) for k in group for i in range(work.images)]
+        for part in [places[at:at + size] for at in range(0, len(places), size)]:
+            if all(paths[k][i % len(paths[k])].exists() for k, i in part):
+                done += len(part)
+            else:
+                batches.append(part)
     jobs = [[(work.prompts[k], picture_seed(args.seed, k, i)) for k, i in part] for part in batches]
     side, begin = model.config.image_size // (vae.factor if vae else 1), time.monotonic()
     drawn = draw(jobs, model, vae, (side, side), args, device, done, quiet=rank > 0)
     places = [place for part in batches for place in part]
     with ThreadPoolExecutor(4) as pool:     # a PNG takes as long as some steps of a GPU
-        saved = []
+        saved, row, seeds = [], [], []      # the last two: of a grid, so far
         for (k, i), (prompt, seed, picture, _) in zip(places, drawn, strict=True):
-            seeds, row = ([], []) if i == 0 else (seeds, row)  # of this prompt so far
-            seeds.append(str(seed))
-            row.append(picture)
             saved = [job for job in saved if not job.done() or job.result()]   # raises its error
             if len(paths[k]) == work.images:
                 saved.append(pool.submit(save, picture, paths[k][i], notes(prompt, seed, args)))
-            elif len(row) == work.images:
+                continue
+            row, seeds = [*row, picture], [*seeds, str(seed)]
+            if len(row) == work.images:
                 info = notes(prompt, " ".join(seeds), args)
                 saved.append(pool.submit(save, two_rows(row), paths[k][0], info))
+                row, seeds = [], []
         for job in saved:
             job.result()
-    if batches and world == 1:
+    if batches and not done and world == 1:                # else it is no speed of the whole
         speed = round(sum(map(len, batches)) / (time.monotonic() - begin), 3)
         settings |= dict(images_per_s=speed, device=str(device))
         write(args.out / "run.json", (json.dumps(settings, indent=1) + "\n").encode())
-    return all(path.exists() for part in paths for path in part)
+    return bool(batches or rank == 0) and all(path.exists() for part in paths for path in part)
 
 
 def clean(paths, out):
@@ -256,7 +267,7 @@ def score_shapes(args, settings):
         why = detector.verdict(said, detector.read(pictures[-1]))
         rows.append(dict(category=category, prompt=prompt, right=int(not why), why=why))
     result = report.scored("shapes", rows, settings)
-    report.write(result, args.out / "shapes.json")
+    report.write(result, args.out / "shapes.json", over=True)         # it follows from the pictures
     with atomic_write(args.out / "shapes.png") as tmp:
         report.sheet(scenes.CATEGORIES, rows, pictures).save(tmp, "PNG")
     return result
@@ -294,13 +305,14 @@ def fid(args):
 
 # ---- the command line ----------------------------------------------------------------------------
 
-NEXT = dict(
-    geneval=("python evaluation/evaluate_images.py {out}/images --outfile results.jsonl ...",
-             "python evaluate.py geneval-score results.jsonl      (the first is GenEval's own)"),
-    dpg=("accelerate launch dpg_bench/compute_dpg_bench.py --image-root-path {out}/images "
-         "--pic-num 4 --resolution SIDE --res-path dpg.txt",
-         "python evaluate.py dpg-score dpg.txt                (the first is ELLA's own)"),
-    mjhq=("python evaluate.py fid --real mjhq30k_imgs --fake {out}/images",))
+NEXT = dict(  # the scorers of GenEval and ELLA are theirs: README says how to have them
+    geneval=("python geneval/evaluation/evaluate_images.py {out}/images --outfile "
+             "{out}/results.jsonl --model-path DETECTOR",
+             "python evaluate.py geneval-score {out}/results.jsonl"),
+    dpg=("(cd ELLA && PYTHONHASHSEED=0 accelerate launch dpg_bench/compute_dpg_bench.py "
+         "--image-root-path {out}/images --resolution {size} --pic-num 4 --res-path {out}/dpg.txt)",
+         "python evaluate.py dpg-score {out}/dpg.txt"),
+    mjhq=("python evaluate.py fid --real REAL --fake {out}/images",))
 
 
 def numbers(kind):
@@ -320,7 +332,7 @@ def sampler(commands, name, work, about, prompts=None):
         a("--prompts", type=Path, required=True, metavar="PATH", help=prompts)
     a("--model", default=str(ROOT / "demo"), help="what sample.py takes")
     a("--seed", type=uint32, default=0, help="of the pictures' noise (and of shapes' prompts)")
-    a("--steps", type=numbers(positive), default=[25], help="Euler steps; a list is a sweep")
+    a("--steps", type=numbers(positive), default="25", help="Euler steps; a list is a sweep")
     a("--guidance", type=numbers(float), help="how strictly to follow the prompt, a list is a "
       "sweep; if not given, the model's own (6 in the paper)")
     a("--batch-size", type=positive, default=32, help="pictures drawn at once, at most")
@@ -356,7 +368,8 @@ def arguments(argv=None):
     a("--batch-size", type=positive, default=64, help="pictures at once")
     a("--workers", type=positive, default=os.cpu_count(), help="threads that read pictures")
     a("--device", default="auto", help="auto, cpu, cuda, cuda:1, ...")
-    a("--out", type=Path, metavar="FILE", help="if not given, fid.json beside the folder --fake")
+    a("--out", type=Path, metavar="FILE", help="if not given, fid.json (or fd-NAME.json) beside "
+      "the folder --fake")
     report.commands(commands)
     return top.parse_args(argv)
 

@@ -43,7 +43,11 @@ def inception(folder, device):
     if not (folder / INCEPTION).exists():
         raise FuseDiTError(f"FID needs Inception's weights: wget -P {folder} {URL} (or say with "
                            "--inception where they are); --features efficientnet-lite0 needs none")
-    resize, model = build_resizer("clean"), InceptionV3W(str(folder), download=False)
+    try:
+        resize, model = build_resizer("clean"), InceptionV3W(str(folder), download=False)
+    except RuntimeError as e:
+        raise FuseDiTError(f"{folder / INCEPTION} is damaged ({str(e).splitlines()[0]}): delete it "
+                           f"and fetch it again from {URL}") from None
     return (lambda image: torch.from_numpy(resize(np.asarray(image))).movedim(-1, 0),
             model.to(device).eval())
 
@@ -144,20 +148,25 @@ def kid(x, y, block=2048):
 
 # ---- how sure ------------------------------------------------------------------------------------
 
-def resampled(groups, seed=0):
-    """{category: means of RESAMPLES draws with replacement of its values}, and their "overall"."""
-    rng, means = np.random.default_rng(seed), {}
-    for name, values in groups.items():
-        values = np.asarray(values, float)
-        draws = rng.integers(0, len(values), (RESAMPLES, len(values)))
-        means[name] = values[draws].mean(1)
-    return means | dict(overall=np.mean(list(means.values()), 0))
+def intervals(groups, bounds=(0, 1)):
+    """95 % intervals {name: [low, high]} of every category's mean and of "overall", their mean.
 
+    groups: {category: values, one a prompt, within bounds}. A Bayesian bootstrap over prompts
+    (Rubin 1981): the weights of prompts are drawn at random. With half a prompt more at either
+    bound, so that what is all right is not taken for certain; of rights and wrongs this is
+    Jeffreys' interval.
+    """
+    rng = np.random.default_rng(0)
 
-def intervals(groups):
-    """95 % bootstrap intervals over prompts: of every category and "overall", their mean."""
-    return {name: [round(float(v), 4) for v in np.percentile(means, (2.5, 97.5))]
-            for name, means in resampled(groups).items()}
+    def draws(values, more):
+        weights = rng.standard_exponential((RESAMPLES, len(values)))
+        ends = rng.standard_gamma(more, (RESAMPLES, 2))
+        total = weights @ np.asarray(values, float) + ends @ np.asarray(bounds, float)
+        return total / (weights.sum(1) + ends.sum(1))
+    means = {name: draws(values, 0.5) for name, values in groups.items()}
+    means["overall"] = np.mean([draws(v, 0.5 / len(groups)) for v in groups.values()], 0)
+    return {name: [round(float(v), 4) for v in np.percentile(found, (2.5, 97.5))]
+            for name, found in means.items()}
 
 
 def paired(groups):
@@ -170,4 +179,4 @@ def paired(groups):
     flipped = np.mean([(rng.choice((-1.0, 1.0), (RESAMPLES, len(v))) * np.asarray(v)).mean(1)
                        for v in groups.values()], 0)
     as_large = int((np.abs(flipped) >= abs(mean) - 1e-12).sum())
-    return float(mean), intervals(groups)["overall"], (1 + as_large) / (1 + RESAMPLES)
+    return float(mean), intervals(groups, (-1, 1))["overall"], (1 + as_large) / (1 + RESAMPLES)

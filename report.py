@@ -12,6 +12,7 @@ from pathlib import Path
 from PIL import Image, ImageDraw, ImageFont
 
 import metrics
+import watch
 from cli import Help
 from fusedit import FuseDiTError
 from weights import atomic_write, untaken
@@ -48,11 +49,11 @@ def span(interval):
     return f"[{interval[0]:.3f}, {interval[1]:.3f}]"
 
 
-def write(result, path):
-    """As JSON, beside another result that has the name already."""
+def write(result, path, over=False):
+    """As JSON, over or beside another result that has the name already."""
     text = json.dumps(result, indent=1) + "\n"
     if not path.exists() or path.read_text() != text:
-        path = untaken(path)
+        path = path if over else untaken(path)
         path.parent.mkdir(parents=True, exist_ok=True)
         with atomic_write(path) as tmp:
             tmp.write_text(text)
@@ -62,8 +63,10 @@ def write(result, path):
 def load(path):
     """A result from its file; raises FuseDiTError."""
     try:
-        result = json.loads(path.read_text())
-        assert result["benchmark"]
+        result = json.loads(path.read_text("utf-8"))
+        if "overall" in result:
+            assert result["intervals"]["overall"] and result["categories"]
+        assert result["benchmark"] != "fid" or {"label", "distance", "kid"} <= result.keys()
         return result
     except OSError as e:
         raise FuseDiTError(f"cannot read {path}: {e.strerror}") from None
@@ -86,9 +89,9 @@ def geneval_score(args):
     if len(counts) > 1:
         raise FuseDiTError(f"prompts have {min(counts)} to {max(counts)} pictures: the drawing is "
                            "not finished; the same geneval command goes on with it")
-    order = sorted(found.items(), key=lambda item: GENEVAL.index(item[0][1])
-                   if item[0][1] in GENEVAL else len(GENEVAL))
-    print(f"{len(found)} prompts, {max(counts, default=0)} pictures of each")
+    order = sorted(found.items(), key=lambda item: (         # the paper's; the file has none
+        GENEVAL.index(item[0][1]) if item[0][1] in GENEVAL else len(GENEVAL), item[0][2]))
+    print(f"{len(found)} prompts of GenEval's 553, {max(counts)} pictures of each")
     write(scored("geneval", [dict(category=tag, prompt=prompt, right=sum(v) / len(v)) for
                              (_, tag, prompt), v in order], dict(results=str(args.results))),
           args.out or args.results.with_name("geneval.json"))
@@ -97,19 +100,21 @@ def geneval_score(args):
 def dpg_score(args):
     """DPG-Bench's score and its broad categories, from the file of compute_dpg_bench.py."""
     text = lines(args.results)
-    total = [re.fullmatch(r"DPG-Bench score: (\S+)", line) for line in text]
-    if not any(total):
-        raise FuseDiTError(f"{args.results} has no line 'DPG-Bench score:': is it the --res-path "
-                           "of compute_dpg_bench.py, and did that end?")
-    begin = text.index("L1 category scores:") + 1
-    end = text.index("L2 category scores:")
-    broad = dict(line.strip().split(": ") for line in text[begin:end])
-    # Each line of a picture ends with the mean of its four; their mean is the total.
-    values = [float(line.rsplit(", ", 1)[1]) for line in text[:begin - 2] if ", " in line]
-    result = dict(benchmark="dpg", overall=float(next(filter(None, total))[1]) / 100,
+    try:
+        begin, end = (text.index(f"L{level} category scores:") for level in (1, 2))
+        total = float(text[-1].removeprefix("DPG-Bench score: "))
+        broad = dict(line.strip().split(": ") for line in text[begin + 1:end])
+        # Each picture's line ends with the mean of its four; their mean is the total.
+        values = [float(line.rsplit(", ", 1)[1]) for line in text[:begin] if ", " in line]
+        assert values
+    except (ValueError, IndexError, AssertionError):
+        raise FuseDiTError(f"{args.results} is no whole file of compute_dpg_bench.py --res-path "
+                           "(its last line is 'DPG-Bench score: ...')") from None
+    result = dict(benchmark="dpg", overall=total / 100,
                   categories={name: float(value) / 100 for name, value in broad.items()},
                   intervals=dict(overall=metrics.intervals(dict(all=values))["overall"]),
                   settings=dict(results=str(args.results)))
+    print(f"{len(values)} prompts of DPG-Bench's 1,065")
     for name, value in (result["categories"] | dict(overall=result["overall"])).items():
         print(f"{name:<16}{100 * value:6.2f}")
     write(result, args.out or args.results.with_name("dpg.json"))
@@ -150,41 +155,45 @@ def compare(args):
 def measures(path):
     """(name, value, interval or None, is more better) of all that a result or a run says."""
     if path.name == "metrics.jsonl":
-        rows = [json.loads(row) for row in path.read_text().splitlines() if row.endswith("}")]
+        rows = watch.rows(path)
         losses = [row["val_loss"] for row in rows if row.get("val_loss") is not None]
         speeds = sorted(row["images_per_s"] for row in rows if row.get("images_per_s"))
         return [("validation loss", losses[-1], None, False)] * bool(losses) + [
             ("training, images/s", speeds[len(speeds) // 2], None, True)] * bool(speeds)
     result = load(path)
-    if result["benchmark"] == "fid":
-        of = f", {result['real']} and {result['fake']}"
+    if result["benchmark"] == "fid":        # only of equal numbers and the same real ones
+        of = f", {Path(result['folders'][0]).name}, {result['real']} and {result['fake']}"
         kid = "KID" + result["label"][2:] if result["label"] != "FID" else "KID"
         return [(result["label"] + of, result["distance"], None, False),
                 (f"{kid} x 1000{of}", 1000 * result["kid"], None, False)]
-    speed = result.get("images_per_s") or result.get("settings", {}).get("images_per_s")
-    name = dict(geneval="GenEval", dpg="DPG-Bench").get(result["benchmark"], result["benchmark"])
-    score = [(name, result["overall"], result["intervals"]["overall"], True)
-             ] if "overall" in result else []
-    return score + [("sampling, images/s", speed, None, True)] * bool(speed and not score)
+    if "overall" in result:
+        name = result["benchmark"]
+        name = dict(geneval="GenEval", dpg="DPG-Bench").get(name, name)
+        count = f", {len(result['prompts'])} prompts" if "prompts" in result else ""
+        return [(name + count, result["overall"], result["intervals"]["overall"], True)]
+    speed = result.get("images_per_s")      # a run.json
+    return [(f"sampling, images/s ({result.get('benchmark')})", speed, None, True)] * bool(speed)
 
 
 def is_result(path):
     return path.name == "metrics.jsonl" or (
-        path.suffix == ".json" and '"benchmark"' in path.read_text()[:40])
+        path.suffix == ".json" and b'"benchmark"' in path.read_bytes()[:40])
 
 
 def report(args):
     """Results of several models in one Markdown table and one figure."""
-    table = defaultdict(dict)               # {measure: {model: (value, interval)}}
-    better = {}
+    import matplotlib  # noqa: F401         says now that it is missing
+    if args.out.suffix != ".md":
+        raise FuseDiTError(f"--out {args.out}: the table is a .md file, the figure beside it")
+    table, better = defaultdict(dict), {}   # {measure: {model: [value, interval]}}
     for said in args.results:
-        name, _, path = said.rpartition("=")
-        name, path = name or Path(path).stem, Path(path)
+        name, _, path = said.partition("=") if not Path(said).exists() else ("", "", said)
+        name, path = (name, Path(path)) if path else (Path(said).stem, Path(said))
         for file in filter(is_result, sorted(path.rglob("*"))) if path.is_dir() else [path]:
             for measure, *found, more in measures(file):
                 if table[measure].setdefault(name, found) != found:
-                    raise FuseDiTError(f"{file}: {name} has another {measure} already: name single "
-                                       "files, or another NAME=")
+                    raise FuseDiTError(f"{file}: {name} has another {measure!r} already: name "
+                                       "single files, or another NAME=")
                 better[measure] = more
     if not table:
         raise FuseDiTError("no results there: name files or folders of evaluate.py and train_*.py")
@@ -258,7 +267,7 @@ def sweep(results, path):
     for axis, i in zip(panels, shown, strict=True):
         lines = sorted({key[1 - i] for key in points})
         for n, line in enumerate(lines):
-            colour = plt.get_cmap("viridis")(0.9 * n / max(1, len(lines) - 1))
+            colour = plt.get_cmap("viridis")(0.85 * n / max(1, len(lines) - 1))
             x = sorted(key[i] for key in points if key[1 - i] == line)
             y, sure = zip(*(points[(v, line) if i == 0 else (line, v)] for v in x), strict=True)
             axis.plot(x, y, "o-", color=colour, ms=4, lw=1.6, label=f"{line:g}")

@@ -15,6 +15,7 @@ import hashlib
 import json
 import math
 import os
+import random
 import shutil
 from dataclasses import asdict, fields, replace
 from pathlib import Path
@@ -32,7 +33,7 @@ os.umask(UMASK := os.umask(0))              # it can only be read by setting it
 def atomic_write(path):
     """`with atomic_write(path) as tmp`: write tmp; path then appears whole, or not at all."""
     path = Path(path)
-    tmp = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    tmp = path.with_name(f".{path.name}.{random.SystemRandom().getrandbits(40)}.tmp")
     try:
         yield tmp
         with open(tmp, "rb") as f:

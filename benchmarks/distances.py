@@ -20,8 +20,9 @@ from tqdm import tqdm
 
 import metrics
 import report
-from cli import Help, pick_device
-from weights import atomic_write
+from cli import Help, pick_device, run
+from fusedit import FuseDiTError
+from weights import untaken
 
 
 def emoji(folder):
@@ -48,6 +49,8 @@ def noised(picture, rng, sd):
 def sets(styles, rng):
     """(reference, {name: as many pictures}) of concepts that both styles have, in two halves."""
     both = sorted(styles["google"].keys() & styles["fluent"].keys())
+    if len(both) < 4:
+        raise FuseDiTError("these are no shards of prepare_data.py emoji: give its OUT/train")
     random.Random(0).shuffle(both)
     half, flat = min(500, len(both) // 2), styles["google"]
     one, other = both[:half], both[half:2 * half]
@@ -76,6 +79,7 @@ def main():
     def features(pictures):
         return torch.cat([network(torch.stack([prepare(p) for p in pictures[i:i + 64]]).to(device))
                           .double().cpu() for i in range(0, len(pictures), 64)])
+    args.out = untaken(args.out)
     reference, changed = sets(emoji(args.shards), np.random.default_rng(0))
     x, rows = features(reference), {}
     for name, pictures in tqdm(changed.items(), desc="features", unit="set"):
@@ -86,10 +90,9 @@ def main():
         print(f"{name:<24}{distance:26.3f}{kid:14.3f}")
     table = {measure: {name: (row[i], None) for name, row in rows.items()}
              for i, measure in enumerate((label, "KID x 1000"))}
-    with atomic_write(args.out) as tmp:
-        report.figure(table, dict.fromkeys(table, False), list(rows), tmp)
+    report.figure(table, dict.fromkeys(table, False), list(rows), args.out)
     print(args.out)
 
 
 if __name__ == "__main__":
-    main()
+    run(main, "--features")

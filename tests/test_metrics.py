@@ -1,4 +1,5 @@
 """Distances against closed forms and SciPy; how sure scores are; extractors; fid as a command."""
+import importlib.util
 import json
 
 import numpy as np
@@ -97,15 +98,18 @@ def test_kid_has_no_bias_where_frechets_distance_has():
 
 def test_bootstrap_intervals_hold_the_truth():
     """Nineteen times of twenty; of a mean the width is known, 2 x 1.96 sd / sqrt(n)."""
-    rng, hits = np.random.default_rng(0), 0
+    rng, hits, sure = np.random.default_rng(0), 0, 0
     for _ in range(200):
-        found = metrics.intervals({c: rng.random(60) < p for c, p in (("a", 0.3), ("b", 0.8))})
-        hits += found["overall"][0] <= 0.55 <= found["overall"][1]
-    assert 180 <= hits <= 198
-    values = rng.normal(size=400)
+        found = metrics.intervals({c: rng.random(60) < p for c, p in (("a", 0.3), ("b", 0.98))})
+        hits += found["overall"][0] <= 0.64 <= found["overall"][1]
+        sure += found["b"][0] <= 0.98 <= found["b"][1]
+    assert 180 <= hits <= 198 and sure >= 180
+    values = rng.random(400)
     low, high = metrics.intervals(dict(a=values))["a"]
     assert high - low == pytest.approx(2 * 1.96 * values.std() / 20, rel=0.05)
     assert low < values.mean() < high
+    low, high = metrics.intervals(dict(a=[1] * 100))["a"]  # not [1, 1]: Jeffreys, Beta(100.5, 0.5)
+    assert low == pytest.approx(0.9753, abs=0.002) and high > 0.999
 
 
 def test_the_paired_test_is_as_often_wrong_as_it_says():
@@ -210,6 +214,11 @@ def test_what_is_wrong_is_said(folders):
         command(*words, folders / "nothing", "--fake", folders / "b")
     with pytest.raises(FuseDiTError, match="holds no pictures"):
         command(*words, "efficientnet-lite0", "--fake", folders / "nothing")
+    (folders / metrics.INCEPTION).write_bytes(b"half of it")
+    if importlib.util.find_spec("cleanfid"):
+        with pytest.raises(FuseDiTError, match="is damaged .*fetch it again"):
+            command(*words, "inception", "--fake", folders / "b", "--inception", folders)
+    (folders / metrics.INCEPTION).unlink()
     (folders / "b" / "cut.jpg").write_bytes(b"\xff\xd8\xff\xe0cut")
     with pytest.raises(FuseDiTError, match="cannot read .*cut.jpg"):
         command(*words, "efficientnet-lite0", "--fake", folders / "b")

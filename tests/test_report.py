@@ -18,6 +18,8 @@ def geneval_results(path, chances, n=20, images=4):
     rng, rows = random.Random(0), []
     for k in rng.sample(range(6 * n), 6 * n):              # os.listdir has no order
         tag = TAGS[k % 6]
+        if tag == "single_object" and k >= 3 * n:          # tags have other numbers of prompts
+            continue
         for i in range(images):
             right = rng.random() < chances[tag]
             prompt, why = f"a {tag} {k}", "" if right else "expected cup>=1, found 0"
@@ -38,10 +40,15 @@ def test_geneval_score_is_the_official_one(tmp_path, capsys):
     assert result["categories"] == pytest.approx(want)
     assert result["overall"] == pytest.approx(np.mean(list(want.values())))
     said = capsys.readouterr().out
-    assert "120 prompts, 4 pictures of each" in said and f"{want['colors']:.3f}" in said
+    assert "110 prompts of GenEval's 553, 4 pictures of each" in said
+    assert f"{want['colors']:.3f}" in said
     low, high = result["intervals"]["overall"]
     assert low < result["overall"] < high and high - low < 0.15
     text = (tmp_path / "results.jsonl").read_text()
+    (tmp_path / "other.jsonl").write_text("".join(reversed(text.splitlines(keepends=True))))
+    command("geneval-score", tmp_path / "other.jsonl", "--out", tmp_path / "other.json")
+    command("compare", tmp_path / "geneval.json", tmp_path / "other.json")     # any order will do
+    assert "p = 1.0000" in capsys.readouterr().out
     (tmp_path / "results.jsonl").write_text(text.split("\n", 1)[1])
     with pytest.raises(FuseDiTError, match="3 to 4 pictures"):
         command("geneval-score", tmp_path / "results.jsonl")
@@ -73,11 +80,15 @@ def test_dpg_score_reads_the_official_file(tmp_path, capsys):
     result = json.loads((tmp_path / "dpg.json").read_text())
     assert result["overall"] == 0.625
     assert result["categories"] == dict(entity=0.875, relation=0.9)
-    assert result["intervals"]["overall"] == [0.5, 0.75]   # of two pictures' means
-    assert "62.50" in capsys.readouterr().out
-    (tmp_path / "dpg.txt").write_text(DPG.rsplit("DPG", 1)[0])
-    with pytest.raises(FuseDiTError, match="DPG-Bench score.*did that end"):
-        command("dpg-score", tmp_path / "dpg.txt")
+    low, high = result["intervals"]["overall"]             # of two pictures' means
+    assert 0 < low < 0.5 and 0.75 < high < 1
+    said = capsys.readouterr().out
+    assert "62.50" in said and "2 prompts" in said
+    for bad in (DPG.rsplit("DPG", 1)[0], DPG.rsplit("\n", 2)[1], DPG.replace(", 0.75\n", ", x\n"),
+                DPG.split("\n", 2)[2]):
+        (tmp_path / "dpg.txt").write_text(bad)
+        with pytest.raises(FuseDiTError, match="no whole file of compute_dpg_bench.py"):
+            command("dpg-score", tmp_path / "dpg.txt")
 
 
 def shapes_result(path, rights, speed=5.0):
@@ -118,7 +129,7 @@ def test_the_report_has_all_of_all(tmp_path, capsys):
         shapes_result(folder / "shapes.json", rights)
         (folder / "fid.json").write_text(json.dumps(dict(
             benchmark="fid", label="FID", distance=12.5 if name == "one" else 10.25, kid=0.004,
-            real=30, fake=30)))
+            real=30, fake=30, folders=["photos/real", "fake"])))
         (folder / "run.json").write_text(json.dumps(dict(benchmark="shapes", images_per_s=7.5)))
         (folder / "other.json").write_text("{}")
     run = tmp_path / "run"
@@ -136,13 +147,14 @@ def test_the_report_has_all_of_all(tmp_path, capsys):
     rows = [[cell.strip() for cell in line.strip("|\n").split("|")] for line in text.splitlines()]
     table = {rows[0][i]: (rows[2][i], rows[3][i]) for i in range(1, len(rows[0]))}
     assert [row[0] for row in rows[2:]] == ["first", "second"] and len(rows) == 4
-    assert table["FID, 30 and 30 ↓"] == ("12.5", "**10.25**")
-    assert [cell.split(" [")[0] for cell in table["shapes ↑"]] == ["**0.9", "0.5"]
+    assert table["FID, real, 30 and 30 ↓"] == ("12.5", "**10.25**")
+    assert [cell.split(" [")[0] for cell in table["shapes, 10 prompts ↑"]] == ["**0.9", "0.5"]
     assert table["validation loss ↓"] == ("0.25", "")
     assert table["training, images/s ↑"] == ("110", "")
-    assert table["sampling, images/s ↑"][0] and table["GenEval ↑"][0] == ""
+    assert table["sampling, images/s (shapes) ↑"] == ("**7.5**",) * 2
+    assert table["GenEval, 110 prompts ↑"][0] == ""
     assert Image.open(tmp_path / "report.png").width > 1000
-    with pytest.raises(FuseDiTError, match="another FID, 30 and 30 already"):
+    with pytest.raises(FuseDiTError, match="another 'FID, real, 30 and 30' already"):
         command("report", f"x={tmp_path / 'one'}", f"x={tmp_path / 'two'}", "--out",
                 tmp_path / "r.md")
     (tmp_path / "nothing").mkdir()
@@ -150,3 +162,8 @@ def test_the_report_has_all_of_all(tmp_path, capsys):
         command("report", tmp_path / "nothing", "--out", tmp_path / "r.md")
     with pytest.raises(FuseDiTError, match="cannot read"):
         command("report", tmp_path / "none.json", "--out", tmp_path / "r.md")
+    with pytest.raises(FuseDiTError, match="the table is a .md file"):
+        command("report", tmp_path / "one", "--out", tmp_path / "r.png")
+    (tmp_path / "bad.json").write_text('{"benchmark": "shapes", "overall": 1}')
+    with pytest.raises(FuseDiTError, match="no result"):
+        command("report", tmp_path / "bad.json", "--out", tmp_path / "r.md")
