@@ -86,9 +86,10 @@ def run(main, lower):
     except KeyboardInterrupt:
         message, code = "interrupted", 130
     except ModuleNotFoundError as e:        # an extra
-        extras = dict(gpu="deepspeed", tpu="torch_xla", data="duckdb", eval="cleanfid efficientnet",
+        extras = dict(gpu="deepspeed", tpu="torch_xla", data="duckdb", eval="efficientnet",
                       watch="matplotlib tensorboard wandb")
-        found = [x for x, names in extras.items() if e.name.split("_lite")[0] in names.split()]
+        name = (e.name or "").split("_lite")[0]
+        found = [extra for extra, names in extras.items() if name in names.split()]
         what = f"-e '.[{found[0]}]'" if found else e.name
         message, code = f"{e.name} is not installed: pip install {what}", 1
     except (OSError, SafetensorError) as e:  # a full disk, a folder that cannot be written

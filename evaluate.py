@@ -297,7 +297,7 @@ def fid(args):
     distance, kid = metrics.frechet(x, y), metrics.kid(x, y)
     print(f"{label:<26}{distance:10.4f}   {len(x)} real, {len(y)} drawn: compare with as many\n"
           f"{'KID x 1000':<26}{1000 * kid:10.4f}   without bias, of any number")
-    result = dict(benchmark="fid", label=label, distance=distance, kid=kid, real=len(x),
+    result = dict(benchmark="distance", label=label, distance=distance, kid=kid, real=len(x),
                   fake=len(y), folders=[str(args.real), str(args.fake)])
     name = re.sub(r"[^a-z0-9]+", "-", label.lower()).strip("-")
     report.write(result, args.out or args.fake.parent / f"{name}.json")

@@ -38,8 +38,12 @@ def extractor(name, device, weights=None):
 
 def inception(folder, device):
     """clean-fid's "clean" mode (arXiv 2104.11222): bicubic without rounding, then Inception."""
-    from cleanfid.inception_torchscript import InceptionV3W
-    from cleanfid.resize import build_resizer
+    try:                                    # without its torchvision, which these do not use
+        from cleanfid.inception_torchscript import InceptionV3W
+        from cleanfid.resize import build_resizer
+    except ModuleNotFoundError as e:
+        raise FuseDiTError(f"{e.name} is not installed: pip install --no-deps clean-fid, and "
+                           "pip install -e '.[eval]'") from None
     if not (folder / INCEPTION).exists():
         raise FuseDiTError(f"FID needs Inception's weights: wget -P {folder} {URL} (or say with "
                            "--inception where they are); --features efficientnet-lite0 needs none")
@@ -70,10 +74,10 @@ def efficientnet(device):
 
 def vision_model(name, device):
     """Any vision tower of transformers, as DINOv2's (arXiv 2306.04675), with its own processor."""
-    from transformers import AutoImageProcessor, AutoModel
     try:
+        from transformers import AutoImageProcessor, AutoModel
         processor, model = AutoImageProcessor.from_pretrained(name), AutoModel.from_pretrained(name)
-    except (OSError, ValueError) as e:
+    except (OSError, ValueError, ImportError) as e:
         raise FuseDiTError(f"--features {name} is none of inception and efficientnet-lite0, and no "
                            f"vision model of transformers ({str(e).splitlines()[0]})") from None
     model = getattr(model, "vision_model", model).to(device).eval()            # CLIP has two towers
@@ -127,7 +131,7 @@ def frechet(x, y):
     roots = [torch.linalg.qr((f - f.mean(0)) / (len(f) - 1) ** 0.5, mode="r").R for f in (x, y)]
     shift, spread = x.mean(0) - y.mean(0), sum(root.square().sum() for root in roots)
     cross = torch.linalg.svdvals(roots[0] @ roots[1].T).sum()
-    return float(shift.square().sum() + spread - 2 * cross)
+    return max(0.0, float(shift.square().sum() + spread - 2 * cross))          # -1e-12 is rounding
 
 
 def kid(x, y, block=2048):

@@ -66,7 +66,7 @@ def load(path):
         result = json.loads(path.read_text("utf-8"))
         if "overall" in result:
             assert result["intervals"]["overall"] and result["categories"]
-        assert result["benchmark"] != "fid" or {"label", "distance", "kid"} <= result.keys()
+        assert result["benchmark"] != "distance" or {"label", "distance", "kid"} <= result.keys()
         return result
     except OSError as e:
         raise FuseDiTError(f"cannot read {path}: {e.strerror}") from None
@@ -161,7 +161,7 @@ def measures(path):
         return [("validation loss", losses[-1], None, False)] * bool(losses) + [
             ("training, images/s", speeds[len(speeds) // 2], None, True)] * bool(speeds)
     result = load(path)
-    if result["benchmark"] == "fid":        # only of equal numbers and the same real ones
+    if result["benchmark"] == "distance":        # only of equal numbers and the same real ones
         of = f", {Path(result['folders'][0]).name}, {result['real']} and {result['fake']}"
         kid = "KID" + result["label"][2:] if result["label"] != "FID" else "KID"
         return [(result["label"] + of, result["distance"], None, False),

@@ -128,7 +128,7 @@ def test_the_report_has_all_of_all(tmp_path, capsys):
         folder.mkdir()
         shapes_result(folder / "shapes.json", rights)
         (folder / "fid.json").write_text(json.dumps(dict(
-            benchmark="fid", label="FID", distance=12.5 if name == "one" else 10.25, kid=0.004,
+            benchmark="distance", label="FID", distance=12.5 if name == "one" else 10.25, kid=0.004,
             real=30, fake=30, folders=["photos/real", "fake"])))
         (folder / "run.json").write_text(json.dumps(dict(benchmark="shapes", images_per_s=7.5)))
         (folder / "other.json").write_text("{}")
