@@ -1,7 +1,7 @@
 """What the Frechet and the kernel distance say of real pictures that are changed in known ways.
 
     python prepare_data.py emoji shards/emoji
-    python benchmarks/distances.py shards/emoji/train          2 minutes on two cores
+    python benchmarks/distances.py shards/emoji/train          4 minutes on two cores
 
 One half of the flat emoji against the other: as they are, blurred, noised, of another style.
 """

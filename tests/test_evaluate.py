@@ -331,6 +331,20 @@ def test_processes_share_without_overlap(untrained, tmp_path, monkeypatch, capsy
     assert shares == [{"00001", "00003", "00005"}, {"00000", "00002", "00004"}]
 
 
+@pytest.mark.parametrize("batch, sizes", [(9, [8, 8, 8]), (4, [4] * 6), (3, [3, 1] * 6)])
+def test_a_batch_is_of_whole_prompts_where_it_can(untrained, tmp_path, monkeypatch, batch, sizes):
+    drawn = []
+
+    def draw(jobs, *_, **__):
+        drawn.extend(map(len, jobs))
+        yield from ((prompt, seed, Image.new("RGB", (4, 4)), []) for part in jobs
+                    for prompt, seed in part)
+    monkeypatch.setattr(evaluate, "draw", draw)
+    command("geneval", "--prompts", metadata(tmp_path), "--model", untrained, "--batch-size", batch,
+            "--device", "cpu", "--out", tmp_path / "out")
+    assert drawn == sizes
+
+
 def test_killed_six_times(untrained, tmp_path):
     whole = process(untrained, tmp_path, "whole", "--batch-size", 1)
     assert whole.wait(200) == 0

@@ -160,6 +160,15 @@ def test_fid_as_a_command(folders, capsys):
     assert abs(json.loads((folders / "same.json").read_text())["distance"]) < 1e-4
 
 
+def test_lite0_gets_what_it_was_trained_on():
+    """(x - 127) / 128 at 224 pixels, of the TensorFlow lite models."""
+    _, prepare, network = metrics.extractor("efficientnet-lite0", torch.device("cpu"))
+    for value, number in ((127, 0), (255, 1), (0, -127 / 128)):
+        x = prepare(Image.new("RGB", (30, 20), (value,) * 3))
+        assert x.shape == (3, 224, 224) and (x == number).all()
+    assert network(x[None]).shape == (1, 1280)
+
+
 class Layers(torch.nn.Module):
     def forward(self, x):                   # [B,3,299,299] -> 2048 numbers that tell pictures apart
         return torch.nn.functional.adaptive_avg_pool2d(x, 27).flatten(1)[:, :2048]
