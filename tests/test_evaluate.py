@@ -346,27 +346,24 @@ def test_a_batch_is_of_whole_prompts_where_it_can(untrained, tmp_path, monkeypat
 
 
 def test_killed_six_times(untrained, tmp_path):
-    whole = process(untrained, tmp_path, "whole", "--batch-size", 1)
+    slow = "--batch-size", 1, "--steps", 20                # so that six kills come before the end
+    whole = process(untrained, tmp_path, "whole", *slow)
     assert whole.wait(200) == 0
-    rng, kills, ages = random.Random(0), 0, {}
-    folder = tmp_path / "killed"
-    while kills < 6:
-        run = process(untrained, tmp_path, "killed", "--batch-size", 1)
-        wanted = len(ages) + rng.randrange(1, 4)           # pictures, until then
-        while run.poll() is None and len(list(folder.rglob("samples/0*.png"))) < wanted:
+    rng, ages, folder = random.Random(0), {}, tmp_path / "killed"
+    for _ in range(6):
+        run = process(untrained, tmp_path, "killed", *slow)
+        while run.poll() is None and len(list(folder.rglob("samples/0*.png"))) <= len(ages):
             time.sleep(0.002)
-        time.sleep(rng.random() * 0.05)
-        if run.poll() is None:
-            kills += 1
+        time.sleep(rng.random() * 0.1)
+        assert run.poll() is None
         run.kill()
         run.wait()
         now = {p: p.stat().st_mtime_ns for p in folder.rglob("samples/0*.png")}
-        assert all(now[p] == age for p, age in ages.items())       # none was drawn again
-        assert kills < 6 or len(now) < 24
+        assert all(now[p] == age for p, age in ages.items()) and len(now) < 24     # none again
         ages = now
     half = next(folder.rglob("samples")) / ".0003.png.1.tmp"
     half.write_bytes(b"half")
-    last = process(untrained, tmp_path, "killed", "--batch-size", 1)
+    last = process(untrained, tmp_path, "killed", *slow)
     assert last.wait(200) == 0 and not half.exists()
     assert contents(folder) == contents(tmp_path / "whole")
 
