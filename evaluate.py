@@ -260,17 +260,15 @@ def write(path, data):
 # ---- scoring -------------------------------------------------------------------------------------
 
 def score_shapes(args, settings):
-    """shapes.json and shapes.png; a picture is right if it holds what was said and no more."""
+    """shapes.json and shapes.png, which follow from the pictures, and so may be written again."""
     rows, pictures = [], []
     for k, (category, said, prompt) in enumerate(scenes.evaluation_prompts(args.n, args.seed)):
         pictures.append(Image.open(args.out / "images" / f"{k:05}.png").convert("RGB"))
         why = detector.verdict(said, detector.read(pictures[-1]))
         rows.append(dict(category=category, prompt=prompt, right=int(not why), why=why))
-    result = report.scored("shapes", rows, settings)
-    report.write(result, args.out / "shapes.json", over=True)         # it follows from the pictures
+    report.write(report.scored("shapes", rows, settings), args.out / "shapes.json", over=True)
     with atomic_write(args.out / "shapes.png") as tmp:
         report.sheet(scenes.CATEGORIES, rows, pictures).save(tmp, "PNG")
-    return result
 
 
 def ground_truth(args):
