@@ -1,6 +1,7 @@
 """What the commands share: flags, prompt files, device and model, errors in one line."""
 import argparse
 import os
+import re
 import sys
 from pathlib import Path
 
@@ -8,6 +9,8 @@ import torch
 import torch.distributed as dist
 from safetensors import SafetensorError
 
+import fusedit
+import speed
 from fusedit import FuseDiTError
 from vae import load_vae
 from weights import last_checkpoint, load_model
@@ -17,6 +20,9 @@ class Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFo
     """Defaults shown, examples left as they are laid out."""
     def _get_help_string(self, action):                    # "(default: None)" tells nothing
         return action.help if action.default is None else super()._get_help_string(action)
+
+
+SPAN = dict(type=float, nargs=2, metavar=("LOW", "HIGH"), default=(0.0, 1.0))
 
 
 def positive(text):
@@ -72,9 +78,27 @@ def open_model(args):
     device = pick_device(args.device)
     dtype = getattr(torch, args.dtype or ("float32" if device.type == "cpu" else "bfloat16"))
     args.model = str(last_checkpoint(args.model))  # a run goes on, but a picture names what drew it
+    speed.settings(device, dtype)
     c = (model := load_model(args.model, device, dtype, not args.no_ema)).config
     args.guidance = c.guidance if args.guidance is None else args.guidance
-    return model, load_vae(c.vae, device, dtype, c.in_channels) if c.vae else None, device
+    vae = load_vae(c.vae, device, dtype, c.in_channels) if c.vae else None
+    if args.compile:
+        speed.compile_model(model, vae)
+    return model, vae, device
+
+
+def warn(model, prompts):
+    """Say which words the model cannot read, and where a long prompt is cut."""
+    tok = model.tokenizer
+    rows, limit = fusedit.token_ids(tok, prompts, model.config)
+    ids = {w: tok(w, add_special_tokens=False)["input_ids"] for prompt, row in zip(
+        prompts, rows, strict=True) if tok.unk_token_id in row
+        for w in re.findall(r"\w+|[^\w\s]", prompt)}
+    if unknown := [w for w in ids if tok.unk_token_id in ids[w]]:
+        print("warning: the model does not know:", ", ".join(unknown), file=sys.stderr)
+    for row in [row for row in rows if len(row) > limit]:
+        end = tok.decode(row[:limit], skip_special_tokens=True)[-40:]
+        print(f"warning: prompt cut to {limit} tokens, after {end!r}", file=sys.stderr)
 
 
 def run(main, lower):

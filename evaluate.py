@@ -29,10 +29,10 @@ from tqdm import tqdm
 import cli
 import metrics
 import report
-from cli import Help, open_model, positive, run, uint32
+from cli import SPAN, Help, open_model, positive, run, uint32, warn
 from demo import detector, render, scenes
 from fusedit import FuseDiTError
-from sample import draw, notes, warn
+from sample import draw, notes
 from weights import atomic_write
 
 ROOT = Path(__file__).parent
@@ -121,8 +121,10 @@ def evaluate(args):
     path = Path(args.model)
     name = "-".join(path.parts[-2:] if path.name.startswith("step-") else path.parts[-1:])
     top = args.out or Path("evaluation") / f"{args.name}-{name}"
+    span = [*args.guidance_span]
+    during = "-span-{:g}-{:g}".format(*span) * (span != [0, 1])
     runs = [argparse.Namespace(**vars(args) | dict(
-        guidance=g, steps=steps, out=top / f"guidance-{g:g}-steps-{steps}"))
+        guidance=g, steps=steps, out=top / f"guidance-{g:g}{during}-steps-{steps}"))
         for g in guidance for steps in args.steps]
     for one, settings in [(one, claim(one, work, model)) for one in runs]:
         if not paint(one, work, model, vae, device, settings):
@@ -155,6 +157,8 @@ def claim(args, work, model):
     said = dict(benchmark=args.name, model=args.model, weights=identity(model), prompts=prompts,
                 images=work.images, size=model.config.image_size, seed=args.seed, steps=args.steps,
                 guidance=args.guidance, dtype=str(next(model.dit.parameters()).dtype)[6:])
+    if [*args.guidance_span] != [0, 1]:
+        said |= dict(guidance_span=args.guidance_span)
     path = args.out / "run.json"            # looked for last: another process may just write it
     taken = args.out.exists() and any(p.name[0] != "." for p in args.out.iterdir())
     if path.exists():
@@ -333,10 +337,12 @@ def sampler(commands, name, work, about, prompts=None):
     a("--steps", type=numbers(positive), default="25", help="Euler steps; a list is a sweep")
     a("--guidance", type=numbers(float), help="how strictly to follow the prompt, a list is a "
       "sweep; if not given, the model's own (6 in the paper)")
+    a("--guidance-span", **SPAN, help="noise levels at which guidance is on; fewer: faster")
     a("--batch-size", type=positive, default=32, help="pictures drawn at once, at most")
     a("--out", type=Path, metavar="DIR", help="if not given, evaluation/BENCHMARK-MODEL")
     a("--device", default="auto", help="auto, cpu, cuda, cuda:1, ...; torchrun's GPUs by itself")
     a("--dtype", choices=["float32", "bfloat16"], help="unless given, bfloat16 on a GPU only")
+    a("--compile", action="store_true", help="compile the model: faster, after a minute")
     a("--no-ema", action="store_true", help="a checkpoint's raw, not averaged weights")
     return a
 

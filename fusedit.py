@@ -217,8 +217,12 @@ def sine_table(rows, cols, width, device, size=64):
     return torch.cat([by_col, by_row], dim=-1).reshape(1, rows * cols, width)
 
 
-def image_angles(kind, rows, cols, n, h, device):
-    """Rotation angles [B, N, h/2] of a grid of patches after n [B] text tokens; ape: None.
+def turns(angles):  # [B,S,h/2] -> cosines and sines [2,B,1,S,h/2], one table for all layers
+    return torch.stack([angles.cos(), angles.sin()])[:, :, None]
+
+
+def image_turns(kind, rows, cols, n, h, device):
+    """Rotations (see turns) of a grid of patches after n [B] text tokens; ape: None.
 
     2d-rope: half of each head's pairs (see rotate) turn with the row, half with the column, over
     all frequencies; m-rope: rows the fast, columns the slow half; 1d-rope: counted on like words.
@@ -230,27 +234,27 @@ def image_angles(kind, rows, cols, n, h, device):
     full, half = frequencies(h // 2, device=device), frequencies(h // 4, device=device)
     by_row, by_col = (half, half) if kind == "2d-rope" else full.chunk(2)
     row, col = ((n[:, None] + place)[..., None] for place in (row, col))      # [B, N, 1]
-    return torch.cat([row * by_row, col * by_col], dim=-1)
+    return turns(torch.cat([row * by_row, col * by_col], dim=-1))
 
 
-def rotate(x, angles):
-    """Rotary embedding: turn pair (j, j + h/2) of each head of x [B,heads,S,h] by angles [B,S,h/2].
+def rotate(x, turn):
+    """Rotary embedding: turn pair (j, j + h/2) of each head of x [B,heads,S,h] by its angle.
 
     Then a product of query and key depends on the difference of their positions alone
-    (arXiv 2104.09864). angles None: x as it is.
+    (arXiv 2104.09864). turn: cosines and sines, of turns; None: x as it is.
     """
-    if angles is None:
+    if turn is None:
         return x
-    cos, sin = angles.cos()[:, None], angles.sin()[:, None]        # [B,1,S,h/2]
-    a, b = x.float().chunk(2, dim=-1)
+    (cos, sin), (a, b) = turn, x.float().chunk(2, dim=-1)
     return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1).to(x.dtype)
 
 
 def attend(q, k, v, mask=None, scale=None):
-    """Softmax attention [B,H,N,h] of q over k, v [B,K,S,h], mask [...,N,S]: True may look."""
-    # H / K query heads share a key head; fused kernels that take a mask want one for each.
-    k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for x in (k, v))
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale)
+    """Softmax attention [B,H,N,h] of q over k, v [B,K,S,h], mask [...,N or 1,S]: True may look."""
+    # H / K query heads share a key head: as more rows of one head, so that no key is copied.
+    rows = q.reshape(*k.shape[:2], -1, k.shape[-1])                # [B,K,H/K*N,h]
+    mask = mask if mask is None or mask.shape[-2] == 1 else mask.repeat(q.shape[1] // k.shape[1], 1)
+    return F.scaled_dot_product_attention(rows, k, v, attn_mask=mask, scale=scale).reshape(q.shape)
 
 
 class Attention(nn.Module):
@@ -273,12 +277,11 @@ class Attention(nn.Module):
     def heads(self, x):
         return x.unflatten(-1, (-1, self.h)).transpose(1, 2)       # [B,S,heads*h] -> [B,heads,S,h]
 
-    def q(self, x, angles=None):
-        return rotate(self.q_norm(self.heads(self.q_proj(x))), angles)
+    def q(self, x, turn=None):
+        return rotate(self.q_norm(self.heads(self.q_proj(x))), turn)
 
-    def kv(self, x, angles=None):
-        k = rotate(self.k_norm(self.heads(self.k_proj(x))), angles)
-        return k, self.heads(self.v_proj(x))
+    def kv(self, x, turn=None):
+        return rotate(self.k_norm(self.heads(self.k_proj(x))), turn), self.heads(self.v_proj(x))
 
     def text_kv(self, x):
         return self.k_norm(self.heads(self.text_k_proj(x))), self.heads(self.text_v_proj(x))
@@ -304,20 +307,19 @@ class Block(nn.Module):
         return x + gate * (self.post_attention_layernorm(attn) if self.sandwich else attn)
 
     def add_mlp(self, x, shift=0, scale=0, gate=1):
-        if not self.sandwich:
-            return x + gate * self.mlp(modulate(self.post_attention_layernorm(x), shift, scale))
-        y = self.mlp(modulate(self.pre_feedforward_layernorm(x), shift, scale))
-        return x + gate * self.post_feedforward_layernorm(y)
+        norm = self.pre_feedforward_layernorm if self.sandwich else self.post_attention_layernorm
+        y = self.mlp(modulate(norm(x), shift, scale))
+        return x + gate * (self.post_feedforward_layernorm(y) if self.sandwich else y)
 
-    def forward(self, x, angles, mask, scale, rotated):
+    def forward(self, x, turn, mask, scale, rotated):
         """x [B,T,D] after this layer; and its keys and values [B,K,T,h], and x as it came."""
         y, attn = self.input_layernorm(x), self.self_attn
         k, v = attn.kv(y)
-        turned = rotate(k, angles)
+        turned = rotate(k, turn)
         given = turned if rotated else k, v, x
         if self.mlp is None:                # the last one that is read, see weights.trim
             return x, given
-        z = attend(attn.q(y, angles), turned, v, mask, scale)
+        z = attend(attn.q(y, turn), turned, v, mask, scale)
         return self.add_mlp(self.add_attention(x, attn.out(z))), given
 
 
@@ -375,8 +377,8 @@ class Gemma(nn.Module):
         # In x's dtype, as Gemma was trained: in bf16 the factor itself is rounded.
         x = x * torch.full((), c.hidden_size ** 0.5, dtype=x.dtype, device=device)
         place = torch.arange(T, device=device)
-        far, near = (place[None, :, None] * frequencies(c.head_dim // 2, theta, device) / factor
-                     for theta, factor in ((c.rope_theta, c.rope_factor), (c.local_theta, 1)))
+        far, near = (turns(place[None, :, None] * frequencies(c.head_dim // 2, theta, device) / by)
+                     for theta, by in ((c.rope_theta, c.rope_factor), (c.local_theta, 1)))
         back = place[:, None] - place                              # [T,T] how far each one is back
         causal, window = back >= 0, (back >= 0) & (back < c.sliding_window)
         own = [(near, window) if i in c.sliding_layers else (far, causal) for i in range(upto + 1)]
@@ -424,17 +426,16 @@ class DiTBlock(Block):
             return (mod + self.scale_shift_table)[:, None].chunk(6, dim=-1)
         return 0, 0, 1, 0, 0, 1
 
-    def forward(self, x, text_k, text_v, mod, angles, hidden, text_mask, joint_mask):
+    def forward(self, x, text_k, text_v, mod, turn, hidden, text_mask, joint_mask):
         """x [B,N,D] after this block. mod: the time embedding [B,D], or t_block's [B,6D], or 0."""
         shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = self.modulation(mod)
         attn, cross = self.self_attn, self.cross_attn
         if self.shallow:
             text_k, text_v = (cross or attn).text_kv(hidden)
         y = modulate(self.input_layernorm(x), shift_a, scale_a)
-        q, (k, v), mask = attn.q(y, angles), attn.kv(y, angles), None
+        q, (k, v), mask = attn.q(y, turn), attn.kv(y, turn), None
         if self.joint:                                             # [text ; image] in one softmax
-            k, v = torch.cat([text_k, k], dim=2), torch.cat([text_v, v], dim=2)
-            mask = joint_mask
+            k, v, mask = torch.cat([text_k, k], 2), torch.cat([text_v, v], 2), joint_mask
         x = self.add_attention(x, attn.out(attend(q, k, v, mask)), gate_a)
         if cross is not None:                                      # a second softmax: text alone
             z = cross.out(attend(cross.q(x), text_k, text_v, text_mask))
@@ -509,8 +510,7 @@ class DiT(nn.Module):
         B, C, rows, cols = len(x_t), c.in_channels, x_t.shape[2] // P, x_t.shape[3] // P
         assert x_t.shape == (B, C, rows * P, cols * P), f"{x_t.shape} in patches of {P}"
         assert sigma.shape == (B,) and len(text.mask) == B, (sigma.shape, text.mask.shape)
-        x = self.patch_embed["proj"](x_t.to(dtype)).flatten(2)                    # [B,D,N]
-        x = x.transpose(1, 2).contiguous()  # [B,N,D]; else every Linear would copy its input
+        x = self.patch_embed["proj"](x_t.to(dtype)).flatten(2).mT.contiguous()    # [B,N,D]
         temb = mod = self.embed_time(sigma, text.pooled, dtype)                   # [B,D]
         if c.pos_embed == "ape":
             x = x + sine_table(rows, cols, self.width, x.device).to(dtype)
@@ -520,12 +520,12 @@ class DiT(nn.Module):
             mod = self.t_block(temb)                                              # [B,6D]
         # Deep joint attention: the words stand at 0 .. n-1, the picture at n; otherwise at 0.
         n = text.mask.sum(1) * (c.fusion == "deep" and c.attention == "self")     # [B]
-        angles = image_angles(c.pos_embed, rows, cols, n, self.h, x.device)       # [B,N,h/2]
+        turn = image_turns(c.pos_embed, rows, cols, n, self.h, x.device)           # [2,B,1,N,h/2]
         text_mask = text.mask[:, None, None, :]                                   # [B,1,1,T]
         joint_mask = F.pad(text_mask, (0, rows * cols), value=True)               # [B,1,1,T+N]
         hidden = self.context_embedder(text.hidden.to(dtype)) if c.fusion == "shallow" else None
         own = [*zip(text.keys, text.values, strict=True)]
-        x, _ = self.layers(x, own, (mod, angles, hidden, text_mask, joint_mask))
+        x, _ = self.layers(x, own, (mod, turn, hidden, text_mask, joint_mask))
         x = self.proj_out(modulate(self.norm_out(x), *self.final_modulation(temb)))
         x = x.view(B, rows, cols, P, P, C).permute(0, 5, 1, 3, 2, 4)          # [B,C,rows,P,cols,P]
         return x.reshape(x_t.shape).to(x_t.dtype)
@@ -630,21 +630,21 @@ def flow_loss(dit, x, text, sigma, eps):
 
 
 @torch.no_grad()
-def sample(dit, noise, text, empty, steps, guidance, shift, callback=lambda i, x: None):
+def sample(dit, noise, text, empty, steps, guidance, shift, span=(0, 1), after=lambda i, x: None):
     """Euler integration of the velocity from noise [B,C,H,W] at sigma 1 to a picture at 0.
 
     text, empty: TextFeatures of the B prompts and of what to avoid (the empty or a negative
-    prompt), of the same T. Classifier-free guidance (arXiv 2207.12598) goes past the prompt's
-    velocity, v_empty + guidance (v - v_empty); 1 turns it off. callback(i, x) after each step.
+    prompt), of the same T. At noise levels in span, classifier-free guidance (arXiv 2207.12598)
+    goes past the prompt's velocity, v_empty + guidance (v - v_empty); 1: off. after(i, x): a step.
     """
-    x, sigmas, guided = noise.float(), sample_sigmas(steps, shift).tolist(), guidance != 1
-    if guided:
-        text = text.apply(lambda a, b: torch.cat([a, b]), empty)
-    for i in range(steps):
-        v = dit(torch.cat([x, x]) if guided else x, x.new_full([len(text.mask)], sigmas[i]), text)
-        if guided:
-            v, v_empty = v.chunk(2)
+    x, sigmas = noise.float(), sample_sigmas(steps, shift).tolist()
+    both = text.apply(lambda a, b: torch.cat([a, b]), empty)
+    for i, (sigma, lower) in enumerate(zip(sigmas, sigmas[1:])):
+        if guidance != 1 and span[0] <= sigma <= span[1]:
+            v, v_empty = dit(torch.cat([x, x]), x.new_full([2 * len(x)], sigma), both).chunk(2)
             v = v_empty + guidance * (v - v_empty)
-        x = x + (sigmas[i + 1] - sigmas[i]) * v
-        callback(i, x)
+        else:
+            v = dit(x, x.new_full([len(x)], sigma), text)
+        x = x + (lower - sigma) * v
+        after(i, x)
     return x

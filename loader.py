@@ -360,7 +360,6 @@ class Batches(Dataset):
         self.asked, self.clip = {}, config.clip and ClipTokenizer(config.clip)
         self.tars = Tars(self.shards, run.mix_shards * len(sets), run.cache,
                          encoded(self.shards, run, config, rank))
-        # one length for all batches: a compiled model would compile again for every new one
         self.pad_to = fusedit.token_ids(tokenizer, [""], config)[1]
 
     def __len__(self):
@@ -476,6 +475,17 @@ def tensors(batches, bad):
     for batch in batches:
         bad.append(batch["bad"])
         yield {k: v for k, v in batch.items() if isinstance(v, torch.Tensor)}
+
+
+def trimmed(batch):
+    """The batch with text as long as its longest caption needs, in quarters of the full length.
+
+    Few lengths, since a compiled model compiles anew for some of them; XLA would for all.
+    """
+    full, most = batch["ids"].shape[1], int(batch["mask"].sum(1).max())
+    unit = -(-full // 32) * 8               # attention kernels like multiples of 8
+    T = min(full, -(-most // unit) * unit)
+    return batch | dict(ids=batch["ids"][:, :T], mask=batch["mask"][:, :T])
 
 
 def to_device(batch, device):

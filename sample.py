@@ -10,7 +10,6 @@ a prompt take the seeds from --seed on; a seed gives one picture, whatever else 
 """
 import argparse
 import re
-import sys
 from pathlib import Path
 
 import torch
@@ -19,7 +18,7 @@ from PIL.PngImagePlugin import PngInfo
 from tqdm import tqdm
 
 import fusedit
-from cli import open_model, positive, read_prompts, run, uint32
+from cli import SPAN, open_model, positive, read_prompts, run, uint32, warn
 from fusedit import FuseDiTError
 from weights import atomic_write, export, untaken
 
@@ -32,6 +31,7 @@ def arguments():
             ("--model", dict(default=Path(__file__).parent / "demo"), "a model's folder or hub id"),
             ("--steps", dict(type=positive, default=25), "Euler steps; more: finer, slower (25)"),
             ("--guidance", dict(type=float), "how strictly to follow the prompt (the model's)"),
+            ("--guidance-span", SPAN, "noise levels at which guidance is on (0 1); fewer: faster"),
             ("--negative", dict(default="", metavar="TEXT"), "what to steer away from (nothing)"),
             ("--seed", dict(type=uint32, default=0), "of a prompt's first picture (0)"),
             ("--num-images", dict(type=positive, default=1), "pictures of a prompt (1)"),
@@ -42,6 +42,7 @@ def arguments():
             ("--device", dict(default="auto"), "auto, cpu, cuda, cuda:1, ... (auto)"),
             ("--no-ema", dict(action="store_true"), "a checkpoint's raw, not averaged weights"),
             ("--dtype", dict(choices=["float32", "bfloat16"]), "bfloat16 on a GPU"),
+            ("--compile", dict(action="store_true"), "faster after a minute: for many pictures"),
             ("--grid", dict(action="store_true"), "also save all of them on one sheet, grid.png"),
             ("--gif", dict(action="store_true"), "also save an animation of the denoising"),
             ("--export", dict(type=Path, metavar="DIR"), "write the model, released layout")):
@@ -52,24 +53,11 @@ def arguments():
     return args
 
 
-def warn(model, prompts):
-    """Say which words the model cannot read, and where a long prompt is cut."""
-    tok = model.tokenizer
-    rows, limit = fusedit.token_ids(tok, prompts, model.config)
-    ids = {w: tok(w, add_special_tokens=False)["input_ids"] for prompt, row in zip(
-        prompts, rows, strict=True) if tok.unk_token_id in row
-        for w in re.findall(r"\w+|[^\w\s]", prompt)}
-    if unknown := [w for w in ids if tok.unk_token_id in ids[w]]:
-        print("warning: the model does not know:", ", ".join(unknown), file=sys.stderr)
-    for row in [row for row in rows if len(row) > limit]:
-        end = tok.decode(row[:limit], skip_special_tokens=True)[-40:]
-        print(f"warning: prompt cut to {limit} tokens, after {end!r}", file=sys.stderr)
-
-
 def to_images(x, vae):
     """Latents, or pixels where there is no VAE, x [B,C,H,W] -> PIL images."""
-    with torch.no_grad():
-        pixels = (vae.decode(x) if vae else x).float().clamp(-1, 1).permute(0, 2, 3, 1)
+    with torch.no_grad():                                  # one by one: decoding takes memory
+        x = torch.cat([vae.decode(z) for z in x.split(1)]) if vae else x
+        pixels = x.float().clamp(-1, 1).permute(0, 2, 3, 1)
     return [Image.fromarray(p) for p in ((pixels + 1) * 127.5).round().byte().cpu().numpy()]
 
 
@@ -102,15 +90,16 @@ def draw(batches, model, vae, size, args, device, done=0, quiet=False):
             rows, last = [prompts.index(prompt) for prompt, _ in part], [-1] * len(part)
             x = fusedit.sample(model.dit, torch.stack(noise).to(device),
                                texts.apply(lambda t: t[rows]), texts.apply(lambda t: t[last]),
-                               args.steps, args.guidance, c.shift, step)
+                               args.steps, args.guidance, c.shift, args.guidance_span, step)
             for i, image in enumerate(to_images(x, vae)):
                 yield *part[i], image, [f[i] for f in frames]
 
 
 def notes(prompt, seed, args):              # what a PNG says of itself
     info = PngInfo()
+    span = "{:g} {:g}".format(*args.guidance_span)
     for key, value in dict(prompt=prompt, seed=seed, steps=args.steps, guidance=args.guidance,
-                           negative=args.negative, model=args.model).items():
+                           guidance_span=span, negative=args.negative, model=args.model).items():
         info.add_itxt(key, str(value))
     return info
 

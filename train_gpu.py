@@ -23,6 +23,7 @@ import cli
 import fusedit
 import loader
 import plan
+import speed
 import training
 import watch
 import zero
@@ -46,8 +47,7 @@ def start(run):
                                    "(nvidia-smi?); on CPUs, --device cpu says that none is meant")
     os.environ.setdefault("DS_ACCELERATOR", device.type)  # DeepSpeed would guess
     torch.set_float32_matmul_precision("high")
-    # The CPU's fused attention is slow backwards: 108 against 155 images/s in the demo's training.
-    torch.backends.cuda.enable_flash_sdp(device.type == "cuda")
+    speed.settings(device, torch.bfloat16 if run.dtype == "bf16" else torch.float32)
     # Several ranks also talk through their CPUs, in training.agree().
     backend = "gloo" if device.type == "cpu" else "nccl" if world == 1 else "cpu:gloo,cuda:nccl"
     dist.init_process_group(backend, timeout=timedelta(minutes=30))
@@ -56,24 +56,23 @@ def start(run):
 
 # ------------------------------------------------------------------------------ build
 
-def blocks(run, model):
+def blocks(run, model, vae):
     """Compile and recompute the blocks, if asked to."""
-    if run.compile and run.zero[0] != "3":  # there the Gemma's weights come one by one
-        model.llm.compile()
-    for layer in model.dit.layers:          # one by one: what is compiled for one serves all
-        if run.compile:
-            layer.forward = torch.compile(layer.forward)
-        if run.remat:
-            layer.forward = partial(recompute, layer.forward, use_reentrant=False)
+    if run.float8:
+        speed.float8(model.dit)
+    if run.compile:                         # ZeRO 3: there the Gemma's weights come one by one
+        speed.compile_model(model, vae, llm=run.zero[0] != "3")
+    for layer in model.dit.layers if run.remat else ():
+        layer.forward = partial(recompute, layer.forward, use_reentrant=False)
 
 
-def build(run, model, saved, micro, times):
+def build(run, model, vae, saved, micro, times):
     """The DeepSpeed engine: by ZeRO stage it shares out Adam's state, gradients and weights."""
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch")  # DeepSpeed's to heed
     import deepspeed                        # takes seconds: not for --help
     stage, offload = int(run.zero[0]), run.zero.endswith("offload")
     plain = stage == 0 and run.dtype == "float32"          # then Adam works without DeepSpeed's
-    blocks(run, model)
+    blocks(run, model, vae)
     adam = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], run.lr,
                              (run.beta1, run.beta2), fused=True, weight_decay=run.weight_decay)
     config = dict(train_batch_size=run.batch, train_micro_batch_size_per_gpu=micro,
@@ -120,14 +119,14 @@ def train(run, config):
     watcher = watch.Watcher(run, config, model, vae, saved, micro, len(source))
     coming = range(first * times, run.steps * times)
     batches = loader.load_batches(source, coming, run.workers, pin=device.type == "cuda")
-    engine, saved = build(run, model, saved, micro, times), None        # and its files are closed
+    engine, saved = build(run, model, vae, saved, micro, times), None   # and its files are closed
     signals, step = training.catch_signals(), first
     for step in range(first, run.steps):
         # ------------------------------------------------------------ the training step
         for group in engine.optimizer.param_groups:
             group["lr"] = training.learning_rate(run, step)
         for _ in range(times):
-            batch = next(batches)
+            batch = loader.trimmed(next(batches))
             x, ids, mask, clip, normal, noise = loader.to_device(batch, device)  # x [B,3,H,W]
             if vae:
                 with torch.no_grad():

@@ -85,6 +85,8 @@ class RunConfig:
     mesh: str = flag("-1,1", "devices along fsdp, which share the batch and all tensors, and along "
                      "tensor, which share heads and the MLP's width; -1: all others", True,
                      only="tpu")
+    float8: bool = flag(False, "the DiT's products in float8 (torchao; an H100 or newer): faster, "
+                        "not quite the same", only="gpu")
     remat: bool = flag(False, "recompute activations: less memory, slower", True)
     workers: int = flag(4, "data processes of a GPU, or of a TPU's host; 0: none", True, low=0)
     mix_shards: int = flag(8, "shards read at a time, their samples mixed", low=1)

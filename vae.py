@@ -138,7 +138,6 @@ def decoder(cfg):
 
 class VAE(nn.Module):
     """encode: pixels [B,3,H,W] in [-1,1] to latents [B,16,H/8,W/8]; decode: back."""
-
     def __init__(self, config=VAEConfig()):
         super().__init__()
         self.config, self.factor = config, 2 ** (len(config.block_out_channels) - 1)  # 8
@@ -177,4 +176,5 @@ def load_vae(path_or_id, device="cpu", dtype=torch.float32, channels=None):
         raise FuseDiTError(f"the VAE {path_or_id} has {vae.config.latent_channels} channels, the "
                            f"model's config.json has in_channels {channels}: they must agree")
     fill(vae, found, device, dtype)
-    return vae.requires_grad_(False).eval()
+    layout = torch.channels_last if dtype == torch.bfloat16 else torch.contiguous_format  # faster
+    return vae.to(memory_format=layout).requires_grad_(False).eval()

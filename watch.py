@@ -257,7 +257,7 @@ def draw(run, config, model, vae, sync, rank, world):
                          for i in mine]).to(texts.mask.device)
     x = fusedit.sample(model.dit, noise, texts.apply(lambda t: t[:-1]),
                        texts.apply(lambda t: t[[-1] * len(mine)]), run.sample_steps,
-                       config.guidance, config.shift, lambda i, x: sync())
+                       config.guidance, config.shift, after=lambda i, x: sync())
     images = to_images(x, vae)
     if world == 1:
         return images

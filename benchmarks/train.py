@@ -64,8 +64,8 @@ def joint(model, x_t, sigma, ids, mask):
     txt = txt * torch.full((), llm.config.hidden_size ** 0.5, dtype=dtype, device=txt.device)
     img = dit.patch_embed["proj"](x_t.to(dtype)).flatten(2).transpose(1, 2)
     N, h, place = img.shape[1], dit.h, torch.arange(T, device=txt.device)
-    by_word = (place[:, None] * fusedit.frequencies(h // 2, device=txt.device))[None]
-    by_patch = fusedit.image_angles(c.pos_embed, side, side, mask.sum(1), h, txt.device)
+    by_word = fusedit.turns((place[:, None] * fusedit.frequencies(h // 2, device=txt.device))[None])
+    by_patch = fusedit.image_turns(c.pos_embed, side, side, mask.sum(1), h, txt.device)
     sees = torch.zeros(B, T + N, T + N, dtype=torch.bool, device=txt.device)
     sees[:, :T, :T] = place[:, None] >= place
     sees[:, T:] = F.pad(mask, (0, N), value=True)[:, None]

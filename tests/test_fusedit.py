@@ -204,12 +204,13 @@ def joint_attention_forward(model, ids, mask, x_t, sigma):
     see[:, :T, :T] = torch.ones(T, T).tril().bool()
     see[:, T:, :T] = mask[:, None]
     see[:, T:, T:] = True
-    text_angles = torch.outer(torch.arange(T), 1e4 ** (-torch.arange(h // 2) / (h // 2)))[None]
-    angles = fusedit.image_angles("2d-rope", rows, cols, mask.sum(1), h, None)
+    angles = torch.outer(torch.arange(T), 1e4 ** (-torch.arange(h // 2) / (h // 2)))[None]
+    by_word = fusedit.turns(angles)
+    by_patch = fusedit.image_turns("2d-rope", rows, cols, mask.sum(1), h, None)
     for a, b in zip(llm.layers, dit.layers, strict=True):
         s, n = a.input_layernorm(txt), b.input_layernorm(img)
         q, k, v = [], [], []
-        for attn, y, turn in ((a.self_attn, s, text_angles), (b.self_attn, n, angles)):
+        for attn, y, turn in ((a.self_attn, s, by_word), (b.self_attn, n, by_patch)):
             q.append(fusedit.rotate(attn.q_norm(attn.heads(attn.q_proj(y))), turn))
             k.append(fusedit.rotate(attn.k_norm(attn.heads(attn.k_proj(y))), turn))
             v.append(attn.heads(attn.v_proj(y)))
@@ -333,7 +334,7 @@ def test_sampler_is_exact_on_straight_paths():
     for steps in (1, 3):
         seen = []
         got = fusedit.sample(lambda x_t, s, t: noise - x, noise, text, text, steps, 1.0, 3.0,
-                             lambda i, x_t: seen.append(i))
+                             after=lambda i, x_t: seen.append(i))
         assert (got - x).abs().max() < 1e-5 and seen == list(range(steps))
 
 

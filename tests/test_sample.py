@@ -47,7 +47,7 @@ def test_pictures_sheet_animation_and_metadata(model, tmp_path):
     picture = Image.open(tmp_path / "a-blue-star-6.png")
     assert picture.size == (8, 8) and picture.text == {
         "prompt": "a blue star", "seed": "6", "steps": "3", "guidance": "2.5", "negative": "",
-        "model": str(model)}          # 2.5: the model's own
+        "guidance_span": "0 1", "model": str(model)}          # 2.5: the model's own
     assert Image.open(tmp_path / "a-red-circle-5.gif").n_frames == 3
 
 

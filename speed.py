@@ -1,0 +1,56 @@
+"""What makes a run faster on the machine at hand. What is computed stays the same, up to rounding;
+`float8` alone changes more, and only who asks for it gets it.
+
+Each entry was measured before it was kept: README, "How fast". Attention is one call of PyTorch's
+scaled_dot_product_attention (fusedit.attend), which picks a kernel by device, type and shape; here
+is only said what it may pick from.
+"""
+import ctypes
+import os
+import sys
+
+import torch
+
+from fusedit import FuseDiTError
+
+
+def settings(device, dtype):
+    """Set this process up for computing in dtype on a device."""
+    if device.type != "cpu":
+        return
+    # In bf16 the CPU's fused attention is 2.5 times slower than two products and a softmax are. (In
+    # float32 it is as fast, and without it scores of long sequences would fill the memory.)
+    torch.backends.cuda.enable_flash_sdp(dtype != torch.bfloat16)
+    torch.backends.cuda.allow_fp16_bf16_reduction_math_sdp(True)
+    if sys.platform == "linux" and "MALLOC_TRIM_THRESHOLD_" not in os.environ:
+        mallopt = getattr(ctypes.CDLL(None), "mallopt", None)          # glibc's
+        for key in (-1, -3) if mallopt else ():            # M_TRIM_THRESHOLD, M_MMAP_THRESHOLD:
+            mallopt(key, 2**30)                            # keep freed memory, do not map it anew
+
+
+def compile_model(model, vae, llm=True):
+    """Compile the blocks of both towers and, on a GPU, the VAE: a minute, the first time.
+
+    Block by block: all of a tower share one graph, so that the time does not grow with depth.
+    """
+    # Graphs differ by length of text, batch size and with or without gradients: 8 may not do.
+    torch._dynamo.config.recompile_limit = 64
+    for layer in (*model.dit.layers, *(model.llm.layers if llm else ())):
+        layer.forward = torch.compile(layer.forward)
+    if vae and model.llm.norm.weight.is_cuda:              # on a CPU it becomes slower
+        vae.encoder.compile()
+        vae.decoder.compile()
+
+
+def float8(dit):
+    """The products of a DiT's blocks in float8 from now on: torchao's recipe of a scale a tensor.
+
+    Weights, gradients and Adam's state keep their types. Where the hardware has no float8 it is
+    emulated: slow, but it shows what the rounding does.
+    """
+    from torchao.float8 import Float8LinearConfig, convert_to_float8_training
+    device = dit.proj_out.weight.device
+    has = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 9)
+    if device.type == "cuda" and not has:
+        raise FuseDiTError("--float8 needs a GPU with float8: Ada, Hopper (H100) or newer")
+    convert_to_float8_training(dit.layers, config=Float8LinearConfig(emulate=not has))
