@@ -250,7 +250,7 @@ def rotate(x, turn):
 
 
 def attend(q, k, v, mask=None, scale=None):
-    """Softmax attention [B,H,N,h] of q over k, v [B,K,S,h], mask [...,N or 1,S]: True may look."""
+    """Softmax attention [B,H,N,h] of q over k, v [B,K,S,h]; mask [..,N or 1,S]: True or 0 looks."""
     # H / K query heads share a key head: as more rows of one head, so that no key is copied.
     rows = q.reshape(*k.shape[:2], -1, k.shape[-1])                # [B,K,H/K*N,h]
     mask = mask if mask is None or mask.shape[-2] == 1 else mask.repeat(q.shape[1] // k.shape[1], 1)
@@ -521,8 +521,8 @@ class DiT(nn.Module):
         # Deep joint attention: the words stand at 0 .. n-1, the picture at n; otherwise at 0.
         n = text.mask.sum(1) * (c.fusion == "deep" and c.attention == "self")     # [B]
         turn = image_turns(c.pos_embed, rows, cols, n, self.h, x.device)           # [2,B,1,N,h/2]
-        text_mask = text.mask[:, None, None, :]                                   # [B,1,1,T]
-        joint_mask = F.pad(text_mask, (0, rows * cols), value=True)               # [B,1,1,T+N]
+        text_mask = torch.where(text.mask, 0.0, -math.inf).to(dtype)[:, None, None]  # [B,1,1,T]
+        joint_mask = F.pad(text_mask, (0, rows * cols))                           # [B,1,1,T+N]
         hidden = self.context_embedder(text.hidden.to(dtype)) if c.fusion == "shallow" else None
         own = [*zip(text.keys, text.values, strict=True)]
         x, _ = self.layers(x, own, (mod, turn, hidden, text_mask, joint_mask))

@@ -35,8 +35,9 @@ def compile_model(model, vae, llm=True):
     """
     # Graphs differ by length of text, batch size and with or without gradients: 8 may not do.
     torch._dynamo.config.recompile_limit = 64
-    for layer in (*model.dit.layers, *(model.llm.layers if llm else ())):
-        layer.forward = torch.compile(layer.forward)
+    torch._inductor.config.cpp.use_decompose_tanh = True   # GELU on a CPU: twice as fast
+    for module in (*model.dit.layers, model.dit.norm_out, *(model.llm.layers if llm else ())):
+        module.forward = torch.compile(module.forward)
     if vae and model.llm.norm.weight.is_cuda:              # on a CPU it becomes slower
         vae.encoder.compile()
         vae.decoder.compile()

@@ -1,4 +1,4 @@
-"""How fast pictures are packed and loaded, on one core, and what joining CC12M's captions takes.
+"""How fast pictures are packed, on one core, and what joining CC12M's captions takes.
 
     python benchmarks/data.py speed                 images a second; 2 minutes
     python benchmarks/data.py join -n 2000000       memory and time of the join
@@ -21,13 +21,9 @@ import numpy as np
 import torch
 from PIL import Image
 
-import fusedit
-import loader
 import prepare_data
 import sources
-import training
 from cli import Help
-from weights import load_tokenizer
 
 
 def photo(width, height, seed, quality):
@@ -97,14 +93,8 @@ def plain(data, size):
     return torch.from_numpy(np.asarray(image, np.float32) / 127.5 - 1).permute(2, 0, 1)
 
 
-def load(source, steps):
-    for m in range(steps):
-        source[m]
-
-
 def speed(args):
     torch.set_num_threads(1)
-    words = load_tokenizer(Path(fusedit.__file__).with_name("demo") / "gemma")
     large = [photo(2250, 1500, i, 92) for i in range(24)]
     small = [photo(768, 512, i, 95) for i in range(128)]
     kb = [sum(map(len, photos)) / len(photos) / 1e3 for photos in (large, small)]
@@ -119,14 +109,6 @@ def speed(args):
             got = rate(partial(pack, folder, tmp / f"out {name}", size), len(many))
             print(f"packing {name}: {got:.1f} images/s; decoding and encoding alone {bound:.1f}; "
                   f"{got / bound:.2f} of it")
-        for size in (512, 256):
-            run = training.RunConfig(data=(str(tmp / "out 768 x 512 kept"),), batch=16)
-            config = fusedit.preset("fusedit", image_size=size)
-            source = loader.Batches(run, config, words, 16)
-            slow = rate(lambda: [plain(data, size) for data in small], len(small))
-            fast = rate(partial(load, source, len(small) // 16), len(small))
-            print(f"loading 768 x 512 for {size} pixels, words and noise too: {fast:.1f} images/s;"
-                  f" a plain loop {slow:.1f}; {fast / slow:.2f} times")
 
 
 def join(args):
