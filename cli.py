@@ -111,6 +111,7 @@ def run(main, lower):
         message, code = "interrupted", 130
     except ModuleNotFoundError as e:        # an extra
         extras = dict(gpu="deepspeed", tpu="torch_xla", data="duckdb", eval="efficientnet",
+                      float8="torchao",
                       watch="matplotlib tensorboard wandb")
         name = (e.name or "").split("_lite")[0]
         found = [extra for extra, names in extras.items() if name in names.split()]

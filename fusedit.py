@@ -250,7 +250,7 @@ def rotate(x, turn):
 
 
 def attend(q, k, v, mask=None, scale=None):
-    """Softmax attention [B,H,N,h] of q over k, v [B,K,S,h]; mask [..,N or 1,S]: True or 0 looks."""
+    """Softmax attention [B,H,N,h] of q over k, v [B,K,S,h]; mask [..,N or 1,S]: bool or added."""
     # H / K query heads share a key head: as more rows of one head, so that no key is copied.
     rows = q.reshape(*k.shape[:2], -1, k.shape[-1])                # [B,K,H/K*N,h]
     mask = mask if mask is None or mask.shape[-2] == 1 else mask.repeat(q.shape[1] // k.shape[1], 1)

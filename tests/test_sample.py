@@ -51,6 +51,16 @@ def test_pictures_sheet_animation_and_metadata(model, tmp_path):
     assert Image.open(tmp_path / "a-red-circle-5.gif").n_frames == 3
 
 
+def test_compiled_it_draws_the_same(model, tmp_path):
+    for name, more in (("plain", ()), ("compiled", ("--compile",))):
+        done = run("--model", model, "--prompt", "a red circle", "--steps", 3, "--out",
+                   tmp_path / name, *more)
+        assert done.returncode == 0, done.stderr
+    a, b = (np.asarray(Image.open(tmp_path / name / "a-red-circle-0.png"), int)
+            for name in ("plain", "compiled"))
+    assert np.ptp(a) > 50 and abs(a - b).max() <= 1
+
+
 def test_a_picture_names_the_checkpoint_not_the_run(model, tmp_path):
     (tmp_path / "run").mkdir()
     shutil.copytree(model, tmp_path / "run" / "step-0000007")

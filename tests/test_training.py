@@ -520,6 +520,22 @@ def test_compiled_blocks_train_alike(gemma, data, tmp_path):
     assert 0 < counts[2][1] == counts[0][1] < counts[1][1], counts
 
 
+def test_float8_trains_nearly_alike_and_goes_on(gemma, data, tmp_path):
+    """Emulated; at ZeRO 2 and 3, and from a checkpoint to the bit."""
+    pytest.importorskip("torchao")
+
+    def job(name, steps, zero, *more):
+        return flags(gemma, data, tmp_path / name, "--steps", str(steps), "--zero", zero,
+                     "--sample-every", "9", *more)
+    several(tmp_path, [job("plain", 4, "2"), job("two", 4, "2", "--float8"),
+                       job("three", 4, "3", "--float8"), job("on", 2, "2", "--float8"),
+                       job("on", 4, "2", "--float8")])
+    plain, two, three = (losses(tmp_path / name) for name in ("plain", "two", "three"))
+    assert two == pytest.approx(plain, rel=0.01) and two[0] != plain[0]
+    assert three == pytest.approx(two, rel=1e-3)
+    assert_equal(state(tmp_path / "on", 4), state(tmp_path / "two", 4))
+
+
 @pytest.mark.parametrize("dtype", ["float32", "bf16"])
 def test_a_resumed_run_equals_one_never_stopped(gemma, data, tmp_path, dtype):
     """Every ZeRO stage, to the bit; and a checkpoint of one stage goes on in another."""

@@ -1,0 +1,153 @@
+"""What is fast computes the same, up to rounding; and the benchmarks' baseline is what it says."""
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+from conftest import ROOT
+
+sys.path.insert(0, str(ROOT / "benchmarks"))
+import common
+
+import fusedit
+import loader
+import speed
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture
+def kernels():
+    """What a test changes of PyTorch's choice of kernels is put back."""
+    before = torch.backends.cuda.flash_sdp_enabled()
+    yield
+    torch.backends.cuda.enable_flash_sdp(before)
+    torch.backends.cuda.allow_fp16_bf16_reduction_math_sdp(False)
+
+
+@pytest.fixture(scope="module")
+def small():
+    """The benchmarks' small case, with two layers; its float32 model; a batch."""
+    case = common.case("small")
+    gemma = common.gemma_config(common.SMALL | dict(num_hidden_layers=2))
+    case = common.Case(case.config, gemma, case.pad, case.lengths)
+    return case, case.build(CPU, torch.float32), next(case.batches(1, 3, CPU))
+
+
+def velocity(model, batch):
+    with torch.no_grad():
+        return model.dit(batch["eps"], torch.full([3], 0.7), common.read(model, batch))
+
+
+def test_the_baseline_is_the_same_function(small):
+    case, model, batch = small
+    with torch.no_grad():
+        want = common.joint(model, batch["eps"], torch.full([3], 0.7), batch["ids"], batch["mask"])
+    assert want.std() > 0.1 and common.norm(velocity(model, batch), want) < 1e-5
+
+
+def test_compiled_bf16_is_as_near_to_float32_as_bf16_can_be(small, kernels):
+    """Velocity and gradients, against the error of uncompiled bf16 by PyTorch's own kernels."""
+    case, exact, batch = small
+    name = "layers.0.mlp.down_proj.weight"
+
+    def of(model):
+        model.dit.zero_grad()
+        v = model.dit(batch["eps"], torch.full([3], 0.7), common.read(model, batch))
+        v.float().square().mean().backward()
+        return v.detach(), model.dit.get_parameter(name).grad
+    want = of(exact)
+    model = case.build(CPU, torch.bfloat16)
+    common.defaults()
+    plain = [common.norm(a, b) for a, b in zip(of(model), want, strict=True)]
+    speed.settings(CPU, torch.bfloat16)
+    assert not torch.backends.cuda.flash_sdp_enabled()
+    speed.compile_model(model, None)
+    fast = [common.norm(a, b) for a, b in zip(of(model), want, strict=True)]
+    for a, b in zip(fast, plain, strict=True):
+        assert 1e-4 < b < 0.05 and a < 1.2 * b, (fast, plain)
+
+
+def test_float32_keeps_the_kernel_that_needs_little_memory(kernels):
+    speed.settings(CPU, torch.float32)
+    assert torch.backends.cuda.flash_sdp_enabled()
+
+
+def test_float8_changes_little_and_no_weight(small):
+    pytest.importorskip("torchao")
+    case, exact, batch = small
+    model = case.build(CPU, torch.float32)
+    speed.float8(model.dit)
+    kinds = {type(m).__name__ for m in model.dit.layers.modules()}
+    assert "Float8Linear" in kinds and type(model.dit.proj_out) is torch.nn.Linear
+    for (a, p), (b, q) in zip(model.named_parameters(), exact.named_parameters(), strict=True):
+        assert a == b and p.equal(q)
+    far = common.norm(velocity(model, batch), velocity(exact, batch))
+    assert 0.005 < far < 0.15, far
+
+
+@pytest.mark.parametrize("full, longest, T", [
+    (256, 40, 64), (256, 64, 64), (256, 65, 128), (256, 250, 256), (32, 3, 8), (32, 17, 24),
+    (259, 100, 144), (259, 259, 259), (5, 2, 5)])
+def test_text_is_trimmed_in_quarters(full, longest, T):
+    mask = torch.arange(full) < torch.tensor([[1], [longest]])
+    batch = loader.trimmed(dict(ids=torch.arange(full).expand(2, -1), mask=mask, other=1))
+    assert batch["ids"].shape == batch["mask"].shape == (2, T) and batch["other"] == 1
+    assert batch["mask"].sum(1).tolist() == [1, longest]
+
+
+def test_guidance_only_in_a_span_of_noise_levels():
+    """Outside it a step is one call for the prompt alone."""
+    text, empty = (fusedit.TextFeatures((), (), torch.full((1, 1, 1), v), torch.ones(1, 1).bool())
+                   for v in (2.0, 1.0))
+    seen = []
+
+    def dit(x_t, sigma, t):
+        seen.append((round(float(sigma[0]), 4), len(x_t)))
+        return t.hidden[..., None].expand_as(x_t)
+    x, levels = torch.zeros(1, 1, 2, 2), fusedit.sample_sigmas(5, 3.0).tolist()
+    low, high = levels[3] + 1e-3, levels[1] + 1e-3         # the second and the third of 5 steps
+    got = fusedit.sample(dit, x, text, empty, 5, 6.0, 3.0, (low, high))
+    assert seen == [(round(s, 4), 1 + (low <= s <= high)) for s in levels[:-1]]
+    assert [n for _, n in seen] == [1, 2, 2, 1, 1]
+    want = sum((b - a) * (7.0 if low <= a <= high else 2.0)
+               for a, b in zip(levels, levels[1:], strict=False))
+    assert torch.allclose(got, torch.full_like(x, want), atol=1e-5)
+
+
+# The full-size preset, VAE and all, but with a Gemma (and so a DiT) that fits a test.
+TINY = """
+import runpy, sys
+sys.path[:0] = sys.argv[2:4]
+import common, plan
+plan.GEMMAS["google/gemma-2-2b"] = common.SMALL | dict(num_hidden_layers=2)
+sys.argv = sys.argv[1:2] + sys.argv[4:]
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+LARGE = ["--preset", "fusedit/large-scale", "--image-size", "64", "--batch", "2"]
+
+
+@pytest.mark.parametrize("argv", [
+    ["train.py", "--batch", "2", "--rounds", "1", "--no-compile", "--no-exactness"],
+    ["train.py", "--rounds", "1", "--no-compile", *LARGE],
+    ["sample.py", "--batch", "1", "--rounds", "1", "--no-compile", "--steps", "2"],
+    ["sample.py", "--rounds", "1", "--no-compile", "--steps", "2", *LARGE],
+    ["attention.py", "--batch", "1", "--rounds", "1", "--image", "64"]])
+def test_a_benchmark_runs(argv, tmp_path):
+    out, at = tmp_path / "out.json", ROOT / "benchmarks"
+    done = subprocess.run([sys.executable, "-c", TINY, at / argv[0], at, ROOT, *argv[1:], "--out",
+                           out], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    found = json.loads(out.read_text())
+    assert json.loads(done.stdout.splitlines()[-1]).keys() == found.keys()
+    if argv[0] == "attention.py":
+        assert {"math: rows, added mask", "flash: rows, added mask"} <= found["kernels"].keys()
+        assert all(row["distance"] < 0.01 for name, row in found["kernels"].items()
+                   if "no mask" not in name)
+        return
+    for name in ("two phases", "joint mask"):
+        assert 0 < found[name]["utilisation"] < 1.2 and found[name]["peak_bytes"] > 1e8
+    parts = found["shares"]
+    assert {"Gemma", "attention's products", "linear layers' products"} <= parts.keys()
+    assert ("VAE" in parts) == ("--preset" in argv) == (found["useful_flops"]["vae"] > 0)
