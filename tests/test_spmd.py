@@ -241,6 +241,7 @@ saver = checkpoints.Saver(run, training.model_config(run), None, "data")
 saver.save(3, share, dict(adam_step=3, seen=0, skipped=0, skipped_steps=0))
 assert saver.close(3, 0) == 0
 dist.barrier()
+dist.destroy_process_group()
 """
 
 
@@ -248,9 +249,10 @@ def test_two_hosts_save_together(tmp_path):
     import checkpoints
     tiny_gemma(tmp_path / "gemma", num_hidden_layers=2)
     (tmp_path / "two.py").write_text(TWO)
-    subprocess.run([sys.executable, *TORCHRUN, tmp_path / "two.py", "--out", tmp_path / "run",
-                    "--base", tmp_path / "gemma"], check=True, capture_output=True,
-                   env=ENV | {"PYTHONPATH": f"{ROOT}:{ROOT}/tests"})
+    done = subprocess.run([sys.executable, *TORCHRUN, tmp_path / "two.py", "--out", tmp_path / "run",
+                           "--base", tmp_path / "gemma"], capture_output=True, text=True,
+                          env=ENV | {"PYTHONPATH": f"{ROOT}:{ROOT}/tests"})
+    assert done.returncode == 0, done.stderr[-3000:]
     folder = tmp_path / "run" / "step-0000003"
     assert checkpoints.damage(folder) is None
     saved, whole = checkpoints.load_checkpoint(folder), torch.arange(4 * 6 * 8.).view(4, 6, 8)
