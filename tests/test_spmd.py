@@ -249,8 +249,9 @@ def test_two_hosts_save_together(tmp_path):
     import checkpoints
     tiny_gemma(tmp_path / "gemma", num_hidden_layers=2)
     (tmp_path / "two.py").write_text(TWO)
-    done = subprocess.run([sys.executable, *TORCHRUN, tmp_path / "two.py", "--out", tmp_path / "run",
-                           "--base", tmp_path / "gemma"], capture_output=True, text=True,
+    done = subprocess.run([sys.executable, *TORCHRUN, tmp_path / "two.py", "--out",
+                           tmp_path / "run", "--base", tmp_path / "gemma"],
+                          capture_output=True, text=True,
                           env=ENV | {"PYTHONPATH": f"{ROOT}:{ROOT}/tests"})
     assert done.returncode == 0, done.stderr[-3000:]
     folder = tmp_path / "run" / "step-0000003"
