@@ -22,6 +22,7 @@ class Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFo
         return action.help if action.default is None else super()._get_help_string(action)
 
 
+# --guidance-span of sample.py and evaluate.py
 SPAN = dict(type=float, nargs=2, metavar=("LOW", "HIGH"), default=(0.0, 1.0))
 
 
@@ -75,6 +76,8 @@ def rank_and_world():
 
 def open_model(args):
     """(model, VAE or None, device); args.model and args.guidance then say what draws and how."""
+    if args.guidance_span[0] > args.guidance_span[1]:
+        raise FuseDiTError("--guidance-span: the lower noise level comes first, as in 0 0.9")
     device = pick_device(args.device)
     dtype = getattr(torch, args.dtype or ("float32" if device.type == "cpu" else "bfloat16"))
     args.model = str(last_checkpoint(args.model))  # a run goes on, but a picture names what drew it
@@ -111,8 +114,7 @@ def run(main, lower):
         message, code = "interrupted", 130
     except ModuleNotFoundError as e:        # an extra
         extras = dict(gpu="deepspeed", tpu="torch_xla", data="duckdb", eval="efficientnet",
-                      float8="torchao",
-                      watch="matplotlib tensorboard wandb")
+                      float8="torchao", watch="matplotlib tensorboard wandb")
         name = (e.name or "").split("_lite")[0]
         found = [extra for extra, names in extras.items() if name in names.split()]
         what = f"-e '.[{found[0]}]'" if found else e.name

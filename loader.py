@@ -360,6 +360,7 @@ class Batches(Dataset):
         self.asked, self.clip = {}, config.clip and ClipTokenizer(config.clip)
         self.tars = Tars(self.shards, run.mix_shards * len(sets), run.cache,
                          encoded(self.shards, run, config, rank))
+        # one length for all batches, as XLA wants it; train_gpu.py trims them
         self.pad_to = fusedit.token_ids(tokenizer, [""], config)[1]
 
     def __len__(self):

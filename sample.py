@@ -55,9 +55,8 @@ def arguments():
 
 def to_images(x, vae):
     """Latents, or pixels where there is no VAE, x [B,C,H,W] -> PIL images."""
-    with torch.no_grad():                                  # one by one: decoding takes memory
-        x = torch.cat([vae.decode(z) for z in x.split(1)]) if vae else x
-        pixels = x.float().clamp(-1, 1).permute(0, 2, 3, 1)
+    with torch.no_grad():
+        pixels = (vae.decode(x) if vae else x).float().clamp(-1, 1).permute(0, 2, 3, 1)
     return [Image.fromarray(p) for p in ((pixels + 1) * 127.5).round().byte().cpu().numpy()]
 
 
@@ -91,8 +90,8 @@ def draw(batches, model, vae, size, args, device, done=0, quiet=False):
             x = fusedit.sample(model.dit, torch.stack(noise).to(device),
                                texts.apply(lambda t: t[rows]), texts.apply(lambda t: t[last]),
                                args.steps, args.guidance, c.shift, args.guidance_span, step)
-            for i, image in enumerate(to_images(x, vae)):
-                yield *part[i], image, [f[i] for f in frames]
+            for i, one in enumerate(x.split(1)):            # decoding takes memory
+                yield *part[i], *to_images(one, vae), [f[i] for f in frames]
 
 
 def notes(prompt, seed, args):              # what a PNG says of itself

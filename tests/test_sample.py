@@ -150,3 +150,9 @@ def test_bad_input_gets_one_line(model, tmp_path, args, code, words):
     assert done.returncode == code and words in done.stderr, done.stderr
     assert code == 2 or len(done.stderr.strip().splitlines()) == 1
     assert not list((tmp_path / "out").glob("*"))
+
+
+def test_a_span_the_wrong_way_round_is_named(model, tmp_path):
+    done = run("--model", model, "--prompt", "a star", "--guidance-span", 0.9, 0.1, "--out",
+               tmp_path)
+    assert done.returncode == 1 and "lower noise level comes first" in done.stderr
