@@ -50,9 +50,10 @@ def open_run(run, config):
     then, now = read_json(out / "config.json"), json.loads(settings(run, config))
     if "run" not in then:
         raise FuseDiTError(f"{out} holds a model, not a run: give the run another --out")
+    usual = json.loads(settings(type(run)(), type(config)()))   # of flags that it did not know yet
     free = {"run." + f.name for f in fields(run) if f.metadata["free"]} | {"model.guidance"}
     differ = [f"{name} was {old!r}, is {v!r}" for part in now for k, v in now[part].items()
-              if (old := then[part].get(k)) != v
+              if (old := then[part].get(k, usual[part][k])) != v
               and (name := f"{part}.{k}") not in free
               and not (k in ("base", "vae", "clip") and old and v  # moved, and still its namesake
                        and Path(old).name == Path(v).name)]

@@ -849,3 +849,16 @@ def test_a_signal_to_one_rank_stops_all(gemma, data, tmp_path):
     assert process.returncode == 0, out
     assert f"stopped by SIGTERM; step {int(last[5:])} is saved" in out
     assert checkpoints.damage(tmp_path / "run" / last) is None
+
+
+def test_a_run_from_before_a_flag_goes_on(gemma, data, tmp_path):
+    """A setting that an older run's config.json does not name had its default then."""
+    argv = flags(gemma, data, tmp_path / "run", "--steps", "2", "--sample-every", "9")
+    launch(argv)
+    path = tmp_path / "run" / "config.json"
+    said = json.loads(path.read_text())
+    del said["run"]["float8"]
+    path.write_text(json.dumps(said))
+    done = launch([*argv, "--float8"], check=False)
+    assert done.returncode == 1 and "float8 was False, is True" in done.stderr
+    launch(argv)
