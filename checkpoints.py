@@ -13,7 +13,7 @@ import signal
 import sys
 import threading
 import time
-from dataclasses import asdict, fields
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -22,6 +22,7 @@ import torch.distributed as dist
 from filelock import FileLock, Timeout
 from safetensors import SafetensorError, safe_open
 
+import speed
 import training
 from fusedit import FuseDiTError
 from weights import atomic_write, read_json, save_file, tensor_files
@@ -82,6 +83,19 @@ def open_run(run, config):
         raise FuseDiTError(f"{out}: no checkpoint is whole (see above). To begin anew, give the "
                            "run another --out")
     return None
+
+
+def settle_dtype(run, device):
+    """The run with `--dtype auto` decided: as it began, if it goes on, else what is fast here."""
+    begun = run.dtype == "auto" and bool(checkpoints(run.out))
+    if begun:
+        begun = read_json(Path(run.out) / "config.json").get("run", {}).get("dtype", "auto")
+    name = speed.dtype_name(begun or run.dtype, device)
+    slow = speed.slow_dtype(name, device)
+    if slow and os.environ.get("RANK", "0") == "0":
+        why = f"{run.out} was begun in bf16 and goes on in it; " if begun else ""
+        print(f"note: {why}{slow}", file=sys.stderr, flush=True)
+    return replace(run, dtype=name)
 
 
 def checkpoints(out):

@@ -26,6 +26,15 @@ class Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFo
 SPAN = dict(type=float, nargs=2, metavar=("LOW", "HIGH"), default=(0.0, 1.0))
 
 
+def dtype(text):
+    """argparse's type of --dtype. bfloat16 is what it was called before."""
+    return "bf16" if text == "bfloat16" else text
+
+
+# --dtype of what does not train
+DTYPE = dict(type=dtype, choices=("auto", "bf16", "float32"), default="auto")
+
+
 def positive(text):
     """argparse's type of a whole number from 1 up."""
     if int(text) < 1:
@@ -69,6 +78,13 @@ def pick_device(name):
     return device
 
 
+def pick_dtype(args):
+    """(torch.device, torch.dtype) of --device and --dtype; args.dtype is never auto after it."""
+    device = pick_device(args.device)
+    args.dtype = speed.dtype_name(args.dtype, device)
+    return device, speed.dtype_of(args.dtype)
+
+
 def rank_and_world():
     """This process's number, and how many torchrun (or Slurm, so told) has started."""
     return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
@@ -78,8 +94,7 @@ def open_model(args):
     """(model, VAE or None, device); args.model and args.guidance then say what draws and how."""
     if args.guidance_span[0] > args.guidance_span[1]:
         raise FuseDiTError("--guidance-span: the lower noise level comes first, as in 0 0.9")
-    device = pick_device(args.device)
-    dtype = getattr(torch, args.dtype or ("float32" if device.type == "cpu" else "bfloat16"))
+    device, dtype = pick_dtype(args)
     args.model = str(last_checkpoint(args.model))  # a run goes on, but a picture names what drew it
     speed.settings(device, dtype)
     c = (model := load_model(args.model, device, dtype, not args.no_ema)).config
@@ -90,8 +105,11 @@ def open_model(args):
     return model, vae, device
 
 
-def warn(model, prompts):
-    """Say which words the model cannot read, and where a long prompt is cut."""
+def announce(args, model, prompts):
+    """Say on stderr what draws; which words the model cannot read, and where a prompt is cut."""
+    device = model.llm.embed_tokens.weight.device
+    slow = speed.slow_dtype(args.dtype, device)
+    print(f"drawing in {args.dtype} on {device}" + (f" ({slow})" if slow else ""), file=sys.stderr)
     tok = model.tokenizer
     rows, limit = fusedit.token_ids(tok, prompts, model.config)
     ids = {w: tok(w, add_special_tokens=False)["input_ids"] for prompt, row in zip(

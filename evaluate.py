@@ -22,6 +22,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
+import threads  # isort: skip (before torch)
 import numpy as np
 from PIL import Image
 from tqdm import tqdm
@@ -29,11 +30,11 @@ from tqdm import tqdm
 import cli
 import metrics
 import report
-from cli import SPAN, Help, open_model, positive, run, uint32, warn
+from cli import SPAN, Help, announce, open_model, positive, run, uint32
 from demo import detector, render, scenes
 from fusedit import FuseDiTError
 from sample import draw, notes
-from weights import atomic_write
+from weights import atomic_write, last_checkpoint
 
 ROOT = Path(__file__).parent
 
@@ -114,13 +115,15 @@ def evaluate(args):
     sweep = len(args.steps) * len(args.guidance or [0]) > 1 and args.name == "shapes"
     if sweep:
         import matplotlib  # noqa: F401     says now, not after the drawing, that it is missing
-    model, vae, device = open_model(args)
-    if cli.rank_and_world()[0] == 0:
-        warn(model, work.prompts)
-    guidance = args.guidance if isinstance(args.guidance, list) else [args.guidance]
-    path = Path(args.model)
+    path = Path(last_checkpoint(args.model))
     name = "-".join(path.parts[-2:] if path.name.startswith("step-") else path.parts[-1:])
     top = args.out or Path("evaluation") / f"{args.name}-{name}"
+    if args.dtype == "auto":
+        args.dtype = begun_dtype(top)
+    model, vae, device = open_model(args)
+    if cli.rank_and_world()[0] == 0:
+        announce(args, model, work.prompts)
+    guidance = args.guidance if isinstance(args.guidance, list) else [args.guidance]
     span = [*args.guidance_span]
     during = "-span-{:g}-{:g}".format(*span) * (span != [0, 1])
     runs = [argparse.Namespace(**vars(args) | dict(
@@ -140,6 +143,13 @@ def evaluate(args):
         name = "-".join(["sweep-guidance", *(f"{g:g}" for g in guidance), "steps"])
         report.sweep([report.load(path) for path in results],
                      top / f"{name}-{'-'.join(map(str, args.steps))}.png")
+
+
+def begun_dtype(top):
+    """--dtype of the pictures that are there already, which may be another machine's, or auto."""
+    for path in top.glob("*/run.json"):
+        return cli.dtype(parse(path, read(path), "the file").get("dtype", "auto"))
+    return "auto"
 
 
 def identity(model):
@@ -341,7 +351,7 @@ def sampler(commands, name, work, about, prompts=None):
     a("--batch-size", type=positive, default=32, help="pictures drawn at once, at most")
     a("--out", type=Path, metavar="DIR", help="if not given, evaluation/BENCHMARK-MODEL")
     a("--device", default="auto", help="auto, cpu, cuda, cuda:1, ...; torchrun's GPUs by itself")
-    a("--dtype", choices=["float32", "bfloat16"], help="unless given, bfloat16 on a GPU only")
+    a("--dtype", **cli.DTYPE, help="auto: bf16 where the device has it, else float32")
     a("--compile", action="store_true", help="compile the model: faster, after a minute")
     a("--no-ema", action="store_true", help="a checkpoint's raw, not averaged weights")
     return a

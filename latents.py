@@ -9,6 +9,7 @@
 Training draws from the posterior with the noise that it would have used on pixels.
 """
 import json
+import sys
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -17,7 +18,8 @@ from tqdm import tqdm
 
 import check
 import packing
-from cli import pick_device, rank_and_world
+import speed
+from cli import pick_dtype, rank_and_world
 from fusedit import FuseDiTError
 from loader import LATENTS, read_index, read_sample, read_square
 from vae import load_vae
@@ -79,9 +81,12 @@ def encode_shard(tar, vae, args, said, saw):
 
 def encode(args):
     rank, world = rank_and_world()
-    device, tars = pick_device(args.device), check.shards_of(args.folder)
+    (device, dtype), tars = pick_dtype(args), check.shards_of(args.folder)
     counts = {name: n for name, (n, *_) in read_index(str(args.folder)).items()}
-    vae = load_vae(args.vae, device, getattr(torch, args.dtype))
+    vae = load_vae(args.vae, device, dtype)
+    if rank == 0:
+        slow = speed.slow_dtype(args.dtype, device)
+        print(f"encoding in {args.dtype} on {device}", slow, file=sys.stderr)
     if args.image_size % vae.factor:
         raise FuseDiTError(f"--image-size {args.image_size} is not a multiple of {vae.factor}")
     of = dict(vae=fingerprint(args.vae), image_size=args.image_size)

@@ -101,16 +101,17 @@ def flops(model, config):
     return counts
 
 
-def step_flops(model, config, train_llm=False):
-    """Of one image in training: forward, and backward at twice the cost where there is one."""
-    llm, dit, vae = flops(model, config)
+def step_flops(forward, train_llm=False):
+    """Of one image in training, from flops(): backward costs twice forward, where there is one."""
+    llm, dit, vae = forward
     return (3 if train_llm else 1) * llm + 3 * dit + vae
 
 
-def activations(model, config, batch, dtype, remat=False, train_llm=False, attention=Fused):
-    """Bytes held from a forward pass for its backward pass, the text's keys and values among them.
+def activations(model, config, batch, dtype, train_llm=False, attention=Fused):
+    """Bytes held from a forward pass for its backward pass, without --remat and with it.
 
-    With remat a block keeps its input alone, but one block at a time has everything again.
+    The text's keys and values are among them. With remat a block keeps its input alone, but one
+    block at a time has everything again.
     """
     model.to(dtype)
     x, sigma, ids, mask, pooled = example(model, config, batch, dtype)
@@ -133,12 +134,10 @@ def activations(model, config, batch, dtype, remat=False, train_llm=False, atten
             if t is not None:
                 keep(t)
         model.dit(x, sigma, text)
-    if not remat:
-        return total[0]
     inside = [b - a for a, b in zip(blocks[::2], blocks[1::2], strict=True)]
     rows = (x.shape[2] // config.patch_size) * (x.shape[3] // config.patch_size)
     entry = batch * rows * model.dit.width * dtype.itemsize
-    return total[0] - sum(inside) + len(inside) * entry + max(inside)
+    return total[0], total[0] - sum(inside) + len(inside) * entry + max(inside)
 
 
 def states(model, train_llm, stage, world, dtype):
@@ -186,7 +185,7 @@ def utilisation(model, config, device, world):
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
     peak = next((world * GPUS[k][0] for k in GPUS if re.search(rf"\b{k}\b", name)), None)
     train_llm = any(p.requires_grad for p in model.llm.parameters())
-    return (step_flops(abstract(config), config, train_llm) if peak else None), peak
+    return (step_flops(flops(abstract(config), config), train_llm) if peak else None), peak
 
 
 def show(run, config):
@@ -198,7 +197,8 @@ def show(run, config):
     llm, dit = (sum(p.numel() for p in m.parameters()) for m in (model.llm, model.dit))
     with torch.device("meta"):
         vae = sum(p.numel() for p in VAE().parameters()) if config.vae else 0
-    cost, each = flops(model, config), step_flops(model, config, run.train_llm)
+    cost = flops(model, config)
+    each = step_flops(cost, run.train_llm)
     side = config.image_size // (8 if config.vae else 1) // config.patch_size
     print(f"{run.preset} at {config.image_size} pixels, batch {run.batch} = {n} {kind} x {times} x "
           f"{micro}\n")
@@ -230,8 +230,7 @@ def gpu_memory(run, config, world, micro, vae, memory):
     heads = ("--zero", "weights", "gradients", "Adam", "EMA", "Gemma", "buffers", "VAE",
              "activations", "sum", "--remat", "sum")
     print("  " + "".join(f"{h:>12}" for h in heads))
-    act, less = (activations(abstract(config), config, micro, dtype, remat, run.train_llm)
-                 for remat in (False, True))
+    act, less = activations(abstract(config), config, micro, dtype, run.train_llm)
     for stage in range(4):
         held = [*states(model, run.train_llm, stage, world, dtype), vae * dtype.itemsize]
         row = [*held, act, sum(held) + act, less, sum(held) + less]
@@ -273,9 +272,8 @@ def tpu_memory(run, config, n, micro, vae, memory):
                   f"{', '.join(a or '-' for a in cut):16}{len(names) * each / 1e6:8.1f}"
                   f"{len(names) * part / 1e6:8.2f}  {key.replace('.block', '')}")
     trained = held["dit"] + held["llm"] * run.train_llm
-    act, less = (activations(abstract(config), config, max(1, micro * sizes["tensor"]), dtype,
-                             remat, run.train_llm, Unfused) // sizes["tensor"]
-                 for remat in (False, True))
+    act, less = (n // sizes["tensor"] for n in activations(
+        abstract(config), config, max(1, micro * sizes["tensor"]), dtype, run.train_llm, Unfused))
     block = sum(p.numel() for p in model.dit.layers[0].parameters())
     row = dict(weights=4 * trained, gradients=4 * trained, Adam=8 * trained, EMA=4 * trained,
                cast=low * trained * (low < 4), Gemma=low * held["llm"] * (not run.train_llm),

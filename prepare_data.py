@@ -22,11 +22,12 @@ import argparse
 import os
 from pathlib import Path
 
+import threads  # isort: skip (before torch)
 import check
 import download
 import latents
 import sources
-from cli import Help, pick_device, positive, run
+from cli import DTYPE, Help, pick_device, positive, run
 
 REGISTRY = os.environ.get("NPM_CONFIG_REGISTRY", "https://registry.npmjs.org")
 
@@ -193,8 +194,8 @@ def looked_at(command):
     v.add_argument("--image-size", type=positive, default=512, help="the model's, in pixels")
     v.add_argument("--batch-size", type=positive, default=16, help="pictures at a time")
     v.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, ...")
-    v.add_argument("--dtype", default="bfloat16", choices=("bfloat16", "float32"),
-                   help="of compute")
+    v.add_argument("--dtype", **DTYPE,
+                   help="of compute: auto is bf16 where the device has it, else float32")
     v.add_argument("--overwrite", action="store_true", help="replace latents that are there")
     workers(v, max(1, os.cpu_count() // int(os.environ.get("LOCAL_WORLD_SIZE", 1))),
             "processes that decode pictures")

@@ -12,13 +12,14 @@ import argparse
 import re
 from pathlib import Path
 
+import threads  # isort: skip (before torch)
 import torch
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 from tqdm import tqdm
 
 import fusedit
-from cli import SPAN, open_model, positive, read_prompts, run, uint32, warn
+from cli import DTYPE, SPAN, announce, open_model, positive, read_prompts, run, uint32
 from fusedit import FuseDiTError
 from weights import atomic_write, export, untaken
 
@@ -41,7 +42,7 @@ def arguments():
             ("--out", dict(type=Path, default="samples"), "folder for the pictures (samples)"),
             ("--device", dict(default="auto"), "auto, cpu, cuda, cuda:1, ... (auto)"),
             ("--no-ema", dict(action="store_true"), "a checkpoint's raw, not averaged weights"),
-            ("--dtype", dict(choices=["float32", "bfloat16"]), "bfloat16 on a GPU"),
+            ("--dtype", DTYPE, "auto, bf16 or float32; auto: bf16 where the device has it (auto)"),
             ("--compile", dict(action="store_true"), "faster after a minute: for many pictures"),
             ("--grid", dict(action="store_true"), "also save all of them on one sheet, grid.png"),
             ("--gif", dict(action="store_true"), "also save an animation of the denoising"),
@@ -131,7 +132,7 @@ def main():
         if n < unit or n % unit:
             near = f"{n // unit * unit} or " * (n > unit) + f"{(n // unit + 1) * unit}"
             raise FuseDiTError(f"--{side} {n} is not whole patches of {unit} pixels; try {near}")
-    warn(model, list(dict.fromkeys([*prompts, args.negative])))
+    announce(args, model, list(dict.fromkeys([*prompts, args.negative])))
     jobs, images = [(p, args.seed + k) for p in prompts for k in range(args.num_images)], []
     batches = [jobs[i:i + args.batch_size] for i in range(0, len(jobs), args.batch_size)]
     for prompt, seed, image, frames in draw(batches, model, vae, [n // factor for n in size], args,

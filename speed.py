@@ -7,11 +7,41 @@ is only said what it may pick from.
 """
 import ctypes
 import os
+import platform
 import sys
 
 import torch
 
 from fusedit import FuseDiTError
+
+
+def native_bf16(device):
+    """Whether a device computes in bfloat16 itself, not in float32 with roundings in between."""
+    kind = os.environ.get("PJRT_DEVICE", "").lower() if device.type == "xla" else device.type
+    if kind == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    if kind != "cpu":
+        return True
+    if platform.machine() in ("x86_64", "AMD64"):          # ATEN_CPU_CAPABILITY may forbid AVX-512
+        return (torch.backends.cpu.get_cpu_capability().startswith("AVX512")
+                and torch.cpu._is_avx512_bf16_supported())
+    return torch.ops.mkldnn._is_mkldnn_bf16_supported()
+
+
+def dtype_name(flag, device):
+    """"bf16" or "float32", of a --dtype flag: auto is bf16 where that is native."""
+    return flag if flag != "auto" else "bf16" if native_bf16(device) else "float32"
+
+
+def dtype_of(name):
+    """torch.dtype of "bf16" or "float32"."""
+    return {"bf16": torch.bfloat16, "float32": torch.float32}[name]
+
+
+def slow_dtype(name, device):
+    """What to say of a dtype that the device emulates; "" of any other."""
+    slow = name == "bf16" and not native_bf16(device)
+    return f"bf16 is emulated on this {device.type}: float32 would be faster" if slow else ""
 
 
 def settings(device, dtype):

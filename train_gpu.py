@@ -14,6 +14,7 @@ import warnings
 from datetime import timedelta
 from functools import partial
 
+import threads  # isort: skip (before torch)
 import torch
 import torch.distributed as dist
 from torch.utils.checkpoint import checkpoint as recompute
@@ -31,7 +32,7 @@ import zero
 # ------------------------------------------------------------------------------ start
 
 def start(run):
-    """(device, rank, world). Without a launcher this process is the only one."""
+    """(run, device, rank, world). Without a launcher this process is the only one."""
     if "RANK" not in os.environ:
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
@@ -47,11 +48,12 @@ def start(run):
                                    "(nvidia-smi?); on CPUs, --device cpu says that none is meant")
     os.environ.setdefault("DS_ACCELERATOR", device.type)  # DeepSpeed would guess
     torch.set_float32_matmul_precision("high")
-    speed.settings(device, torch.bfloat16 if run.dtype == "bf16" else torch.float32)
+    run = checkpoints.settle_dtype(run, device)
+    speed.settings(device, speed.dtype_of(run.dtype))
     # Several ranks also talk through their CPUs, in training.agree().
     backend = "gloo" if device.type == "cpu" else "nccl" if world == 1 else "cpu:gloo,cuda:nccl"
     dist.init_process_group(backend, timeout=timedelta(minutes=30))
-    return device, dist.get_rank(), world
+    return run, device, dist.get_rank(), world
 
 
 # ------------------------------------------------------------------------------ build
@@ -108,7 +110,7 @@ def build(run, model, vae, saved, micro, times):
 
 def train(run, config):
     """The whole run; returns the exit code."""
-    device, rank, world = start(run)
+    run, device, rank, world = start(run)
     micro, times = training.split_batch(run, world)
     saved = checkpoints.load_checkpoint(checkpoints.open_run(run, config))
     model, vae = training.build(run, config, device, saved)

@@ -13,6 +13,7 @@ import os
 from datetime import timedelta
 from functools import partial
 
+import threads  # isort: skip (before torch)
 import numpy as np
 import torch
 import torch.distributed as dist
@@ -24,6 +25,7 @@ import cli
 import fusedit
 import loader
 import plan
+import speed
 import spmd
 import training
 import watch
@@ -43,8 +45,8 @@ with contextlib.suppress(ModuleNotFoundError):             # --help and --plan d
 # ------------------------------------------------------------------------------ start
 
 def start(run):
-    """(device, rank, world, mesh): a host is one process, which sees all chips as one device."""
-    kind = os.environ["PJRT_DEVICE"]
+    """(run, device, rank, world, mesh): a host is one process, all its chips are one device."""
+    run, kind = checkpoints.settle_dtype(run, torch.device("xla")), os.environ["PJRT_DEVICE"]
     try:
         if kind == "TPU" and not tpu.num_available_chips():
             raise OSError("no chip on the PCI bus")        # libtpu would look for it for minutes
@@ -60,7 +62,7 @@ def start(run):
         set_mat_mul_precision("highest")    # a TPU would multiply in bf16
     dist.init_process_group("gloo", **hosts)
     mesh = xs.Mesh(np.arange(n), spmd.mesh_shape(run.mesh, n), spmd.AXES)
-    return torch_xla.device(), dist.get_rank(), dist.get_world_size(), mesh
+    return run, torch_xla.device(), dist.get_rank(), dist.get_world_size(), mesh
 
 
 # ------------------------------------------------------------------------------ build
@@ -71,7 +73,7 @@ class Engine:
     def __init__(self, run, model, vae, saved, times, device, mesh):
         self.run, self.model, self.times, self.micro = run, model, times, 0
         self.device, self.mesh, self.state = device, mesh, {}
-        self.dtype = torch.bfloat16 if run.dtype == "bf16" else torch.float32
+        self.dtype = speed.dtype_of(run.dtype)
         # What scan does there needs JAX, and is said by the marks of weights and of x as well.
         scan._backward_shard_alike = lambda carry, x, backward, init, xs: backward(carry, x)
         torch._functorch.config.activation_memory_budget = 0 if run.remat else 1
@@ -153,7 +155,7 @@ def feed(batches, device, mesh):
 
 def train(run, config):
     """The whole run; returns the exit code."""
-    device, rank, world, mesh = start(run)
+    run, device, rank, world, mesh = start(run)
     micro, times = training.split_batch(run, mesh.size())
     micro *= mesh.size() // world           # of a host
     saved = checkpoints.load_checkpoint(checkpoints.open_run(run, config))

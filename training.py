@@ -20,6 +20,7 @@ import torch.distributed as dist
 import cli
 import fusedit
 import loader
+import speed
 from fusedit import FuseDiTError
 from vae import load_vae
 from weights import build_model
@@ -74,8 +75,9 @@ class RunConfig:
     ema_every: int = flag(100, "steps between two updates of the average", low=1)
     train_llm: bool = flag(False, "train the Gemma as well")
     seed: int = flag(42, "of weights, noise, data order and samples", low=0, high=2**32 - 1)
-    dtype: str = flag("bf16", "of compute; weights are kept in float32",
-                      choices=("bf16", "float32"))
+    dtype: str = flag("auto", "of compute; weights are kept in float32. auto: bf16 where the "
+                      "device has it, else float32; a run goes on in its own",
+                      choices=("auto", "bf16", "float32"))
     device: str = flag("auto", "where to train", True, choices=("auto", "cuda", "cpu"), only="gpu")
     zero: str = flag("1", "ZeRO: devices share 1 Adam's state, 2 gradients too, 3 weights too; "
                      "offload: Adam on the CPU", True, only="gpu",
@@ -214,7 +216,7 @@ def learning_rate(run, step):
 
 def build(run, config, device, saved):
     """(model, VAE or None); the trained weights are new, in float32, or a checkpoint's."""
-    dtype = torch.bfloat16 if run.dtype == "bf16" else torch.float32
+    dtype = speed.dtype_of(run.dtype)
     torch.manual_seed(run.seed)
     model = build_model(config, device, dtype)
     vae = load_vae(config.vae, device, dtype, config.in_channels) if config.vae else None

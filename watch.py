@@ -88,7 +88,8 @@ class Watcher:
         count = sum(p.numel() for p in self.model.parameters() if p.requires_grad)
         times, n = run.batch // (self.micro * self.world), self.one.devices
         print(f"{self.out}: {count:,} weights, from step {first} to {run.steps}; a step is {n} x "
-              f"{self.device.type} x {times} x {run.batch // (times * n)} pictures", flush=True)
+              f"{self.device.type} x {times} x {run.batch // (times * n)} pictures in {run.dtype}",
+              flush=True)
         self.bar = tqdm(total=run.steps, initial=first, unit="step", disable=None, leave=False)
 
     def resume(self, paused):

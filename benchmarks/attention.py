@@ -36,7 +36,7 @@ def candidates(args, lengths, device):
     sees = (torch.arange(S, device=device) < lengths[:, None]) | (
         torch.arange(S, device=device) >= args.text)
     sees = sees[:, None, None]                             # [B,1,1,S]
-    added = torch.where(sees, 0.0, -torch.inf).to(getattr(torch, args.dtype))
+    added = torch.where(sees, 0.0, -torch.inf).to(speed.dtype_of(args.dtype))
     found = {}
     for kernel, backend in KERNELS.items():
         for title, form, mask in (("repeat, bool mask", repeat, sees),
@@ -62,11 +62,11 @@ def main():
     for name, default in (("batch", 8), ("heads", 2), ("kv-heads", 1), ("image", 256),
                           ("text", 32), ("rounds", 15)):
         p.add_argument(f"--{name}", type=cli.positive, default=default)
-    p.add_argument("--dtype", choices=["bfloat16", "float32"], default="bfloat16")
+    p.add_argument("--dtype", **cli.DTYPE, help="auto: bf16 where the device has it, else float32")
     p.add_argument("--device", default="auto", help="auto, cpu, cuda, ...")
     p.add_argument("--out", type=Path, metavar="FILE.json", help="also write the figures there")
     args = p.parse_args()
-    device, dtype = cli.pick_device(args.device), getattr(torch, args.dtype)
+    device, dtype = cli.pick_dtype(args)
     speed.settings(device, dtype)
     torch.manual_seed(0)
     shapes = ((args.heads, args.image), *[(args.kv_heads, args.text + args.image)] * 2)

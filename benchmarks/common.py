@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
+import threads  # isort: skip (before torch)
 import torch
 import torch.nn.functional as F
 from torch.utils.flop_counter import FlopCounterMode
@@ -306,7 +307,7 @@ def parser(about, batch, rounds):
     p.add_argument("--image-size", type=cli.positive, help="pixels (small: of its latents)")
     p.add_argument("--batch", type=cli.positive, default=batch, help="images at once")
     p.add_argument("--rounds", type=cli.positive, default=rounds, help="of each; medians count")
-    p.add_argument("--dtype", choices=["bfloat16", "float32"], default="bfloat16")
+    p.add_argument("--dtype", **cli.DTYPE, help="auto: bf16 where the device has it, else float32")
     p.add_argument("--compile", action=argparse.BooleanOptionalAction, default=True,
                    help="the blocks, of the fast path alone")
     p.add_argument("--device", default="auto", help="auto, cpu, cuda, ...")
@@ -317,7 +318,7 @@ def parser(about, batch, rounds):
 def start(args):
     """(device, dtype, case, model), set up as the launchers are."""
     os.environ.setdefault("TORCHINDUCTOR_FX_GRAPH_CACHE", "1")
-    device, dtype = cli.pick_device(args.device), getattr(torch, args.dtype)
+    device, dtype = cli.pick_dtype(args)
     torch.set_float32_matmul_precision("high")
     speed.settings(device, dtype)
     made = case(args.preset, args.image_size)

@@ -3,12 +3,13 @@ import json
 import sys
 from pathlib import Path
 
-import pytest
-import torch
-
 ROOT = Path(__file__).parents[1]
 REFERENCE = Path(__file__).parent / "reference"
 sys.path.insert(0, str(ROOT))
+
+import threads  # isort: skip (before torch)
+import pytest
+import torch
 
 WORDS = "a the red green blue small large circle square star and above below of imagine :".split()
 
@@ -67,6 +68,25 @@ def tiny_clip(folder):
     (folder / "vocab.json").write_text(json.dumps({w: i for i, w in enumerate(words)}))
     (folder / "merges.txt").write_text("#version: 0.2\n")
     return folder
+
+
+def assert_near(got, want, near):
+    """The largest difference is at most `near` times the largest value."""
+    assert got.shape == want.shape, (got.shape, want.shape)
+    far = (got.double() - want.double()).abs().max().item() / want.double().abs().max().item()
+    assert far <= near, f"{far:.1e} of the largest value away"
+
+
+@pytest.fixture
+def float64(monkeypatch):
+    """All in float64, also what the code does in float32 for its range: so identities are exact.
+
+    Float32 would round otherwise on other machines, and hide a small fault.
+    """
+    monkeypatch.setattr(torch.Tensor, "float", torch.Tensor.double)
+    torch.set_default_dtype(torch.float64)
+    yield
+    torch.set_default_dtype(torch.float32)
 
 
 @pytest.fixture(scope="session")

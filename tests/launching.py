@@ -1,14 +1,18 @@
-"""The real launcher as processes: one, several runs in one, or two ranks."""
+"""The real launchers as processes: one, many, or the ranks that torchrun would start."""
 import json
 import os
+import socket
 import subprocess
-import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
+import warm
 from conftest import ROOT
 from safetensors.torch import load_file
 from shards import SHAPE
+
 
 def flags(gemma, data, out, *more):
     return ["--data", str(data), "--base", str(gemma), "--out", str(out), "--set", *SHAPE,
@@ -17,49 +21,76 @@ def flags(gemma, data, out, *more):
             *more]
 
 
-ENV = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-TORCHRUN = "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"
+ENV = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": f"{ROOT}:{ROOT}/tests"}
 
-
-def launch(argv, *launcher, check=True, **more):
-    done = subprocess.run([sys.executable, *launcher, ROOT / "train_gpu.py", *argv], text=True,
-                          capture_output=True, env=ENV, timeout=300, **more)
-    assert not check or done.returncode == 0, done.stderr[-2000:]
-    return done
-
-
-# Several runs in one process, whose start takes longest. Jobs: (what to do before, flags).
-SEVERAL = """
-import json, sys, torch, torch.distributed as dist, train_{engine} as launcher
-import checkpoints, fusedit, loader, spmd, watch
-init = dist.init_process_group
-dist.init_process_group = lambda *a, **k: dist.is_initialized() or init(*a, **k)
-dist.destroy_process_group = lambda: None
-for code, argv in json.load(open(sys.argv[1])):
-    exec(code)
-    sys.argv = ["train_{engine}.py", *argv]
-    try:
-        print("exit", launcher.main())
-    except fusedit.FuseDiTError as e:
-        print("error:", e)
+# A launcher in which something is replaced first.
+PATCHED = """
+import json, os, sys, time, torch, torch.distributed as dist, train_{engine} as launcher
+import checkpoints, cli, fusedit, loader, spmd, watch
+{before}
+cli.run(launcher.main, "")
 """
 
 
-def several(tmp_path, jobs, *launcher, engine="gpu", devices=1):
-    """Jobs: flags, or (what to do before, flags). devices: of a CPU, for train_tpu.py."""
-    jobs = [job if isinstance(job, tuple) else ("", job) for job in jobs]
-    (tmp_path / "several.py").write_text(SEVERAL.format(engine=engine))
-    (tmp_path / "jobs.json").write_text(json.dumps(jobs))
-    done = subprocess.run([sys.executable, *launcher, str(tmp_path / "several.py"),
-                           str(tmp_path / "jobs.json")], env=virtual(devices), text=True,
-                          capture_output=True, timeout=900)
-    assert done.returncode == 0, done.stderr[-3000:]
+def command(argv, before="", engine="gpu"):
+    """A launcher's command line; before: code that runs in it ahead of its main()."""
+    if before:
+        return ["-c", PATCHED.format(before=before, engine=engine), *argv]
+    return [ROOT / f"train_{engine}.py", *argv]
+
+
+def free_port():
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return str(free.getsockname()[1])
+
+
+def ranks(argv, n, env=ENV, live=False):
+    """Start n processes with what torchrun would tell each of them."""
+    port = free_port()
+    return [warm.start(argv, env | dict(RANK=str(i), LOCAL_RANK=str(i), WORLD_SIZE=str(n),
+                                        MASTER_ADDR="127.0.0.1", MASTER_PORT=port),
+                       live=live and i == 0)
+            for i in range(n)]
+
+
+def finish(processes):
+    """Their end as one subprocess.CompletedProcess; if one fails, the others are killed."""
+    while any(p.poll() is None for p in processes):
+        if any(p.poll() for p in processes):
+            for p in processes:
+                p.kill()
+        time.sleep(0.01)
+    ends = [p.communicate() for p in processes]
+    code = next((p.returncode for p in processes if p.returncode > 0), processes[0].returncode)
+    return subprocess.CompletedProcess(processes[0].args, code, *map("".join, zip(*ends)))
+
+
+def launch(argv, before="", n=1, engine="gpu", env=ENV, check=True):
+    """Run a launcher to its end, as one process or as n ranks."""
+    words = command(argv, before, engine)
+    done = warm.run(words, env) if n == 1 else finish(ranks(words, n, env))
+    assert not check or done.returncode == 0, done.stderr[-3000:]
     return done
 
 
-def virtual(devices):
-    """The environment in which a CPU has several devices, for XLA."""
-    return ENV | {"PJRT_DEVICE": "CPU", "CPU_NUM_DEVICES": str(devices)}
+def launch_all(jobs, n=1, engine="gpu", env=ENV, check=True):
+    """Run many, two at a time, but one after the other where they share an --out.
+
+    jobs: flags, or (flags, code to run before). Returns what launch does, in their order.
+    """
+    jobs = [job if isinstance(job, tuple) else (job, "") for job in jobs]
+    runs = {}                               # --out -> the jobs that go on with each other
+    for i, (argv, before) in enumerate(jobs):
+        runs.setdefault(argv[argv.index("--out") + 1], []).append((i, argv, before))
+    done = [None] * len(jobs)
+
+    def in_order(group):
+        for i, argv, before in group:
+            done[i] = launch(argv, before, n, engine, env, check)
+    with ThreadPoolExecutor(2 if n == 1 else 1) as pool:
+        list(pool.map(in_order, runs.values()))
+    return done
 
 
 def metrics(out):

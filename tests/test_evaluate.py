@@ -2,15 +2,16 @@
 import io
 import json
 import random
-import socket
-import subprocess
+import signal
 import sys
-import time
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
 import torch
+import warm
 from conftest import ROOT
+from launching import ENV, finish, ranks
 from PIL import Image
 
 import evaluate
@@ -272,30 +273,26 @@ def test_prompts_that_are_none(tmp_path, name, text, says):
 SEEDS = [2968811710, 3831201730, 3964924996, 2858441268]     # NumPy promises not to change them
 
 
-def process(untrained, tmp_path, out, *more, n=1):
-    """`evaluate.py geneval` as processes of their own: by python, or torchrun."""
-    start = [sys.executable] if n == 1 else [
-        sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", n, "--master-port",
-        free_port()]
-    return subprocess.Popen([str(w) for w in (
-        *start, ROOT / "evaluate.py", "geneval", "--prompts", metadata(tmp_path), "--model",
-        untrained, "--steps", 3, "--out", tmp_path / out, "--device", "cpu", *more)],
-        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+def process(untrained, tmp_path, out, *more, n=1, before=""):
+    """`evaluate.py geneval` to its end, in n processes as torchrun starts them.
 
-
-def free_port():
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return str(s.getsockname()[1])
+    before: code that runs in it first.
+    """
+    words = ["geneval", "--prompts", metadata(tmp_path), "--model", untrained, "--steps", 3,
+             "--out", tmp_path / out, "--device", "cpu", *more]
+    program = ["-c", f"{before}\nimport cli, evaluate\ncli.run(evaluate.main, '')"]
+    program = [*program, *words] if before else [ROOT / "evaluate.py", *words]
+    return finish(ranks(program, n)) if n > 1 else warm.run(program, ENV)
 
 
 def test_any_batch_and_number_of_processes_draw_the_same(untrained, tmp_path):
     runs = dict(b4=(4, 1), b7=(7, 1), b1=(1, 1), again=(4, 1), two=(4, 2))
-    for out, (batch, n) in runs.items():
-        done = process(untrained, tmp_path, out, "--batch-size", batch, n=n)
-        text = done.communicate(timeout=200)[0]
-        assert done.returncode == 0, text
-        assert text.count("next:") >= 1                    # whoever ends last says it
+    with ThreadPoolExecutor(2) as pool:
+        ends = list(pool.map(lambda out: process(
+            untrained, tmp_path, out, "--batch-size", runs[out][0], n=runs[out][1]), runs))
+    for done in ends:
+        assert done.returncode == 0, done.stderr
+        assert done.stdout.count("next:") >= 1             # whoever ends last says it
     want = contents(tmp_path / "b4")
     assert len(want) == 30
     assert contents(tmp_path / "again") == want == contents(tmp_path / "two")
@@ -345,26 +342,32 @@ def test_a_batch_is_of_whole_prompts_where_it_can(untrained, tmp_path, monkeypat
     assert drawn == sizes
 
 
-def test_killed_six_times(untrained, tmp_path):
-    slow = "--batch-size", 1, "--steps", 20                # so that six kills come before the end
-    whole = process(untrained, tmp_path, "whole", *slow)
-    assert whole.wait(200) == 0
+# The process kills itself before its n-th step that a crash could leave half done.
+DIES = """
+import os, signal, sys
+left = iter(range({n}))
+def dies(event, args):
+    if event in ("open", "os.rename", "os.mkdir") and {out!r} in str(args[0]) \\
+            and (event != "open" or args[1] != "r") and next(left, None) is None:
+        os.kill(os.getpid(), signal.SIGKILL)
+sys.addaudithook(dies)
+"""
+
+
+def test_killed_again_and_again(untrained, tmp_path):
+    """At moments of all kinds; nothing whole is drawn again, nothing half done counts."""
+    assert process(untrained, tmp_path, "whole").returncode == 0
     rng, ages, folder = random.Random(0), {}, tmp_path / "killed"
-    for _ in range(6):
-        run = process(untrained, tmp_path, "killed", *slow)
-        while run.poll() is None and len(list(folder.rglob("samples/0*.png"))) <= len(ages):
-            time.sleep(0.002)
-        time.sleep(rng.random() * 0.1)
-        assert run.poll() is None
-        run.kill()
-        run.wait()
+    for _ in range(4):
+        dies = DIES.format(n=rng.randrange(8, 24), out=str(folder))
+        assert process(untrained, tmp_path, "killed", before=dies).returncode == -signal.SIGKILL
         now = {p: p.stat().st_mtime_ns for p in folder.rglob("samples/0*.png")}
         assert all(now[p] == age for p, age in ages.items()) and len(now) < 24     # none again
         ages = now
+    assert ages
     half = next(folder.rglob("samples")) / ".0003.png.1.tmp"
     half.write_bytes(b"half")
-    last = process(untrained, tmp_path, "killed", *slow)
-    assert last.wait(200) == 0 and not half.exists()
+    assert process(untrained, tmp_path, "killed").returncode == 0 and not half.exists()
     assert contents(folder) == contents(tmp_path / "whole")
 
 
@@ -398,8 +401,7 @@ def test_a_sweep_with_its_figure(untrained, tmp_path, capsys):
 
 def test_ground_truth_and_errors_as_a_user_sees_them(tmp_path):
     def command(*words):
-        return subprocess.run([sys.executable, str(ROOT / "evaluate.py"), "shapes", *words],
-                              capture_output=True, text=True)
+        return warm.run([ROOT / "evaluate.py", "shapes", *words])
     done = command("--ground-truth", "-n", "60")
     assert done.returncode == 0
     assert "60 of 60 ground-truth renders read back right (100.00%)" in done.stdout

@@ -1,14 +1,11 @@
 """The method: equal to the published numbers, to transformers, and to its own definition."""
 import json
 import math
-import os
-import subprocess
-import sys
 from dataclasses import asdict
 
 import pytest
 import torch
-from conftest import REFERENCE, ROOT, tiny_gemma
+from conftest import REFERENCE, assert_near, tiny_gemma
 from safetensors.torch import load_file
 
 import fusedit
@@ -23,7 +20,7 @@ PIPELINE = REFERENCE / "released_layout"
 # ---- against the published implementation
 
 def run_case(name):
-    """Largest error of one forward pass against the published output."""
+    """(output, published output) of one forward pass, float32."""
     folder = REFERENCE / "cases" / name
     config = json.loads((folder / "config.json").read_text())
     fields = {k: v for k, v in config["dit"].items() if k not in ("model", "text_hidden_size")}
@@ -38,24 +35,27 @@ def run_case(name):
         text = model.read(case["input_ids"], case["attention_mask"].bool(),
                           case.get("text_modulation_embeds"))
         out = model.dit(case["latents"], case["timestep"].double() / 1000, text)
-    return (out - case["output"]).abs().max().item()
+    return out, case["output"]
 
 
-@pytest.fixture(scope="session")
-def case_errors():
-    # In a process of its own: MKL's exp differs in the last bit from one CPU to the next, which
-    # at timestep 731 moves the time embedding by more than the tolerance. COMPATIBLE gives the
-    # same bits on all of them, those of the machine that made the reference.
-    code = "import json, test_fusedit as t; print(json.dumps({n: t.run_case(n) for n in t.CASES}))"
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT / "tests", text=True,
-                          capture_output=True, env=os.environ | {"MKL_CBWR": "COMPATIBLE"})
-    assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout)
+def exact_frequencies(count, theta=10000.0, device=None):
+    """fusedit.frequencies with exp in float64, rounded once: the same bits on every machine."""
+    return torch.exp((-math.log(theta) * torch.arange(count) / count).double()).float()
+
+
+def test_frequencies():
+    for count, theta in ((128, 1e4), (64, 1e6), (8, 1e4)):
+        want = torch.tensor([theta ** (-k / count) for k in range(count)], dtype=torch.float64)
+        assert (fusedit.frequencies(count, theta) / want - 1).abs().max() < 2e-6
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_design_space(name, case_errors):
-    assert case_errors[name] < 1e-5
+def test_design_space(name, monkeypatch):
+    # float32's exp differs in its last bit from one CPU to the next, which timestep 731 turns into
+    # up to 5e-5 of the largest output. Rounded exactly it is 6e-6 from what the published code had
+    # on its machine, on any machine of ours.
+    monkeypatch.setattr(fusedit, "frequencies", exact_frequencies)
+    assert_near(*run_case(name), 1e-5)
 
 
 def test_all_16_points_are_there():
@@ -151,19 +151,19 @@ def test_gemma_equals_transformers(kind, tmp_path):
             layer = out.past_key_values.layers[i]
             for ours, his in ((keys[i], layer.keys), (values[i], layer.values)):
                 n = his.shape[2]            # a sliding layer's cache holds the window's end only
+                lo = 11 - n
                 for row, real in ((0, 11), (1, 7)):
-                    lo = 11 - n
-                    assert torch.allclose(ours[row, :, lo:real], his[row, :, :real - lo],
-                                          atol=1e-5), (i, row)
+                    if real > lo:
+                        assert_near(ours[row, :, lo:real], his[row, :, :real - lo], 1e-5)
         full = model.llm(ids[1:, :7], L)[2][-1]
-        assert torch.allclose(hidden[-1][0], out.last_hidden_state[0], atol=1e-5)
-        assert torch.allclose(hidden[-1][1, :7], full[0], atol=1e-6)
+        assert_near(hidden[-1][0], out.last_hidden_state[0], 1e-5)
+        assert_near(hidden[-1][1, :7], full[0], 1e-5)
         # Reading stops early with the same keys, and unrotated keys are the same, turned back.
         early, _, _ = model.llm(ids, 1)
         assert len(early) == 2 and torch.equal(early[1], keys[1])
         plain, _, _ = model.llm(ids, 1, rotated=False)
-        assert torch.allclose(plain[1][:, :, 0], keys[1][:, :, 0])               # position 0
-        assert not torch.allclose(plain[1][:, :, 1:], keys[1][:, :, 1:])
+        assert_near(plain[1][:, :, 0], keys[1][:, :, 0], 1e-5)                   # position 0
+        assert (plain[1] - keys[1])[:, :, 1:].norm() > 0.1 * keys[1].norm()
 
 
 def test_gemma3_windows_and_bases(tmp_path):
@@ -184,9 +184,11 @@ def test_gemma3_windows_and_bases(tmp_path):
 # ---- against its own definition
 
 def small_model(folder, **changes):
+    """In the default dtype: float64 where a test has that fixture."""
     torch.manual_seed(1)
     model = build_model(FuseDiTConfig.from_dict(dict(
-        base=str(folder), pos_embed="2d-rope", sandwich_norm=True, in_channels=4) | changes))
+        base=str(folder), pos_embed="2d-rope", sandwich_norm=True, in_channels=4) | changes),
+        dtype=torch.get_default_dtype())
     for p in model.dit.parameters():        # a fresh DiT predicts zero: give it something to say
         torch.nn.init.normal_(p, std=0.1)
     return model
@@ -225,7 +227,7 @@ def joint_attention_forward(model, ids, mask, x_t, sigma):
     return out.permute(0, 5, 1, 3, 2, 4).reshape(x_t.shape)
 
 
-def test_two_phases_equal_one_joint_attention(gemma_folder):
+def test_two_phases_equal_one_joint_attention(gemma_folder, float64):
     torch.manual_seed(1)
     config = FuseDiTConfig(base=str(gemma_folder), pos_embed="2d-rope", sandwich_norm=True,
                            timestep_conditioning=None, in_channels=4)
@@ -237,7 +239,8 @@ def test_two_phases_equal_one_joint_attention(gemma_folder):
     with torch.no_grad():
         want = joint_attention_forward(whole, ids, mask, x_t, sigma)
         got = whole.dit(x_t, sigma, whole.read(ids, mask))
-    assert want.abs().max() > 0.1 and (got - want).abs().max() < 1e-5
+    assert want.abs().max() > 0.1
+    assert_near(got, want, 1e-9)
 
 
 DEEP_AND_SHALLOW = [dict(fusion=f, attention=a) for f in ("deep", "shallow")
@@ -245,7 +248,7 @@ DEEP_AND_SHALLOW = [dict(fusion=f, attention=a) for f in ("deep", "shallow")
 
 
 @pytest.mark.parametrize("point", DEEP_AND_SHALLOW, ids=str)
-def test_padding_and_neighbours_change_nothing(gemma_folder, point):
+def test_padding_and_neighbours_change_nothing(gemma_folder, point, float64):
     model = small_model(gemma_folder, **point)
     x_t, sigma = torch.randn(3, 4, 4, 6), torch.tensor([0.2, 0.5, 0.8])
     prompts = ["a red circle", "", "a small blue star above the large green square"]
@@ -254,8 +257,8 @@ def test_padding_and_neighbours_change_nothing(gemma_folder, point):
         padded = model.dit(x_t, sigma, model.encode(prompts, pad_to=30))
         alone = torch.cat([model.dit(x_t[i:i + 1], sigma[i:i + 1], model.encode([p]))
                            for i, p in enumerate(prompts)])
-    assert (together - padded).abs().max() < 1e-6 * together.abs().max().clamp(min=1)
-    assert (together - alone).abs().max() < 1e-6 * together.abs().max().clamp(min=1)
+    assert_near(padded, together, 1e-9)
+    assert_near(alone, together, 1e-9)
 
 
 @pytest.mark.parametrize("point", DEEP_AND_SHALLOW, ids=str)
@@ -297,7 +300,7 @@ def test_layers_without_text_see_the_picture_only(gemma_folder):
     assert model.dit(torch.randn(1, 4, 4, 4), torch.tensor([0.5]), text).isfinite().all()
 
 
-def test_flow_loss_is_the_velocity_error():
+def test_flow_loss_is_the_velocity_error(float64):
     """An oracle that knows x scores zero; one that is wrong by d everywhere scores d squared."""
     x, eps = torch.randn(2, 4, 3, 2, 2)
     wrong = torch.tensor([0.0, 1.0, 2.0, 0.5])
@@ -308,7 +311,7 @@ def test_flow_loss_is_the_velocity_error():
 
     sigma = torch.tensor([0.2, 0.5, 0.9, 1.0])
     loss = fusedit.flow_loss(oracle, x, None, sigma, eps)
-    assert torch.allclose(loss, wrong ** 2, atol=1e-5)
+    assert_near(loss, wrong ** 2, 1e-9)
 
 
 def test_noise_levels_of_training_are_logit_normal_and_shifted():
@@ -327,7 +330,7 @@ def test_one_call_of_both_towers_is_two(gemma_folder):
     assert model(x, sigma, (ids, mask)).equal(model.dit(x, sigma, model.read(ids, mask)))
 
 
-def test_sampler_is_exact_on_straight_paths():
+def test_sampler_is_exact_on_straight_paths(float64):
     """With the true velocity of one picture, any number of Euler steps ends on it."""
     x, noise = torch.randn(2, 1, 4, 4), torch.randn(2, 1, 4, 4)
     text = fusedit.TextFeatures((), (), None, torch.ones(2, 1).bool())
@@ -335,7 +338,8 @@ def test_sampler_is_exact_on_straight_paths():
         seen = []
         got = fusedit.sample(lambda x_t, s, t: noise - x, noise, text, text, steps, 1.0, 3.0,
                              after=lambda i, x_t: seen.append(i))
-        assert (got - x).abs().max() < 1e-5 and seen == list(range(steps))
+        assert_near(got, x, 1e-9)
+        assert seen == list(range(steps))
 
 
 def test_guidance_moves_from_empty_through_prompt(gemma_folder):

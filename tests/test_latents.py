@@ -5,8 +5,8 @@ import shutil
 import numpy as np
 import pytest
 import torch
-from conftest import REFERENCE
-from launching import flags, losses, several
+from conftest import REFERENCE, assert_near
+from launching import flags, launch_all, losses
 from PIL import Image
 from safetensors.torch import load_file
 from shards import index, numbered, png, scene, write_shard
@@ -54,7 +54,8 @@ def test_latents_are_the_posterior_of_the_central_square(pictures):
             pixels = loader.read_square(sample["image.png"], 32)[None].float() / 127.5 - 1
             want = torch.cat(vae.moments(pixels), 1)[0]
             assert sample["latents"].dtype == torch.bfloat16
-            assert torch.allclose(sample["latents"].float(), want, rtol=2**-7, atol=1e-6)
+            # Rounded to bf16 where convolutions over 3 pictures and over 1 may differ a little.
+            assert_near(sample["latents"], want, 2**-8)
             noise = torch.randn(1, *want[:16].shape)
             assert torch.allclose(vae.encode(sample["latents"].float()[None], noise),
                                   vae.encode(pixels, noise), atol=0.05)
@@ -72,8 +73,9 @@ def test_training_from_latents_is_training_from_pixels(pictures, gemma_folder, t
     job = [flags(gemma_folder, pictures, tmp_path / name, "--steps", "10", "--sample-every", "0",
                  "--val-data", str(pictures), "--val-every", "5", *shape, *more)
            for name, more in (("latents", []), ("pixels", ["--no-latents"]))]
-    err = several(tmp_path, job).stderr
-    assert err.count("reading the latents beside the shards") == 2         # of training, validation
+    latents, pixels = (done.stderr for done in launch_all(job))
+    assert latents.count("reading the latents beside the shards") == 2     # training, validation
+    assert "reading the latents" not in pixels
     a, b = losses(tmp_path / "latents"), losses(tmp_path / "pixels")
     assert len(a) == 10 and a != b and a == pytest.approx(b, rel=1e-3)
 
@@ -103,6 +105,7 @@ def test_what_does_not_fit_is_said_and_not_read(pictures, tmp_path, capsys):
         assert says in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_killed_eight_times_and_again_the_same_bytes(tmp_path, capsys):
     for name in ("whole", "killed"):
         numbered(tmp_path / name, shards=12)

@@ -96,14 +96,19 @@ def test_kid_has_no_bias_where_frechets_distance_has():
 
 # ------------------------------------------------------------------------------ how sure
 
-def test_bootstrap_intervals_hold_the_truth():
-    """Nineteen times of twenty; of a mean the width is known, 2 x 1.96 sd / sqrt(n)."""
+@pytest.mark.slow
+def test_bootstrap_intervals_hold_the_truth_nineteen_times_of_twenty():
     rng, hits, sure = np.random.default_rng(0), 0, 0
     for _ in range(200):
         found = metrics.intervals({c: rng.random(60) < p for c, p in (("a", 0.3), ("b", 0.98))})
         hits += found["overall"][0] <= 0.64 <= found["overall"][1]
         sure += found["b"][0] <= 0.98 <= found["b"][1]
     assert 180 <= hits <= 198 and sure >= 180
+
+
+def test_bootstrap_intervals_have_their_width():
+    """Of a mean 2 x 1.96 sd / sqrt(n)."""
+    rng = np.random.default_rng(0)
     values = rng.random(400)
     low, high = metrics.intervals(dict(a=values))["a"]
     assert high - low == pytest.approx(2 * 1.96 * values.std() / 20, rel=0.05)
@@ -112,12 +117,16 @@ def test_bootstrap_intervals_hold_the_truth():
     assert low == pytest.approx(0.9753, abs=0.002) and high > 0.999
 
 
+@pytest.mark.slow
 def test_the_paired_test_is_as_often_wrong_as_it_says():
-    """Of equal models 5 % come out below 0.05; a difference that is there is found."""
+    """Of equal models 5 % come out below 0.05."""
     rng, wrong = np.random.default_rng(0), 0
     for _ in range(300):
         wrong += metrics.paired({c: rng.integers(-1, 2, 50) for c in "ab"})[2] < 0.05
     assert 5 <= wrong <= 27
+
+
+def test_a_difference_that_is_there_is_found():
     mean, (low, high), p = metrics.paired(dict(a=[1] * 30 + [0] * 60, b=[0] * 90))
     assert mean == pytest.approx(1 / 6) and 0 < low < mean < high and p < 0.001
     assert metrics.paired(dict(a=[0] * 50))[2] == 1

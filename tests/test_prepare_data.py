@@ -4,14 +4,13 @@ import io
 import json
 import random
 import re
-import subprocess
-import sys
 import tarfile
 from argparse import Namespace
 from functools import partial
 
 import numpy as np
 import pytest
+import warm
 from conftest import ROOT
 from PIL import Image
 
@@ -23,8 +22,7 @@ from fusedit import FuseDiTError
 
 def command(*words, code=0):
     """Run the command as a user does; returns (stdout, stderr)."""
-    done = subprocess.run([sys.executable, str(ROOT / "prepare_data.py"), *map(str, words)],
-                          capture_output=True, text=True)
+    done = warm.run([ROOT / "prepare_data.py", *words])
     assert done.returncode == code, done.stderr
     assert "Traceback" not in done.stderr
     return done.stdout, done.stderr

@@ -1,12 +1,12 @@
 """sample.py as a user runs it: a process, its files, and its words when something is wrong."""
 import shutil
-import subprocess
 import sys
 from dataclasses import asdict
 
 import numpy as np
 import pytest
 import torch
+import warm
 from conftest import REFERENCE, ROOT
 from PIL import Image
 
@@ -17,8 +17,7 @@ PIPELINE = str(REFERENCE / "released_layout" / "pipeline")
 
 
 def run(*args, cwd=None):
-    done = subprocess.run([sys.executable, ROOT / "sample.py", *map(str, args)], text=True,
-                          capture_output=True, cwd=cwd)
+    done = warm.run([ROOT / "sample.py", *args], cwd=cwd)
     assert "Traceback" not in done.stderr, done.stderr
     return done
 

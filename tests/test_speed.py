@@ -1,10 +1,10 @@
 """What is fast computes the same, up to rounding; and the benchmarks' baseline is what it says."""
 import json
-import subprocess
 import sys
 
 import pytest
 import torch
+import warm
 from conftest import ROOT
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
@@ -47,6 +47,7 @@ def test_the_baseline_is_the_same_function(small):
     assert want.std() > 0.1 and common.norm(velocity(model, batch), want) < 1e-5
 
 
+@pytest.mark.slow
 def test_compiled_bf16_is_as_near_to_float32_as_bf16_can_be(small, kernels):
     """Velocity and gradients, against the error of uncompiled bf16 by PyTorch's own kernels."""
     case, exact, batch = small
@@ -128,6 +129,7 @@ runpy.run_path(sys.argv[0], run_name="__main__")
 LARGE = ["--preset", "fusedit/large-scale", "--image-size", "64", "--batch", "2"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("argv", [
     ["train.py", "--batch", "2", "--rounds", "1", "--no-compile", "--no-exactness"],
     ["train.py", "--rounds", "1", "--no-compile", *LARGE],
@@ -136,8 +138,7 @@ LARGE = ["--preset", "fusedit/large-scale", "--image-size", "64", "--batch", "2"
     ["attention.py", "--batch", "1", "--rounds", "1", "--image", "64"]])
 def test_a_benchmark_runs(argv, tmp_path):
     out, at = tmp_path / "out.json", ROOT / "benchmarks"
-    done = subprocess.run([sys.executable, "-c", TINY, at / argv[0], at, ROOT, *argv[1:], "--out",
-                           out], capture_output=True, text=True)
+    done = warm.run(["-c", TINY, at / argv[0], at, ROOT, *argv[1:], "--out", out])
     assert done.returncode == 0, done.stderr
     found = json.loads(out.read_text())
     assert json.loads(done.stdout.splitlines()[-1]).keys() == found.keys()

@@ -1,11 +1,8 @@
 """What train_tpu.py needs beside torch_xla, in plain torch: rules, stacks, the step, pieces."""
-import subprocess
-import sys
-
 import pytest
 import torch
-from conftest import ROOT, tiny_gemma
-from launching import ENV, TORCHRUN
+from conftest import assert_near, tiny_gemma
+from launching import finish, ranks
 from torch.utils._pytree import tree_map
 
 import plan
@@ -78,12 +75,12 @@ POINTS = [dict(), dict(timestep_conditioning="adaln-single", pos_embed="m-rope")
 
 @pytest.mark.parametrize("changes", POINTS, ids=str)
 @pytest.mark.parametrize("train_llm", [False, True])
-def test_a_stack_is_its_blocks(gemma_folder, changes, train_llm):
+def test_a_stack_is_its_blocks(gemma_folder, changes, train_llm, float64):
     """Values, and gradients of every weight, by their names in checkpoints."""
     config = FuseDiTConfig.from_dict(dict(
         base=str(gemma_folder), pos_embed="2d-rope", sandwich_norm=True, in_channels=3, vae=None,
         timestep_conditioning=None) | changes)
-    model = weights.build_model(config)
+    model = weights.build_model(config, dtype=torch.float64)
     for p in model.dit.parameters():
         torch.nn.init.normal_(p, std=0.2)
     model.llm.requires_grad_(train_llm)
@@ -106,11 +103,12 @@ def test_a_stack_is_its_blocks(gemma_folder, changes, train_llm):
         tower.layers = spmd.Stack(tower.layers, plain_scan,
                                   lambda t, name="": marked.append(name) or t)
     got, same = run()
-    assert want.abs().max() > 0.1 and torch.allclose(got, want, atol=1e-5)
+    assert want.abs().max() > 0.1
+    assert_near(got, want, 1e-9)
     assert {"", "mlp.up_proj.weight"} <= set(marked)
     assert not any(isinstance(m, Blocks) for m in model.modules())
     for name, grad in grads.items():
-        assert torch.allclose(same[name], grad, rtol=1e-4, atol=1e-4 * grad.abs().max()), name
+        assert_near(same[name], grad, 1e-9)
     assert all(not same[name].any() for name in same.keys() - grads.keys())
     with torch.no_grad():                   # the graph of a step is kept, but not for learning
         assert torch.equal(model(x_t, sigma, (ids, mask)), got)
@@ -121,7 +119,7 @@ def test_a_stack_is_its_blocks(gemma_folder, changes, train_llm):
 # ------------------------------------------------------------------------------ which step
 
 @pytest.mark.parametrize("max_norm", [0.0, 0.5])
-def test_the_step_is_torchs_own(max_norm):
+def test_the_step_is_torchs_own(max_norm, float64):
     """AdamW with clipping; one with a gradient that is not finite changes nothing at all."""
     torch.manual_seed(0)
     ours, theirs = ([torch.nn.Parameter(torch.linspace(-1, 1, n)) for n in (5, 7, 2)]
@@ -159,7 +157,8 @@ def test_the_step_is_torchs_own(max_norm):
         for a, q in zip(average, theirs, strict=True):
             a.lerp_(q.detach(), float(rate))
     for (mean, p, *_), a, q in zip(state, average, theirs, strict=True):
-        assert torch.allclose(p, q, atol=1e-6) and torch.allclose(mean, a, atol=1e-6)
+        assert_near(p, q, 1e-9)
+        assert_near(mean, a, 1e-9)
     assert [int(adam.state[p]["step"]) for p in ours] == [5, 5, 0]
 
 
@@ -248,11 +247,7 @@ dist.destroy_process_group()
 def test_two_hosts_save_together(tmp_path):
     import checkpoints
     tiny_gemma(tmp_path / "gemma", num_hidden_layers=2)
-    (tmp_path / "two.py").write_text(TWO)
-    done = subprocess.run([sys.executable, *TORCHRUN, tmp_path / "two.py", "--out",
-                           tmp_path / "run", "--base", tmp_path / "gemma"],
-                          capture_output=True, text=True,
-                          env=ENV | {"PYTHONPATH": f"{ROOT}:{ROOT}/tests"})
+    done = finish(ranks(["-c", TWO, "--out", tmp_path / "run", "--base", tmp_path / "gemma"], 2))
     assert done.returncode == 0, done.stderr[-3000:]
     folder = tmp_path / "run" / "step-0000003"
     assert checkpoints.damage(folder) is None

@@ -6,17 +6,15 @@ import random
 import re
 import shutil
 import signal
-import subprocess
-import sys
-import time
 
 import numpy as np
 import pytest
-import torch
-from conftest import REFERENCE, ROOT, tiny_clip, tiny_gemma
-from PIL import Image
 import launching
-from launching import assert_equal, flags, losses, metrics, several, state, virtual
+import torch
+import warm
+from conftest import REFERENCE, ROOT, tiny_clip, tiny_gemma
+from launching import ENV, assert_equal, command, flags, launch, launch_all, losses, metrics, state
+from PIL import Image
 from shards import numbered
 
 import checkpoints
@@ -45,6 +43,16 @@ def data(tmp_path_factory):
     return numbered(tmp_path_factory.mktemp("data"))
 
 
+def virtual(devices):
+    """The environment in which a CPU has several devices."""
+    return ENV | {"PJRT_DEVICE": "CPU", "CPU_NUM_DEVICES": str(devices)}
+
+
+def on_devices(n, jobs):
+    """Jobs of train_tpu.py, as launch_all takes them, on n virtual devices."""
+    return launch_all(jobs, engine="tpu", env=virtual(n))
+
+
 VARIANTS = {                                # the last one with a VAE and CLIP's vector
     "mixed": ["--set", "timestep_conditioning=adaln-zero", "pos_embed=1d-rope",
               "sandwich_norm=false", "--weight-decay", "0.1", "--remat"],
@@ -69,14 +77,13 @@ def test_every_mesh_trains_as_one_process_of_train_gpu(gemma, data, tmp_path):
         return flags(gemma, data, tmp_path / name, "--steps", str(steps), "--caption-drop", "0.3",
                      "--ema-every", "3", "--warmup-steps", "5", "--lr-schedule", "cosine",
                      "--sample-every", "0", *more)
-    several(tmp_path, [job("plain", "--zero", "0"), *(
+    launch_all([job("plain", "--zero", "0"), *(
         job(name, *more, "--zero", "0", steps=8) for name, more in VARIANTS.items())])
     for devices, meshes in ((1, ["1,1"]), (2, ["2,1"]), (8, ["8,1", "4,2", "2,4"])):
-        several(tmp_path, [job(mesh, "--mesh", mesh) for mesh in meshes], engine="tpu",
-                devices=devices)
+        on_devices(devices, [job(mesh, "--mesh", mesh) for mesh in meshes])
     jobs = [job(f"tpu-{name}", *more, "--mesh", "2,2", steps=8) for name, more in VARIANTS.items()]
     jobs += [job("4,1"), job("parts", "--micro-batch", "1")]
-    several(tmp_path, jobs, engine="tpu", devices=4)
+    on_devices(4, jobs)
     plain = losses(tmp_path / "plain")
     assert len(plain) == 30 and plain[-1] < plain[0]
     for name in ("1,1", "2,1", "4,1", "8,1", "4,2", "2,4", "parts"):
@@ -117,12 +124,10 @@ def test_a_device_holds_its_share(data, tmp_path):
     tiny_gemma(tmp_path / "gemma", num_hidden_layers=2, head_dim=64, intermediate_size=512)
     total = None
     for devices, meshes in ((1, ["1,1"]), (2, ["2,1"]), (4, ["2,2"]), (8, ["8,1", "2,4"])):
-        jobs = [(BYTES if i == 0 else "", flags(
-            tmp_path / "gemma", data, tmp_path / mesh, "--steps", "2", "--mesh", mesh,
-            "--set", "dit_hidden_size=256", "--sample-every", "0", "--batch", "16",
-            "--micro-batch", str(8 // devices)))
-            for i, mesh in enumerate(meshes)]
-        out = several(tmp_path, jobs, engine="tpu", devices=devices).stdout
+        jobs = [(flags(tmp_path / "gemma", data, tmp_path / mesh, "--steps", "2", "--mesh", mesh,
+                       "--set", "dit_hidden_size=256", "--sample-every", "0", "--batch", "16",
+                       "--micro-batch", str(8 // devices)), BYTES) for mesh in meshes]
+        out = "".join(done.stdout for done in on_devices(devices, jobs))
         found = [json.loads(line[5:]) for line in out.splitlines() if line.startswith("HELD")]
         grads = [int(line[6:]) for line in out.splitlines() if line.startswith("GRADS")]
         assert len(found) == len(meshes) == len(grads)
@@ -152,7 +157,7 @@ def test_nothing_compiles_after_the_second_step(gemma, data, tmp_path):
                 "--lr-schedule", "cosine", "--ema-every", "10", "--save-every", "20", "--log-every",
                 "7", "--sample-every", "0", "--mesh", "2,2")
     code = f"CACHE = {str(tmp_path / 'cache')!r}\n" + COMPILES
-    out = several(tmp_path, [(code, job)], engine="tpu", devices=4).stdout
+    out = on_devices(4, [(job, code)])[0].stdout
     counts = dict(map(int, m) for m in re.findall(r"COMPILED (\d+) (\d+)", out))
     assert len(counts) == 100 and 0 < counts[2] == counts[100] <= 3
 
@@ -182,9 +187,7 @@ def test_the_graph_does_not_grow_with_depth(data, tmp_path):
         tiny_gemma(tmp_path / str(layers), num_hidden_layers=layers)
         job = flags(tmp_path / str(layers), data, tmp_path / f"run{layers}", "--steps", "2",
                     "--sample-every", "0", "--mesh", "2,2")
-        begin = time.time()
-        out = several(tmp_path, [(GROWTH, job)], engine="tpu", devices=4).stdout
-        print(f"{layers} layers: {time.time() - begin:.1f} s in all")
+        out = on_devices(4, [(job, GROWTH)])[0].stdout
         sizes[layers] = int(re.search(r"GRAPH (\d+)", out)[1])
     assert 1000 < sizes[2] < sizes[26] < 1.1 * sizes[2], sizes
 
@@ -198,48 +201,45 @@ def test_remat_takes_the_memory_that_the_plan_says(data, tmp_path, monkeypatch):
         argv = flags(tmp_path / "gemma", data, tmp_path / str(remat), "--steps", "1", "--set",
                      "image_size=64", "dit_hidden_size=128", "--sample-every", "0",
                      *["--remat"] * remat)
-        done = several(tmp_path, [argv], engine="tpu", devices=2)
+        done = on_devices(2, [argv])[0]
         sizes = re.findall(r"Intermediate tensor size: ([\d.]+) GB", done.stdout + done.stderr)
         config = training.model_config(training.parse_run(argv, "", "tpu"))
-        found[remat] = max(map(float, sizes)), plan.activations(
-            plan.abstract(config), config, 4, torch.float32, remat, False, plan.Unfused) / 1e9
+        planned = plan.activations(plan.abstract(config), config, 4, torch.float32, False,
+                                   plan.Unfused)
+        found[remat] = max(map(float, sizes)), planned[remat] / 1e9
     assert found[True][0] == pytest.approx(found[True][1], rel=0.3)
     assert 3 * found[True][0] < found[False][0] < found[False][1]
 
 
 # ------------------------------------------------------------------------------ checkpoints
 
-def watched(argv, *code):
-    return subprocess.Popen([sys.executable, *(code or [ROOT / "train_tpu.py"]), *argv], text=True,
-                            env=virtual(2), stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-                            start_new_session=True)
+# The process kills its group in its AFTER-th step from now, a moment later.
+DIES = """
+import random, signal, threading
+left, load = int(os.environ.get("AFTER", 10**9)), loader.load_batches
+def counted(*args):
+    global left
+    for batch in load(*args):
+        left -= 1
+        if not left:
+            threading.Timer(random.random() * 0.1, os.killpg, (0, signal.SIGKILL)).start()
+        yield batch
+loader.load_batches = counted
+"""
 
 
-def test_killed_six_times_equals_never_killed(gemma, data, tmp_path):
-    def argv(name):
-        return flags(gemma, data, tmp_path / name, "--steps", "60", "--save-every", "3",
+def test_killed_again_and_again_equals_never_killed(gemma, data, tmp_path):
+    def run(name, **more):
+        argv = flags(gemma, data, tmp_path / name, "--steps", "60", "--save-every", "3",
                      "--ema-every", "1", "--sample-every", "0", "--workers", "1")
-    whole = watched(argv("whole"))
-    assert whole.communicate(timeout=300) and whole.returncode == 0
-    rng, kills, begun = random.Random(1), 0, 0
-    while True:
-        process, after, lines = watched(argv("killed")), rng.randrange(4, 12), []
-        for line in process.stdout:
-            lines.append(line)
-            after -= line.startswith("step")
-            if kills < 6 and after <= 0:
-                time.sleep(rng.random() * 0.1)
-                os.killpg(process.pid, signal.SIGKILL)
-                kills += 1
-                break
-        else:
-            assert process.wait() == 0, lines[-20:]
-            break
-        process.wait()
-        at = int(re.search(r"from step (\d+) ", "".join(lines))[1])
-        assert at >= begun
-        begun = at
-    assert kills == 6 and begun > 10
+        return launch(argv, DIES, engine="tpu", env=virtual(2) | more, check=False)
+    assert run("whole").returncode == 0
+    rng, begun = random.Random(1), [0]
+    for _ in range(6):
+        done = run("killed", AFTER=str(rng.randrange(8, 13)))
+        assert done.returncode == -signal.SIGKILL, done.stderr[-2000:]
+        begun.append(int(re.search(r"from step (\d+) ", done.stdout)[1]))
+    assert run("killed").returncode == 0 and begun == sorted(begun) and begun[-1] >= 6
     assert_equal(state(tmp_path / "killed", 60), state(tmp_path / "whole", 60))
     assert losses(tmp_path / "killed") == losses(tmp_path / "whole")
 
@@ -249,24 +249,23 @@ def test_other_meshes_and_gpus_go_on_with_a_run(gemma, data, tmp_path):
     def job(name, steps, *more):
         return flags(gemma, data, tmp_path / name, "--steps", str(steps), "--ema-every", "1",
                      "--save-every", "6", "--sample-every", "0", *more)
-    several(tmp_path, [job("whole", 12), job("gpu-tpu", 6, "--zero", "2")])
-    several(tmp_path, [job("8x1", 6, "--mesh", "8,1")], engine="tpu", devices=8)
+    launch_all([job("whole", 12), job("gpu-tpu", 6, "--zero", "2")])
+    on_devices(8, [job("8x1", 6, "--mesh", "8,1")])
     for name in ("4x2", "2x1", "tpu-gpu"):
         shutil.copytree(tmp_path / "8x1", tmp_path / name)
-    several(tmp_path, [job("8x1", 12, "--mesh", "8,1"), job("4x2", 12, "--mesh", "4,2")],
-            engine="tpu", devices=8)
-    several(tmp_path, [job("2x1", 12), job("gpu-tpu", 12)], engine="tpu", devices=2)
-    several(tmp_path, [job("tpu-gpu", 9, "--zero", "2")])
-    several(tmp_path, [job("tpu-gpu", 12)], engine="tpu", devices=2)
+    on_devices(8, [job("8x1", 12, "--mesh", "8,1"), job("4x2", 12, "--mesh", "4,2")])
+    on_devices(2, [job("2x1", 12), job("gpu-tpu", 12)])
+    launch_all([job("tpu-gpu", 9, "--zero", "2")])
+    on_devices(2, [job("tpu-gpu", 12)])
     for name, near in (("4x2", 1e-5), ("2x1", 1e-5), ("gpu-tpu", 1e-4), ("tpu-gpu", 1e-4)):
         assert losses(tmp_path / name) == pytest.approx(losses(tmp_path / "whole"), rel=1e-4)
         assert losses(tmp_path / name) == pytest.approx(losses(tmp_path / "8x1"), rel=near), name
         assert_equal(state(tmp_path / name, 12), state(tmp_path / "8x1", 12), atol=1e-4)
     pictures = []
     for name in ("8x1", "tpu-gpu", "whole"):
-        subprocess.run([sys.executable, ROOT / "sample.py", "--model", tmp_path / name, "--prompt",
-                        "a red square", "--steps", "4", "--out", tmp_path / "out" / name],
-                       check=True, capture_output=True)
+        done = warm.run([ROOT / "sample.py", "--model", tmp_path / name, "--prompt", "a red square",
+                         "--steps", "4", "--out", tmp_path / "out" / name, "--dtype", "float32"])
+        assert done.returncode == 0, done.stderr
         (path,) = (tmp_path / "out" / name).glob("*.png")
         with Image.open(path) as image:
             pictures.append(np.asarray(image.convert("RGB")).astype(int))
@@ -275,22 +274,19 @@ def test_other_meshes_and_gpus_go_on_with_a_run(gemma, data, tmp_path):
 
 
 SLOW = """
-import time, cli, loader, train_tpu
 decode = loader.decode
 loader.decode = lambda *args: (time.sleep(0.05), decode(*args))[1]
-cli.run(train_tpu.main, "")
 """
 
 
 def test_a_signal_ends_the_step_and_saves(gemma, data, tmp_path):
     """Also while the threads that feed the mesh wait for data."""
-    process = watched(flags(gemma, data, tmp_path / "run", "--steps", "100000", "--log-every", "5",
-                            "--workers", "1"), "-c", SLOW)
-    for line in process.stdout:
-        if line.startswith("step 5/"):
-            os.killpg(process.pid, signal.SIGTERM)
-            break
-    out, _ = process.communicate(timeout=120)
+    argv = flags(gemma, data, tmp_path / "run", "--steps", "100000", "--log-every", "5",
+                 "--workers", "1")
+    process = warm.start(command(argv, SLOW, "tpu"), virtual(2), merge=True)
+    assert any(line.startswith("step 5/") for line in process.stdout)
+    os.killpg(process.pid, signal.SIGTERM)
+    out, _ = process.communicate()
     last = (tmp_path / "run" / "latest").read_text().strip()
     assert process.returncode == 0 and "Traceback" not in out and "Exception" not in out, out
     assert f"stopped by SIGTERM; step {int(last[5:])} is saved" in out
@@ -300,8 +296,7 @@ def test_a_signal_ends_the_step_and_saves(gemma, data, tmp_path):
 # ------------------------------------------------------------------------------ what else
 
 POISON = """
-real = real if "real" in globals() else fusedit.random_sigma
-count = -1
+real, count = fusedit.random_sigma, -1
 def poisoned(normal, shift):
     global count
     count += 1
@@ -314,9 +309,7 @@ def test_a_step_that_is_not_finite_is_skipped_and_counted(gemma, data, tmp_path)
     def job(name, steps, *more):
         return flags(gemma, data, tmp_path / name, "--steps", str(steps), "--ema-every", "1",
                      "--sample-every", "0", "--save-every", "3", *more)
-    clean = "fusedit.random_sigma = real"
-    several(tmp_path, [(POISON, job("a", 6)), (POISON, job("b", 3)), (clean, job("b", 6))],
-            engine="tpu", devices=2)
+    on_devices(2, [(job("a", 6), POISON), (job("b", 3), POISON), job("b", 6)])
     rows = metrics(tmp_path / "a")
     assert [r["skipped_steps"] for r in rows] == [0, 0, 1, 1, 1, 1]
     assert rows[2]["loss"] is None and rows[2]["grad_norm"] is None
@@ -332,9 +325,8 @@ def test_looks_are_those_of_train_gpu(gemma, data, tmp_path):
         return flags(gemma, data, tmp_path / name, "--steps", "6", "--ema-every", "1",
                      "--sample-every", "3", "--val-data", str(data), "--val-every", "3",
                      "--val-samples", "21", *more)
-    several(tmp_path, [job("gpu"), job("gpu16", "--dtype", "bf16")])
-    several(tmp_path, [job("tpu", "--mesh", "2,2"), job("tpu16", "--dtype", "bf16")], engine="tpu",
-            devices=4)
+    launch_all([job("gpu"), job("gpu16", "--dtype", "bf16")])
+    on_devices(4, [job("tpu", "--mesh", "2,2"), job("tpu16", "--dtype", "bf16")])
     for suffix, near in (("", 1e-4), ("16", 3e-2)):
         want, got = ([r for r in metrics(tmp_path / (name + suffix)) if "val_loss" in r]
                      for name in ("gpu", "tpu"))
@@ -360,11 +352,10 @@ def test_what_goes_wrong_is_one_line(gemma, data, tmp_path):
             (["--batch", "9"], "--batch 9 does not divide into 2 devices; --batch 8 or 10 would"),
             (["--data", str(tmp_path / "none-*.tar")], "no file matches")]:
         where = argv.pop() if argv[-1] == broken else data
-        done = subprocess.run([sys.executable, ROOT / "train_tpu.py", *flags(
-            gemma, where, tmp_path / "run"), *argv], env=virtual(2), text=True, capture_output=True)
+        done = launch([*flags(gemma, where, tmp_path / "run"), *argv], engine="tpu", env=virtual(2),
+                      check=False)
         assert done.returncode == 1 and says in done.stderr, done.stderr
         assert done.stderr.count("\n") == 1 and not list(tmp_path.glob("run/step-*"))
     alone = {k: v for k, v in virtual(2).items() if k != "PJRT_DEVICE"}
-    done = subprocess.run([sys.executable, ROOT / "train_tpu.py", *flags(
-        gemma, data, tmp_path / "run")], env=alone, text=True, capture_output=True)
+    done = launch(flags(gemma, data, tmp_path / "run"), engine="tpu", env=alone, check=False)
     assert done.returncode == 1 and "no TPU is here" in done.stderr

@@ -8,27 +8,28 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from dataclasses import fields
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+import warm
 from conftest import ROOT, tiny_gemma
-from PIL import Image
-from safetensors.torch import load_file
 from launching import (
     ENV,
-    TORCHRUN,
     assert_equal,
+    command,
     flags,
     launch,
+    launch_all,
     losses,
     metrics,
-    several,
+    ranks,
     state,
 )
+from PIL import Image
+from safetensors.torch import load_file
 from shards import SHAPE, numbered
 
 import checkpoints
@@ -60,8 +61,7 @@ def data(tmp_path_factory):
 @pytest.mark.parametrize("engine", ["gpu", "tpu"])
 def test_every_setting_is_a_flag_with_its_comment_and_default(engine):
     """train_tpu.py, too, without torch_xla."""
-    out = subprocess.run([sys.executable, ROOT / f"train_{engine}.py", "--help"], text=True,
-                         capture_output=True, check=True).stdout
+    out = launch(["--help"], engine=engine).stdout
     for f in fields(training.RunConfig):
         if f.metadata["only"] not in ("", engine):
             assert f"--{f.name.replace('_', '-')}" not in out
@@ -275,10 +275,8 @@ t.save(run, training.model_config(run), 3, value=3.0)
 def test_a_kill_at_any_point_of_saving_leaves_a_whole_checkpoint(folder, gemma, where, left):
     run, config = folder
     save(run, config, 1, 2)
-    done = subprocess.run(
-        [sys.executable, "-c", DIES, f"{run.out}-store", where, "--out", run.out, "--base", gemma,
-         "--keep", "2", "--set", *SHAPE], env=ENV | {"PYTHONPATH": f"{ROOT}:{ROOT}/tests"},
-        capture_output=True, text=True)
+    done = warm.run(["-c", DIES, f"{run.out}-store", where, "--out", run.out, "--base", gemma,
+                     "--keep", "2", "--set", *SHAPE], ENV)
     assert done.returncode == 9, done.stderr[-2000:]
     found = checkpoints.open_run(run, config)
     assert found.name == f"step-000000{left}"
@@ -472,54 +470,80 @@ def plain_torch(argv):
     return losses, average
 
 
-def test_every_stage_and_split_trains_alike(gemma, data, tmp_path):
-    """30 steps: plain torch against one process and ZeRO 0 to 3 on two, accumulating 1 and 4."""
-    def job(name, zero, micro, *more):
-        return flags(gemma, data, tmp_path / name, "--steps", "30", "--zero", zero, "--micro-batch",
-                     micro, "--caption-drop", "0.3", "--sample-every", "15", "--ema-every", "3",
-                     "--warmup-steps", "5", "--lr-schedule", "cosine", *more)
-    several(tmp_path, [job("plain", "0", "8"), job("plain4", "0", "2"), job("remat", "1", "8",
-                                                                         "--remat"),
-                       *(job(f"offload{z}", f"{z}-offload", "8") for z in "123")])
-    names = [(f"z{z}x{4 // m}", str(z), str(m)) for z in range(4) for m in (4, 1)]
-    several(tmp_path, [job(*n) for n in names], *TORCHRUN)
-    plain, average = plain_torch(job("", "0", "8"))
-    assert len(plain) == 30 and plain[-1] < plain[0]
-    alone = ["plain", "plain4", "remat", "offload1", "offload2", "offload3"]
-    for name in alone + [n for n, *_ in names]:
-        assert losses(tmp_path / name) == pytest.approx(plain, rel=1e-5), name
-    grids = {(tmp_path / n / "samples" / "step-0000015.png").read_bytes()
-             for n in ("plain", "z1x1", "z3x4")}
+ALIKE = ("--steps", "30", "--caption-drop", "0.3", "--sample-every", "15", "--ema-every", "3",
+         "--warmup-steps", "5", "--lr-schedule", "cosine")
+
+
+@pytest.fixture(scope="module")
+def plain(gemma, data):
+    return plain_torch(flags(gemma, data, "", *ALIKE))
+
+
+def trains_alike(tmp_path, gemma, data, plain, alone, pairs):
+    """30 steps of one process and of two, each (name, further flags), against plain torch."""
+    def jobs(some):
+        return [flags(gemma, data, tmp_path / name, *ALIKE, *more) for name, *more in some]
+    launch_all(jobs(alone))
+    launch_all(jobs(pairs), n=2)
+    known, average = plain
+    assert len(known) == 30 and known[-1] < known[0]
+    for name, *_ in alone + pairs:
+        assert losses(tmp_path / name) == pytest.approx(known, rel=1e-5), name
+    grids = {(tmp_path / name / "samples" / "step-0000015.png").read_bytes()
+             for name, *_ in [alone[0], *pairs]}
     assert len(grids) == 1                  # two ranks draw what one does
-    for name in ("z0x1", "z3x4"):           # each rank wrote its half of average and state
+    for name, *_ in pairs:                  # each rank wrote its half of average and state
         where = tmp_path / name / "step-0000030"
         sizes = [p.stat().st_size for p in sorted(where.glob("model-*-of-00002.safetensors"))]
         assert len(sizes) == 2 and max(sizes) < 1.2 * min(sizes)
         assert_equal(weights.load_model(tmp_path / name).dit.state_dict(), average, atol=1e-5)
 
 
+def test_deepspeed_trains_as_plain_torch_does(gemma, data, tmp_path, plain):
+    trains_alike(tmp_path, gemma, data, plain,
+                 [("one", "--zero", "0"), ("remat", "--remat", "--micro-batch", "2")],
+                 [("two", "--zero", "2"), ("three", "--zero", "3", "--micro-batch", "1")])
+
+
+@pytest.mark.slow
+def test_every_stage_and_split_trains_alike(gemma, data, tmp_path, plain):
+    """ZeRO 0 to 3 on two processes, accumulating 1 and 4; Adam on the CPU."""
+    alone = [("plain4", "--zero", "0", "--micro-batch", "2"),
+             *((f"offload{z}", "--zero", f"{z}-offload") for z in "123")]
+    trains_alike(tmp_path, gemma, data, plain, alone, [
+        (f"z{z}x{4 // m}", "--zero", str(z), "--micro-batch", str(m))
+        for z in range(4) for m in (4, 1)])
+
+
+COUNTS = """
+import atexit
+def told():
+    found = torch._dynamo.utils.counters
+    print("breaks", sum(found["graph_break"].values()), "graphs", found["stats"]["unique_graphs"])
+atexit.register(told)
+"""
+
+
+@pytest.mark.slow
 def test_compiled_blocks_train_alike(gemma, data, tmp_path):
     """In one piece, also where ZeRO 3 fetches a block's weights; a deeper one needs no more."""
     tiny_gemma(tmp_path / "deep", num_hidden_layers=4)
 
-    def job(name, *more):
-        return flags(gemma, data, tmp_path / name, "--steps", "6", "--sample-every", "9", *more)
-    told = ("print('breaks', sum(torch._dynamo.utils.counters['graph_break'].values()), "
-            "'graphs', torch._dynamo.utils.counters['stats']['unique_graphs'])")
-    done = several(tmp_path, [
-        job("plain"), job("one", "--zero", "1", "--compile"), (told, job("plain")),
-        job("three", "--zero", "3", "--compile", "--remat"), (told, job("plain"))])
-    deep = several(tmp_path, [
-        flags(tmp_path / "deep", data, tmp_path / "four", "--steps", "6", "--zero", "1",
-              "--compile", "--sample-every", "9"), (told, job("plain"))])
+    def job(name, *more, base=gemma):
+        return flags(base, data, tmp_path / name, "--steps", "6", "--sample-every", "9", *more)
+    _, one, three, deep = launch_all([
+        job("plain"), (job("one", "--zero", "1", "--compile"), COUNTS),
+        (job("three", "--zero", "3", "--compile", "--remat"), COUNTS),
+        (job("four", "--zero", "1", "--compile", base=tmp_path / "deep"), COUNTS)])
     for name in ("one", "three"):
         assert losses(tmp_path / name) == pytest.approx(losses(tmp_path / "plain"), rel=1e-5)
-    counts = [list(map(int, n)) for n in re.findall(r"breaks (\d+) graphs (\d+)",
-                                                    done.stdout + deep.stdout)]
-    assert [n for n, _ in counts] == [0, 0, 0], counts
-    assert 0 < counts[2][1] == counts[0][1] < counts[1][1], counts
+    counts = [tuple(map(int, re.search(r"breaks (\d+) graphs (\d+)", done.stdout).groups()))
+              for done in (one, three, deep)]
+    assert [breaks for breaks, _ in counts] == [0, 0, 0] and min(counts)[1] > 0, counts
+    assert counts[0] == counts[2], counts
 
 
+@pytest.mark.slow
 def test_float8_trains_nearly_alike_and_goes_on(gemma, data, tmp_path):
     """Emulated; at ZeRO 2 and 3, and from a checkpoint to the bit."""
     pytest.importorskip("torchao")
@@ -527,79 +551,85 @@ def test_float8_trains_nearly_alike_and_goes_on(gemma, data, tmp_path):
     def job(name, steps, zero, *more):
         return flags(gemma, data, tmp_path / name, "--steps", str(steps), "--zero", zero,
                      "--sample-every", "9", *more)
-    several(tmp_path, [job("plain", 4, "2"), job("two", 4, "2", "--float8"),
-                       job("three", 4, "3", "--float8"), job("on", 2, "2", "--float8"),
-                       job("on", 4, "2", "--float8")])
+    launch_all([job("plain", 4, "2"), job("two", 4, "2", "--float8"),
+                job("three", 4, "3", "--float8"), job("on", 2, "2", "--float8"),
+                job("on", 4, "2", "--float8")])
     plain, two, three = (losses(tmp_path / name) for name in ("plain", "two", "three"))
     assert two == pytest.approx(plain, rel=0.01) and two[-1] != plain[-1]   # the first predicts 0
     assert three == pytest.approx(two, rel=1e-3)
     assert_equal(state(tmp_path / "on", 4), state(tmp_path / "two", 4))
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bf16"])
-def test_a_resumed_run_equals_one_never_stopped(gemma, data, tmp_path, dtype):
+@pytest.mark.parametrize("stages, dtype", [
+    ("13", "float32"), pytest.param(["0", "2", "2-offload"], "float32", marks=pytest.mark.slow),
+    pytest.param(["0", "1", "2", "3", "2-offload"], "bf16", marks=pytest.mark.slow)])
+def test_a_resumed_run_equals_one_never_stopped(gemma, data, tmp_path, stages, dtype):
     """Every ZeRO stage, to the bit; and a checkpoint of one stage goes on in another."""
     def job(name, steps, zero, *more):
         return flags(gemma, data, tmp_path / name, "--steps", str(steps), "--zero", str(zero),
                      "--ema-every", "1", "--dtype", dtype, "--sample-every", "100", *more)
     jobs = [job("mixed", 2, 1), job("mixed", 3, 3), job("mixed", 4, 2)]
-    for z in ("0", "1", "2", "3", "2-offload"):
+    for z in stages:
         jobs += [job(f"a{z}", 4, z, "--save-every", "2", "--sample-every", "2"),
                  job(f"b{z}", 2, z), job(f"b{z}", 4, z)]
-    several(tmp_path, jobs)
-    for z in ("0", "1", "2", "3", "2-offload"):    # a sampled and saved in passing, b stopped
+    launch_all(jobs)
+    for z in stages:                        # a sampled and saved in passing, b stopped
         assert_equal(state(tmp_path / f"a{z}", 4), state(tmp_path / f"b{z}", 4))
-    for name in ("a0", "a2", "a3", "mixed"):
+    for name in [f"a{z}" for z in stages]:
         near = 1e-5 if dtype == "float32" else 1e-2        # stages round in other places
-        assert losses(tmp_path / name) == pytest.approx(losses(tmp_path / "a1"), rel=near)
+        assert losses(tmp_path / name) == pytest.approx(losses(tmp_path / "mixed"), rel=near)
         if dtype == "float32":
-            assert_equal(state(tmp_path / "a1", 4), state(tmp_path / name, 4), atol=1e-5)
+            assert_equal(state(tmp_path / "mixed", 4), state(tmp_path / name, 4), atol=1e-5)
 
 
+@pytest.mark.slow
 def test_resumed_ranks_equal_ranks_never_stopped(gemma, data, tmp_path):
     """Two ranks, to the bit; and three, into which few tensors divide, with ZeRO 3."""
     def job(name, steps, zero, *more):
         return flags(gemma, data, tmp_path / name, "--steps", str(steps), "--zero", zero,
                      "--ema-every", "1", "--sample-every", "100", *more)
     three = ("--batch", "9")
-    several(tmp_path, [j for z in "0123" for j in (
-        job(f"a{z}", 4, z, "--save-every", "2"), job(f"b{z}", 2, z), job(f"b{z}", 4, z))],
-        *TORCHRUN)
-    several(tmp_path, [job("c", 4, "3", *three), job("d", 2, "3", *three),
-                       job("d", 4, "3", *three)], *TORCHRUN[:-1], "3")
+    launch_all([j for z in "0123" for j in (
+        job(f"a{z}", 4, z, "--save-every", "2"), job(f"b{z}", 2, z), job(f"b{z}", 4, z))], n=2)
+    launch_all([job("c", 4, "3", *three), job("d", 2, "3", *three), job("d", 4, "3", *three)], n=3)
     for a, b in (("a0", "b0"), ("a1", "b1"), ("a2", "b2"), ("a3", "b3"), ("c", "d")):
         assert_equal(state(tmp_path / a, 4), state(tmp_path / b, 4))
 
 
-def test_ranks_may_come_and_go(gemma, data, tmp_path):
-    """2 ranks to 1, 1 to 2, 4 to 2 in mid-run: the losses of a run that nothing happened to."""
+@pytest.mark.parametrize("stages, more_ranks", [
+    ("1", 2), pytest.param("0123", 2, marks=pytest.mark.slow),
+    pytest.param("13", 4, marks=pytest.mark.slow)])
+def test_ranks_may_come_and_go(gemma, data, tmp_path, stages, more_ranks):
+    """2 ranks to 1, 1 to 2, 4 to 1 and back, in mid-run: the losses of an undisturbed run."""
     def job(name, steps, *more):
         return flags(gemma, data, tmp_path / name, "--steps", str(steps), "--ema-every", "1",
                      "--sample-every", "100", *more)
-    one = [job("whole", 12), *(job(f"1to2-{z}", 6, "--zero", z) for z in "0123")]
-    several(tmp_path, one)
-    two = [job(f"2to1-{z}", 6, "--zero", z) for z in "0123"]
-    two += [job(f"1to2-{z}", 12, "--zero", z) for z in "0123"]
-    several(tmp_path, [job(f"4to2-{z}", 6, "--zero", z) for z in "13"], *TORCHRUN[:-1], "4")
-    two += [job(f"4to2-{z}", 12, "--zero", z) for z in "13"]
-    several(tmp_path, two, *TORCHRUN)
-    several(tmp_path, [job(f"2to1-{z}", 12, "--zero", z) for z in "0123"])
+
+    def jobs(name, steps):
+        return [job(f"{name}-{z}", steps, "--zero", z) for z in stages]
+    launch_all([job("whole", 12), *jobs("grows", 6)])
+    launch_all([*jobs("shrinks", 6), *jobs("grows", 12)], n=more_ranks)
+    launch_all(jobs("shrinks", 12))
     whole = losses(tmp_path / "whole")
-    for name in ("4to2-1", "4to2-3", *(f"{n}to{3 - n}-{z}" for n in (1, 2) for z in "0123")):
+    for name in (f"{n}-{z}" for n in ("grows", "shrinks") for z in stages):
         assert losses(tmp_path / name) == pytest.approx(whole, rel=1e-5), name
         assert_equal(*({k.split("/")[-1]: v for k, v in state(tmp_path / n, 12).items()}
                        for n in (name, "whole")), atol=1e-5)
 
 
 POISON = """
-real = real if "real" in globals() else fusedit.random_sigma
-count = -1
+real, count = fusedit.random_sigma, -1
 def poisoned(normal, shift):
     global count
     count += 1
-    return real(normal, shift) * (float("nan") if count in {bad} else 1)
+    return real(normal, shift) * (float("nan") if count in BAD else 1)
 fusedit.random_sigma = poisoned
 """
+
+
+def poison(*steps):
+    """Code that makes the loss of these steps, counted from 0, not a number."""
+    return POISON.replace("BAD", str(steps))
 
 
 # A finite loss whose gradient's norm is not.
@@ -613,25 +643,23 @@ fusedit.flow_loss = huge
 """
 
 
-def test_a_step_that_is_not_finite_is_skipped_and_counted(gemma, data, tmp_path):
-    def job(bad, name, steps, *more):
-        return POISON.replace("{bad}", str(bad)), flags(
-            gemma, data, tmp_path / name, "--steps", str(steps), "--ema-every", "1", *more)
-    modes = [*((z, "float32") for z in "0123"), *((z, "bf16") for z in (
-        "0", "1", "2", "3", "1-offload", "2-offload", "3-offload"))]
+@pytest.mark.parametrize("modes", [
+    [("1", "float32")],
+    pytest.param([*((z, "float32") for z in "023"), *((z, "bf16") for z in (
+        "0", "1", "2", "3", "1-offload", "2-offload", "3-offload"))], marks=pytest.mark.slow)],
+    ids=["quick", "all"])
+def test_a_step_that_is_not_finite_is_skipped_and_counted(gemma, data, tmp_path, modes):
+    """And leaves no trace: after it the run is one that was stopped there, and went on."""
+    def job(name, steps, zero, dtype):
+        return flags(gemma, data, tmp_path / name, "--steps", str(steps), "--ema-every", "1",
+                     "--zero", zero, "--dtype", dtype, "--save-every", "3")
     jobs = []
-    for z, dtype in modes:
-        more = ("--zero", z, "--dtype", dtype, "--save-every", "3")
-        jobs += [job([2], f"a{z}{dtype}", 6, *more), job([2], f"b{z}{dtype}", 3, *more),
-                 job([], f"b{z}{dtype}", 6, *more)]
-    jobs += [job(list(range(5, 99)), "dead", 40, "--save-every", "4", "--log-every", "2"),
-             job([0, 1, 2, 3, 4, 5, 6, 7, 8, 10, 11], "lives", 14),
-             (HUGE, job([], "huge", 4, "--zero", "0", "--save-every", "3")[1])]
-    done = several(tmp_path, jobs)
-    assert [r["skipped_steps"] for r in metrics(tmp_path / "huge")] == [0, 0, 1, 1]
-    assert all(v.isfinite().all() for v in state(tmp_path / "huge", 4).values())
-    for z, dtype in modes:
-        name = f"{z}{dtype}"
+    for mode in modes:
+        name = "-".join(mode)
+        jobs += [(job(f"a{name}", 6, *mode), poison(2)), (job(f"b{name}", 3, *mode), poison(2)),
+                 job(f"b{name}", 6, *mode)]
+    launch_all(jobs)
+    for name in map("-".join, modes):
         rows = metrics(tmp_path / f"a{name}")
         assert [r["skipped_steps"] for r in rows] == [0, 0, 1, 1, 1, 1], name
         assert rows[2]["loss"] is None and rows[2]["grad_norm"] is None
@@ -640,8 +668,22 @@ def test_a_step_that_is_not_finite_is_skipped_and_counted(gemma, data, tmp_path)
                                   "state.json").read_text())["adam_step"] for s in (3, 6))
         assert (two, three) == (2, 5)       # Adam has not seen it
         assert_equal(state(tmp_path / f"a{name}", 6), state(tmp_path / f"b{name}", 6))
+
+
+def test_a_gradient_that_is_not_finite_is_skipped_and_ten_in_a_row_are_too_many(gemma, data,
+                                                                                tmp_path):
+    def job(name, steps, *more):
+        return flags(gemma, data, tmp_path / name, "--steps", str(steps), "--ema-every", "1",
+                     *more)
+    jobs = [(job("dead", 40, "--save-every", "4", "--log-every", "2"), poison(*range(5, 99))),
+            (job("lives", 14), poison(0, 1, 2, 3, 4, 5, 6, 7, 8, 10, 11)),
+            (job("huge", 4, "--zero", "0", "--save-every", "3"), HUGE)]
+    dead = launch_all(jobs, check=False)[0]
+    assert [r["skipped_steps"] for r in metrics(tmp_path / "huge")] == [0, 0, 1, 1]
+    assert all(v.isfinite().all() for v in state(tmp_path / "huge", 4).values())
+    assert dead.returncode == 1
     assert re.search(r"error: the loss or gradient of 1[01] steps in a row, up to step 1[67], is "
-                     r"not finite.*last good checkpoint is step-00000(12|16)", done.stdout)
+                     r"not finite.*last good checkpoint is step-00000(12|16)", dead.stderr)
     assert all(v.isfinite().all() for v in state(tmp_path / "dead", 12).values())
     assert metrics(tmp_path / "lives")[-1]["skipped_steps"] == 11
 
@@ -654,16 +696,18 @@ def test_too_many_bad_samples_stop_the_run_and_are_named(gemma, tmp_path):
         at = content.index(f"n{i}.image".encode())
         content[at + 512:at + 520] = b"no image"
     tar.write_bytes(content)
-    done = several(tmp_path, [flags(gemma, data, tmp_path / "stops", "--steps", "200"),
-                              flags(gemma, data, tmp_path / "goes", "--steps", "50",
-                                    "--max-skipped", "0.1")])
+    stops, goes = launch_all([
+        flags(gemma, data, tmp_path / "stops", "--steps", "200"),
+        flags(gemma, data, tmp_path / "goes", "--steps", "50", "--max-skipped", "0.1")],
+        check=False)
+    assert (stops.returncode, goes.returncode) == (1, 0)
     assert re.search(r"error: 1[1-9] of \d+ samples could not be read, more than --max-skipped "
-                     "0.01", done.stdout)
+                     "0.01", stops.stderr)
     rows = metrics(tmp_path / "goes")       # 400 samples: two epochs
     named = [name for r in rows for name in r.get("bad", [])]
     assert rows[-1]["skipped"] == len(named) == 30 and len(set(named)) == 15
     assert all("s-2.tar" in name for name in named)
-    assert "skipped sample" in done.stderr
+    assert "skipped sample" in goes.stderr
 
 
 def test_gemma_can_be_trained_too(gemma, data, tmp_path):
@@ -672,7 +716,7 @@ def test_gemma_can_be_trained_too(gemma, data, tmp_path):
             flags(gemma, data, tmp_path / "three", "--steps", "4", *more, "--zero", "3"),
             flags(gemma, data, out, "--steps", "6", *more),
             flags(gemma, data, tmp_path / "never", "--steps", "6", *more)]
-    several(tmp_path, jobs)
+    launch_all(jobs)
     assert losses(tmp_path / "three") == pytest.approx(losses(out)[:4], rel=1e-5)
     assert_equal(state(out, 6), state(tmp_path / "never", 6))
     model = weights.load_model(out)
@@ -689,77 +733,80 @@ def test_gemma_can_be_trained_too(gemma, data, tmp_path):
 
 # ------------------------------------------------------------------------------ kills
 
-# The launcher, telling on stdout when it writes, slowly, and which samples each step had.
+# Tell on stdout when a file is being written, slowly, and which samples each step had. With AFTER
+# in the environment the process kills its group: in the AFTER-th step from now, a moment later, or
+# (WRITING) when a checkpoint's file is half written after that step.
 WATCHED = """
-import os, time, checkpoints, cli, loader, train_gpu
+import random, signal, threading
 save_file, load_batches = checkpoints.save_file, loader.load_batches
+left, writing = int(os.environ.get("AFTER", 10**9)), "WRITING" in os.environ
+def kill():
+    os.killpg(0, signal.SIGKILL)
 def slow(tensors, path, metadata):
     save_file(tensors, path, metadata)
     os.write(1, f"WRITING {path}\\n".encode())     # whole lines, also of two threads at once
-    time.sleep(0.3)
+    if writing and left <= 0:
+        os.truncate(path, path.stat().st_size // 2)
+        kill()
+    time.sleep(0.1)
 def told(batches, which, workers, pin=False):
+    global left
     for m, batch in zip(which, load_batches(batches, which, workers, pin)):
         keys = " ".join((c.split() or [""])[-1] for c in batch["captions"])
         os.write(1, f"KEYS {m} {keys}\\n".encode())
+        left -= 1
+        if left == 0 and not writing:
+            threading.Timer(random.random() * 0.02, kill).start()
         yield batch
 checkpoints.save_file, loader.load_batches = slow, told
-cli.run(train_gpu.main, "")
 """
 
 
-def watched(argv):
-    return subprocess.Popen([sys.executable, "-c", WATCHED, *argv], text=True, env=ENV,
-                            stdout=subprocess.PIPE, stderr=subprocess.PIPE, cwd=ROOT,
-                            start_new_session=True)
-
-
-def test_killed_twelve_times_equals_never_killed(gemma, data, tmp_path):
-    """SIGKILL at random moments, three of them in the middle of writing a checkpoint."""
-    def argv(name):
-        return flags(gemma, data, tmp_path / name, "--steps", "90", "--save-every", "4",
+@pytest.mark.parametrize("kills, steps", [(3, 30), pytest.param(12, 90, marks=pytest.mark.slow)])
+def test_killed_again_and_again_equals_never_killed(gemma, data, tmp_path, kills, steps):
+    """SIGKILL at random moments, every third in the middle of writing a checkpoint."""
+    def run(name, **more):
+        argv = flags(gemma, data, tmp_path / name, "--steps", str(steps), "--save-every", "4",
                      "--ema-every", "1", "--caption-drop", "0", "--original-caption-rate", "1",
                      "--zero", "2")
-    whole = watched(argv("whole"))
-    assert whole.communicate(timeout=300) and whole.returncode == 0
-    rng, seen, kills, writing = random.Random(0), {}, 0, 0
-    while True:
-        process = watched(argv("killed"))
-        in_writing, after = kills % 4 == 3, rng.randrange(4, 12)
-        for line in process.stdout:
+        return launch(argv, WATCHED, env=ENV | more, check=False)
+    assert run("whole").returncode == 0
+    rng, seen, ends = random.Random(0), {}, []
+    for i in range(kills + 1):
+        more = {"AFTER": str(rng.randrange(4, 9))} if i < kills else {}
+        if i % 3 == 2:
+            more["WRITING"] = "1"
+        done = run("killed", **more)
+        ends.append(done.returncode)
+        for line in done.stdout.splitlines():
             if line.startswith("KEYS"):
                 _, m, *keys = line.split()
                 seen[int(m)] = keys
-                after -= 1
-            if kills < 12 and (line.startswith("WRITING") if in_writing and after < 4 else
-                               not in_writing and after <= 0):
-                time.sleep(rng.random() * 0.02)
-                os.killpg(process.pid, signal.SIGKILL)
-                kills, writing = kills + 1, writing + in_writing
-                break
-        else:
-            assert process.wait() == 0, process.stderr.read()[-2000:]
-            break
-        process.wait()
-    assert (kills, writing) == (12, 3)
-    assert_equal(state(tmp_path / "killed", 90), state(tmp_path / "whole", 90))
+    assert ends == [-signal.SIGKILL] * kills + [0]
+    assert_equal(state(tmp_path / "killed", steps), state(tmp_path / "whole", steps))
     assert losses(tmp_path / "killed") == losses(tmp_path / "whole")
-    assert sorted(seen) == list(range(90))
-    for epoch in range(0, 90, 3):           # 24 samples, three steps of 8
+    assert sorted(seen) == list(range(steps))
+    for epoch in range(0, steps, 3):        # 24 samples, three steps of 8
         assert sorted(sum((seen[epoch + i] for i in range(3)), [])) == [
             f"n{i:02d}" for i in range(24)]
 
 
+def read_until(process, begin):
+    """Read a process's stdout to the line that begins so."""
+    for line in process.stdout:
+        if line.startswith(begin):
+            return
+    raise AssertionError(process.communicate())
+
+
 @pytest.mark.parametrize("number, while_saving", [(signal.SIGTERM, True), (signal.SIGINT, False)])
 def test_a_signal_ends_the_step_and_saves(gemma, data, tmp_path, number, while_saving):
-    process = watched(flags(gemma, data, tmp_path / "run", "--steps", "100000", "--log-every", "5",
-                            "--workers", "1", "--save-every", "7"))
-    lines = []
-    for line in process.stdout:
-        lines.append(line)
-        if line.startswith("WRITING" if while_saving else "step 5/"):
-            os.killpg(process.pid, number)  # as a terminal or a launcher does, workers included
-            break
-    out, err = process.communicate(timeout=60)
+    process = warm.start(command(flags(
+        gemma, data, tmp_path / "run", "--steps", "100000", "--log-every", "5", "--workers", "1",
+        "--save-every", "7"), WATCHED), ENV)
+    read_until(process, "WRITING" if while_saving else "step 5/")
+    os.killpg(process.pid, number)          # as a terminal or a launcher does, workers included
+    out, err = process.communicate()
     last = (tmp_path / "run" / "latest").read_text().strip()
     assert process.returncode == 0 and "Traceback" not in err
     assert f"stopped by {number.name}; step {int(last[5:])} is saved. To go on:" in out
@@ -769,25 +816,26 @@ def test_a_signal_ends_the_step_and_saves(gemma, data, tmp_path, number, while_s
 
 def test_a_full_disk_leaves_the_run_going(gemma, data, tmp_path):
     """Files may not grow beyond a size from step 5 on, as if the disk were full."""
-    code = ("import os, resource, signal\n"
+    code = ("import resource, signal\n"
             "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
-            "poll = poll if 'poll' in globals() else checkpoints.Saver.poll\n"
+            "poll = checkpoints.Saver.poll\n"
             "def full(self, *a):\n"
             "    if self.last == 4: resource.setrlimit(resource.RLIMIT_FSIZE, (MOST, 1_000_000))\n"
             "    return poll(self, *a)\n"
             "checkpoints.Saver.poll = full\n"
             "resource.setrlimit(resource.RLIMIT_FSIZE, (1_000_000, 1_000_000))\n")
     sizes = {"run": "40_000", "log": "os.path.getsize(self.out / 'metrics.jsonl') + 20"}
-    done = several(tmp_path, [
-        (code.replace("MOST", size), flags(gemma, data, tmp_path / name, "--steps", "10",
-                                           "--save-every", "4", "--sample-every", "99"))
-        for name, size in sizes.items()])
-    assert done.stdout.count("exit 1") == 2 and len(losses(tmp_path / "run")) == 10
+    ends = launch_all([
+        (flags(gemma, data, tmp_path / name, "--steps", "10", "--save-every", "4",
+               "--sample-every", "99"), code.replace("MOST", size))
+        for name, size in sizes.items()], check=False)
+    assert len(losses(tmp_path / "run")) == 10
     assert 4 <= len(losses(tmp_path / "log")) < 7           # whole lines, none in part
-    assert "WARNING: not written: " in done.stderr
-    for name in sizes:
+    assert "WARNING: not written: " in ends[1].stderr
+    for name, done in zip(sizes, ends, strict=True):
+        assert done.returncode == 1
         for step in (8, 10):
-            assert done.stderr.count(f"WARNING: step {step} is NOT saved") == 2
+            assert f"WARNING: step {step} is NOT saved" in done.stderr
         assert "The last checkpoint is step-0000004" in done.stderr
         assert [p.name for p in checkpoints.checkpoints(tmp_path / name)] == ["step-0000004"]
         assert checkpoints.damage(tmp_path / name / "step-0000004") is None
@@ -795,31 +843,30 @@ def test_a_full_disk_leaves_the_run_going(gemma, data, tmp_path):
 
 
 def test_checkpoints_by_the_clock(gemma, data, tmp_path):
-    slow = ("poll = poll if 'poll' in globals() else checkpoints.Saver.poll\n"
-            "import time\n"
-            "checkpoints.Saver.poll = lambda *a: (time.sleep(0.05), poll(*a))[1]\n")
+    """A clock on which each look at it is 3 s later than the last, and 20 steps take 60 s."""
+    clock = ("import itertools, types\n"
+             "seconds = itertools.count(0, 3)\n"
+             "checkpoints.time = types.SimpleNamespace(\n"
+             "    monotonic=lambda: next(seconds), time=time.time)\n")
     more = "--steps", "20", "--keep", "99", "--sample-every", "99"
-    several(tmp_path, [
-        (slow, flags(gemma, data, tmp_path / "often", *more, "--save-minutes", str(0.2 / 60))),
-        flags(gemma, data, tmp_path / "never", *more)])
+    launch_all([
+        (flags(gemma, data, tmp_path / "often", *more, "--save-minutes", "0.2"), clock),
+        (flags(gemma, data, tmp_path / "never", *more), clock)])
     steps = [int(p.name[5:]) for p in checkpoints.checkpoints(tmp_path / "often")]
-    assert 3 <= len(steps) <= 15 and steps[-1] == 20        # a second in all, and more
+    assert steps[-1] == 20 and 3 <= len(steps) <= 5         # every 12 s
     assert [p.name for p in checkpoints.checkpoints(tmp_path / "never")] == ["step-0000020"]
 
 
-def two_ranks(argv, launcher):
-    """(launcher's process, [pids of rank 1's processes]) of a run that has made 5 steps."""
-    command = [sys.executable, *TORCHRUN] if launcher == "torchrun" else [
-        shutil.which("deepspeed", path=Path(sys.executable).parent), "--num_gpus", "2",
-        "--master_port", "29611"]
-    process = subprocess.Popen([*command, ROOT / "train_gpu.py", *argv], text=True, env=ENV,
-                               stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-                               start_new_session=True)
-    for line in process.stdout:
-        if "step 5/" in line:
-            break
-    return process, [pid for pid in running(argv) if b"LOCAL_RANK=1" in
-                     Path(f"/proc/{pid}/environ").read_bytes()]
+def test_a_signal_to_one_rank_stops_all(gemma, data, tmp_path):
+    processes = ranks(command(flags(gemma, data, tmp_path / "run", "--steps", "1000000")), 2,
+                      live=True)
+    read_until(processes[0], "step 5/")
+    os.kill(processes[1].pid, signal.SIGTERM)
+    ends = [p.communicate() for p in processes]
+    last = (tmp_path / "run" / "latest").read_text().strip()
+    assert [p.returncode for p in processes] == [0, 0], ends
+    assert f"stopped by SIGTERM; step {int(last[5:])} is saved" in ends[0][0]
+    assert checkpoints.damage(tmp_path / "run" / last) is None
 
 
 def running(argv):
@@ -829,26 +876,26 @@ def running(argv):
                                         capture_output=True).stdout.split()))
 
 
-@pytest.mark.parametrize("launcher", ["torchrun", "deepspeed"])
+LAUNCHERS = {
+    "torchrun": [sys.executable, "-m", "torch.distributed.run", "--standalone",
+                 "--nproc-per-node", "2"],
+    "deepspeed": [shutil.which("deepspeed", path=Path(sys.executable).parent), "--num_gpus", "2",
+                  "--master_port", "29611"]}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("launcher", LAUNCHERS)
 def test_a_dead_rank_ends_the_others(gemma, data, tmp_path, launcher):
     argv = flags(gemma, data, tmp_path / "run", "--steps", "1000000")
-    process, ranks = two_ranks(argv, launcher)
+    process = subprocess.Popen([*LAUNCHERS[launcher], ROOT / "train_gpu.py", *argv], text=True,
+                               env=ENV, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+                               start_new_session=True)
+    next(line for line in process.stdout if "step 5/" in line)
+    ranks = [pid for pid in running(argv) if b"LOCAL_RANK=1" in
+             Path(f"/proc/{pid}/environ").read_bytes()]
     os.kill(ranks[-1], signal.SIGKILL)
-    begin = time.time()
-    process.communicate(timeout=60)
-    assert process.returncode != 0 and time.time() - begin < 60
-    assert not running(argv)
-
-
-def test_a_signal_to_one_rank_stops_all(gemma, data, tmp_path):
-    process, ranks = two_ranks(flags(gemma, data, tmp_path / "run", "--steps", "1000000"),
-                               "torchrun")
-    os.kill(ranks[-1], signal.SIGTERM)
-    out, _ = process.communicate(timeout=60)
-    last = (tmp_path / "run" / "latest").read_text().strip()
-    assert process.returncode == 0, out
-    assert f"stopped by SIGTERM; step {int(last[5:])} is saved" in out
-    assert checkpoints.damage(tmp_path / "run" / last) is None
+    process.communicate(timeout=500)        # and not the half hour of a collective
+    assert process.returncode != 0 and not running(argv)
 
 
 def test_a_run_from_before_a_flag_goes_on(gemma, data, tmp_path):
