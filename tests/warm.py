@@ -157,31 +157,37 @@ def run(argv, env=None, cwd=None, timeout=600, cold=False):
     return subprocess.CompletedProcess(process.args, process.returncode, out, err)
 
 
-_server = None
+_server, _starting = None, threading.Lock()
 
 
 def _connect():
     """A connection to the server, which the first call starts and which ends with this process."""
     global _server
-    if _server is None:
-        folder = tempfile.TemporaryDirectory()
-        path = f"{folder.name}/socket"
-        # No threads from imports; no GPU: what is forked could not use one that is open already.
-        env = os.environ | dict(OMP_NUM_THREADS="1", OPENBLAS_NUM_THREADS="1",
-                                DS_ACCELERATOR="cpu", CUDA_VISIBLE_DEVICES="")
-        server = subprocess.Popen([sys.executable, __file__, path], env=env,
-                                  stdin=subprocess.PIPE, stdout=subprocess.PIPE)
-        assert server.stdout.readline() == b"ready\n", "tests/warm.py's server did not start"
-
-        def close():
-            server.stdin.close()
-            server.wait()
-            folder.cleanup()
-        atexit.register(close)
-        _server = path
+    with _starting:
+        if _server is None:
+            _server = _start_server()
     connection = socket.socket(socket.AF_UNIX)
     connection.connect(_server)
     return connection
+
+
+def _start_server():
+    """The path of its socket."""
+    folder = tempfile.TemporaryDirectory()
+    path = f"{folder.name}/socket"
+    # No threads from imports; no GPU: what is forked could not use one that is open already.
+    env = os.environ | dict(OMP_NUM_THREADS="1", OPENBLAS_NUM_THREADS="1",
+                            DS_ACCELERATOR="cpu", CUDA_VISIBLE_DEVICES="")
+    server = subprocess.Popen([sys.executable, __file__, path], env=env,
+                              stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    assert server.stdout.readline() == b"ready\n", "tests/warm.py's server did not start"
+
+    def close():
+        server.stdin.close()
+        server.wait()
+        folder.cleanup()
+    atexit.register(close)
+    return path
 
 
 # ------------------------------------------------------------------------------ the server
