@@ -21,8 +21,10 @@ import checkpoints
 import plan
 import training
 
-pytestmark = pytest.mark.skipif(not importlib.util.find_spec("torch_xla"),
-                                reason="needs PyTorch/XLA: pip install -e '.[tpu,test]'")
+pytestmark = [
+    pytest.mark.timeout(3000),              # each process compiles, half a minute on two cores
+    pytest.mark.skipif(not importlib.util.find_spec("torch_xla"),
+                       reason="needs PyTorch/XLA: pip install -e '.[tpu,test]'")]
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -68,32 +70,43 @@ VARIANTS = {                                # the last one with a VAE and CLIP's
                 "text_modulation_embeds_dim=24", "clip=CLIP"]}
 
 
-def test_every_mesh_trains_as_one_process_of_train_gpu(gemma, data, tmp_path):
-    """30 steps of the same weights, data and noise; and what else a run can be, on 2 x 2."""
-    clip = str(tiny_clip(tmp_path / "clip"))
+def as_one_process(gemma, data, out, steps, *more):
+    return flags(gemma, data, out, "--steps", str(steps), "--caption-drop", "0.3",
+                 "--ema-every", "3", "--warmup-steps", "5", "--lr-schedule", "cosine",
+                 "--sample-every", "0", *more)
 
-    def job(name, *more, steps=30):
-        more = [m.replace("CLIP", clip) for m in more]
-        return flags(gemma, data, tmp_path / name, "--steps", str(steps), "--caption-drop", "0.3",
-                     "--ema-every", "3", "--warmup-steps", "5", "--lr-schedule", "cosine",
-                     "--sample-every", "0", *more)
-    launch_all([job("plain", "--zero", "0"), *(
-        job(name, *more, "--zero", "0", steps=8) for name, more in VARIANTS.items())])
-    for devices, meshes in ((1, ["1,1"]), (2, ["2,1"]), (8, ["8,1", "4,2", "2,4"])):
-        on_devices(devices, [job(mesh, "--mesh", mesh) for mesh in meshes])
-    jobs = [job(f"tpu-{name}", *more, "--mesh", "2,2", steps=8) for name, more in VARIANTS.items()]
-    jobs += [job("4,1"), job("parts", "--micro-batch", "1")]
-    on_devices(4, jobs)
-    plain = losses(tmp_path / "plain")
-    assert len(plain) == 30 and plain[-1] < plain[0]
-    for name in ("1,1", "2,1", "4,1", "8,1", "4,2", "2,4", "parts"):
-        assert losses(tmp_path / name) == pytest.approx(plain, rel=1e-4), name
-        assert [r["grad_norm"] for r in metrics(tmp_path / name)] == pytest.approx(
-            [r["grad_norm"] for r in metrics(tmp_path / "plain")], rel=1e-3)
-    for name in VARIANTS:
-        assert losses(tmp_path / f"tpu-{name}") == pytest.approx(losses(tmp_path / name),
-                                                                 rel=1e-4), name
-        assert_equal(state(tmp_path / f"tpu-{name}", 8), state(tmp_path / name, 8), atol=1e-4)
+
+@pytest.fixture(scope="module")
+def plain(gemma, data, tmp_path_factory):
+    """The run of one process of train_gpu.py."""
+    out = tmp_path_factory.mktemp("plain")
+    launch(as_one_process(gemma, data, out, 30, "--zero", "0"))
+    assert len(losses(out)) == 30 and losses(out)[-1] < losses(out)[0]
+    return out
+
+
+@pytest.mark.parametrize("devices, mesh, micro", [
+    (1, "1,1", 0), (2, "2,1", 0), (4, "4,1", 0), (4, "4,1", 1), (8, "8,1", 0), (8, "4,2", 0),
+    (8, "2,4", 0)])
+def test_every_mesh_trains_as_one_process_of_train_gpu(gemma, data, plain, tmp_path, devices, mesh,
+                                                       micro):
+    """30 steps of the same weights, data and noise; micro-batches of 1 are accumulated."""
+    on_devices(devices, [as_one_process(gemma, data, tmp_path, 30, "--mesh", mesh, "--micro-batch",
+                                        str(micro))])
+    assert losses(tmp_path) == pytest.approx(losses(plain), rel=1e-4)
+    assert [r["grad_norm"] for r in metrics(tmp_path)] == pytest.approx(
+        [r["grad_norm"] for r in metrics(plain)], rel=1e-3)
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_every_kind_of_model_trains_as_with_train_gpu(gemma, data, tmp_path, name):
+    """8 steps on 2 x 2."""
+    clip = str(tiny_clip(tmp_path / "clip"))
+    more = [m.replace("CLIP", clip) for m in VARIANTS[name]]
+    launch(as_one_process(gemma, data, tmp_path / "gpu", 8, *more, "--zero", "0"))
+    on_devices(4, [as_one_process(gemma, data, tmp_path / "tpu", 8, *more, "--mesh", "2,2")])
+    assert losses(tmp_path / "tpu") == pytest.approx(losses(tmp_path / "gpu"), rel=1e-4)
+    assert_equal(state(tmp_path / "tpu", 8), state(tmp_path / "gpu", 8), atol=1e-4)
 
 
 BYTES = """
