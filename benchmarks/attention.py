@@ -12,6 +12,7 @@ import statistics
 import warnings
 from pathlib import Path
 
+import threads  # isort: skip (before torch)
 import torch
 import torch.nn.functional as F
 from common import clock, finish, machine, norm

@@ -14,6 +14,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 import numpy as np
+import threads  # isort: skip (before torch)
 import torch
 from PIL import Image, ImageFilter
 from tqdm import tqdm

@@ -13,6 +13,7 @@ import tempfile
 import time
 from pathlib import Path
 
+import threads  # isort: skip (before torch)
 import torch
 from common import finish, machine
 from data import folder_of, pack, photo, plain

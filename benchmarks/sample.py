@@ -11,6 +11,7 @@ beside the image. Same weights, same noise, by turns in one process with a matri
 """
 import statistics
 
+import threads  # isort: skip (before torch)
 import torch
 from common import (
     alternate,

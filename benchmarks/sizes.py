@@ -4,14 +4,15 @@
     python benchmarks/sizes.py --shares train.json sample.json docs/shares.png      what these wrote
 
 One size at a time: image tokens, batch, or text tokens (of the batch's longest caption; the
-shortest has half), the others as in the middle. Compiled blocks, bfloat16, the DiT alone: a call of
-it ("forward"), or also its backward pass ("training"). A matrix product takes turns with each.
+shortest has half), the others as in the middle. Compiled blocks, the DiT alone: a call of it
+("forward"), or also its backward pass ("training"). A matrix product takes turns with each.
 """
 import argparse
 import json
 import statistics
 from pathlib import Path
 
+import threads  # isort: skip (before torch)
 import torch
 from common import case, clock, machine, product
 from torch.utils.flop_counter import FlopCounterMode
@@ -68,7 +69,8 @@ def measure(model, made, device, dtype, size, seconds=4):
 
 
 def sweep(args):
-    device, dtype, made = cli.pick_device(args.device), torch.bfloat16, case("small")
+    device, dtype = cli.pick_dtype(args)
+    made = case("small")
     speed.settings(device, dtype)
     model = made.build(device, dtype)
     speed.compile_model(model, None)
@@ -80,7 +82,7 @@ def sweep(args):
         tqdm.write(f"{what:>6} {n:5}" + "".join(
             f"   {name} {1000 * rows[-1][name]['seconds'] / size['batch']:8.1f} ms an image, "
             f"{rows[-1][name]['used']:4.0%} of the matrix rate" for name in COLORS))
-    found = dict(machine=machine(device), torch=torch.__version__, rows=rows)
+    found = dict(machine=machine(device), dtype=args.dtype, torch=torch.__version__, rows=rows)
     with atomic_write(args.files[0]) as tmp:
         tmp.write_text(json.dumps(found, indent=1) + "\n")
     return found
@@ -137,6 +139,7 @@ def main():
     p.add_argument("files", nargs="+", type=Path, metavar="FILE", help=".json files, and a .png")
     p.add_argument("--shares", action="store_true", help="draw what the other benchmarks wrote")
     p.add_argument("--device", default="auto", help="auto, cpu, cuda, ...")
+    p.add_argument("--dtype", **cli.DTYPE, help="auto: bf16 where the device has it, else float32")
     args = p.parse_args()
     *data, picture = args.files
     if picture.suffix != ".png" or not data:

@@ -12,6 +12,7 @@ process with a matrix product, and count with their medians. Useful FLOPs are of
 """
 import statistics
 
+import threads  # isort: skip (before torch)
 import torch
 from common import (
     alternate,

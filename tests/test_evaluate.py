@@ -354,12 +354,13 @@ sys.addaudithook(dies)
 """
 
 
-def test_killed_again_and_again(untrained, tmp_path):
+@pytest.mark.parametrize("kills", [4, pytest.param(6, marks=pytest.mark.slow)])
+def test_killed_again_and_again(untrained, tmp_path, kills):
     """At moments of all kinds; nothing whole is drawn again, nothing half done counts."""
     assert process(untrained, tmp_path, "whole").returncode == 0
-    rng, ages, folder = random.Random(0), {}, tmp_path / "killed"
-    for _ in range(4):
-        dies = DIES.format(n=rng.randrange(8, 24), out=str(folder))
+    rng, ages, folder = random.Random(kills), {}, tmp_path / "killed"
+    for _ in range(kills):
+        dies = DIES.format(n=rng.randrange(8, 20), out=str(folder))
         assert process(untrained, tmp_path, "killed", before=dies).returncode == -signal.SIGKILL
         now = {p: p.stat().st_mtime_ns for p in folder.rglob("samples/0*.png")}
         assert all(now[p] == age for p, age in ages.items()) and len(now) < 24     # none again

@@ -47,6 +47,24 @@ def test_the_baseline_is_the_same_function(small):
     assert want.std() > 0.1 and common.norm(velocity(model, batch), want) < 1e-5
 
 
+def test_useful_flops_are_what_the_shapes_say(small):
+    """Two for each weight and token, and for each product of a query with a key and a value."""
+    case, model, _ = small
+    dit, gemma = model.dit, model.llm
+    image, words, width = 256, case.mean, 2 * 256          # tokens; heads times their size
+
+    def linear(module):
+        return sum(w.numel() for name, w in module.named_parameters()
+                   if w.dim() > 1 and "embed_tokens" not in name)
+    assert linear(dit.patch_embed) + linear(dit.layers) + linear(dit.proj_out) == linear(dit)
+    want = 2 * (image * linear(dit) + 2 * 2 * width * image * (image + words))
+    step = common.useful(case, "train")
+    assert step["dit"] == 3 * want and step["vae"] == 0
+    # Gemma's last layer hands over its keys and values, and the first layers all they have.
+    assert 0 < step["gemma"] <= 2 * (words * linear(gemma) + 2 * 2 * width * words * words)
+    assert common.useful(case, 25)["dit"] == 50 * want
+
+
 @pytest.mark.slow
 def test_compiled_bf16_is_as_near_to_float32_as_bf16_can_be(small, kernels):
     """Velocity and gradients, against the error of uncompiled bf16 by PyTorch's own kernels."""

@@ -46,8 +46,12 @@ def data(tmp_path_factory):
 
 
 def virtual(devices):
-    """The environment in which a CPU has several devices."""
-    return ENV | {"PJRT_DEVICE": "CPU", "CPU_NUM_DEVICES": str(devices)}
+    """The environment in which a CPU has several devices.
+
+    LLVM need not optimise the code of a program that runs for a second: half of a test's time.
+    """
+    return ENV | {"PJRT_DEVICE": "CPU", "CPU_NUM_DEVICES": str(devices),
+                  "XLA_FLAGS": "--xla_backend_optimization_level=0"}
 
 
 def on_devices(n, jobs):
@@ -243,17 +247,17 @@ loader.load_batches = lambda *args: count(load(*args))     # whose workers start
 
 def test_killed_again_and_again_equals_never_killed(gemma, data, tmp_path):
     def run(name, **more):
-        argv = flags(gemma, data, tmp_path / name, "--steps", "75", "--save-every", "3",
+        argv = flags(gemma, data, tmp_path / name, "--steps", "112", "--save-every", "3",
                      "--ema-every", "1", "--sample-every", "0", "--workers", "1")
         return launch(argv, DIES, engine="tpu", env=virtual(2) | more, check=False)
     assert run("whole").returncode == 0
     rng, begun = random.Random(1), [0]
-    for _ in range(3):
-        done = run("killed", AFTER=str(rng.randrange(18, 22)))
+    for _ in range(6):
+        done = run("killed", AFTER=str(rng.randrange(14, 19)))
         assert done.returncode == -signal.SIGKILL, done.stderr[-2000:]
         begun.append(int(re.search(r"from step (\d+) ", done.stdout)[1]))
-    assert run("killed").returncode == 0 and begun == sorted(begun) and begun[-1] >= 6
-    assert_equal(state(tmp_path / "killed", 75), state(tmp_path / "whole", 75))
+    assert run("killed").returncode == 0 and begun == sorted(begun) and begun[-1] > 10
+    assert_equal(state(tmp_path / "killed", 112), state(tmp_path / "whole", 112))
     assert losses(tmp_path / "killed") == losses(tmp_path / "whole")
 
 
