@@ -197,7 +197,8 @@ class Saver:
         self.clock, tmp = time.monotonic(), self.out / f".step-{step:07d}.tmp"
         average, state = share()
         size = torch.tensor(sum(t.nbytes for part in (average, state) for t in part.values()))
-        dist.all_reduce(size)
+        if self.world > 1:                  # one rank has NCCL alone, which knows no CPU tensors
+            dist.all_reduce(size)
         problem = self.prepare(tmp, int(size)) if self.rank == 0 else None
         if training.agree(problem is not None)[0]:
             self.warn(step, problem)

@@ -85,6 +85,11 @@ def pick_dtype(args):
     return device, speed.dtype_of(args.dtype)
 
 
+def local_world():
+    """How many of a run's processes are on this machine, as torchrun or deepspeed says."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or 1)
+
+
 def rank_and_world():
     """This process's number, and how many torchrun (or Slurm, so told) has started."""
     return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
@@ -100,6 +105,8 @@ def open_model(args):
     c = (model := load_model(args.model, device, dtype, not args.no_ema)).config
     args.guidance = c.guidance if args.guidance is None else args.guidance
     vae = load_vae(c.vae, device, dtype, c.in_channels) if c.vae else None
+    if kernel := speed.check_attention(model, dtype):
+        print(kernel, file=sys.stderr)
     if args.compile:
         speed.compile_model(model, vae)
     return model, vae, device

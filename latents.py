@@ -84,6 +84,8 @@ def encode(args):
     (device, dtype), tars = pick_dtype(args), check.shards_of(args.folder)
     counts = {name: n for name, (n, *_) in read_index(str(args.folder)).items()}
     vae = load_vae(args.vae, device, dtype)
+    if args.compile:
+        speed.compile_vae(vae)
     if rank == 0:
         slow = speed.slow_dtype(args.dtype, device)
         print(f"encoding in {args.dtype} on {device}", slow, file=sys.stderr)

@@ -358,9 +358,9 @@ class Batches(Dataset):
         self.digest = hashlib.sha1(said.encode()).hexdigest()
         self.order = Mixture(sets, run.data_weights or [1], run.seed, run.mix_shards)
         self.asked, self.clip = {}, config.clip and ClipTokenizer(config.clip)
-        self.tars = Tars(self.shards, run.mix_shards * len(sets), run.cache,
-                         encoded(self.shards, run, config, rank))
-        # one length for all batches, as XLA wants it; train_gpu.py trims them
+        self.latents = encoded(self.shards, run, config, rank)
+        self.tars = Tars(self.shards, run.mix_shards * len(sets), run.cache, self.latents)
+        # one length for all batches, as XLA wants it; train_gpu.py cuts them
         self.pad_to = fusedit.token_ids(tokenizer, [""], config)[1]
 
     def __len__(self):
@@ -432,7 +432,7 @@ def start_worker(_):
     torch.set_num_threads(1)
 
 
-def load_batches(batches, which, workers, pin=False):
+def load_batches(batches, which, workers, device=None):
     """The micro-batches `which` (a range), made ahead of time by worker processes, from now on.
 
     Call it before there is an optimizer: a worker keeps a copy of all that this process has.
@@ -440,6 +440,7 @@ def load_batches(batches, which, workers, pin=False):
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # its threads do not survive the fork
 
     def stream():
+        pin = device is not None and device.type == "cuda"
         made = iter(DataLoader(batches, batch_size=None, sampler=which, num_workers=workers,
                                pin_memory=pin, worker_init_fn=start_worker,
                                prefetch_factor=4 if workers else None))
@@ -478,21 +479,31 @@ def tensors(batches, bad):
         yield {k: v for k, v in batch.items() if isinstance(v, torch.Tensor)}
 
 
-def trimmed(batch):
-    """The batch with text as long as its longest caption needs, in quarters of the full length.
+def text_length(mask, device):
+    """How many tokens a batch's text needs: its longest caption, in quarters of the full length.
 
-    Few lengths, since a compiled model compiles anew for some of them; XLA would for all.
+    Few lengths, since a compiled model compiles anew for some of them; XLA would for all. On a GPU
+    in multiples of 128: with keys 64 over such a multiple, and a mask, cuDNN 9.19's gradient can be
+    NaN (pytorch#196678), and pictures have 256 tokens, 1024, ...
+
+    mask: [B,T] of all tokens, on the CPU, so that nothing waits for the device.
     """
-    full, most = batch["ids"].shape[1], int(batch["mask"].sum(1).max())
-    unit = -(-full // 32) * 8               # attention kernels like multiples of 8
-    T = min(full, -(-most // unit) * unit)
-    return batch | dict(ids=batch["ids"][:, :T], mask=batch["mask"][:, :T])
+    full, most = mask.shape[1], int(mask.sum(1).max())
+    unit = 128 if device.type == "cuda" else -(-full // 32) * 8    # kernels like multiples of 8
+    return min(full, -(-most // unit) * unit)
 
 
-def to_device(batch, device):
-    """(pixels in [-1, 1] or latents, ids, mask, clip's tokens or None, normal, noises) there."""
+def to_device(batch, device, cut_text=False):
+    """(pixels in [-1, 1] or latents, ids, mask, clip's tokens or None, normal, noises) there.
+
+    cut_text: to text_length, and on the device: what is cut before is no longer in one piece, and
+    such a copy makes the CPU wait.
+    """
+    length = text_length(batch["mask"], device) if cut_text else None
     pixels, ids, mask, clip, normal, noise = (
         batch[k].to(device, non_blocking=True) if k in batch else None
         for k in ("pixels", "ids", "mask", "clip", "normal", "noise"))
+    if length:
+        ids, mask = ids[:, :length], mask[:, :length]
     pixels = pixels.float() if pixels.dtype != torch.uint8 else pixels.float().div_(127.5).sub_(1)
     return pixels.contiguous(), ids, mask, clip, normal, noise.unbind(1)

@@ -70,20 +70,23 @@ class Unfused(Fused):
         return (q @ k.transpose(2, 3)).softmax(-1) @ v
 
 
-def example(model, config, batch, dtype):
-    """Abstract x_t, sigma, ids and mask of a micro-batch."""
+def example(model, config, batch, dtype, tokens=0):
+    """Abstract x_t, sigma, ids and mask of a micro-batch; tokens: of a caption, 0: the most."""
     side = config.image_size // (8 if config.vae else 1)
     x = torch.empty(batch, config.in_channels, side, side, device="meta")
-    ids = torch.empty(batch, config.max_text_tokens, dtype=torch.long, device="meta")
+    ids = torch.empty(batch, tokens or config.max_text_tokens, dtype=torch.long, device="meta")
     pooled = None
     if config.text_modulation_embeds_dim:
         pooled = torch.empty(batch, config.text_modulation_embeds_dim, dtype=dtype, device="meta")
     return x, torch.empty(batch, device="meta"), ids, ids > 0, pooled
 
 
-def flops(model, config):
-    """Of one image: (Gemma's forward, the DiT's forward, the VAE's encoder)."""
-    x, sigma, ids, mask, pooled = example(model, config, 1, torch.float32)
+def flops(model, config, tokens=0):
+    """Of one image: (Gemma's forward, the DiT's forward, the VAE's encoder).
+
+    tokens: of its caption; 0: as many as the model reads at most.
+    """
+    x, sigma, ids, mask, pooled = example(model, config, 1, torch.float32, tokens)
     counts = []
     with torch.no_grad():
         with FlopCounterMode(display=False) as count:
@@ -107,16 +110,16 @@ def step_flops(forward, train_llm=False):
     return (3 if train_llm else 1) * llm + 3 * dit + vae
 
 
-def activations(model, config, batch, dtype, train_llm=False, attention=Fused):
+def activations(model, config, batch, dtype, train_llm=False, attention=Fused, budget=None):
     """Bytes held from a forward pass for its backward pass, without --remat and with it.
 
     The text's keys and values are among them. With remat a block keeps its input alone, but one
-    block at a time has everything again.
+    block at a time has everything again. budget: --memory-budget, where blocks are compiled.
     """
     model.to(dtype)
     x, sigma, ids, mask, pooled = example(model, config, batch, dtype)
     weights = {p.untyped_storage()._cdata for p in model.parameters()}
-    total, seen, blocks = [0], {}, []
+    total, seen, blocks, calls, hooks = [0], {}, [], [], []
 
     def keep(t):
         storage = t.untyped_storage()
@@ -126,8 +129,10 @@ def activations(model, config, batch, dtype, train_llm=False, attention=Fused):
         return t
     model.llm.requires_grad_(train_llm)
     for layer in model.dit.layers:
-        layer.register_forward_pre_hook(lambda *_: blocks.append(total[0]))
-        layer.register_forward_hook(lambda *_: blocks.append(total[0]))
+        hooks += [
+            layer.register_forward_pre_hook(lambda block, args: calls.append((block, args))),
+            layer.register_forward_pre_hook(lambda *_: blocks.append(total[0])),
+            layer.register_forward_hook(lambda *_: blocks.append(total[0]))]
     with attention(), torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
         text: TextFeatures = model.read(ids, mask, pooled)
         for t in (*text.keys, *text.values, text.hidden):
@@ -135,9 +140,67 @@ def activations(model, config, batch, dtype, train_llm=False, attention=Fused):
                 keep(t)
         model.dit(x, sigma, text)
     inside = [b - a for a, b in zip(blocks[::2], blocks[1::2], strict=True)]
+    if budget is not None:
+        total[0], inside = total[0] - sum(inside), []
+        for hook in hooks:
+            hook.remove()
+        sizes = {}                          # all blocks that are called alike save alike
+        for block, args in calls:
+            like = tuple(t if t is None or isinstance(t, int) else t.shape for t in args)
+            sizes[like] = sizes.get(like) or compiled(block, args, budget)
+            inside.append(sizes[like])
+        total[0] += sum(inside)
     rows = (x.shape[2] // config.patch_size) * (x.shape[3] // config.patch_size)
     entry = batch * rows * model.dit.width * dtype.itemsize
     return total[0], total[0] - sum(inside) + len(inside) * entry + max(inside)
+
+
+def compiled(block, args, budget):
+    """Bytes that torch.compile lets a DiT block save for its backward pass, its input among them.
+
+    Its partitioner is asked, on the block's own graph: it computes again what costs less than
+    reading it back, and for a budget below 1 also what costs more.
+    """
+    import torch._functorch.config as functorch
+    from torch._functorch.aot_autograd import aot_function
+    from torch._functorch.partitioners import min_cut_rematerialization_partition
+    from torch._inductor.decomposition import select_decomp_table
+    from torch._subclasses import FakeTensorMode
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+    names, weights = zip(*block.named_parameters(), strict=True)
+    # Without memory as meta tensors are, but said to be a CPU's: they keep attention in one piece.
+    with FakeTensorMode():
+        fake = [torch.empty(t.shape, dtype=t.dtype, requires_grad=t.requires_grad)
+                if isinstance(t, torch.Tensor) else t for t in (*args, *weights)]
+    places = [i for i, t in enumerate(fake) if isinstance(t, torch.Tensor)]
+    fixed = [k for k, i in enumerate(places) if i >= len(args)]        # they stay anyway
+    sizes = {}
+
+    def run(*tensors):
+        given = list(fake)
+        for i, t in zip(places, tensors, strict=True):
+            given[i] = t
+        own = dict(zip(names, given[len(args):], strict=True))
+        return torch.func.functional_call(block, own, tuple(given[:len(args)]))[0]
+
+    def partition(joint, inputs, **kwargs):
+        kwargs["static_lifetime_input_indices"] = fixed
+        return min_cut_rematerialization_partition(joint, inputs, **kwargs)
+
+    def forward(graph, _):
+        _, *outputs = graph.graph.find_nodes(op="output")[0].args[0]   # the first: the block's own
+        x, *others = graph.graph.find_nodes(op="placeholder")          # others: not its to hold
+        for node in outputs:
+            if isinstance(t := node.meta["val"], torch.Tensor):
+                sizes[t.untyped_storage()._cdata] = t.untyped_storage().nbytes()
+        for node in others:
+            sizes.pop(node.meta["val"].untyped_storage()._cdata, None)
+        return graph
+
+    with sdpa_kernel(SDPBackend.FLASH_ATTENTION), functorch.patch(activation_memory_budget=budget):
+        aot_function(run, forward, lambda graph, _: graph, partition, select_decomp_table())(
+            *(fake[i] for i in places))
+    return sum(sizes.values())
 
 
 def states(model, train_llm, stage, world, dtype):
@@ -180,12 +243,25 @@ def parse(text):
     return n, kind, used
 
 
-def utilisation(model, config, device, world):
-    """(FLOPs of an image, peak FLOP/s of all GPUs together; None if this GPU's is not known)."""
+def peak(device, world):
+    """Peak FLOP/s of all GPUs together; None if this GPU's is not known."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
-    peak = next((world * GPUS[k][0] for k in GPUS if re.search(rf"\b{k}\b", name)), None)
-    train_llm = any(p.requires_grad for p in model.llm.parameters())
-    return (step_flops(flops(abstract(config), config), train_llm) if peak else None), peak
+    return next((world * GPUS[k][0] for k in GPUS if re.search(rf"\b{k}\b", name)), None)
+
+
+def useful_flops(config, latents, train_llm):
+    """(FLOPs of training on an image, FLOPs more for each token of its caption).
+
+    What it cannot do without: padding is not counted, nor the VAE where latents are read. (The
+    square in a caption's length, of Gemma's attention, is below 1 % and taken as a line.)
+    """
+    model, most = abstract(config), config.max_text_tokens
+
+    def cost(tokens):
+        llm, dit, vae = flops(model, config, tokens)
+        return step_flops([llm, dit, 0 if latents else vae], train_llm)
+    token = (cost(most) - cost(1)) / (most - 1)
+    return cost(1) - token, token
 
 
 def show(run, config):
@@ -206,7 +282,8 @@ def show(run, config):
           "parameters")
     print(f"  {side * side:,} image tokens, {config.max_text_tokens} text tokens at most")
     print(f"  forward of an image: DiT {cost[1] / 1e12:.3g} TFLOP, Gemma {cost[0] / 1e12:.3g}, VAE "
-          f"{cost[2] / 1e12:.3g}; training, an image: {each / 1e12:.3g} TFLOP\n")
+          f"{cost[2] / 1e12:.3g}; training, an image: {each / 1e12:.3g} TFLOP"
+          + f" ({(each - cost[2]) / 1e12:.3g} of latents made beforehand)" * bool(vae) + "\n")
     (tpu_memory if kind in TPUS else gpu_memory)(run, config, n, micro, vae, memory)
     speed = n * peak * used / each
     days = PAPER / speed / 86400
@@ -226,13 +303,16 @@ def gpu_memory(run, config, world, micro, vae, memory):
     """Print what a GPU holds, by ZeRO stage."""
     dtype = torch.float32 if run.dtype == "float32" else torch.bfloat16
     model = abstract(config)
-    print(f"  GB on each GPU of {memory / 1e9:.0f}, micro-batch {micro}:")
+    blocks = f"compiled, --memory-budget {run.memory_budget:g}" if run.compile else "not compiled"
+    print(f"  GB on each GPU of {memory / 1e9:.0f}, micro-batch {micro}, blocks {blocks}:")
     heads = ("--zero", "weights", "gradients", "Adam", "EMA", "Gemma", "buffers", "VAE",
              "activations", "sum", "--remat", "sum")
     print("  " + "".join(f"{h:>12}" for h in heads))
-    act, less = activations(abstract(config), config, micro, dtype, run.train_llm)
+    act, less = activations(abstract(config), config, micro, dtype, run.train_llm,
+                            budget=run.memory_budget if run.compile else None)
     for stage in range(4):
         held = [*states(model, run.train_llm, stage, world, dtype), vae * dtype.itemsize]
+        held[3] *= not run.ema_offload
         row = [*held, act, sum(held) + act, less, sum(held) + less]
         print(f"  {stage:>12}" + "".join(f"{n / 1e9:12.2f}" for n in row) + "   "
               + fits(memory, row[8], row[10]) + f"   <- --zero {run.zero}" * (

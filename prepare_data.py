@@ -27,7 +27,7 @@ import check
 import download
 import latents
 import sources
-from cli import DTYPE, Help, pick_device, positive, run
+from cli import DTYPE, Help, local_world, pick_device, positive, run
 
 REGISTRY = os.environ.get("NPM_CONFIG_REGISTRY", "https://registry.npmjs.org")
 
@@ -196,8 +196,10 @@ def looked_at(command):
     v.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, ...")
     v.add_argument("--dtype", **DTYPE,
                    help="of compute: auto is bf16 where the device has it, else float32")
+    v.add_argument("--compile", action="store_true",
+                   help="on a GPU, compile the VAE: faster, after a minute")
     v.add_argument("--overwrite", action="store_true", help="replace latents that are there")
-    workers(v, max(1, os.cpu_count() // int(os.environ.get("LOCAL_WORLD_SIZE", 1))),
+    workers(v, max(1, os.cpu_count() // local_world()),
             "processes that decode pictures")
 
 

@@ -12,7 +12,11 @@ import sys
 
 import torch
 
-from fusedit import FuseDiTError
+from fusedit import FuseDiTError, attend
+
+# PyTorch's names of its attention kernels, by the number that it gives them.
+KERNELS = {0: "products and a softmax", 1: "FlashAttention", 2: "the memory-efficient kernel",
+           3: "cuDNN"}
 
 
 def native_bf16(device):
@@ -58,19 +62,69 @@ def settings(device, dtype):
             mallopt(key, 2**30)                            # keep freed memory, do not map it anew
 
 
-def compile_model(model, vae, llm=True):
+def compile_model(model, vae, llm=True, budget=1.0):
     """Compile the blocks of both towers and, on a GPU, the VAE: a minute, the first time.
 
     Block by block: all of a tower share one graph, so that the time does not grow with depth.
+    budget: the share of what a block would save for its backward pass that it may save; the
+    compiler computes the rest again, what is cheapest first.
     """
+    torch._functorch.config.activation_memory_budget = budget
     # Graphs differ by length of text, batch size and with or without gradients: 8 may not do.
     torch._dynamo.config.recompile_limit = 64
     torch._inductor.config.cpp.use_decompose_tanh = True   # GELU on a CPU: twice as fast
     for module in (*model.dit.layers, model.dit.norm_out, *(model.llm.layers if llm else ())):
         module.forward = torch.compile(module.forward)
-    if vae and model.llm.norm.weight.is_cuda:              # on a CPU it becomes slower
+    compile_vae(vae)
+
+
+def compile_vae(vae):
+    """Compile an autoencoder, if there is one, on a GPU: on a CPU it becomes slower."""
+    if vae and next(vae.parameters()).is_cuda:
         vae.encoder.compile()
         vae.decoder.compile()
+
+
+def check_attention(model, dtype):
+    """Which kernel the DiT's attention takes on a GPU, in words; "" on other devices.
+
+    It is tried once, forward and backward, with a mask as training has it: cuDNN, PyTorch's first
+    choice on an H100, raises where it has no plan for a shape, and some versions return NaN
+    (pytorch#196678). Then it is switched off, and PyTorch takes the next one.
+    """
+    weight = model.dit.proj_out.weight
+    if weight.device.type != "cuda":
+        return ""
+    config, gemma = model.config, model.llm.config
+    side = config.image_size // (8 if config.vae else 1) // config.patch_size
+    image, text = side * side, min(128, config.max_text_tokens)
+    q, k, v = (torch.randn(2, heads, tokens, gemma.head_dim, device=weight.device, dtype=dtype,
+                           requires_grad=True)
+               for heads, tokens in ((gemma.num_attention_heads, image),
+                                     (gemma.num_key_value_heads, image + text),
+                                     (gemma.num_key_value_heads, image + text)))
+    mask = torch.zeros(2, 1, 1, image + text, device=weight.device, dtype=dtype)
+    mask[1, ..., 1:text] = -torch.inf       # a caption of one token
+
+    said = without_what_fails(q, k, v, mask)
+    rows = q.reshape(2, gemma.num_key_value_heads, -1, gemma.head_dim)
+    return f"attention by {KERNELS.get(torch._fused_sdp_choice(rows, k, v, mask), '?')}{said}"
+
+
+def without_what_fails(q, k, v, mask):
+    """Switch off cuDNN's attention if this one raises or has a gradient that is not finite."""
+    def problem():
+        try:
+            grads = torch.autograd.grad(attend(q, k, v, mask).sum(), (q, k, v))
+        except RuntimeError as e:
+            return str(e).splitlines()[0]
+        return "" if all(g.isfinite().all() for g in grads) else "its gradient is not finite"
+    if not (first := problem()):
+        return ""
+    torch.backends.cuda.enable_cudnn_sdp(False)
+    if why := problem():
+        raise FuseDiTError(f"attention fails on this GPU, with cuDNN's kernel and without: {why}")
+    return f"; cuDNN's is switched off ({first})"
 
 
 def float8(dit):

@@ -52,18 +52,22 @@ def start(run):
     speed.settings(device, speed.dtype_of(run.dtype))
     # Several ranks also talk through their CPUs, in training.agree().
     backend = "gloo" if device.type == "cpu" else "nccl" if world == 1 else "cpu:gloo,cuda:nccl"
-    dist.init_process_group(backend, timeout=timedelta(minutes=30))
+    dist.init_process_group(backend, timeout=timedelta(minutes=30),
+                            device_id=device if gpu else None)
     return run, device, dist.get_rank(), world
 
 
 # ------------------------------------------------------------------------------ build
 
 def blocks(run, model, vae):
-    """Compile and recompute the blocks, if asked to."""
+    """Try attention's kernel; compile and recompute the blocks, if asked to."""
+    kernel = speed.check_attention(model, speed.dtype_of(run.dtype))
+    if kernel and dist.get_rank() == 0:
+        print(kernel, flush=True)
     if run.float8:
         speed.float8(model.dit)
     if run.compile:                         # ZeRO 3: there the Gemma's weights come one by one
-        speed.compile_model(model, vae, llm=run.zero[0] != "3")
+        speed.compile_model(model, vae, run.zero[0] != "3", run.memory_budget)
     for layer in model.dit.layers if run.remat else ():
         layer.forward = partial(recompute, layer.forward, use_reentrant=False)
 
@@ -114,13 +118,13 @@ def train(run, config):
     micro, times = training.split_batch(run, world)
     saved = checkpoints.load_checkpoint(checkpoints.open_run(run, config))
     model, vae = training.build(run, config, device, saved)
-    owner, ema = zero.averages(model, saved, rank, world)
+    owner, ema = zero.averages(model, saved, rank, world, run.ema_offload)
     first, stop = saved.step if saved else 0, 0
     source = loader.Batches(run, config, model.tokenizer, micro, times, rank, world)
     saver = checkpoints.Saver(run, config, saved, source.digest)
-    watcher = watch.Watcher(run, config, model, vae, saved, micro, len(source))
+    watcher = watch.Watcher(run, config, model, vae, saved, micro, source)
     coming = range(first * times, run.steps * times)
-    batches = loader.load_batches(source, coming, run.workers, pin=device.type == "cuda")
+    batches = loader.load_batches(source, coming, training.data_workers(run), device)
     engine, saved = build(run, model, vae, saved, micro, times), None   # and its files are closed
     signals, step = training.catch_signals(), first
     for step in range(first, run.steps):
@@ -128,8 +132,8 @@ def train(run, config):
         for group in engine.optimizer.param_groups:
             group["lr"] = training.learning_rate(run, step)
         for _ in range(times):
-            batch = loader.trimmed(next(batches))
-            x, ids, mask, clip, normal, noise = loader.to_device(batch, device)  # x [B,3,H,W]
+            batch = next(batches)
+            x, ids, mask, clip, normal, noise = loader.to_device(batch, device, cut_text=True)
             if vae:
                 with torch.no_grad():
                     x = vae.encode(x, noise[1])                            # [B,16,H/8,W/8]
@@ -138,7 +142,7 @@ def train(run, config):
             loss = fusedit.flow_loss(engine, x, words, sigma, noise[0]).mean()
             engine.backward(loss)
             engine.step()                   # changes weights every `times` micro-batches
-            watcher.saw(loss, batch["bad"])                                # no wait for the device
+            watcher.saw(loss, batch["bad"], int(batch["mask"].sum()))  # no wait for the device
         step += 1
         watcher.stepped(zero.grad_norm(engine))
         if (decay := training.ema_decay(run, step)) < 1:

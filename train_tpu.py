@@ -165,9 +165,10 @@ def train(run, config):
     saver = checkpoints.Saver(run, config, saved, source.digest)
     coming = range(first * times, run.steps * times)
     onto = partial(feed, device=device, mesh=mesh)
-    batches = onto(loader.tensors(loader.load_batches(source, coming, run.workers), bad))
+    batches = loader.load_batches(source, coming, training.data_workers(run))
+    batches = onto(loader.tensors(batches, bad))
     engine = Engine(run, model, vae, saved, times, device, mesh)
-    watcher, saved = watch.Watcher(run, config, model, vae, saved, micro, len(source), watch.One(
+    watcher, saved = watch.Watcher(run, config, model, vae, saved, micro, source, watch.One(
         onto, torch_xla.sync, mesh.size())), None                  # and its files are closed
     signals, step = training.catch_signals(), first
     for step in range(first, run.steps):

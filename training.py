@@ -8,6 +8,7 @@ tensors, and keeps the training loop itself in plain sight.
 import argparse
 import json
 import math
+import os
 import signal
 import sys
 import time
@@ -73,6 +74,8 @@ class RunConfig:
     latents: bool = flag(True, "read latents that `prepare_data.py encode` left beside the shards")
     ema_decay: float = flag(0.99, "decay of the averaged weights", low=0, high=1)
     ema_every: int = flag(100, "steps between two updates of the average", low=1)
+    ema_offload: bool = flag(False, "keep the averaged weights in the CPU's memory: 4 bytes a "
+                             "weight less on the GPU", True, only="gpu")
     train_llm: bool = flag(False, "train the Gemma as well")
     seed: int = flag(42, "of weights, noise, data order and samples", low=0, high=2**32 - 1)
     dtype: str = flag("auto", "of compute; weights are kept in float32. auto: bf16 where the "
@@ -84,13 +87,17 @@ class RunConfig:
                      choices=("0", "1", "2", "3", "1-offload", "2-offload", "3-offload"))
     deepspeed_config: str = flag("", "JSON of more DeepSpeed settings", True, only="gpu")
     compile: bool = flag(False, "compile the blocks: faster, after a minute", True, only="gpu")
+    memory_budget: float = flag(1.0, "with --compile, the share of activations kept; the cheapest "
+                                "of the rest are computed again: between 1 and --remat", True,
+                                low=0, high=1, only="gpu")
     mesh: str = flag("-1,1", "devices along fsdp, which share the batch and all tensors, and along "
                      "tensor, which share heads and the MLP's width; -1: all others", True,
                      only="tpu")
     float8: bool = flag(False, "the DiT's products in float8 (torchao; an H100 or newer): faster, "
                         "not quite the same", only="gpu")
     remat: bool = flag(False, "recompute activations: less memory, slower", True)
-    workers: int = flag(4, "data processes of a GPU, or of a TPU's host; 0: none", True, low=0)
+    workers: int = flag(-1, "data processes of a GPU, or of a TPU's host; 0: none; -1: its share "
+                        "of the cores but one, 16 at most", True, low=-1)
     mix_shards: int = flag(8, "shards read at a time, their samples mixed", low=1)
     max_skipped: float = flag(0.01, "share of samples that may be unreadable", True, low=0, high=1)
     log_every: int = flag(20, "steps between two lines of the log", True, low=1)
@@ -156,6 +163,8 @@ def check(run):
         loader.expand_shards(pattern)
     if Path(run.out).is_file():
         raise FuseDiTError(f"--out {run.out} is a file; it must be a folder")
+    if run.memory_budget < 1 and not run.compile:
+        raise FuseDiTError("--memory-budget is the compiler's: add --compile, or use --remat")
     if run.deepspeed_config:
         try:
             json.loads(Path(run.deepspeed_config).read_text())
@@ -200,6 +209,14 @@ def split_batch(run, world):
         f"--batch {run.batch} does not divide into {world} devices{each}; "
         f"--batch {' or '.join(map(str, near))} would"
         + (f", or --micro-batch {fits[-1]}" if fits else ""))
+
+
+def data_workers(run):
+    """How many processes make this rank's batches: --workers, or by the cores of this machine."""
+    if run.workers >= 0:
+        return run.workers
+    cores = len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count()
+    return max(1, min(16, cores // cli.local_world() - 1))
 
 
 def learning_rate(run, step):

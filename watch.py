@@ -42,11 +42,11 @@ class Watcher:
     All ranks have one, since sums and pictures take all of them; rank 0's writes.
     """
 
-    def __init__(self, run, config, model, vae, saved, micro, samples, one=None):
-        """samples: how many the data has, at least 1,000 of which a share may be unreadable."""
+    def __init__(self, run, config, model, vae, saved, micro, source, one=None):
+        """source: the training data, a loader.Batches."""
         first = saved.step if saved else 0
         self.run, self.config, self.model, self.vae, self.step = run, config, model, vae, first
-        self.samples = max(samples, 1000)
+        self.samples = max(len(source), 1000)              # a share of which may be unreadable
         self.counts = {k: getattr(saved, k, 0) for k in ("seen", "skipped", "skipped_steps")}
         self.micro, self.rank, self.world = micro, dist.get_rank(), dist.get_world_size()
         self.out, self.device = Path(run.out), model.llm.embed_tokens.weight.device
@@ -54,7 +54,9 @@ class Watcher:
         self.in_a_row, self.val = 0, None
         self.one = one or One(iter, lambda: None, self.world)
         self.share = (0, 1) if one else (self.rank, self.world)    # of what is drawn
-        self.flops, self.peak = plan.utilisation(model, config, self.device, self.world)
+        self.words, self.peak = 0, plan.peak(self.device, self.world)
+        if self.peak:
+            self.flops = plan.useful_flops(config, source.latents, run.train_llm)
         if self.rank == 0:
             self.open(first)
         self.resume(True)
@@ -95,11 +97,13 @@ class Watcher:
     def resume(self, paused):
         """Start the clock of the images/s, again if the training paused for something else."""
         if paused:
-            self.clock, self.from_step = time.perf_counter(), self.step
+            self.clock, self.from_step, self.words = time.perf_counter(), self.step, 0
 
-    def saw(self, loss, bad):
+    def saw(self, loss, bad, words=0):
+        """Of a micro-batch: its loss, names of bad samples, and tokens of text without padding."""
         self.losses.append(loss.detach())   # read later, so that nothing waits for the device
         self.bad += bad
+        self.words += words
 
     def stepped(self, norm):
         self.norms.append(torch.as_tensor(math.nan if norm is None else norm, dtype=torch.float32,
@@ -136,11 +140,14 @@ class Watcher:
                    grad_norm=norms[-1] if math.isfinite(norms[-1]) else None,
                    images_per_s=round(speed, 1), memory_gb=round(memory(self.device), 3))
         if self.peak:
-            row["utilisation"] = round(speed * self.flops / self.peak, 3)
+            image, token = self.flops
+            seen = max(1, (step - self.from_step) * self.run.batch // self.world)
+            useful = image + token * self.words / seen
+            row["utilisation"] = round(speed * useful / self.peak, 3)
         skipped, skipped_steps = self.counts["skipped"], self.counts["skipped_steps"]
         row |= dict(skipped=skipped, skipped_steps=skipped_steps, time=round(time.time(), 1))
         self.write(row, dict(bad=bad) if bad else {})
-        self.clock, self.from_step = now, step
+        self.clock, self.from_step, self.words = now, step, 0
         text = (f"step {step}/{self.run.steps}  loss {row['loss'] or math.nan:.4f}  lr {lr:.1e}  "
                 f"grad {norms[-1]:.2f}  {speed:,.0f} images/s  {row['memory_gb']:.1f} GB  left "
                 f"{left // 3600}:{left // 60 % 60:02d}:{left % 60:02d}")

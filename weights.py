@@ -319,7 +319,12 @@ def load_config(folder):
 def last_checkpoint(path):
     """Of a run's folder, its last checkpoint; of any other path or hub id, itself."""
     latest = Path(path) / "latest"
-    return Path(path) / latest.read_text().strip() if latest.exists() else path
+    if latest.exists():
+        return Path(path) / latest.read_text().strip()
+    if (Path(path) / "metrics.jsonl").exists():
+        raise FuseDiTError(f"{path} is a training run that has no checkpoint yet: the first comes "
+                           "after --save-every steps")
+    return path
 
 
 def load_model(path, device="cpu", dtype=torch.float32, ema=True):

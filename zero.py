@@ -84,10 +84,11 @@ def cells(engine, keys=("weight", "exp_avg", "exp_avg_sq")):
             yield key, name, get, put
 
 
-def averages(model, saved, rank, world):
+def averages(model, saved, rank, world, offload=False):
     """(the rank that has each tensor's average and writes it, {name: average} of this rank).
 
-    Ranks hold about the same: the largest tensor comes first, to who has least.
+    Ranks hold about the same: the largest tensor comes first, to who has least. offload: in the
+    CPU's memory, where an update takes a second or two for 2 billion weights.
     """
     weights, load, owner = dict(trained(model)), [0] * world, {}
     for name in sorted(weights, key=lambda name: (-weights[name].numel(), name)):
@@ -97,7 +98,8 @@ def averages(model, saved, rank, world):
     for name in mine:
         p = weights[name]
         file, stored = saved.ema[name] if saved else (None, None)
-        ema[name] = file.get_tensor(stored).to(p.device) if saved else p.detach().clone()
+        home = torch.device("cpu") if offload else p.device
+        ema[name] = file.get_tensor(stored).to(home) if saved else p.detach().to(home, copy=True)
     return owner, ema
 
 

@@ -38,16 +38,17 @@ import speed
 def draw(model, vae, batch, steps, guidance, fast, dtype=None):
     """Pixels or latents of a batch's words and noise, by either formulation."""
     n = len(batch["eps"])
-    ids = torch.cat([batch["ids"], torch.zeros_like(batch["ids"])])
-    mask = torch.cat([batch["mask"], torch.arange(ids.shape[1], device=ids.device).expand_as(
-        batch["ids"]) < 1])                                # the empty prompt: one token
+    def with_empty(ids, mask):                             # prompt: one token
+        first = torch.arange(ids.shape[1], device=ids.device).expand_as(ids) < 1
+        return torch.cat([ids, torch.zeros_like(ids)]), torch.cat([mask, first])
     with torch.no_grad():
         if fast:
-            text = read(model, dict(ids=ids, mask=mask))
+            text = model.read(*with_empty(batch["short_ids"], batch["short_mask"]))
             halves = (text.apply(lambda t: t[:n]), text.apply(lambda t: t[n:]))
             x = fusedit.sample(model.dit, batch["eps"], *halves, steps, guidance,
                                model.config.shift)
             return torch.cat([vae.decode(z) for z in x.split(1)]) if vae else x
+        ids, mask = with_empty(batch["ids"], batch["mask"])
         halves = [fusedit.TextFeatures((), (), None, m, i) for i, m in zip(
             ids.chunk(2), mask.chunk(2), strict=True)]
         x = fusedit.sample(lambda x, s, text: joint(model, x, s, text.pooled, text.mask),

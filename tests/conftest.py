@@ -1,11 +1,17 @@
 """Tiny models that the tests share. Nothing is downloaded."""
 import json
+import os
 import sys
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 REFERENCE = Path(__file__).parent / "reference"
 sys.path.insert(0, str(ROOT))
+
+# Tests are of the CPU, to 1e-5 and with two ranks, also where there is a GPU: none of their
+# processes sees it, but those of tests/test_gpu.py.
+GPUS = os.environ.get("CUDA_VISIBLE_DEVICES")
+os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
 import threads  # isort: skip (before torch)
 import pytest

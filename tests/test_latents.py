@@ -14,6 +14,7 @@ from test_datasets import kill
 from test_prepare_data import command, files, pack
 
 import loader
+import speed
 import training
 from fusedit import FuseDiTError
 from vae import load_vae
@@ -64,6 +65,15 @@ def test_latents_are_the_posterior_of_the_central_square(pictures):
         pictures / "s-000001.latents.safetensors").stat().st_size)
     assert load_file(pictures / "s-000001.latents.safetensors")["whole"].tolist() == [1] * 3 + [
         0] + [1] * 4
+
+
+def test_its_vae_is_compiled_if_asked_for(pictures, monkeypatch):
+    seen = []
+    monkeypatch.setattr(speed, "compile_vae", seen.append)
+    encode(pictures, "--overwrite")
+    assert not seen
+    encode(pictures, "--overwrite", "--compile")
+    assert len(seen) == 1 and hasattr(seen[0], "encoder")
 
 
 def test_training_from_latents_is_training_from_pixels(pictures, gemma_folder, tmp_path):

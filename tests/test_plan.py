@@ -16,11 +16,13 @@ from fusedit import FuseDiTError, preset
 # to a block, with ZeRO's buffers.
 MEASURE = """
 import gc
+from torch._subclasses.fake_tensor import is_fake
 real, calls = fusedit.flow_loss, 0
 flash = torch.backends.cuda.enable_flash_sdp
 torch.backends.cuda.enable_flash_sdp = lambda on: flash(True)      # as on a GPU
 def live():
-    found = [t for t in gc.get_objects() if isinstance(t, torch.Tensor)]
+    found = [t for t in gc.get_objects() if issubclass(type(t), torch.Tensor)]
+    found = [t for t in found if not is_fake(t)]           # the compiler keeps some
     found += [t.grad for t in found if t.is_leaf and t.grad is not None]
     return sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes()
                 for t in found}.values())
@@ -66,6 +68,26 @@ def test_the_memory_is_what_is_allocated(tmp_path, stage, shape):
         assert sum(held) + act == pytest.approx(max(seen), rel=0.1)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("more", [["--compile"], ["--compile", "--memory-budget", "0.5"],
+                                  ["--ema-offload"]])
+def test_the_memory_with_other_flags_is_what_is_allocated(tmp_path, more):
+    """Compiled blocks as they are and on a budget; averages that do not count on the GPU."""
+    tiny_gemma(tmp_path / "gemma", num_hidden_layers=3)
+    data, argv = numbered(tmp_path / "data"), [
+        "--set", "image_size=64", "dit_hidden_size=256", "--batch", "8", "--micro-batch", "4",
+        "--steps", "2", "--dtype", "bf16", "--sample-every", "9", "--zero", "1", *more]
+    argv = flags(tmp_path / "gemma", data, tmp_path / "run", *argv)
+    done = launch(argv, f"OUT = {str(tmp_path / 'rank')!r}\n" + MEASURE)
+    run = training.parse_run(argv, "")
+    config = training.model_config(run)
+    held = [*plan.states(plan.abstract(config), False, 1, 1, torch.bfloat16)]
+    act = plan.activations(plan.abstract(config), config, 4, torch.bfloat16,
+                           budget=run.memory_budget if run.compile else None)[run.remat]
+    seen = json.loads((tmp_path / "rank0").read_text())
+    assert sum(held) + act == pytest.approx(max(seen), rel=0.1), (held, act, seen)
+
+
 def test_flops_are_those_of_the_matrices():
     """Twice the weights for every token, and twice two products of attention, at full size."""
     config = preset("fusedit/large-scale")
@@ -81,6 +103,18 @@ def test_flops_are_those_of_the_matrices():
     assert 1e12 < vae < 1.3e12
     assert plan.step_flops([llm, dit, vae]) == llm + 3 * dit + vae
     assert plan.step_flops([llm, dit, vae], True) == 3 * llm + 3 * dit + vae
+
+
+def test_useful_flops_know_of_words_and_latents():
+    """A caption of 80 words costs less than one of 256, and latents need no encoder."""
+    config = preset("fusedit/large-scale")
+    image, token = plan.useful_flops(config, latents=False, train_llm=False)
+    llm, dit, vae = plan.flops(plan.abstract(config), config, 80)
+    assert image + 80 * token == pytest.approx(plan.step_flops([llm, dit, vae]), rel=0.005)
+    assert image - plan.useful_flops(config, True, False)[0] == vae
+    assert plan.useful_flops(config, False, True)[1] > token       # Gemma's backward pass
+    full = plan.step_flops(plan.flops(plan.abstract(config), config))
+    assert 1.04 < full / (image + 80 * token) < 1.12
 
 
 def test_activations_grow_with_the_batch_and_shrink_with_remat(gemma_folder):
@@ -111,7 +145,27 @@ def test_what_is_printed(capsys, gemma_folder):
     for row in rows[:4]:
         numbers = [float(x) for x in row[1:12]]
         assert sum(numbers[:8]) == pytest.approx(numbers[8], abs=0.05)
-    assert "with --remat" in out
+    assert "with --remat" in out and "blocks not compiled" in out
+    _, _, vae = plan.flops(plan.abstract(config), config)
+    assert f"({(each - vae) / 1e12:.3g} of latents made beforehand)" in out
+
+
+def test_the_plan_knows_what_saves_memory(capsys):
+    """For the README's one GPU: 2.77 GB of activations an image compiled, where 5.34 were."""
+    def row(*more):
+        run = training.parse_run(["--preset", "fusedit/large-scale", "--plan", "1xH100", "--batch",
+                                  "512", "--micro-batch", "8", "--zero", "2", *more], "")
+        plan.show(run, training.model_config(run))
+        line = next(x for x in capsys.readouterr().out.splitlines() if "<- --zero 2" in x)
+        return [float(x) for x in line.split()[1:12]]
+    plain, compiled, less, no_ema = (row(*more) for more in (
+        [], ["--compile"], ["--compile", "--memory-budget", "0.7"], ["--ema-offload"]))
+    assert plain[7] / 8 == pytest.approx(5.34, abs=0.01)
+    assert compiled[7] / 8 == pytest.approx(2.77, abs=0.15)         # the compiler may change
+    assert less[7] < 0.65 * compiled[7]
+    assert plain[3] - no_ema[3] == pytest.approx(8.10) and plain[8] - no_ema[8] == pytest.approx(
+        8.10, abs=0.02)
+    assert [compiled[i] for i in range(7)] == [plain[i] for i in range(7)]
 
 
 @pytest.mark.parametrize("name, chips, mesh", [

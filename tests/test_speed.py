@@ -1,18 +1,22 @@
 """What is fast computes the same, up to rounding; and the benchmarks' baseline is what it says."""
 import json
+import re
 import sys
 
 import pytest
 import torch
 import warm
-from conftest import ROOT
+from conftest import REFERENCE, ROOT
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
 import common
 
 import fusedit
 import loader
+import plan
 import speed
+from vae import load_vae
+from weights import build_model
 
 CPU = torch.device("cpu")
 
@@ -65,6 +69,21 @@ def test_useful_flops_are_what_the_shapes_say(small):
     assert common.useful(case, 25)["dit"] == 50 * want
 
 
+def test_the_readmes_benchmark_fits_a_gpu_of_80_gb():
+    """Weights, gradients and Adam's of the DiT, and the activations of its heaviest part."""
+    line = re.search(r"benchmarks/train.py --preset (\S+) --batch (\d+)",
+                     (ROOT / "README.md").read_text())
+    config, batch = fusedit.preset(line[1]), int(line[2])
+    model = plan.abstract(config)
+    dit, gemma = (sum(p.numel() for p in m.parameters()) for m in (model.dit, model.llm))
+    low, high = (plan.activations(plan.abstract(config), config, n, dtype)[0]
+                 for n, dtype in ((batch, torch.bfloat16), (2, torch.float32)))
+    keys = 2 * 26 * batch * 1280 * 8 * 256 * 2             # repeated for each head: joint's own
+    # In training; and in exactness(), where there is a float32 copy with gradients beside it.
+    assert 2 * (dit + gemma) + (4 + 2 + 12) * dit + low + keys < 75e9
+    assert (2 + 4) * (dit + gemma) + (2 + 4) * dit + high < 75e9
+
+
 @pytest.mark.slow
 def test_compiled_bf16_is_as_near_to_float32_as_bf16_can_be(small, kernels):
     """Velocity and gradients, against the error of uncompiled bf16 by PyTorch's own kernels."""
@@ -106,14 +125,94 @@ def test_float8_changes_little_and_no_weight(small):
     assert 0.005 < far < 0.15, far
 
 
-@pytest.mark.parametrize("full, longest, T", [
-    (256, 40, 64), (256, 64, 64), (256, 65, 128), (256, 250, 256), (32, 3, 8), (32, 17, 24),
-    (259, 100, 144), (259, 259, 259), (5, 2, 5)])
-def test_text_is_trimmed_in_quarters(full, longest, T):
+@pytest.mark.parametrize("full, longest, cpu, gpu", [
+    (256, 40, 64, 128), (256, 64, 64, 128), (256, 65, 128, 128), (256, 129, 192, 256),
+    (256, 250, 256, 256), (32, 3, 8, 32), (32, 17, 24, 32), (259, 100, 144, 128),
+    (259, 259, 259, 259), (5, 2, 5, 5)])
+def test_text_is_cut_in_quarters(full, longest, cpu, gpu):
+    """And on a GPU in multiples of 128, for cuDNN's sake."""
     mask = torch.arange(full) < torch.tensor([[1], [longest]])
-    batch = loader.trimmed(dict(ids=torch.arange(full).expand(2, -1), mask=mask, other=1))
-    assert batch["ids"].shape == batch["mask"].shape == (2, T) and batch["other"] == 1
-    assert batch["mask"].sum(1).tolist() == [1, longest]
+    assert [loader.text_length(mask, torch.device(name)) for name in ("cpu", "cuda")] == [cpu, gpu]
+    whole = dict(pixels=torch.zeros(2, 3, 8, 8, dtype=torch.uint8), mask=mask,
+                 ids=torch.arange(full).expand(2, -1).clone(), normal=torch.zeros(2),
+                 noise=torch.zeros(2, 1, 3, 8, 8))
+    moved, real = [], torch.Tensor.to
+    for key in ("ids", "mask"):             # goes over in one piece, and is cut there
+        class Seen(torch.Tensor):
+            def to(self, *args, **kwargs):
+                moved.append(self.shape)
+                return real(self.as_subclass(torch.Tensor), *args, **kwargs)
+        whole[key] = whole[key].as_subclass(Seen)
+    _, ids, cut, *_ = loader.to_device(whole, CPU, cut_text=True)
+    assert ids.shape == cut.shape == (2, cpu) and cut.sum(1).tolist() == [1, longest]
+    assert moved == [(2, full), (2, full)]
+
+
+def test_a_trimmed_model_with_a_vae_compiles(gemma_folder):
+    """Gemma's last norm is gone by then; on a CPU the VAE stays as it is."""
+    vae = load_vae(str(REFERENCE / "released_layout/pipeline/vae"), CPU, torch.float32)
+    config = fusedit.preset("fusedit", base=str(gemma_folder), vae=None, in_channels=3,
+                            image_size=16, patch_size=2)
+    model = build_model(config, CPU, torch.float32)
+    assert model.llm.norm is None
+    speed.compile_model(model, vae, budget=0.5)
+    assert torch._functorch.config.activation_memory_budget == 0.5
+    speed.compile_model(model, vae)
+    assert torch._functorch.config.activation_memory_budget == 1
+    assert vae.encoder._compiled_call_impl is None
+    assert speed.check_attention(model, torch.float32) == ""
+
+
+def attention_inputs():
+    q, k, v = (torch.randn(2, n, s, 16, requires_grad=True) for n, s in ((4, 6), (2, 9), (2, 9)))
+    return q, k, v, torch.zeros(2, 1, 1, 9)
+
+
+@pytest.fixture
+def cudnn():
+    """PyTorch's choice of cuDNN's attention is put back."""
+    torch.backends.cuda.enable_cudnn_sdp(True)
+    yield
+    torch.backends.cuda.enable_cudnn_sdp(True)
+
+
+@pytest.mark.parametrize("fault", ["raises", "not finite"])
+def test_cudnns_attention_is_switched_off_where_it_fails(monkeypatch, cudnn, fault):
+    """attend as it would be on a GPU whose cuDNN has no plan for it, or a wrong gradient."""
+    def attend(q, k, v, mask):
+        out = fusedit.attend(q, k, v, mask)
+        if torch.backends.cuda.cudnn_sdp_enabled():
+            if fault == "raises":
+                raise RuntimeError("No execution plans support the graph.\nat line 1")
+            out = out / 0
+        return out
+    monkeypatch.setattr(speed, "attend", attend)
+    said = speed.without_what_fails(*attention_inputs())
+    assert not torch.backends.cuda.cudnn_sdp_enabled()
+    assert said == "; cuDNN's is switched off (" + (
+        "No execution plans support the graph.)" if fault == "raises" else
+        "its gradient is not finite)")
+
+
+def test_attention_that_fails_altogether_is_said(monkeypatch, cudnn):
+    assert speed.without_what_fails(*attention_inputs()) == ""
+    assert torch.backends.cuda.cudnn_sdp_enabled()         # nothing failed: all as it was
+
+    def attend(q, k, v, mask):
+        raise RuntimeError("no kernel")
+    monkeypatch.setattr(speed, "attend", attend)
+    with pytest.raises(fusedit.FuseDiTError, match="and without: no kernel"):
+        speed.without_what_fails(*attention_inputs())
+
+
+def test_a_compilers_kernel_is_no_product():
+    """Its name lists what was fused, attention's bias and a convolution's, say."""
+    for name in ("triton_poi_fused__scaled_dot_product_fused_attention_overrideable_3",
+                 "triton_red_fused_convolution_native_group_norm_1"):
+        assert common.kind_of(name) == common.REST
+    assert common.kind_of("cudnn_generated_fort_native_sdpa_sm90_flash_fprop") == (
+        "attention's products")
+    assert common.kind_of("nvjet_tst_128x256_64x4_1x2_h_bz_TNT") == "linear layers' products"
 
 
 def test_guidance_only_in_a_span_of_noise_levels():

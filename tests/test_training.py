@@ -537,7 +537,8 @@ def test_compiled_blocks_train_alike(gemma, data, tmp_path):
         job("plain"), (job("one", "--zero", "1", "--compile"), COUNTS),
         (job("three", "--zero", "3", "--compile", "--remat"), COUNTS),
         (job("four", "--zero", "1", "--compile", base=tmp_path / "deep"), COUNTS)])
-    for name in ("one", "three"):
+    launch(job("budget", "--zero", "2", "--compile", "--memory-budget", "0.5"))
+    for name in ("one", "three", "budget"):
         assert losses(tmp_path / name) == pytest.approx(losses(tmp_path / "plain"), rel=1e-5)
     counts = [tuple(map(int, re.search(r"breaks (\d+) graphs (\d+)", done.stdout).groups()))
               for done in (one, three, deep)]
@@ -900,6 +901,98 @@ def test_a_dead_rank_ends_the_others(gemma, data, tmp_path, launcher):
     os.kill(ranks[-1], signal.SIGKILL)
     process.communicate(timeout=500)        # and not the half hour of a collective
     assert process.returncode != 0 and not running(argv)
+
+
+# On one GPU the process group is NCCL's alone. In its place: collectives of ours, as opposed to
+# DeepSpeed's, that take a tensor of the CPU raise as they would there.
+ONE_GPU = """
+class OneGpu:
+    def __getattr__(self, name):
+        return getattr(dist, name)
+    def refuse(self, *args, **kwargs):
+        raise RuntimeError("No backend type associated with device type cpu")
+    all_reduce = all_gather = broadcast = all_gather_object = broadcast_object_list = refuse
+import training
+for module in (checkpoints, training, watch):
+    module.dist = OneGpu()
+"""
+
+
+def test_one_gpu_needs_no_collective_of_the_cpu(gemma, data, tmp_path):
+    """Checkpoints, log, grids and validation, and a run that goes on."""
+    def argv(steps):
+        return flags(gemma, data, tmp_path / "run", "--steps", str(steps), "--save-every", "1",
+                     "--sample-every", "2", "--val-data", str(data), "--val-every", "2",
+                     "--val-samples", "8")
+    launch(argv(2), ONE_GPU)
+    launch(argv(4), ONE_GPU)
+    assert (tmp_path / "run" / "latest").read_text().strip() == "step-0000004"
+    assert len(losses(tmp_path / "run")) == 4
+
+
+@pytest.mark.parametrize("world, backend", [("1", "nccl"), ("2", "cpu:gloo,cuda:nccl")])
+def test_a_process_group_knows_its_gpu(monkeypatch, tmp_path, world, backend):
+    """As it is started on a GPU, which is pretended here."""
+    import train_gpu
+    said = {}
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: said.update(set=device))
+    monkeypatch.setattr(train_gpu.cli, "pick_device", torch.device)
+    monkeypatch.setattr(train_gpu.dist, "init_process_group", lambda backend, **more: said.update(
+        backend=backend, **more))
+    monkeypatch.setattr(train_gpu.dist, "get_rank", lambda: 1)
+    monkeypatch.setattr(train_gpu.speed, "native_bf16", lambda device: True)
+    for key, value in dict(RANK="1", LOCAL_RANK="1", WORLD_SIZE=world,
+                           DS_ACCELERATOR="cuda").items():
+        monkeypatch.setenv(key, value)
+    run = training.parse_run(["--dtype", "bf16", "--out", str(tmp_path)], "")
+    _, device, rank, n = train_gpu.start(run)
+    assert (device, rank, n) == (torch.device("cuda:1"), 1, int(world))
+    assert said["device_id"] == said["set"] == device and said["backend"] == backend
+
+
+def test_data_processes_are_by_the_cores(monkeypatch):
+    auto, none = (training.parse_run(argv, "") for argv in ([], ["--workers", "0"]))
+    for name, cores, ranks_here, want in (("LOCAL_WORLD_SIZE", 16, 1, 15),
+                                          ("LOCAL_SIZE", 128, 8, 15), ("LOCAL_SIZE", 224, 8, 16),
+                                          ("LOCAL_WORLD_SIZE", 2, 1, 1),
+                                          ("LOCAL_WORLD_SIZE", 4, 8, 1)):
+        monkeypatch.setattr(os, "sched_getaffinity", lambda _, n=cores: set(range(n)))
+        monkeypatch.setattr(os, "cpu_count", lambda n=cores: n)
+        monkeypatch.setenv(name, str(ranks_here))
+        assert training.data_workers(auto) == want and training.data_workers(none) == 0
+        monkeypatch.delenv(name)
+
+
+def test_the_share_of_the_peak_counts_what_is_useful(gemma, data, tmp_path):
+    """Words without padding, on a machine whose peak is said to be known."""
+    argv = flags(gemma, data, tmp_path / "run", "--steps", "3", "--sample-every", "9",
+                 "--log-every", "3")
+    launch(argv, "import plan\nplan.peak = lambda device, world: 1e6\n")
+    run = training.parse_run(argv, "")
+    config = training.model_config(run)
+    import plan
+    image, token = plan.useful_flops(config, False, False)
+    source = loader.Batches(run, config, weights.load_tokenizer(config.base), 8)
+    words = sum(int(source[m]["mask"].sum()) for m in (1, 2)) / 16      # the log's second line
+    row = metrics(tmp_path / "run")[-1]
+    assert 0 < words < config.max_text_tokens and row["step"] == 3
+    assert row["utilisation"] == pytest.approx(
+        row["images_per_s"] * (image + token * words) / 1e6, rel=0.01)
+
+
+def test_averages_on_the_cpu_are_the_same(gemma, data, tmp_path):
+    for name, more in (("on", []), ("off", ["--ema-offload"])):
+        for steps in ("2", "4"):
+            launch(flags(gemma, data, tmp_path / name, "--steps", steps, "--ema-every", "1",
+                         "--sample-every", "9", *more))
+    assert_equal(state(tmp_path / "on", 4), state(tmp_path / "off", 4))
+
+
+def test_a_budget_needs_the_compiler(gemma, data, tmp_path):
+    done = launch(flags(gemma, data, tmp_path / "run", "--memory-budget", "0.5"), check=False)
+    assert done.returncode == 1
+    assert "--memory-budget is the compiler's: add --compile" in done.stderr
 
 
 def test_a_run_from_before_a_flag_goes_on(gemma, data, tmp_path):
