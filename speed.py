@@ -115,7 +115,8 @@ def without_what_fails(q, k, v, mask):
     """Switch off cuDNN's attention if this one raises or has a gradient that is not finite."""
     def problem():
         try:
-            grads = torch.autograd.grad(attend(q, k, v, mask).sum(), (q, k, v))
+            with torch.enable_grad():       # sampling has it off
+                grads = torch.autograd.grad(attend(q, k, v, mask).sum(), (q, k, v))
         except RuntimeError as e:
             return str(e).splitlines()[0]
         return "" if all(g.isfinite().all() for g in grads) else "its gradient is not finite"
