@@ -1,0 +1,28 @@
+"""A benchmark on a model of two layers and with hardly a matrix product, for SMALL=1.
+
+    python benchmarks/gpu/tiny.py train --batch 1 --rounds 1 --no-compile
+"""
+import runpy
+import sys
+
+import kit  # isort: skip (before torch)
+import common
+import torch
+
+
+def product(case, device, dtype, rows, train):
+    """In place of common.product, which takes seconds so that its rate can be relied on."""
+    a = torch.randn(256, 256, device=device, dtype=dtype)
+    return lambda: a @ a, 2 * 256**3
+
+
+def main():
+    common.SMALL["num_hidden_layers"] = 2
+    common.product = product
+    path = kit.ROOT / "benchmarks" / f"{sys.argv.pop(1)}.py"
+    sys.argv[0] = str(path)
+    runpy.run_path(str(path), run_name="__main__")
+
+
+if __name__ == "__main__":
+    main()
