@@ -79,7 +79,7 @@ def demo(kit, args):
                images_per_s=statistics.median(r["images_per_s"] for r in late),
                best_images_per_s=max(r["images_per_s"] for r in late),
                memory_gb=logged[-1]["memory_gb"])
-    if code or not math.isfinite(end) or not kit.SMALL and end > 0.7 * first:
+    if code or not math.isfinite(end) or not kit.SMALL and end > 0.9 * first:
         raise SystemExit(f"exit code {code}, loss {first} to {end}")
 
 

@@ -7,6 +7,7 @@ compute the same are compared.
     python benchmarks/gpu/smoke.py --only zero
 """
 import argparse
+import gc
 import io
 import os
 import shutil
@@ -27,12 +28,12 @@ import summary
 import train_gpu
 
 SIGNAL = "SIGTERM in the middle"
-# All take a batch of 64; how far a loss may be from that of --zero 1, of its size.
+# How far a loss may be from that of --zero 1, of its size: bfloat16 and another order of sums.
 CLOSE = 0.02
 
 
 class Job(NamedTuple):
-    """A run: flags, its folder's name (another job's, to go on from it), a CPU's share of tests."""
+    """A run: its flags, and the job from whose checkpoint it goes on."""
     name: str
     flags: list
     folder: str = ""
@@ -193,6 +194,8 @@ def main():
         if problem:
             failed.append(job.name)
             print("    " + text[-3000:].replace("\n", "\n    "))
+        torch.compiler.reset()
+        gc.collect()
         if CUDA:
             torch.cuda.empty_cache()
     if failed:

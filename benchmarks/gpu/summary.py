@@ -105,7 +105,8 @@ def variants(found, _):
     for row in found.get("VAE", []):
         yield f"  VAE, {row['name']:<40}{row['ms']:9.2f} ms of {row['batch']}"
     for row in found.get("graphs", []):
-        yield f"  {row['name']:<56}{row['ms']:9.3f} ms of {row['batch']}"
+        took = f"{row['ms']:9.3f} ms of {row['batch']}" if "ms" in row else row["error"][:80]
+        yield f"  {row['name']:<56}{took}"
 
 
 def benchmarks(found, out):
