@@ -114,6 +114,13 @@ def test_a_run_folder_means_its_latest_checkpoint(folder):
     assert load_model(folder.parent).config.image_size == 8
 
 
+def test_a_run_without_a_checkpoint_says_so(tmp_path):
+    (tmp_path / "config.json").write_text('{"run": {}}')
+    (tmp_path / "metrics.jsonl").write_text("")
+    with pytest.raises(FuseDiTError, match="is a training run that has no checkpoint yet"):
+        load_model(tmp_path)
+
+
 @pytest.mark.parametrize("changes, words", [
     (dict(in_channels=16), "in_channels is 16.*vae"), (dict(text_modulation_embeds_dim=8), "clip"),
     (dict(apply_chat_template=True), "no chat template"),
