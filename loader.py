@@ -39,6 +39,7 @@ from torch.utils.data import DataLoader, Dataset, get_worker_info
 from webdataset.gopen import gopen
 
 import fusedit
+import speed
 from fusedit import FuseDiTError
 from weights import ClipTokenizer, atomic_write, fingerprint
 
@@ -483,13 +484,14 @@ def text_length(mask, device):
     """How many tokens a batch's text needs: its longest caption, in quarters of the full length.
 
     Few lengths, since a compiled model compiles anew for some of them; XLA would for all. On a GPU
-    in multiples of 128: with keys 64 over such a multiple, and a mask, cuDNN 9.19's gradient can be
-    NaN (pytorch#196678), and pictures have 256 tokens, 1024, ...
+    as speed.on_tiles says.
 
     mask: [B,T] of all tokens, on the CPU, so that nothing waits for the device.
     """
     full, most = mask.shape[1], int(mask.sum(1).max())
-    unit = 128 if device.type == "cuda" else -(-full // 32) * 8    # kernels like multiples of 8
+    if device.type == "cuda":
+        return speed.on_tiles(most, full, device)
+    unit = -(-full // 32) * 8               # attention kernels like multiples of 8
     return min(full, -(-most // unit) * unit)
 
 

@@ -19,6 +19,7 @@ from PIL.PngImagePlugin import PngInfo
 from tqdm import tqdm
 
 import fusedit
+import speed
 from cli import DTYPE, SPAN, announce, open_model, positive, read_prompts, run, uint32
 from fusedit import FuseDiTError
 from weights import atomic_write, export, untaken
@@ -72,6 +73,13 @@ def sheet(images, columns, side=192):
     return page
 
 
+def text_length(model, prompts):
+    """How many tokens to pad prompts to: as many as the longest has, or what suits a GPU."""
+    rows, limit = fusedit.token_ids(model.tokenizer, prompts, model.config)
+    device = model.llm.embed_tokens.weight.device
+    return speed.on_tiles(min(max(map(len, rows)), limit), limit, device)
+
+
 def draw(batches, model, vae, size, args, device, done=0, quiet=False):
     """(prompt, seed, image, frames) of each (prompt, seed) of lists; done: images drawn before."""
     c, total, read = model.config, done + sum(map(len, batches)), None
@@ -79,7 +87,8 @@ def draw(batches, model, vae, size, args, device, done=0, quiet=False):
               bar_format="{l_bar}{bar}| {n:.0f}/{total} [{elapsed}<{remaining} {rate_fmt}]") as bar:
         for part in batches:
             if (prompts := list(dict.fromkeys(prompt for prompt, _ in part))) != read:
-                read, texts = prompts, model.encode([*prompts, args.negative])
+                read, words = prompts, [*prompts, args.negative]
+                texts = model.encode(words, text_length(model, words))
             frames, rngs = [], [torch.Generator().manual_seed(seed) for _, seed in part]
 
             def step(i, x, part=part, frames=frames):

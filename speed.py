@@ -85,6 +85,16 @@ def compile_vae(vae):
         vae.decoder.compile()
 
 
+def on_tiles(tokens, most, device):
+    """How long a text of so many tokens is made: on a GPU a multiple of 128, if `most` has it.
+
+    With keys 64 over such a multiple, and a mask, cuDNN 9.19's gradient can be NaN
+    (pytorch#196678); pictures have 256 tokens, 1024, ... And a compiled model compiles anew for
+    some lengths.
+    """
+    return min(most, -(-tokens // 128) * 128) if device.type == "cuda" else tokens
+
+
 def check_attention(model, dtype):
     """Which kernel the DiT's attention takes on a GPU, in words; "" on other devices.
 
@@ -123,6 +133,8 @@ def without_what_fails(q, k, v, mask):
     if not (first := problem()):
         return ""
     torch.backends.cuda.enable_cudnn_sdp(False)
+    # A stored graph names its kernel, and is found again whatever has been switched off since.
+    torch._functorch.config.enable_autograd_cache = False
     if why := problem():
         raise FuseDiTError(f"attention fails on this GPU, with cuDNN's kernel and without: {why}")
     return f"; cuDNN's is switched off ({first})"

@@ -95,7 +95,8 @@ def build(run, model, vae, saved, micro, times):
                  timers=dict(throughput=dict(enabled=False)))      # it would wait for the device
     if offload:
         config["zero_optimization"]["offload_optimizer"] = dict(device="cpu")
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # on a CPU, a minute of C++
+    if os.environ["DS_ACCELERATOR"] == "cpu":              # a minute of C++
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     config = zero.merge(config, run.deepspeed_config, usual)
     if plain:
         config["gradient_clipping"] = 0.0   # zero.guard does it

@@ -22,7 +22,7 @@ import loader
 import plan
 import training
 from fusedit import FuseDiTError
-from sample import sheet, to_images
+from sample import sheet, text_length, to_images
 from weights import atomic_write
 
 LEVELS = [(i + 0.5) / 8 for i in range(8)]  # sigmas of the validation loss
@@ -258,8 +258,8 @@ def draw(run, config, model, vae, sync, rank, world):
     """
     n, side = len(run.prompts), config.image_size // (vae.factor if vae else 1)
     mine = [i % n for i in range(rank, -(-n // world) * world, world)]
-    rows, limit = fusedit.token_ids(model.tokenizer, [*run.prompts, ""], config)
-    texts = model.encode([run.prompts[i] for i in mine] + [""], min(max(map(len, rows)), limit))
+    length = text_length(model, [*run.prompts, ""])        # of all ranks' prompts
+    texts = model.encode([run.prompts[i] for i in mine] + [""], length)
     noise = torch.stack([torch.randn(config.in_channels, side, side,
                                      generator=torch.Generator().manual_seed(run.seed + i))
                          for i in mine]).to(texts.mask.device)

@@ -9,8 +9,8 @@ REFERENCE = Path(__file__).parent / "reference"
 sys.path.insert(0, str(ROOT))
 
 # Tests are of the CPU, to 1e-5 and with two ranks, also where there is a GPU: none of their
-# processes sees it, but those of tests/test_gpu.py.
-GPUS = os.environ.get("CUDA_VISIBLE_DEVICES")
+# processes sees it, but those of tests/test_gpu.py. (pytest-xdist's processes inherit both.)
+GPUS = os.environ.setdefault("GPUS_OF_TESTS", os.environ.get("CUDA_VISIBLE_DEVICES", "all"))
 os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
 import threads  # isort: skip (before torch)

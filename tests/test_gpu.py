@@ -21,7 +21,7 @@ def count():
     """How many GPUs pytest was shown."""
     if GPUS == "" or not shutil.which("nvidia-smi"):
         return 0
-    if GPUS:
+    if GPUS != "all":
         return len(GPUS.split(","))
     listed = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True).stdout
     return sum(line.startswith("GPU") for line in listed.splitlines())
@@ -29,8 +29,11 @@ def count():
 
 DEVICE, FOUND = "cuda", count()
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not FOUND, reason="there is no GPU")]
-ENV = {k: v for k, v in os.environ.items() if k != "CUDA_VISIBLE_DEVICES"}
-ENV |= {"PYTHONPATH": f"{ROOT}:{ROOT}/tests"} | ({"CUDA_VISIBLE_DEVICES": GPUS} if GPUS else {})
+ENV = os.environ | {"PYTHONPATH": f"{ROOT}:{ROOT}/tests", "CUDA_VISIBLE_DEVICES": GPUS}
+if GPUS == "all":
+    del ENV["CUDA_VISIBLE_DEVICES"]
+if os.environ.get("GPU_EXPECTED") and not FOUND:           # benchmarks/gpu: skipping is no success
+    raise RuntimeError("GPU_EXPECTED is set, and there is no GPU")
 
 
 @pytest.fixture(scope="module")
@@ -59,9 +62,18 @@ def train(gemma, data, out, *more, device=DEVICE):
 
 
 @pytest.fixture(scope="module")
-def on_cpu(gemma, data, tmp_path_factory):
-    """The same run on the CPU, in float32: 6 losses are not 0, and fall."""
+def begun(gemma, data, tmp_path_factory):
+    """A run's first step, on the CPU: a GPU would draw other weights to begin with."""
+    out = tmp_path_factory.mktemp("begun") / "run"
+    train(gemma, data, out, "--steps", "1", device="cpu")
+    return out
+
+
+@pytest.fixture(scope="module")
+def on_cpu(gemma, data, begun, tmp_path_factory):
+    """The run to its end on the CPU, in float32."""
     out = tmp_path_factory.mktemp("cpu") / "run"
+    shutil.copytree(begun, out)
     train(gemma, data, out, device="cpu")
     return out
 
@@ -72,8 +84,12 @@ def on_cpu(gemma, data, tmp_path_factory):
     (["--dtype", "bf16"], 2e-2), (["--dtype", "bf16", "--zero", "3"], 2e-2),
     (["--dtype", "bf16", "--compile", "--memory-budget", "0.5"], 2e-2)],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "")
-def test_it_trains_as_a_cpu_does(gemma, data, tmp_path, on_cpu, more, near):
+def test_it_trains_as_a_cpu_does(gemma, data, tmp_path, begun, on_cpu, more, near):
     """float32 is TF32 there. It saves at the end, and its memory is the GPU's."""
+    shutil.copytree(begun, tmp_path / "run")
+    if "bf16" in more:                      # a run keeps its dtype: this one is told another
+        path = tmp_path / "run" / "config.json"
+        path.write_text(path.read_text().replace('"dtype": "float32"', '"dtype": "bf16"'))
     done = train(gemma, data, tmp_path / "run", *more)
     assert losses(tmp_path / "run") == pytest.approx(losses(on_cpu), rel=near)
     assert (tmp_path / "run" / "latest").read_text().strip() == "step-0000006"
@@ -85,6 +101,7 @@ def test_it_goes_on_where_a_cpu_stopped(gemma, data, tmp_path, on_cpu):
     shutil.copytree(on_cpu, tmp_path / "run")
     train(gemma, data, tmp_path / "run", "--steps", "8")
     train(gemma, data, tmp_path / "run", "--steps", "9", device="cpu")
+    shutil.copytree(on_cpu, tmp_path / "cpu")
     train(gemma, data, tmp_path / "cpu", "--steps", "9", device="cpu")
     assert losses(tmp_path / "run") == pytest.approx(losses(tmp_path / "cpu"), rel=5e-3)
     assert_equal(state(tmp_path / "run", 9), state(tmp_path / "cpu", 9), atol=2e-2)
@@ -135,7 +152,8 @@ def test_its_attention_is_exact_at_full_size():
 
 @pytest.mark.skipif(FOUND < 2, reason="there is one GPU alone")
 @pytest.mark.parametrize("zero", "123")
-def test_two_train_as_one(gemma, data, tmp_path, on_cpu, zero):
+def test_two_train_as_one(gemma, data, tmp_path, begun, on_cpu, zero):
+    shutil.copytree(begun, tmp_path / "run")
     argv = flags(gemma, data, tmp_path / "run", "--steps", "6", "--zero", zero,
                  "--sample-every", "3")
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2",

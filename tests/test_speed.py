@@ -77,11 +77,11 @@ def test_the_readmes_benchmark_fits_a_gpu_of_80_gb():
     model = plan.abstract(config)
     dit, gemma = (sum(p.numel() for p in m.parameters()) for m in (model.dit, model.llm))
     low, high = (plan.activations(plan.abstract(config), config, n, dtype)[0]
-                 for n, dtype in ((batch, torch.bfloat16), (2, torch.float32)))
+                 for n, dtype in ((batch, torch.bfloat16), (1, torch.float32)))
     keys = 2 * 26 * batch * 1280 * 8 * 256 * 2             # repeated for each head: joint's own
     # In training; and in exactness(), where there is a float32 copy with gradients beside it.
     assert 2 * (dit + gemma) + (4 + 2 + 12) * dit + low + keys < 75e9
-    assert (2 + 4) * (dit + gemma) + (2 + 4) * dit + high < 75e9
+    assert (2 + 4) * (dit + gemma) + 4 * dit + 2 * high < 75e9     # joint: of Gemma as well
 
 
 @pytest.mark.slow

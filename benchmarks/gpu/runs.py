@@ -183,6 +183,8 @@ def steps(kit, folder, name, more):
     code = process.poll()
     process.kill()
     process.wait()
+    if kit.CUDA:                            # its data processes see that within 5 seconds, and have
+        time.sleep(6)                       # a share in the GPU's memory until then
     with open(kit.OUT / "large.jsonl", "a") as file:
         for row in rows:
             file.write(json.dumps(dict(row, name=name)) + "\n")
