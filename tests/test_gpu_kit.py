@@ -1,4 +1,5 @@
 """The kit that measures a GPU, at tiny sizes on a CPU: it ends; a part's fault stays its own."""
+import importlib.util
 import json
 import os
 import signal
@@ -41,10 +42,12 @@ def test_all_parts_run(tmp_path):
     assert done.returncode == 0, done.stdout[-5000:] + done.stderr
     assert codes(tmp_path) == dict.fromkeys(PARTS, 0)
     rows, table = results(tmp_path), done.stdout.split(" SUMMARY ")[1]
-    kinds = {"tests": "part", "train": "part", "sample": "part"}       # they have files instead
+    without = {"tests", "train", "sample"}  # rows: the last two have files instead
+    if not importlib.util.find_spec("torchao"):
+        without.add("float8")
     for part in PARTS:
         assert f"{part} ok" in table
-        assert part in kinds or any(r.get("part") == part for r in rows), part
+        assert part in without or any(r.get("part") == part for r in rows), part
     files = [path for path in (tmp_path / "out").rglob("*") if path.is_file()]
     assert {path.name for path in files} == FILES
     assert max(path.stat().st_size for path in files) < 2**24
