@@ -133,7 +133,7 @@ def train(run, config):
         for group in engine.optimizer.param_groups:
             group["lr"] = training.learning_rate(run, step)
         for _ in range(times):
-            batch = next(batches)
+            batch = next(batches)                                          # pixels [B,3,H,W]
             x, ids, mask, clip, normal, noise = loader.to_device(batch, device, cut_text=True)
             if vae:
                 with torch.no_grad():

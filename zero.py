@@ -87,8 +87,8 @@ def cells(engine, keys=("weight", "exp_avg", "exp_avg_sq")):
 def averages(model, saved, rank, world, offload=False):
     """(the rank that has each tensor's average and writes it, {name: average} of this rank).
 
-    Ranks hold about the same: the largest tensor comes first, to who has least. offload: in the
-    CPU's memory, where an update takes a second or two for 2 billion weights.
+    Ranks hold about the same: the largest tensor comes first, to who has least. offload: they
+    lie in the CPU's memory, and an update takes the weights there.
     """
     weights, load, owner = dict(trained(model)), [0] * world, {}
     for name in sorted(weights, key=lambda name: (-weights[name].numel(), name)):
