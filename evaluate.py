@@ -11,98 +11,30 @@ benchmark wants it. The noise of a picture follows from the seed, the prompt's p
 picture's number alone, and the same command goes on where a stopped one was.
 """
 import argparse
-import hashlib
-import io
-import json
 import os
 import random
 import re
-import time
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import NamedTuple
 
-import threads  # isort: skip (before torch)
-import numpy as np
+from fusedit_lib import threads
+
+threads.limit_spinning()                    # before torch is imported
+
 from PIL import Image
 from tqdm import tqdm
 
-import cli
-import metrics
-import report
-from cli import SPAN, Help, announce, open_model, positive, run, uint32
-from demo import detector, render, scenes
 from fusedit import FuseDiTError
-from sample import draw, notes
-from weights import atomic_write, last_checkpoint
+from fusedit_lib import backend, cli
+from fusedit_lib.cli import Help, SPAN, announce, open_model, positive, run, uint32
+from fusedit_lib.evaluation import figures, metrics, results
+from fusedit_lib.evaluation.benchmarks import dpg, geneval, mjhq, shapes
+from fusedit_lib.evaluation.drawing import begun_dtype, claim, paint
+from fusedit_lib.evaluation.results import compare, dpg_score, geneval_score, report
+from fusedit_lib.files import atomic_write
+from fusedit_lib.pretrained import last_checkpoint
+from fusedit_lib.shapes import detector, render, scenes
 
 ROOT = Path(__file__).parent
-
-
-# ---- what is drawn -------------------------------------------------------------------------------
-
-class Work(NamedTuple):
-    """A benchmark's prompts; of each, a file a picture, or one file for a grid of all."""
-    prompts: list[str]
-    files: list[list[str]]
-    images: int = 1                         # of a prompt
-    texts: dict[str, str] = {}              # more files, and what is in them
-
-
-def geneval(args):
-    """GenEval (arXiv 2310.11513): NUMBER/metadata.jsonl and NUMBER/samples/NUMBER.png."""
-    rows = [line for line in read(args.prompts).splitlines() if line.strip()]
-    for n, row in enumerate(rows, 1):
-        found = parse(args.prompts, row, f"line {n}")
-        if not all(isinstance(found.get(key), str) for key in ("tag", "prompt")):
-            raise FuseDiTError(f"{args.prompts} line {n} has no tag or no prompt: is it GenEval's "
-                               "prompts/evaluation_metadata.jsonl?")
-    return Work([json.loads(row)["prompt"] for row in rows],
-                [[f"{k:05}/samples/{i:04}.png" for i in range(4)] for k in range(len(rows))], 4,
-                {f"{k:05}/metadata.jsonl": row + "\n" for k, row in enumerate(rows)})
-
-
-def dpg(args):
-    """DPG-Bench (arXiv 2403.05135): NAME.png of NAME.txt, four pictures in two rows."""
-    texts = {path.stem: read(path).strip() for path in sorted(args.prompts.glob("*.txt"))}
-    return Work(list(texts.values()), [[f"{name}.png"] for name in texts], 4)
-
-
-def mjhq(args):
-    """MJHQ-30K (arXiv 2402.17245): CATEGORY/NAME.jpg, as the folder of real ones is."""
-    rows = parse(args.prompts, read(args.prompts), "the file")
-    bad = [name for name, row in rows.items() if not isinstance(row, dict)
-           or not all(isinstance(row.get(key), str) for key in ("category", "prompt"))
-           or not re.fullmatch(r"[^./\\][^/\\]*/[^./\\][^/\\]*", f"{row['category']}/{name}")]
-    if bad:
-        raise FuseDiTError(f"{args.prompts}: {bad[0]} has no category or prompt, or no plain name: "
-                           "is it MJHQ-30K's meta_data.json?")
-    return Work([row["prompt"] for row in rows.values()],
-                [[f"{row['category']}/{name}.jpg"] for name, row in rows.items()])
-
-
-def shapes(args):
-    """Held-out scenes of the demo's world, in GenEval's categories (demo/scenes.py). A picture is
-    right if it holds exactly the objects that the prompt names, as it names them, and no other."""
-    prompts = scenes.evaluation_prompts(args.n, args.seed)
-    return Work([p for *_, p in prompts], [[f"{k:05}.png"] for k in range(len(prompts))])
-
-
-def read(path):
-    try:
-        return path.read_text("utf-8-sig")
-    except (OSError, UnicodeDecodeError) as e:
-        raise FuseDiTError(f"cannot read {path}: {getattr(e, 'strerror', None) or e}") from None
-
-
-def parse(path, text, where):
-    try:
-        found = json.loads(text)
-    except ValueError:
-        found = None
-    if not isinstance(found, dict):
-        raise FuseDiTError(f"{path}: {where} is no JSON of the form {{...}}")
-    return found
 
 
 # ---- drawing -------------------------------------------------------------------------------------
@@ -121,7 +53,7 @@ def evaluate(args):
     if args.dtype == "auto":
         args.dtype = begun_dtype(top)
     model, vae, device = open_model(args)
-    if cli.rank_and_world()[0] == 0:
+    if backend.rank_and_world()[0] == 0:
         announce(args, model, work.prompts)
     guidance = args.guidance if isinstance(args.guidance, list) else [args.guidance]
     span = [*args.guidance_span]
@@ -138,137 +70,11 @@ def evaluate(args):
         else:
             to = dict(out=one.out.resolve(), size=settings["size"])
             print("next:", *(line.format(**to) for line in NEXT[args.name]), sep="\n    ")
-    results = [one.out / "shapes.json" for one in runs]
-    if sweep and all(path.exists() for path in results):
+    scores = [one.out / "shapes.json" for one in runs]
+    if sweep and all(path.exists() for path in scores):
         name = "-".join(["sweep-guidance", *(f"{g:g}" for g in guidance), "steps"])
-        report.sweep([report.load(path) for path in results],
+        figures.sweep([results.load(path) for path in scores],
                      top / f"{name}-{'-'.join(map(str, args.steps))}.png")
-
-
-def begun_dtype(top):
-    """--dtype of the pictures that are there already, which may be another machine's, or auto."""
-    for path in top.glob("*/run.json"):
-        return cli.dtype(parse(path, read(path), "the file").get("dtype", "auto"))
-    return "auto"
-
-
-def identity(model):
-    """A short name of a model's weights: of some 64 values of every tensor, to the bit."""
-    whole = hashlib.sha256()
-    for name, tensor in model.named_parameters():
-        some = tensor.detach().flatten()[::max(1, tensor.numel() // 64)].float().cpu()
-        whole.update(name.encode() + some.numpy().tobytes())
-    return whole.hexdigest()[:16]
-
-
-def claim(args, work, model):
-    """The settings, written to OUT/run.json, or found there the same; raises FuseDiTError."""
-    prompts = hashlib.sha256(json.dumps([work.prompts, work.files]).encode()).hexdigest()[:16]
-    said = dict(benchmark=args.name, model=args.model, weights=identity(model), prompts=prompts,
-                images=work.images, size=model.config.image_size, seed=args.seed, steps=args.steps,
-                guidance=args.guidance, dtype=str(next(model.dit.parameters()).dtype)[6:])
-    if [*args.guidance_span] != [0, 1]:
-        said |= dict(guidance_span=args.guidance_span)
-    path = args.out / "run.json"            # looked for last: another process may just write it
-    taken = args.out.exists() and any(p.name[0] != "." for p in args.out.iterdir())
-    if path.exists():
-        before = parse(path, read(path), "the file")
-        other = [f"{k} {before.get(k)}, now {v}" for k, v in said.items()
-                 if k != "model" and before.get(k) != v]           # it may have moved
-        if other:
-            raise FuseDiTError(f"{args.out} holds pictures drawn otherwise ({'; '.join(other)}): "
-                               "give another --out, or delete it")
-        return before
-    if taken:
-        raise FuseDiTError(f"{args.out} is not empty and has no run.json: give another --out")
-    write(path, (json.dumps(said, indent=1) + "\n").encode())
-    return said
-
-
-def picture_seed(seed, prompt, image):
-    """The seed of a picture's noise, which sample.py --seed takes, too."""
-    return int(np.random.SeedSequence((seed, prompt, image)).generate_state(1)[0])
-
-
-def paint(args, work, model, vae, device, settings):
-    """Draw what is missing in OUT/images of this process's share; is all there now, by its doing?
-
-    A batch is always of the same pictures, whoever draws it and whatever of it is there, since sums
-    of other batches may differ in their last bit, and a picture then by a level. So of a batch that
-    was cut short all is drawn again; the files that are there stay.
-    """
-    rank, world = cli.rank_and_world()
-    paths = [[args.out / "images" / file for file in files] for files in work.files]
-    each, size = max(1, args.batch_size // work.images), args.batch_size
-    share = [range(len(paths))[i:i + each] for i in range(0, len(paths), each)][rank::world]
-    clean({path for group in share for k in group for path in paths[k]} | set(
-        () if rank else [args.out / "run.json", *(args.out / "images" / f for f in work.texts)]),
-        args.out)
-    for name, text in work.texts.items() if rank == 0 else ():
-        if not (args.out / "images" / name).exists():
-            write(args.out / "images" / name, text.encode())
-    batches, done = [], 0
-    for group in share:
-        places = [(k, i) for k in group for i in range(work.images)]
-        for part in [places[at:at + size] for at in range(0, len(places), size)]:
-            if all(paths[k][i % len(paths[k])].exists() for k, i in part):
-                done += len(part)
-            else:
-                batches.append(part)
-    jobs = [[(work.prompts[k], picture_seed(args.seed, k, i)) for k, i in part] for part in batches]
-    side, begin = model.config.image_size // (vae.factor if vae else 1), time.monotonic()
-    drawn = draw(jobs, model, vae, (side, side), args, device, done, quiet=rank > 0)
-    places = [place for part in batches for place in part]
-    with ThreadPoolExecutor(4) as pool:     # a PNG takes as long as some steps of a GPU
-        saved, row, seeds = [], [], []      # the last two: of a grid, so far
-        for (k, i), (prompt, seed, picture, _) in zip(places, drawn, strict=True):
-            saved = [job for job in saved if not job.done() or job.result()]   # raises its error
-            if len(paths[k]) == work.images:
-                saved.append(pool.submit(save, picture, paths[k][i], notes(prompt, seed, args)))
-                continue
-            row, seeds = [*row, picture], [*seeds, str(seed)]
-            if len(row) == work.images:
-                info = notes(prompt, " ".join(seeds), args)
-                saved.append(pool.submit(save, two_rows(row), paths[k][0], info))
-                row, seeds = [], []
-        for job in saved:
-            job.result()
-    if batches and not done and world == 1:                # else it is no speed of the whole
-        speed = round(sum(map(len, batches)) / (time.monotonic() - begin), 3)
-        settings |= dict(images_per_s=speed, device=str(device))
-        write(args.out / "run.json", (json.dumps(settings, indent=1) + "\n").encode())
-    return bool(batches or rank == 0) and all(path.exists() for part in paths for path in part)
-
-
-def clean(paths, out):
-    """Delete what a killed run had half written of these."""
-    for half in out.rglob(".*.tmp"):
-        if half.with_name(half.name[1:].rsplit(".", 2)[0]) in paths:
-            half.unlink()
-
-
-def two_rows(pictures):
-    """Four pictures on one, in reading order, as DPG-Bench's scorer cuts them out again."""
-    w, h = pictures[0].size
-    page = Image.new("RGB", (2 * w, 2 * h))
-    for i, picture in enumerate(pictures):
-        page.paste(picture, (i % 2 * w, i // 2 * h))
-    return page
-
-
-def save(picture, path, info):
-    """As a PNG with its notes, or a JPEG that loses little; a file that is there is left alone."""
-    if not path.exists():
-        data, png = io.BytesIO(), path.suffix == ".png"
-        picture.save(data, **dict(format="PNG", pnginfo=info) if png else dict(
-            format="JPEG", quality=95, subsampling=0))
-        write(path, data.getvalue())
-
-
-def write(path, data):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with atomic_write(path) as tmp:
-        tmp.write_bytes(data)
 
 
 # ---- scoring -------------------------------------------------------------------------------------
@@ -280,9 +86,9 @@ def score_shapes(args, settings):
         pictures.append(Image.open(args.out / "images" / f"{k:05}.png").convert("RGB"))
         why = detector.verdict(said, detector.read(pictures[-1]))
         rows.append(dict(category=category, prompt=prompt, right=int(not why), why=why))
-    report.write(report.scored("shapes", rows, settings), args.out / "shapes.json", over=True)
+    results.write(results.scored("shapes", rows, settings), args.out / "shapes.json", over=True)
     with atomic_write(args.out / "shapes.png") as tmp:
-        report.sheet(scenes.CATEGORIES, rows, pictures).save(tmp, "PNG")
+        figures.sheet(scenes.CATEGORIES, rows, pictures).save(tmp, "PNG")
 
 
 def ground_truth(args):
@@ -301,7 +107,7 @@ def ground_truth(args):
 
 def fid(args):
     """Frechet and kernel distance between two folders of pictures."""
-    device = cli.pick_device(args.device)
+    device = backend.pick_device(args.device)
     label, prepare, network = metrics.extractor(args.features, device, args.inception)
     paths = [metrics.pictures(folder) for folder in (args.real, args.fake)]
     x, y = (metrics.features(some, prepare, network, device, args.batch_size, args.workers)
@@ -312,7 +118,7 @@ def fid(args):
     result = dict(benchmark="distance", label=label, distance=distance, kid=kid, real=len(x),
                   fake=len(y), folders=[str(args.real), str(args.fake)])
     name = re.sub(r"[^a-z0-9]+", "-", label.lower()).strip("-")
-    report.write(result, args.out or args.fake.parent / f"{name}.json")
+    results.write(result, args.out or args.fake.parent / f"{name}.json")
 
 
 # ---- the command line ----------------------------------------------------------------------------
@@ -357,6 +163,26 @@ def sampler(commands, name, work, about, prompts=None):
     return a
 
 
+def score_commands(parsers):
+    """geneval-score, dpg-score, compare and report, of evaluate.py."""
+    def add(name, command, about):
+        p = parsers.add_parser(name, formatter_class=Help, help=about, description=command.__doc__)
+        p.set_defaults(command=command)
+        return p.add_argument
+    for name, command, file in (("geneval-score", geneval_score, "results.jsonl"),
+                                ("dpg-score", dpg_score, "the file of its --res-path")):
+        a = add(name, command, "the table, from the official scorer's file")
+        a("results", type=Path, metavar="FILE", help=file)
+        a("--out", type=Path, metavar="FILE", help="if not given, a JSON file beside it")
+    a = add("compare", compare, "two models on the same prompts, with a paired test")
+    a("a", type=Path, metavar="A.json")
+    a("b", type=Path, metavar="B.json")
+    a = add("report", report, "several models in one table and one figure")
+    a("results", nargs="+", metavar="NAME=PATH", help="a result, or a folder of them; a run's "
+      "folder gives its validation loss and speed. Equal NAMEs share a row")
+    a("--out", type=Path, default=Path("report.md"), metavar="FILE.md", help="and FILE.png")
+
+
 def arguments(argv=None):
     top = argparse.ArgumentParser(description=__doc__, formatter_class=Help)
     commands = top.add_subparsers(required=True, metavar="BENCHMARK")
@@ -384,7 +210,7 @@ def arguments(argv=None):
     a("--device", default="auto", help="auto, cpu, cuda, cuda:1, ...")
     a("--out", type=Path, metavar="FILE", help="if not given, fid.json (or fd-NAME.json) beside "
       "the folder --fake")
-    report.commands(commands)
+    score_commands(commands)
     return top.parse_args(argv)
 
 

@@ -22,18 +22,20 @@ import argparse
 import os
 from pathlib import Path
 
-import threads  # isort: skip (before torch)
-import check
-import download
-import latents
-import sources
-from cli import DTYPE, Help, local_world, pick_device, positive, run
+from fusedit_lib import threads
+
+threads.limit_spinning()                    # before torch is imported
+
+from fusedit_lib.backend import local_world, pick_device
+from fusedit_lib.cli import DTYPE, Help, positive, run
+from fusedit_lib.data import cc12m, check, emoji, folder, journeydb, latents, sa1b
+from fusedit_lib.data.shapes import shapes
 
 REGISTRY = os.environ.get("NPM_CONFIG_REGISTRY", "https://registry.npmjs.org")
 
 
 def tiny_gemma(args):
-    from demo import tiny_gemma as gemma
+    from fusedit_lib.shapes import tiny_gemma as gemma
     gemma.make(args.out, args.steps, args.batch_size, args.lr, args.seed,
                pick_device(args.device), args.overwrite)
 
@@ -111,18 +113,18 @@ def arguments(argv=None):
 
 def drawn(command):
     """Data for a laptop, and anyone's own."""
-    s = command(sources.shapes, "shapes", "draw captioned scenes of coloured shapes, the demo's "
+    s = command(shapes, "shapes", "draw captioned scenes of coloured shapes, the demo's "
                 "data", "shards/shapes -n 200000")
     packs(s, pictures=False)
     s.add_argument("-n", type=positive, default=200000, help="how many pictures")
     s.add_argument("--image-size", type=positive, default=32, help="their side in pixels")
-    e = command(sources.emoji, "emoji", "pack about 5,000 real emoji with words for them, and hold "
+    e = command(emoji.emoji, "emoji", "pack about 5,000 real emoji with words for them, and hold "
                 "some (style, concept) pairs out", "shards/emoji")
     packs(e)
     e.add_argument("--packages", type=Path, default=Path("~/.cache/fusedit/emoji").expanduser(),
                    metavar="DIR", help="where the downloaded packages are kept, 25 MB")
     e.add_argument("--registry", default=REGISTRY, metavar="URL", help="of npm, to get them from")
-    f = command(sources.folder, "folder", "pack a folder of images and their captions",
+    f = command(folder.folder, "folder", "pack a folder of images and their captions",
                 "photos/ captions.jsonl shards/photos")
     f.add_argument("images", type=Path, metavar="IMAGES", help="folder, searched with all below it")
     f.add_argument("captions", type=Path, metavar="CAPTIONS", nargs="?",
@@ -143,7 +145,7 @@ def drawn(command):
 
 def published(command):
     """The paper's three data sets, as their publishers lay them out."""
-    c = command(sources.cc12m, "cc12m", "pack CC12M (pixparse/cc12m-wds) with its LLaVA-NeXT "
+    c = command(cc12m.cc12m, "cc12m", "pack CC12M (pixparse/cc12m-wds) with its LLaVA-NeXT "
                 "captions (CaptionEmporium/conceptual-captions-cc12m-llavanext), a shard for each "
                 "of its tars", "cc12m-wds/ train.jsonl.gz shards/cc12m")
     c.add_argument("images", type=Path, metavar="IMAGES", help="folder of the tars")
@@ -151,7 +153,7 @@ def published(command):
                    ".parquet, or a folder of them")
     looks_up(c, "key", "caption_llava")
     packs(c, seed=False, shard_size=0)
-    d = command(download.sa1b_download, "sa1b-download", "download SA-1B from Meta's list of "
+    d = command(sa1b.sa1b_download, "sa1b-download", "download SA-1B from Meta's list of "
                 "links, each tar checked and unpacked; what fails is tried again by the same "
                 "command", "links.txt sa1b/")
     d.add_argument("links", type=Path, metavar="LINKS", help="Meta's list: file_name TAB cdn_link")
@@ -159,14 +161,14 @@ def published(command):
     d.add_argument("--md5", type=Path, metavar="FILE", help="checksums, as md5sum writes them")
     d.add_argument("--keep-tars", action="store_true", help="do not delete what is unpacked")
     workers(d, 8, "files at a time")
-    s = command(sources.sa1b, "sa1b", "pack SA-1B with PixArt's SAM-LLaVA captions",
+    s = command(sa1b.sa1b, "sa1b", "pack SA-1B with PixArt's SAM-LLaVA captions",
                 "sa1b/ captions/ shards/sa1b")
     s.add_argument("images", type=Path, metavar="IMAGES", help="folder, searched with all below it")
     s.add_argument("captions", type=Path, metavar="CAPTIONS", help="folder of sa_1.txt and so "
                    "on; or .jsonl, .jsonl.gz, .parquet, or a folder of them")
     looks_up(s, "__key__", "txt")
     packs(s, 512, seed=False)
-    j = command(sources.journeydb, "journeydb", "pack JourneyDB: its prompts as captions, GPT's "
+    j = command(journeydb.journeydb, "journeydb", "pack JourneyDB: its prompts as captions, GPT's "
                 "captions as the other ones",
                 "train_anno_realease_repath.jsonl imgs/ shards/journeydb")
     j.add_argument("annotations", type=Path, metavar="ANNOTATIONS",

@@ -14,20 +14,21 @@ import warnings
 from datetime import timedelta
 from functools import partial
 
-import threads  # isort: skip (before torch)
+from fusedit_lib import threads
+
+threads.limit_spinning()                    # before torch is imported
+
 import torch
 import torch.distributed as dist
 from torch.utils.checkpoint import checkpoint as recompute
 
-import checkpoints
-import cli
 import fusedit
-import loader
-import plan
-import speed
-import training
-import watch
-import zero
+from fusedit_lib import backend, cli
+from fusedit_lib.data.batches import Batches, load_batches, to_device
+from fusedit_lib.train import checkpoints, distributed, monitor, plan, zero
+from fusedit_lib.train.config import check, data_workers, model_config, parse_run, split_batch
+from fusedit_lib.train.models import adam_steps, build
+from fusedit_lib.train.schedule import due, ema_decay, learning_rate
 
 # ------------------------------------------------------------------------------ start
 
@@ -39,7 +40,7 @@ def start(run):
             os.environ |= dict(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1",
                                MASTER_PORT=str(free.getsockname()[1]))
     gpu = run.device != "cpu" and torch.cuda.is_available()
-    device = cli.pick_device(f"cuda:{os.environ['LOCAL_RANK']}" if gpu else run.device)
+    device = backend.pick_device(f"cuda:{os.environ['LOCAL_RANK']}" if gpu else run.device)
     if gpu:
         torch.cuda.set_device(device)
     world = int(os.environ["WORLD_SIZE"])
@@ -49,10 +50,10 @@ def start(run):
     os.environ.setdefault("DS_ACCELERATOR", device.type)  # DeepSpeed would guess
     torch.set_float32_matmul_precision("high")
     run = checkpoints.settle_dtype(run, device)
-    speed.settings(device, speed.dtype_of(run.dtype))
-    # Several ranks also talk through their CPUs, in training.agree().
-    backend = "gloo" if device.type == "cpu" else "nccl" if world == 1 else "cpu:gloo,cuda:nccl"
-    dist.init_process_group(backend, timeout=timedelta(minutes=30),
+    backend.settings(device, backend.dtype_of(run.dtype))
+    # Several ranks also talk through their CPUs, in distributed.agree().
+    comm = "gloo" if device.type == "cpu" else "nccl" if world == 1 else "cpu:gloo,cuda:nccl"
+    dist.init_process_group(comm, timeout=timedelta(minutes=30),
                             device_id=device if gpu else None)
     return run, device, dist.get_rank(), world
 
@@ -61,18 +62,18 @@ def start(run):
 
 def blocks(run, model, vae):
     """Try attention's kernel; compile and recompute the blocks, if asked to."""
-    kernel = speed.check_attention(model, speed.dtype_of(run.dtype))
+    kernel = backend.check_attention(model, backend.dtype_of(run.dtype))
     if kernel and dist.get_rank() == 0:
         print(kernel, flush=True)
     if run.float8:
-        speed.float8(model.dit)
+        backend.float8(model.dit)
     if run.compile:                         # ZeRO 3: there the Gemma's weights come one by one
-        speed.compile_model(model, vae, run.zero[0] != "3", run.memory_budget)
+        backend.compile_model(model, vae, run.zero[0] != "3", run.memory_budget)
     for layer in model.dit.layers if run.remat else ():
         layer.forward = partial(recompute, layer.forward, use_reentrant=False)
 
 
-def build(run, model, vae, saved, micro, times):
+def build_engine(run, model, vae, saved, micro, times):
     """The DeepSpeed engine: by ZeRO stage it shares out Adam's state, gradients and weights."""
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch")  # DeepSpeed's to heed
     import deepspeed                        # takes seconds: not for --help
@@ -116,25 +117,25 @@ def build(run, model, vae, saved, micro, times):
 def train(run, config):
     """The whole run; returns the exit code."""
     run, device, rank, world = start(run)
-    micro, times = training.split_batch(run, world)
+    micro, times = split_batch(run, world)
     saved = checkpoints.load_checkpoint(checkpoints.open_run(run, config))
-    model, vae = training.build(run, config, device, saved)
+    model, vae = build(run, config, device, saved)
     owner, ema = zero.averages(model, saved, rank, world, run.ema_offload)
     first, stop = saved.step if saved else 0, 0
-    source = loader.Batches(run, config, model.tokenizer, micro, times, rank, world)
+    source = Batches(run, config, model.tokenizer, micro, times, rank, world)
     saver = checkpoints.Saver(run, config, saved, source.digest)
-    watcher = watch.Watcher(run, config, model, vae, saved, micro, source)
+    watcher = monitor.Watcher(run, config, model, vae, saved, micro, source)
     coming = range(first * times, run.steps * times)
-    batches = loader.load_batches(source, coming, training.data_workers(run), device)
-    engine, saved = build(run, model, vae, saved, micro, times), None   # and its files are closed
-    signals, step = training.catch_signals(), first
+    batches = load_batches(source, coming, data_workers(run), device)
+    engine, saved = build_engine(run, model, vae, saved, micro, times), None     # files closed
+    signals, step = distributed.catch_signals(), first
     for step in range(first, run.steps):
         # ------------------------------------------------------------ the training step
         for group in engine.optimizer.param_groups:
-            group["lr"] = training.learning_rate(run, step)
+            group["lr"] = learning_rate(run, step)
         for _ in range(times):
             batch = next(batches)                                          # pixels [B,3,H,W]
-            x, ids, mask, clip, normal, noise = loader.to_device(batch, device, cut_text=True)
+            x, ids, mask, clip, normal, noise = to_device(batch, device, cut_text=True)
             if vae:
                 with torch.no_grad():
                     x = vae.encode(x, noise[1])                            # [B,16,H/8,W/8]
@@ -146,18 +147,18 @@ def train(run, config):
             watcher.saw(loss, batch["bad"], int(batch["mask"].sum()))  # no wait for the device
         step += 1
         watcher.stepped(zero.grad_norm(engine))
-        if (decay := training.ema_decay(run, step)) < 1:
+        if (decay := ema_decay(run, step)) < 1:
             zero.update_ema(engine, ema, decay)
         # -------------------------------------------------------------------------------
         stop, now = saver.poll(max(signals, default=0))
-        logs, looks, saves = training.due(run, step, first, stop, now)
+        logs, looks, saves = due(run, step, first, stop, now)
         if logs:
             watcher.log(step, group["lr"])
         if looks:
             with zero.averaged(engine, ema, owner) as average:
                 watcher.look(step, average)
         if saves:
-            counts = watcher.counts | dict(adam_step=training.adam_steps(engine.basic_optimizer))
+            counts = watcher.counts | dict(adam_step=adam_steps(engine.basic_optimizer))
             saver.save(step, lambda: zero.shares(engine, ema, owner), counts)
         watcher.resume(looks or saves)      # leaves their time out of the images/s
         if stop:
@@ -166,11 +167,11 @@ def train(run, config):
 
 
 def main():
-    run = training.parse_run(None, __doc__)
-    config = training.model_config(run)
+    run = parse_run(None, __doc__)
+    config = model_config(run)
     if run.plan:
         return plan.show(run, config)
-    training.check(run)                     # what can be wrong should be so before the model loads
+    check(run)                     # what can be wrong should be so before the model loads
     code = train(run, config)
     dist.barrier()                          # who leaves first breaks the others' connections
     dist.destroy_process_group()

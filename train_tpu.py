@@ -13,22 +13,23 @@ import os
 from datetime import timedelta
 from functools import partial
 
-import threads  # isort: skip (before torch)
+from fusedit_lib import threads
+
+threads.limit_spinning()                    # before torch is imported
+
 import numpy as np
 import torch
 import torch.distributed as dist
 from functorch.compile import min_cut_rematerialization_partition
 from torch.func import functional_call
 
-import checkpoints
-import cli
 import fusedit
-import loader
-import plan
-import speed
-import spmd
-import training
-import watch
+from fusedit_lib import backend, cli
+from fusedit_lib.data.batches import Batches, load_batches, tensors, to_device
+from fusedit_lib.train import checkpoints, distributed, monitor, plan, sharding, xla
+from fusedit_lib.train.config import check, data_workers, model_config, parse_run, split_batch
+from fusedit_lib.train.models import adam_steps, build
+from fusedit_lib.train.schedule import due, ema_decay, learning_rate
 
 # Unless told otherwise. NPROC: threads, of which virtual devices hold some while they wait.
 os.environ |= dict(PJRT_DEVICE="TPU", PJRT_NPROC="64", TF_CPP_MIN_LOG_LEVEL="2",
@@ -61,7 +62,7 @@ def start(run):
     elif run.dtype == "float32":
         set_mat_mul_precision("highest")    # a TPU would multiply in bf16
     dist.init_process_group("gloo", **hosts)
-    mesh = xs.Mesh(np.arange(n), spmd.mesh_shape(run.mesh, n), spmd.AXES)
+    mesh = xs.Mesh(np.arange(n), sharding.mesh_shape(run.mesh, n), sharding.AXES)
     return run, torch_xla.device(), dist.get_rank(), dist.get_world_size(), mesh
 
 
@@ -73,24 +74,25 @@ class Engine:
     def __init__(self, run, model, vae, saved, times, device, mesh):
         self.run, self.model, self.times, self.micro = run, model, times, 0
         self.device, self.mesh, self.state = device, mesh, {}
-        self.dtype = speed.dtype_of(run.dtype)
+        self.dtype = backend.dtype_of(run.dtype)
         # What scan does there needs JAX, and is said by the marks of weights and of x as well.
         scan._backward_shard_alike = lambda carry, x, backward, init, xs: backward(carry, x)
         torch._functorch.config.activation_memory_budget = 0 if run.remat else 1
         scanned = partial(scan.scan, partition_fn=min_cut_rematerialization_partition,
                           is_fn_pure=True)
         def shard(t, name=""):
-            axes = spmd.spec(name, t.shape, mesh.shape()) if name else ("fsdp", None, None)
+            axes = sharding.spec(name, t.shape, mesh.shape()) if name else ("fsdp", None, None)
             return xs.mark_sharding_with_gradients(t, mesh, axes)
         for tower in (model.dit, model.llm):
-            tower.layers = spmd.Stack(tower.layers, scanned, shard)
+            tower.layers = xla.Stack(tower.layers, scanned, shard)
         for small in filter(None, (vae, model.pool and model.pool.model)):
             small.to(device)                # whole on every chip
         for name, p in list(model.named_parameters()):
             weight = torch.nn.Parameter(self.place(name, p.detach()), p.requires_grad)
-            spmd.put(model, name, weight)
+            xla.put(model, name, weight)
             if p.requires_grad:
-                average, *moments = (self.place(name, t) for t in spmd.first_state(saved, name, p))
+                first = sharding.first_state(saved, name, p)
+                average, *moments = (self.place(name, t) for t in first)
                 self.state[name] = average, weight, *moments
         self.adam = torch.optim.AdamW([p for _, p, *_ in self.state.values()],
                                       betas=(run.beta1, run.beta2), capturable=True, foreach=False,
@@ -101,7 +103,7 @@ class Engine:
 
     def place(self, name, value):
         value = value.to(self.device)
-        xs.mark_sharding(value, self.mesh, spmd.spec(name, value.shape, self.mesh.shape()))
+        xs.mark_sharding(value, self.mesh, sharding.spec(name, value.shape, self.mesh.shape()))
         return value
 
     def lower(self, which):                 # in the type that is computed in: 0 averages, 1 weights
@@ -121,7 +123,7 @@ class Engine:
         self.micro += 1
         if self.micro % self.times == 0:
             lr, rate = torch.tensor([lr, 1 - decay]).to(self.device)   # else equal ones recompile
-            self.norm = spmd.adam_step(self.adam, [*self.state.values()], lr, rate,
+            self.norm = xla.adam_step(self.adam, [*self.state.values()], lr, rate,
                                        self.run.max_grad_norm)
         torch_xla.sync()
 
@@ -132,17 +134,17 @@ class Engine:
         for name, tensors in self.state.items():
             for (key, to), t in zip(found.items(), tensors, strict=True):
                 shards = [s for s in xs.XLAShardedTensor(t).local_shards if s.replica_id == 0]
-                to |= spmd.pieces(key, name, [(s.indices, s.data) for s in shards], t.shape)
+                to |= sharding.pieces(key, name, [(s.indices, s.data) for s in shards], t.shape)
         return found.pop(""), {name: t for part in found.values() for name, t in part.items()}
 
 
 def feed(batches, device, mesh):
     """Onto the mesh, ahead of time by threads; each host brings its part of the batch."""
     dims, problems = dict(pixels=4, ids=2, mask=2, clip=2, normal=1, noise=5, counts=1), []
-    specs = {k: xs.ShardingSpec(mesh, (spmd.AXES, *[None] * (n - 1)), minibatch=True)
+    specs = {k: xs.ShardingSpec(mesh, (sharding.AXES, *[None] * (n - 1)), minibatch=True)
              for k, n in dims.items()}
     # What is inside an MpDeviceLoader: this can be closed, before the data workers are.
-    loading = ParallelLoader(spmd.until_error(batches, problems), [device], input_sharding=specs,
+    loading = ParallelLoader(xla.until_error(batches, problems), [device], input_sharding=specs,
                              loader_prefetch_size=2, device_prefetch_size=2)
     atexit.register(loading.close)
     yield from loading.per_device_loader(device)
@@ -156,27 +158,27 @@ def feed(batches, device, mesh):
 def train(run, config):
     """The whole run; returns the exit code."""
     run, device, rank, world, mesh = start(run)
-    micro, times = training.split_batch(run, mesh.size())
+    micro, times = split_batch(run, mesh.size())
     micro *= mesh.size() // world           # of a host
     saved = checkpoints.load_checkpoint(checkpoints.open_run(run, config))
-    model, vae = training.build(run, config, "cpu", saved)
+    model, vae = build(run, config, "cpu", saved)
     first, stop, bad = saved.step if saved else 0, 0, []
-    source = loader.Batches(run, config, model.tokenizer, micro, times, rank, world)
+    source = Batches(run, config, model.tokenizer, micro, times, rank, world)
     saver = checkpoints.Saver(run, config, saved, source.digest)
     coming = range(first * times, run.steps * times)
     onto = partial(feed, device=device, mesh=mesh)
-    batches = loader.load_batches(source, coming, training.data_workers(run))
-    batches = onto(loader.tensors(batches, bad))
+    batches = load_batches(source, coming, data_workers(run))
+    batches = onto(tensors(batches, bad))
     engine = Engine(run, model, vae, saved, times, device, mesh)
-    watcher, saved = watch.Watcher(run, config, model, vae, saved, micro, source, watch.One(
+    watcher, saved = monitor.Watcher(run, config, model, vae, saved, micro, source, monitor.One(
         onto, torch_xla.sync, mesh.size())), None                  # and its files are closed
-    signals, step = training.catch_signals(), first
+    signals, step = distributed.catch_signals(), first
     for step in range(first, run.steps):
         # ------------------------------------------------------------ the training step
-        lr = training.learning_rate(run, step)
+        lr = learning_rate(run, step)
         for _ in range(times):
             batch = next(batches)
-            x, ids, mask, clip, normal, noise = loader.to_device(batch, device)  # x [B,3,H,W]
+            x, ids, mask, clip, normal, noise = to_device(batch, device)  # x [B,3,H,W]
             if vae:
                 with torch.no_grad():
                     x = vae.encode(x, noise[1])                            # [B,16,H/8,W/8]
@@ -184,20 +186,20 @@ def train(run, config):
             sigma = fusedit.random_sigma(normal, config.shift)             # [B]
             loss = fusedit.flow_loss(engine, x, words, sigma, noise[0]).mean()
             engine.backward(loss)
-            engine.step(lr, training.ema_decay(run, step + 1))
+            engine.step(lr, ema_decay(run, step + 1))
             watcher.saw(loss, bad.pop(0))                                  # no wait for the device
         step += 1
         watcher.stepped(engine.norm)
         # -------------------------------------------------------------------------------
         stop, now = saver.poll(max(signals, default=0))
-        logs, looks, saves = training.due(run, step, first, stop, now)
+        logs, looks, saves = due(run, step, first, stop, now)
         if logs:
             watcher.log(step, lr)
         if looks:
-            with spmd.lent(model, engine.lower(0)):
+            with xla.lent(model, engine.lower(0)):
                 watcher.look(step, model)
         if saves:
-            counts = watcher.counts | dict(adam_step=training.adam_steps(engine.adam))
+            counts = watcher.counts | dict(adam_step=adam_steps(engine.adam))
             saver.save(step, engine.shares, counts)
         watcher.resume(looks or saves)      # leaves their time out of the images/s
         if stop:
@@ -206,11 +208,11 @@ def train(run, config):
 
 
 def main():
-    run = training.parse_run(None, __doc__, "tpu")
-    config = training.model_config(run)
+    run = parse_run(None, __doc__, "tpu")
+    config = model_config(run)
     if run.plan:
         return plan.show(run, config)
-    training.check(run)                     # what can be wrong should be so before the model loads
+    check(run)                     # what can be wrong should be so before the model loads
     if "torch_xla" not in globals():
         raise ModuleNotFoundError("torch_xla", name="torch_xla")
     code = train(run, config)

@@ -12,15 +12,13 @@ import statistics
 import warnings
 from pathlib import Path
 
-import threads  # isort: skip (before torch)
 import torch
 import torch.nn.functional as F
 from common import clock, finish, machine, norm
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-import cli
 import fusedit
-import speed
+from fusedit_lib import backend, cli
 
 KERNELS = dict(math=SDPBackend.MATH, flash=SDPBackend.FLASH_ATTENTION,
                efficient=SDPBackend.EFFICIENT_ATTENTION, cudnn=SDPBackend.CUDNN_ATTENTION)
@@ -37,15 +35,15 @@ def candidates(args, lengths, device):
     sees = (torch.arange(S, device=device) < lengths[:, None]) | (
         torch.arange(S, device=device) >= args.text)
     sees = sees[:, None, None]                             # [B,1,1,S]
-    added = torch.where(sees, 0.0, -torch.inf).to(speed.dtype_of(args.dtype))
+    added = torch.where(sees, 0.0, -torch.inf).to(backend.dtype_of(args.dtype))
     found = {}
-    for kernel, backend in KERNELS.items():
+    for kernel, sdpa in KERNELS.items():
         for title, form, mask in (("repeat, bool mask", repeat, sees),
                                   ("rows, bool mask", fusedit.attend, sees),
                                   ("rows, added mask", fusedit.attend, added),
                                   ("rows, no mask", fusedit.attend, None)):
-            def run(q, k, v, form=form, mask=mask, backend=backend):
-                with sdpa_kernel(backend):
+            def run(q, k, v, form=form, mask=mask, sdpa=sdpa):
+                with sdpa_kernel(sdpa):
                     return form(q, k, v, mask)
             found[f"{kernel}: {title}"] = run
 
@@ -68,7 +66,7 @@ def main():
     p.add_argument("--out", type=Path, metavar="FILE.json", help="also write the figures there")
     args = p.parse_args()
     device, dtype = cli.pick_dtype(args)
-    speed.settings(device, dtype)
+    backend.settings(device, dtype)
     torch.manual_seed(0)
     shapes = ((args.heads, args.image), *[(args.kv_heads, args.text + args.image)] * 2)
     q, k, v = (torch.randn(args.batch, n, s, 256, device=device, dtype=dtype, requires_grad=True)

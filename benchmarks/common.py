@@ -12,19 +12,18 @@ from dataclasses import dataclass
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-import threads  # isort: skip (before torch)
 import torch
 import torch.nn.functional as F
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
-import cli
 import fusedit
-import loader
-import plan
-import speed
-from vae import VAE
-from weights import atomic_write, gemma_config, trim
+from fusedit_lib import backend, cli
+from fusedit_lib.data.batches import text_length
+from fusedit_lib.files import atomic_write
+from fusedit_lib.pretrained import gemma_config, trim
+from fusedit_lib.train import plan
+from fusedit_lib.vae import VAE
 
 SMALL = dict(model_type="gemma2", vocab_size=8192, hidden_size=512, intermediate_size=2048,
              num_hidden_layers=8, num_attention_heads=2, num_key_value_heads=1, head_dim=256)
@@ -77,7 +76,7 @@ class Case:
             size = (3, c.image_size, c.image_size) if c.vae else eps.shape[1:]
             x = torch.randn(batch, *size, generator=rng)
             normal = torch.randn(batch, generator=rng)
-            short = loader.text_length(mask, device)
+            short = text_length(mask, device)
             yield {k: v.to(device) for k, v in dict(
                 x=x, ids=ids, mask=mask, normal=normal, eps=eps, short_ids=ids[:, :short],
                 short_mask=mask[:, :short]).items()}
@@ -330,6 +329,6 @@ def start(args):
     os.environ.setdefault("TORCHINDUCTOR_FX_GRAPH_CACHE", "1")
     device, dtype = cli.pick_dtype(args)
     torch.set_float32_matmul_precision("high")
-    speed.settings(device, dtype)
+    backend.settings(device, dtype)
     made = case(args.preset, args.image_size)
     return device, dtype, made, made.build(device, dtype)

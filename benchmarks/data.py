@@ -18,13 +18,12 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 import numpy as np
-import threads  # isort: skip (before torch)
 import torch
 from PIL import Image
 
 import prepare_data
-import sources
-from cli import Help
+from fusedit_lib.cli import Help
+from fusedit_lib.data import captions
 
 
 def photo(width, height, seed, quality):
@@ -128,9 +127,9 @@ def join(args):
                                + "\n")
         before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         begin = time.perf_counter()
-        captions = sources.Captions.of_files(rows, "key", "caption_llava", Path(tmp) / "c.duckdb")
+        table = captions.Captions.of_files(rows, "key", "caption_llava", Path(tmp) / "c.duckdb")
         built, begin = time.perf_counter() - begin, time.perf_counter()
-        found = captions.of([f"{k:09d}" for k in range(args.n // 2, args.n // 2 + 5000)])
+        found = table.of([f"{k:09d}" for k in range(args.n // 2, args.n // 2 + 5000)])
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         print(f"{args.n} captions ({rows.stat().st_size / 1e9:.2f} GB): {built:.0f} s to sort, "
               f"{time.perf_counter() - begin:.2f} s for {len(found)} of them, peak "

@@ -14,16 +14,15 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 import numpy as np
-import threads  # isort: skip (before torch)
 import torch
 from PIL import Image, ImageFilter
 from tqdm import tqdm
 
-import metrics
-import report
-from cli import Help, pick_device, run
 from fusedit import FuseDiTError
-from weights import untaken
+from fusedit_lib.backend import pick_device
+from fusedit_lib.cli import Help, run
+from fusedit_lib.evaluation import figures, metrics
+from fusedit_lib.files import untaken
 
 
 def emoji(folder):
@@ -91,7 +90,7 @@ def main():
         print(f"{name:<24}{distance:26.3f}{kid:14.3f}")
     table = {measure: {name: (row[i], None) for name, row in rows.items()}
              for i, measure in enumerate((label, "KID x 1000"))}
-    report.figure(table, dict.fromkeys(table, False), list(rows), args.out)
+    figures.figure(table, dict.fromkeys(table, False), list(rows), args.out)
     print(args.out)
 
 

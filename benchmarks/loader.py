@@ -13,17 +13,16 @@ import tempfile
 import time
 from pathlib import Path
 
-import threads  # isort: skip (before torch)
 import torch
 from common import finish, machine
 from data import folder_of, pack, photo, plain
 from PIL import Image
 
-import cli
 import fusedit
-import loader
-import training
-from weights import load_tokenizer
+from fusedit_lib import cli
+from fusedit_lib.data.batches import Batches, load_batches
+from fusedit_lib.pretrained import load_tokenizer
+from fusedit_lib.train.config import RunConfig
 
 
 def rates(works, n, rounds):
@@ -39,7 +38,7 @@ def rates(works, n, rounds):
 
 def in_processes(source, workers, batches, batch):
     """Images/s of data processes, from when the first batch is there."""
-    made = loader.load_batches(source, range(batches), workers)
+    made = load_batches(source, range(batches), workers)
     next(made)
     begin = time.perf_counter()
     for _ in made:
@@ -61,8 +60,8 @@ def main():
     with tempfile.TemporaryDirectory() as tmp:
         pack(folder_of(photos, Path(tmp) / "photos"), Path(tmp) / "shards", 0)
         for size in args.sizes:
-            run = training.RunConfig(data=(str(Path(tmp) / "shards"),), batch=args.batch)
-            source = loader.Batches(run, fusedit.preset("fusedit", image_size=size), words,
+            run = RunConfig(data=(str(Path(tmp) / "shards"),), batch=args.batch)
+            source = Batches(run, fusedit.preset("fusedit", image_size=size), words,
                                     args.batch)
             n = len(photos) // args.batch
             found = rates({

@@ -11,7 +11,6 @@ beside the image. Same weights, same noise, by turns in one process with a matri
 """
 import statistics
 
-import threads  # isort: skip (before torch)
 import torch
 from common import (
     alternate,
@@ -30,9 +29,8 @@ from common import (
     useful,
 )
 
-import cli
 import fusedit
-import speed
+from fusedit_lib import backend, cli
 
 
 def draw(model, vae, batch, steps, guidance, fast, dtype=None):
@@ -64,7 +62,7 @@ def main():
     device, dtype, case, model = start(args)
     fast_vae, slow_vae = (case.vae(device, dtype, fast) for fast in (True, False))
     if args.compile:
-        speed.compile_model(model, fast_vae)
+        backend.compile_model(model, fast_vae)
     batches = [*case.batches(4, args.batch, device)]
 
     def work(i, fast):
@@ -72,7 +70,7 @@ def main():
             defaults()
         x = draw(model, fast_vae if fast else slow_vae, batches[i % 4], args.steps, args.guidance,
                  fast)
-        speed.settings(device, dtype)
+        backend.settings(device, dtype)
         return x
     exact = case.build(device, torch.float32)
     exact.load_state_dict(model.state_dict())

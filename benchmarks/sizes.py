@@ -12,15 +12,13 @@ import json
 import statistics
 from pathlib import Path
 
-import threads  # isort: skip (before torch)
 import torch
 from common import case, clock, machine, product
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
-import cli
-import speed
-from weights import atomic_write
+from fusedit_lib import backend, cli
+from fusedit_lib.files import atomic_write
 
 MIDDLE = dict(image=256, batch=8, text=32)
 SIZES = dict(image=(256, 512, 1024, 2048, 4096), batch=(1, 2, 4, 8, 16, 32, 64),
@@ -71,9 +69,9 @@ def measure(model, made, device, dtype, size, seconds=4):
 def sweep(args):
     device, dtype = cli.pick_dtype(args)
     made = case("small")
-    speed.settings(device, dtype)
+    backend.settings(device, dtype)
     model = made.build(device, dtype)
-    speed.compile_model(model, None)
+    backend.compile_model(model, None)
     cells = [(what, n) for what, many in SIZES.items() for n in many]
     rows = []
     for what, n in tqdm(cells, unit="size", disable=None):

@@ -12,7 +12,6 @@ process with a matrix product, and count with their medians. Useful FLOPs are of
 """
 import statistics
 
-import threads  # isort: skip (before torch)
 import torch
 from common import (
     alternate,
@@ -31,9 +30,8 @@ from common import (
     useful,
 )
 
-import cli
 import fusedit
-import speed
+from fusedit_lib import backend, cli
 
 
 class Adam:
@@ -112,9 +110,9 @@ def main():
     device, dtype, case, model = start(args)
     fast_vae, slow_vae = (case.vae(device, dtype, fast) for fast in (True, False))
     if args.float8:
-        speed.float8(model.dit)
+        backend.float8(model.dit)
     if args.compile:
-        speed.compile_model(model, fast_vae)
+        backend.compile_model(model, fast_vae)
     batches, result = [*case.batches(8, args.batch, device)], {}
     if not args.no_exactness:
         result["exactness"] = exactness(case, model, device, batches[0])
@@ -125,7 +123,7 @@ def main():
             defaults()
         loss(model, vae, batches[i % len(batches)], fast).backward()
         adam.step()
-        speed.settings(device, dtype)
+        backend.settings(device, dtype)
     tokens = (case.config.image_size // (8 if case.config.vae else 1) // case.config.patch_size)**2
     work, flops = product(case, device, dtype, args.batch * tokens, train=True)
     works = {"two phases": lambda i: step(i, fast_vae, True),

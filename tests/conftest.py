@@ -13,7 +13,6 @@ sys.path.insert(0, str(ROOT))
 GPUS = os.environ.setdefault("GPUS_OF_TESTS", os.environ.get("CUDA_VISIBLE_DEVICES", "all"))
 os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
-import threads  # isort: skip (before torch)
 import pytest
 import torch
 

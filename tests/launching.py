@@ -10,7 +10,7 @@ import torch
 import warm
 from conftest import ROOT
 from safetensors.torch import load_file
-from shards import SHAPE
+from tiny_shards import SHAPE
 
 
 def flags(gemma, data, out, *more):
@@ -20,12 +20,15 @@ def flags(gemma, data, out, *more):
             *more]
 
 
-ENV = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": f"{ROOT}:{ROOT}/tests"}
+ENV = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": f"{ROOT}:{ROOT}/tests:{ROOT}/tests/train"}
 
 # A launcher in which something is replaced first.
 PATCHED = """
 import json, os, sys, time, torch, torch.distributed as dist, train_{engine} as launcher
-import checkpoints, cli, fusedit, loader, spmd, watch
+import fusedit
+from fusedit_lib import cli
+from fusedit_lib.data import batches, order, shards
+from fusedit_lib.train import checkpoints, distributed, monitor, sharding, validation, xla
 {before}
 cli.run(launcher.main, "")
 """

@@ -13,7 +13,7 @@ import pytest
 from conftest import ROOT, tiny_gemma
 from launching import flags, free_port, losses
 from PIL import Image
-from shards import numbered
+from tiny_shards import numbered
 
 DEEPSPEED = [shutil.which("deepspeed", path=Path(sys.executable).parent), "--num_gpus", "2",
              "--master_port"]

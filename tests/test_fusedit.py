@@ -10,8 +10,8 @@ from safetensors.torch import load_file
 
 import fusedit
 from fusedit import FuseDiT, FuseDiTConfig, FuseDiTError, preset
-from vae import load_vae
-from weights import build_model, gemma_config, load_model, trim
+from fusedit_lib.pretrained import build_model, gemma_config, load_model, trim
+from fusedit_lib.vae import load_vae
 
 CASES = sorted(p.name for p in (REFERENCE / "cases").iterdir())
 PIPELINE = REFERENCE / "released_layout"

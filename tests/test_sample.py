@@ -11,7 +11,7 @@ from conftest import REFERENCE, ROOT
 from PIL import Image
 
 from fusedit import FuseDiTConfig
-from weights import build_model, save_model
+from fusedit_lib.pretrained import build_model, save_model
 
 PIPELINE = str(REFERENCE / "released_layout" / "pipeline")
 
@@ -89,8 +89,8 @@ def test_nothing_is_overwritten(model, tmp_path):
 
 
 def test_each_text_is_read_once_and_not_again_during_the_steps(model, monkeypatch, tmp_path):
-    import cli
     import sample
+    from fusedit_lib import cli
     calls = []
     real = cli.load_model
 

@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from fusedit import FuseDiTError
-from vae import VAE, load_vae
+from fusedit_lib.vae import VAE, load_vae
 
 RELEASED = Path(__file__).parent / "reference" / "released_layout"
 WEIGHTS = "diffusion_pytorch_model.safetensors"

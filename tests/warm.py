@@ -256,7 +256,7 @@ def become(argv, env, cwd, streams, connection):
     os.chdir(cwd)
     os.environ.clear()
     os.environ.update(env)
-    import torch                            # which has read these already
+    import torch  # which has read these already
     torch.set_num_threads(int(env.get("OMP_NUM_THREADS", os.cpu_count())))
     random.seed()
     with connection:                        # from here on it is a process of its own

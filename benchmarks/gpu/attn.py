@@ -9,14 +9,13 @@ kernel that PyTorch takes by itself is wrong by more than bfloat16's rounding.
 import inspect
 from functools import partial
 
-import kit  # isort: skip (before torch)
 import torch
 import torch.nn.functional as F
 from kit import CUDA, DEVICE, DTYPE, SMALL, distance, milliseconds, record, why
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import fusedit
-import speed
+from fusedit_lib import backend
 
 KERNELS = dict(cudnn=SDPBackend.CUDNN_ATTENTION, flash=SDPBackend.FLASH_ATTENTION,
                efficient=SDPBackend.EFFICIENT_ATTENTION, math=SDPBackend.MATH)
@@ -32,7 +31,7 @@ WRONG = 0.03                                # of the norm: bfloat16 is off by 0.
 def chosen(q, k, v, mask):
     """The name of the kernel that PyTorch takes by itself."""
     try:
-        return speed.KERNELS.get(torch._fused_sdp_choice(q, k, v, mask), "none")
+        return backend.KERNELS.get(torch._fused_sdp_choice(q, k, v, mask), "none")
     except Exception as e:
         return why(e)
 
@@ -50,8 +49,8 @@ def written_out(q, k, v, mask):
     return SDPA(q.reshape(B, K, -1, SIZE), k, v, attn_mask=mask).reshape(q.shape)
 
 
-def by(backend, form, mask, q, k, v):
-    with sdpa_kernel(backend):
+def by(sdpa, form, mask, q, k, v):
+    with sdpa_kernel(sdpa):
         return form(q, k, v, mask)
 
 
@@ -86,14 +85,14 @@ class Joint:
         """{name: attention of (q, k, v)}; what has "no mask" in its name sees the padding."""
         found = {"the default: rows, added": lambda q, k, v: fusedit.attend(q, k, v, self.added),
                  "the default: rows, no mask": lambda q, k, v: fusedit.attend(q, k, v, None)}
-        for kernel, backend in KERNELS.items():
+        for kernel, sdpa in KERNELS.items():
             for title, form, mask in (
                     ("rows, added", fusedit.attend, self.added),
                     ("rows, bool", fusedit.attend, self.bool),
                     ("rows, no mask", fusedit.attend, None),
                     ("gqa, added", gqa, self.added), ("gqa, no mask", gqa, None),
                     ("repeat, added", repeat, self.added)):
-                found[f"{kernel}: {title}"] = partial(by, backend, form, mask)
+                found[f"{kernel}: {title}"] = partial(by, sdpa, form, mask)
         every = self.added.expand(B, 1, H // K * N, self.keys).contiguous()
         found["cudnn: rows, written out"] = partial(by, KERNELS["cudnn"], written_out, every)
         found["varlen: keys packed"] = made(self.varlen)
@@ -164,7 +163,7 @@ def joint(text, *wanted):
         except Exception as e:
             row = dict(error=why(e), off=float("inf"))
         record("attention", text=text, name=name, **row)
-        trained = text % 128 == 0           # the others are avoided: speed.on_tiles
+        trained = text % 128 == 0           # the others are avoided: backend.on_tiles
         if trained and not row["off"] < WRONG and name.startswith(USUAL):
             bad.append(f"{name}, {text} tokens of text")
         say(name, row)
@@ -239,8 +238,8 @@ def vae():
     n, wide = (64, 32) if SMALL else (4096, 512)
     q, k, v = (torch.randn(B, 1, n, wide, device=DEVICE, dtype=DTYPE) for _ in range(3))
     forms = {"the default": lambda: SDPA(q, k, v)}
-    for name, backend in KERNELS.items():
-        forms[name] = partial(by, backend, lambda q, k, v, _: SDPA(q, k, v), None, q, k, v)
+    for name, sdpa in KERNELS.items():
+        forms[name] = partial(by, sdpa, lambda q, k, v, _: SDPA(q, k, v), None, q, k, v)
     timed("VAE", forms)
 
 

@@ -12,7 +12,6 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
 sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
-import threads  # isort: skip (before torch)
 import torch
 
 SMALL = os.environ.get("SMALL") == "1"

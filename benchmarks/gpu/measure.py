@@ -72,7 +72,7 @@ def parts(out):
     """{name: Part}, in the order in which SMALL=1 runs all of them."""
     train = ["--no-exactness", "--out", out / "train.json"]
     pytest = python("-m", "pytest", "-q", "-m", "gpu", "-n", 4, "--timeout", 150, "-p",
-                    "no:cacheprovider", "tests/test_gpu.py")
+                    "no:cacheprovider", "tests/train/test_gpu.py")
     return {
         "ceilings": Part(40, kit("ceilings")),
         "attn": Part(75, kit("attn")),

@@ -13,9 +13,9 @@ from kit import DEVICE, SMALL
 from safetensors.torch import save_file
 
 import fusedit
-import plan
-import weights
-from vae import VAE
+from fusedit_lib import pretrained
+from fusedit_lib.train import plan
+from fusedit_lib.vae import VAE
 
 VAE_CONFIG = dict(block_out_channels=[128, 256, 512, 512], layers_per_block=2, in_channels=3,
                   latent_channels=16, norm_num_groups=32, scaling_factor=1.5305,
@@ -49,7 +49,7 @@ def make(folder):
     if SMALL:
         shape = common.SMALL | dict(num_hidden_layers=2)
     with torch.device("meta"):
-        gemma, vae = fusedit.Gemma(weights.gemma_config(shape)), VAE()
+        gemma, vae = fusedit.Gemma(pretrained.gemma_config(shape)), VAE()
     torch.manual_seed(0)
     (folder / "gemma" / "config.json").write_text(json.dumps(shape))
     save_file({f"model.{name}": t for name, t in tensors(gemma).items()},

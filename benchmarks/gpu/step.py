@@ -33,25 +33,24 @@ from kit import CUDA, DEVICE, DTYPE, SMALL, forget_peak, milliseconds, peak, rec
 from torch.utils.checkpoint import checkpoint as recompute
 
 import fusedit
-import speed
-import weights
+from fusedit_lib import backend, files, pretrained
 
 
 def small_case():
     """The preset's DiT and VAE on two layers of the small Gemma, at 32 pixels."""
-    gemma = weights.gemma_config(common.SMALL | dict(num_hidden_layers=2))
+    gemma = pretrained.gemma_config(common.SMALL | dict(num_hidden_layers=2))
     return common.Case(fusedit.preset("fusedit/large-scale", image_size=32), gemma, 64, (16, 32))
 
 
 def demo_case():
     folder = kit.ROOT / "demo" / "gemma"
     config = fusedit.preset("demo", base=str(folder))
-    return common.Case(config, weights.gemma_config(weights.read_json(folder / "config.json")),
+    return common.Case(config, pretrained.gemma_config(files.read_json(folder / "config.json")),
                        config.max_text_tokens, (6, 20))
 
 
 def plain_again(model, vae=None):
-    """Undo speed.compile_model and --remat."""
+    """Undo backend.compile_model and --remat."""
     for module in (*model.dit.layers, model.dit.norm_out, *model.llm.layers):
         module.__dict__.pop("forward", None)
     for part in (vae.encoder, vae.decoder) if vae else ():
@@ -96,7 +95,7 @@ def parts(case, model, batch):
     """Milliseconds of each part of a step, compiled; its profile."""
     begin, vae = time.monotonic(), case.vae(DEVICE, DTYPE, True)
     step, found = Step(model, case, batch), {}
-    speed.compile_model(model, vae)
+    backend.compile_model(model, vae)
     if vae:
         with torch.no_grad():
             found["VAE"] = milliseconds(lambda: vae.moments(step.data["x"]), 3, 2)
@@ -200,11 +199,11 @@ def variant(case, model, name, batch):
     if name == "tuned":
         extra = torch._inductor.config.patch(coordinate_descent_tuning=True)
     if name == "float8":
-        speed.float8(model.dit)
+        backend.float8(model.dit)
     budget = int(name[6:]) / 100 if name.startswith("budget") else 1.0
     with extra:
         if name != "eager":
-            speed.compile_model(model, None, llm=False, budget=budget)
+            backend.compile_model(model, None, llm=False, budget=budget)
         if name == "remat":
             for layer in model.dit.layers:
                 layer.forward = partial(recompute, layer.forward, use_reentrant=False)
@@ -242,7 +241,7 @@ def autoencoder(case, batch):
 
 
 def compile_with_graphs(model):
-    """As speed.compile_model, but each compiled block is one CUDA graph."""
+    """As backend.compile_model, but each compiled block is one CUDA graph."""
     for module in (*model.dit.layers, model.dit.norm_out):
         module.forward = torch.compile(module.forward, mode="reduce-overhead")
 
@@ -267,7 +266,7 @@ def graphs(case, model, batch, train):
     work = step.both if train else step.forward
 
     def usual():
-        speed.compile_model(model, None, llm=False)
+        backend.compile_model(model, None, llm=False)
         return milliseconds(work)
 
     def whole():
@@ -315,7 +314,7 @@ def main():
     p.add_argument("--variants", default="")
     args = p.parse_args()
     torch.set_float32_matmul_precision("high")
-    speed.settings(DEVICE, DTYPE)
+    backend.settings(DEVICE, DTYPE)
     case = small_case() if SMALL else common.case("fusedit/large-scale")
     model, failed = case.build(DEVICE, DTYPE), []
     print(f"DiT of {sum(p.numel() for p in model.dit.parameters()):,} weights", flush=True)
