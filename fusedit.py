@@ -1,55 +1,143 @@
 """fusedit: text-to-image by deep fusion of a frozen Gemma and a Diffusion Transformer.
 
-Two transformers of the same shape stand side by side. Gemma, frozen, reads the prompt. The
-Diffusion Transformer (DiT), trained from scratch, turns noise into a picture. In layer i every
-image token looks at all image tokens and, in the same softmax, at the text's keys and values of
-Gemma's layer i. That is the method of "Exploring the Deep Fusion of Large Language Models and
-Diffusion Transformers for Text-to-Image Synthesis" (arXiv 2505.10046), "the paper" below.
+Two transformers with the same attention heads run side by side. Gemma is frozen and encodes the
+prompt. The Diffusion Transformer (DiT) is trained from scratch and predicts the velocity of a noisy
+image. In layer i, every image token attends to all image tokens and, in the same softmax, to the
+keys and values that layer i of Gemma computed for the text. This is the method of "Exploring the
+Deep Fusion of Large Language Models and Diffusion Transformers for Text-to-Image Synthesis" (arXiv
+2505.10046), called "the paper" below.
 
          prompt                                    noise
            |                                         |
-    [ Gemma layer 0 ] --- keys, values ----> [ DiT block 0 ]      Text never looks at the image,
+    [ Gemma layer 0 ] --- keys, values ----> [ DiT block 0 ]      Text never attends to the image,
     [ Gemma layer 1 ] --- keys, values ----> [ DiT block 1 ]      so Gemma runs once per prompt
           ...                                       ...           and the DiT once per step:
-    [Gemma layer L-1] --- keys, values ----> [DiT block L-1]          text = read(ids, mask)
-                                                     |                v = dit(x_t, sigma, text)
+    [Gemma layer L-1] --- keys, values ----> [DiT block L-1]        text = model.encode(prompts)
+                                                     |              v = model.dit(x_t, sigma, text)
                                                   velocity
 
-Glossary (eps: normal noise; L: Gemma's layers; H, W in [B,C,H,W]: height, width; S: a length)
-    B        batch                                x        a picture, or its VAE latents
-    T        text tokens, padded on the right     x_t      x noised: (1 - sigma) x + sigma eps
-    N        image tokens, one per P x P patch    sigma    noise level, 0 (clean) to 1 (only eps)
-    D        width of a stream                    v        velocity d x_t / d sigma = eps - x
-    H, K, h  query heads, key/value heads, size of a head (Gemma's, in both towers)
+Glossary
+    B        batch size                           x        a clean image, or its VAE latents
+    T        text tokens, padded on the right     eps      Gaussian noise
+    N        image tokens, one per P x P patch    sigma    noise level: 0 is clean, 1 is pure noise
+    D        width of a token stream              x_t      noisy image, (1 - sigma) x + sigma eps
+    L        layers                               v        velocity d x_t / d sigma = eps - x
+    H, K     query heads, key/value heads (GQA)   h        width of one head
 
-New to diffusion? Read "flow", the last 60 lines, first. Files and checkpoints: weights.py.
+Reading order: flow matching (loss and sampler), configuration, building blocks, Gemma, the DiT,
+both towers, presets. References such as models.py:394 are to the published implementation,
+github.com/tang-bd/fuse-dit at commit 5e6431a, folder diffusion/. Where it differs, we say so.
 """
 import difflib
+import json
 import math
 from dataclasses import dataclass, fields
-from typing import NamedTuple
+from pathlib import Path
+from typing import Literal, NamedTuple, get_args, get_origin
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-
-for _f in (torch.exp, torch.log, torch.sin, torch.cos, torch.sqrt):
-    _f(torch.ones(1))  # MKL bug: a first call made by several threads loses digits (pytorch#188792)
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 
 
 class FuseDiTError(Exception):
-    """A problem the user can mend; its text says what is wrong and what to do."""
+    """A problem the user can fix. The message says what is wrong and what to do about it."""
 
 
-# ---------------------------------------------------------------------------- configuration
+# ------------------------------------------------------------------------------ flow matching
+def shift_sigma(sigma, shift):
+    """Move noise levels towards 1 (SD3, arXiv 2403.03206, eq. 23). shift = 1 changes nothing."""
+    return shift * sigma / (1 + (shift - 1) * sigma)
+
+
+def training_sigmas(shift, device=None):
+    """The 1000 discrete noise levels used in training [1000], from 1 down to almost 0."""
+    timesteps = torch.arange(1000, 0, -1, device=device)
+    return shift_sigma(timesteps / 1000, shift)
+
+
+def logit_normal_sigma(normal, shift):
+    """Noise levels [B] for training, from standard normal numbers [B] (trainers.py:231-243).
+
+    sigmoid(normal) is logit-normal: it favours the middle of the schedule, where the velocity is
+    hardest to predict (SD3, section 3.1).
+    """
+    u = normal.sigmoid()
+    index = (u * 1000).long().clamp(max=999)            # in low precision u can round up to 1
+    return training_sigmas(shift, normal.device)[index]
+
+
+def flow_loss(model, x, text, sigma, eps):
+    """Rectified-flow loss per sample [B] (arXiv 2209.03003; trainers.py:225-273).
+
+    A straight line joins the image x to the noise eps. Its direction, eps - x, is the same at every
+    sigma, and is what the model learns to predict from a single point x_t on the line. The loss is
+    the mean squared error of that prediction.
+
+    x, eps: [B,C,H,W]; sigma: [B]. text is passed on to the model. A training step draws
+
+        eps = torch.randn_like(x)
+        sigma = logit_normal_sigma(torch.randn(B), shift)
+
+    (The launchers get the same numbers from their data loader, which draws them from the run's seed
+    and the sample's position in the data, so that a resumed run repeats them.)
+    """
+    x = x.float()
+    s = sigma[:, None, None, None]
+    x_t = (1 - s) * x + s * eps
+    v = model(x_t, sigma, text)
+    return (v.float() - (eps - x)).square().flatten(1).mean(1)
+
+
+def sampling_sigmas(steps, shift):
+    """The noise levels [steps + 1] of the sampler, from 1 to 0."""
+    # The published sampler (diffusers' FlowMatchEulerDiscreteScheduler) spaces its steps evenly
+    # between 1 and the last training level, which is shifted already, and then shifts them again.
+    last = float(training_sigmas(shift)[-1])
+    sigmas = shift_sigma(torch.linspace(1, last, steps, dtype=torch.float64), shift)
+    return torch.cat([sigmas, sigmas.new_zeros(1)]).float()
+
+
+@torch.no_grad()
+def sample(dit, noise, text, uncond, steps, guidance, shift, guidance_span=(0, 1), callback=None):
+    """Euler integration of the velocity, from noise [B,C,H,W] at sigma = 1 to an image at 0.
+
+    text, uncond: TextFeatures of the B prompts and of B empty (or negative) prompts, with the same
+    T. Classifier-free guidance (arXiv 2207.12598; pipelines.py:264-280) computes both velocities
+    and moves away from the empty prompt's: v_uncond + guidance * (v - v_uncond). guidance = 1 turns
+    it off, and so does a sigma outside guidance_span. callback(i, x) is called after every step.
+    """
+    x = noise.float()
+    sigmas = sampling_sigmas(steps, shift).tolist()
+    text_and_uncond = text.concat(uncond)
+    for i in range(steps):
+        sigma = sigmas[i]
+        next_sigma = sigmas[i + 1]
+
+        if guidance != 1 and guidance_span[0] <= sigma <= guidance_span[1]:
+            sigma_batch = x.new_full((2 * len(x),), sigma)
+            v, v_uncond = dit(torch.cat([x, x]), sigma_batch, text_and_uncond).chunk(2)
+            v = v_uncond + guidance * (v - v_uncond)
+        else:
+            v = dit(x, x.new_full((len(x),), sigma), text)
+
+        x = x + (next_sigma - sigma) * v
+        if callback is not None:
+            callback(i, x)
+    return x
+
+
+# ------------------------------------------------------------------------------ configuration
 @dataclass(frozen=True)
 class GemmaConfig:
-    """The shape of a Gemma 1, 2 or 3 text tower, read from its own config.json."""
+    """The shape of a Gemma 1, 2 or 3 text model."""
     model_type: str                    # "gemma", "gemma2" or "gemma3_text"
     vocab_size: int
-    hidden_size: int
+    hidden_size: int                   # D of the text stream
     intermediate_size: int             # inner width of the MLP, in the DiT as well
-    num_hidden_layers: int
+    num_hidden_layers: int             # L
     num_attention_heads: int           # H
     num_key_value_heads: int           # K
     head_dim: int                      # h
@@ -61,56 +149,101 @@ class GemmaConfig:
     sliding_window: int                # tokens such a layer looks back, itself included
     sliding_layers: tuple              # indices of these layers
 
+    @staticmethod
+    def from_dict(d):
+        """From the config.json that transformers writes for a Gemma text model.
+
+        Raises FuseDiTError for another kind of model or a missing field.
+        """
+        kind = d.get("model_type")
+        if kind not in ("gemma", "gemma2", "gemma3_text"):
+            raise FuseDiTError(f"model_type is {kind!r}, but the text tower must be a Gemma: "
+                               "gemma, gemma2, gemma3_text or paligemma")
+
+        # Published configs leave out what equals the defaults of their transformers class.
+        values = {"head_dim": 256, "rms_norm_eps": 1e-6, "sliding_window": 4096}
+        if kind == "gemma3_text":
+            values |= {"vocab_size": 262208, "num_attention_heads": 8, "num_key_value_heads": 4}
+        names = [f.name for f in fields(GemmaConfig)]
+        values |= {k: v for k, v in d.items() if k in names and v is not None}
+        missing = [name for name in names[:7] if name not in values]
+        if missing:
+            raise FuseDiTError(f"the Gemma's config.json lacks {', '.join(missing)}")
+        values["query_scale"] = d.get("query_pre_attn_scalar") or values["head_dim"]
+
+        # Rotary embedding. transformers 5 keeps in rope_parameters what 4 kept in three keys, and
+        # for Gemma 3 once for each kind of layer.
+        rope = d.get("rope_parameters") or {}
+        full = rope.get("full_attention", rope)
+        sliding = rope.get("sliding_attention", rope)
+        default_theta = 1e6 if kind == "gemma3_text" else 1e4
+        values["rope_theta"] = full.get("rope_theta") or d.get("rope_theta") or default_theta
+        values["rope_factor"] = (d.get("rope_scaling") or full).get("factor") or 1.0
+        values["local_theta"] = values["rope_theta"]
+        if kind == "gemma3_text":
+            local_theta = sliding.get("rope_theta") or d.get("rope_local_base_freq")
+            values["local_theta"] = local_theta or 1e4
+
+        # Sliding windows: every second layer of Gemma 2, five layers of six of Gemma 3.
+        layer_types = d.get("layer_types")
+        if layer_types is None:
+            period = {"gemma": 1, "gemma2": 2}.get(kind, d.get("sliding_window_pattern") or 6)
+            layer_types = ["full_attention" if (i + 1) % period == 0 else "sliding_attention"
+                           for i in range(values["num_hidden_layers"])]
+        values["sliding_layers"] = tuple(
+            i for i, layer_type in enumerate(layer_types) if layer_type == "sliding_attention")
+        return GemmaConfig(**values)
+
 
 @dataclass(frozen=True)
 class FuseDiTConfig:
-    """One point of the paper's design space. The defaults are its baseline (section 3)."""
+    """One point of the paper's design space. The defaults are its baseline."""
+
+    # The text tower, and how the image reads it
     base: str = "google/gemma-2b"           # the frozen Gemma: a hub id or a folder
-    fusion: str = "deep"                    # text from every Gemma layer; shallow: one hidden state
-    attention: str = "self"                 # text and image in one softmax; cross: one each
-    pos_embed: str = "ape"                  # sine table; or rotary: 1d-rope, 2d-rope, m-rope
-    timestep_conditioning: str | None = "adaln-zero"  # adaln-single, addition; None: sigma unseen
-    sandwich_norm: bool = False             # norms before and after each branch (as Gemma 2)
-    qk_norm: bool = True                    # RMSNorm on the image's queries and keys
-    dit_hidden_size: int | None = None      # D of the image stream; None: as wide as Gemma
-    dit_num_hidden_layers: int | None = None  # None: all of Gemma's, from initial_layers on
-    initial_layers: int = 0                 # DiT layer i reads Gemma layer i + initial_layers
-    shared_attention_layers: str | tuple = "all"  # the Gemma layers that may be read
+    fusion: Literal["deep", "shallow"] = "deep"  # text of every Gemma layer; or one hidden state
+    attention: Literal["self", "cross"] = "self"  # text and image in one softmax; or one each
+    initial_layers: int = 0                 # DiT block i reads Gemma layer i + initial_layers
+    shared_attention_layers: Literal["all"] | tuple = "all"  # the Gemma layers that may be read
     text_hidden_states_index: int = -1      # the hidden state that shallow fusion reads
-    clip: str | None = None                 # CLIP text model whose pooled vector joins the time
-    text_modulation_embeds_dim: int | None = None  # length of that vector
-    in_channels: int = 16                   # channels of the latents
-    patch_size: int = 2                     # P
-    image_size: int = 512                   # pixels, in training and by default in sampling
-    vae: str | None = "stabilityai/stable-diffusion-3-medium-diffusers"  # None: x is the pixels
-    shift: float = 3.0                      # > 1 spends more of training and steps on high noise
-    guidance: float = 6.0                   # of sampling (see sample), unless another is asked for
     max_text_tokens: int = 256              # longer prompts are cut
     instruction: str = ""                   # put before each prompt; its tokens come on top
     apply_chat_template: bool = False       # wrap prompts as instruction-tuned Gemmas expect
 
+    # The image tower
+    pos_embed: Literal["ape", "1d-rope", "2d-rope", "m-rope"] = "ape"    # see image_rope
+    timestep_conditioning: Literal["adaln-zero", "adaln-single", "addition"] | None = "adaln-zero"
+    sandwich_norm: bool = False             # norms before and after each branch, as in Gemma 2
+    qk_norm: bool = True                    # RMSNorm on the image's queries and keys
+    dit_hidden_size: int | None = None      # D of the image stream; None: as wide as Gemma
+    dit_num_hidden_layers: int | None = None  # None: all of Gemma's, from initial_layers on
+    clip: str | None = None                 # CLIP text model whose pooled vector joins the time
+    text_modulation_embeds_dim: int | None = None  # length of that vector
+
+    # The image, the noise schedule and the sampler
+    in_channels: int = 16                   # C: channels of the latents, or 3 of pixels
+    patch_size: int = 2                     # P
+    image_size: int = 512                   # pixels, in training and by default in sampling
+    vae: str | None = "stabilityai/stable-diffusion-3-medium-diffusers"  # None: x is the pixels
+    shift: float = 3.0                      # > 1 spends more of training and steps on high noise
+    guidance: float = 6.0                   # default of sampling
+
     def __post_init__(self):
-        choices = {"fusion": ("deep", "shallow"), "attention": ("self", "cross"),
-                   "pos_embed": ("ape", "1d-rope", "2d-rope", "m-rope"),
-                   "timestep_conditioning": ("adaln-zero", "adaln-single", "addition", None)}
-        for f in fields(self):
-            value, kinds = getattr(self, f.name), getattr(f.type, "__args__", (f.type,))
-            value = float(value) if type(value) is int and float in kinds else value  # JSON's 3
-            value = tuple(value) if type(value) is list and tuple in kinds else value  # and [...]
-            object.__setattr__(self, f.name, value)
-            least = {"initial_layers": 0, "text_hidden_states_index": -math.inf}.get(f.name, 1e-9)
-            if type(value) not in kinds:
-                must = " or ".join(k.__name__ for k in kinds)
-            elif value not in choices.get(f.name, (value,)):
-                must = "one of " + ", ".join(map(str, choices[f.name]))
-            elif type(value) in (int, float) and value < least:
-                must = "positive" if least else "at least 0"
-            elif f.name == "shared_attention_layers" and value != "all" and (
-                    type(value) is str or {type(i) for i in value} - {int}):
-                must = "'all' or a list of layer numbers"
-            else:
-                continue
-            raise FuseDiTError(f"config field {f.name} is {value!r}; it must be {must}")
+        for field in fields(self):
+            value = getattr(self, field.name)
+            allowed = allowed_by(field.type)
+            if float in allowed and type(value) is int:         # JSON's 3
+                value = float(value)
+            if tuple in allowed and type(value) is list:        # JSON has no tuples
+                value = tuple(value)
+            object.__setattr__(self, field.name, value)
+
+            is_literal = value in allowed and (value is None or type(value) is str)
+            if not is_literal and type(value) not in allowed:
+                names = ", ".join(getattr(option, "__name__", str(option)) for option in allowed)
+                raise FuseDiTError(f"config field {field.name} is {value!r}; allowed: {names}")
+            if type(value) in (int, float) and value <= 0 and field.name not in MAY_BE_ZERO:
+                raise FuseDiTError(f"config field {field.name} is {value}; it must be positive")
         if self.clip and not self.text_modulation_embeds_dim:
             raise FuseDiTError("config field clip needs text_modulation_embeds_dim (ViT-L: 768)")
         if self.text_modulation_embeds_dim and not self.timestep_conditioning:
@@ -118,62 +251,43 @@ class FuseDiTConfig:
 
     @staticmethod
     def from_dict(d):
-        """Build from JSON. Unknown keys are errors: a typo must not become a default."""
+        """From JSON. Unknown keys are errors: a typo must not become a default."""
         known = [f.name for f in fields(FuseDiTConfig)]
         for key in set(d) - set(known):
-            raise FuseDiTError(f"unknown config field {key!r}; {_near(key, known)}")
+            raise FuseDiTError(f"unknown config field {key!r}; {suggest(key, known)}")
         return FuseDiTConfig(**d)
 
 
-_GEMMA2 = dict(base="google/gemma-2-2b", sandwich_norm=True)
-_FINAL = _GEMMA2 | dict(pos_embed="2d-rope", timestep_conditioning=None)
-PRESETS = {  # name -> what differs from the baseline; the names are those of the paper's runs
-    "fusedit": _FINAL,                                             # the final model
-    "demo": dict(base="demo/gemma", pos_embed="2d-rope", timestep_conditioning="addition",
-                 vae=None, image_size=32, patch_size=4, in_channels=3, dit_hidden_size=256,
-                 shift=4.0, guidance=3.0, max_text_tokens=32),
-    "baselinedit/self-attention": dict(fusion="shallow"),
-    "baselinedit/cross-attention": dict(fusion="shallow", attention="cross"),
-    "fusedit/baseline": dict(),
-    "fusedit/cross-attention": dict(attention="cross"),
-    "fusedit/adaln-single": dict(timestep_conditioning="adaln-single"),
-    "fusedit/addition": dict(timestep_conditioning="addition"),
-    "fusedit/no-temb": dict(timestep_conditioning=None),
-    "fusedit/1d-rope": dict(pos_embed="1d-rope"),
-    "fusedit/2d-rope": dict(pos_embed="2d-rope"),
-    "fusedit/m-rope": dict(pos_embed="m-rope"),
-    "fusedit/clip-mod": dict(clip="openai/clip-vit-large-patch14", text_modulation_embeds_dim=768),
-    "fusedit/gemma-2": _GEMMA2,
-    "fusedit/gemma-it": dict(base="google/gemma-2b-it"),
-    "fusedit/gemma-it-instruction": dict(base="google/gemma-2b-it", instruction="Imagine: "),
-    "fusedit/paligemma": dict(base="google/paligemma-3b-pt-448"),
-    "fusedit/hidden-size-1280": dict(dit_hidden_size=1280),
-    "fusedit/hidden-size-1536": dict(dit_hidden_size=1536),
-    "fusedit/hidden-size-1792": dict(dit_hidden_size=1792),
-    "fusedit/layers-10": dict(dit_num_hidden_layers=10, initial_layers=4),
-    "fusedit/layers-14": dict(dit_num_hidden_layers=14, initial_layers=2),
-    "fusedit/large-scale": _FINAL,
-}
+MAY_BE_ZERO = "initial_layers", "text_hidden_states_index"      # checked against the Gemma's layers
 
 
-def preset(name, **overrides):
-    """FuseDiTConfig of a named preset with some fields changed."""
-    if name not in PRESETS:
-        raise FuseDiTError(f"unknown preset {name!r}; {_near(name, PRESETS)}")
-    return FuseDiTConfig.from_dict(PRESETS[name] | overrides)
+def allowed_by(declared):
+    """The types, and the literal values, that a field's declared type allows."""
+    if declared is type(None):
+        return [None]
+    if get_origin(declared) is Literal:
+        return list(get_args(declared))
+    if get_args(declared):                                      # a union
+        return [option for part in get_args(declared) for option in allowed_by(part)]
+    return [declared]
 
 
-def _near(word, known):
-    close = [k for k in known if word in k] or difflib.get_close_matches(word, known, 4, 0.4)
-    return "did you mean " + " or ".join(close) + "?" if close else "known: " + ", ".join(known)
+def suggest(word, known):
+    """A hint at what an unknown word may have been meant to be."""
+    close = [name for name in known if word in name]
+    close = close or difflib.get_close_matches(word, known, n=4, cutoff=0.4)
+    if close:
+        return "did you mean " + " or ".join(close) + "?"
+    return "known: " + ", ".join(known)
 
 
-# ---------------------------------------------------------------------------- parts of both towers
+# ------------------------------------------------------------------------------ building blocks
 class RMSNorm(nn.Module):
-    """x / rms(x) * (1 + w) in float32: with w = 0, its initial value, it only normalizes."""
+    """Gemma's RMSNorm: x / rms(x) * (1 + weight), computed in float32. The weight starts at 0."""
     def __init__(self, width, eps=1e-6):
         super().__init__()
-        self.weight, self.eps = nn.Parameter(torch.zeros(width)), eps
+        self.weight = nn.Parameter(torch.zeros(width))
+        self.eps = eps
 
     def forward(self, x):
         y = x.float()
@@ -182,7 +296,7 @@ class RMSNorm(nn.Module):
 
 
 class MLP(nn.Module):
-    """Gemma's gated MLP: down(gelu(gate(x)) * up(x))."""
+    """Gemma's gated MLP (GeGLU)."""
     def __init__(self, width, hidden):
         super().__init__()
         self.gate_proj = nn.Linear(width, hidden, bias=False)
@@ -190,461 +304,741 @@ class MLP(nn.Module):
         self.down_proj = nn.Linear(hidden, width, bias=False)
 
     def forward(self, x):
-        return self.down_proj(F.gelu(self.gate_proj(x), approximate="tanh") * self.up_proj(x))
+        gate = F.gelu(self.gate_proj(x), approximate="tanh")
+        return self.down_proj(gate * self.up_proj(x))
 
 
-def frequencies(count, theta=10000.0, device=None):
-    """theta^(-k / count) for k < count: from one radian a position down to almost 1 / theta."""
-    return torch.exp(-math.log(theta) * torch.arange(count, device=device) / count)
-
-
-def sine(positions, width, cos_first=False):
-    """Fixed sinusoidal features [..., width] of positions [...]."""
-    angle = positions.float()[..., None] * frequencies(width // 2, device=positions.device)
-    return torch.cat([angle.cos(), angle.sin()] if cos_first else [angle.sin(), angle.cos()], -1)
-
-
-def sine_table(rows, cols, width, device, size=64):
-    """Position embedding "ape" [1, N, D]: the middle of a table of size x size patches.
-
-    Neighbouring patches are 1/4 apart: a base grid of 16 positions (256 pixels), stretched to 64.
-    """
-    if max(rows, cols) > size:
-        raise FuseDiTError(f"pos_embed ape has {size} x {size} patches, not {rows} x {cols}")
-    row, col = (((size - n) // 2 + torch.arange(n, device=device)) / 4 for n in (rows, cols))
-    by_col = sine(col, width // 2)[None].expand(rows, -1, -1)
-    by_row = sine(row, width // 2)[:, None].expand(-1, cols, -1)
-    return torch.cat([by_col, by_row], dim=-1).reshape(1, rows * cols, width)
-
-
-def turns(angles):  # [B,S,h/2] -> cosines and sines [2,B,1,S,h/2], one table for all layers
-    return torch.stack([angles.cos(), angles.sin()])[:, :, None]
-
-
-def image_turns(kind, rows, cols, n, h, device):
-    """Rotations (see turns) of a grid of patches after n [B] text tokens; ape: None.
-
-    2d-rope: half of each head's pairs (see rotate) turn with the row, half with the column, over
-    all frequencies; m-rope: rows the fast, columns the slow half; 1d-rope: counted on like words.
-    """
-    if kind == "ape":
-        return None
-    index = torch.arange(rows * cols, device=device)
-    row, col = (index, index) if kind == "1d-rope" else (index // cols, index % cols)
-    full, half = frequencies(h // 2, device=device), frequencies(h // 4, device=device)
-    by_row, by_col = (half, half) if kind == "2d-rope" else full.chunk(2)
-    row, col = ((n[:, None] + place)[..., None] for place in (row, col))      # [B, N, 1]
-    return turns(torch.cat([row * by_row, col * by_col], dim=-1))
-
-
-def rotate(x, turn):
-    """Rotary embedding: turn pair (j, j + h/2) of each head of x [B,heads,S,h] by its angle.
-
-    Then a product of query and key depends on the difference of their positions alone
-    (arXiv 2104.09864). turn: cosines and sines, of turns; None: x as it is.
-    """
-    if turn is None:
-        return x
-    (cos, sin), (a, b) = turn, x.float().chunk(2, dim=-1)
-    return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1).to(x.dtype)
-
-
-def attend(q, k, v, mask=None, scale=None):
-    """Softmax attention [B,H,N,h] of q over k, v [B,K,S,h]; mask [..,N or 1,S]: bool or added."""
-    # H / K query heads share a key head: as more rows of one head, so that no key is copied.
-    rows = q.reshape(*k.shape[:2], -1, k.shape[-1])                # [B,K,H/K*N,h]
-    mask = mask if mask is None or mask.shape[-2] == 1 else mask.repeat(q.shape[1] // k.shape[1], 1)
-    return F.scaled_dot_product_attention(rows, k, v, attn_mask=mask, scale=scale).reshape(q.shape)
-
-
-class Attention(nn.Module):
-    """An attention's projections and per-head norms; the caller decides what looks at what.
-
-    Its heads are Gemma's whatever the width, so that text and image keys fit one softmax.
-    own: k_proj, v_proj, of the stream itself; text_keys: text_k_proj, text_v_proj (shallow).
-    """
-    def __init__(self, width, gemma: GemmaConfig, qk_norm, own=True, text_keys=False):
-        super().__init__()
-        self.h, H, K = gemma.head_dim, gemma.num_attention_heads, gemma.num_key_value_heads
-        self.q_proj = nn.Linear(width, H * self.h, bias=False)
-        self.o_proj = nn.Linear(H * self.h, width, bias=False)
-        for name in ["k_proj", "v_proj"] * own + ["text_k_proj", "text_v_proj"] * text_keys:
-            self.add_module(name, nn.Linear(width, K * self.h, bias=False))
-        self.q_norm = RMSNorm(self.h, gemma.rms_norm_eps) if qk_norm else nn.Identity()
-        if own or text_keys:
-            self.k_norm = RMSNorm(self.h, gemma.rms_norm_eps) if qk_norm else nn.Identity()
-
-    def heads(self, x):
-        return x.unflatten(-1, (-1, self.h)).transpose(1, 2)       # [B,S,heads*h] -> [B,heads,S,h]
-
-    def q(self, x, turn=None):
-        return rotate(self.q_norm(self.heads(self.q_proj(x))), turn)
-
-    def kv(self, x, turn=None):
-        return rotate(self.k_norm(self.heads(self.k_proj(x))), turn), self.heads(self.v_proj(x))
-
-    def text_kv(self, x):
-        return self.k_norm(self.heads(self.text_k_proj(x))), self.heads(self.text_v_proj(x))
-
-    def out(self, x):
-        return self.o_proj(x.transpose(1, 2).flatten(2))           # [B,H,S,h] -> [B,S,D]
-
-
-class Block(nn.Module):
-    """A Gemma layer; a DiT block builds on its weights and its two residual branches."""
-    def __init__(self, width, gemma, sandwich, qk_norm):
-        super().__init__()
-        self.sandwich, norm = sandwich, lambda: RMSNorm(width, gemma.rms_norm_eps)
-        self.self_attn = Attention(width, gemma, qk_norm)
-        self.mlp = MLP(width, gemma.intermediate_size)
-        self.input_layernorm, self.post_attention_layernorm = norm(), norm()
-        if sandwich:
-            self.pre_feedforward_layernorm, self.post_feedforward_layernorm = norm(), norm()
-
-    def add_attention(self, x, attn, gate=1):
-        # A trap of naming: with sandwich norms (Gemma 2, 3) post_attention_layernorm follows
-        # attention; without them (Gemma 1) it is the norm in front of the MLP.
-        return x + gate * (self.post_attention_layernorm(attn) if self.sandwich else attn)
-
-    def add_mlp(self, x, shift=0, scale=0, gate=1):
-        norm = self.pre_feedforward_layernorm if self.sandwich else self.post_attention_layernorm
-        y = self.mlp(modulate(norm(x), shift, scale))
-        return x + gate * (self.post_feedforward_layernorm(y) if self.sandwich else y)
-
-    def forward(self, x, turn, mask, scale, rotated):
-        """x [B,T,D] after this layer; and its keys and values [B,K,T,h], and x as it came."""
-        y, attn = self.input_layernorm(x), self.self_attn
-        k, v = attn.kv(y)
-        turned = rotate(k, turn)
-        given = turned if rotated else k, v, x
-        if self.mlp is None:                # the last one that is read, see weights.trim
-            return x, given
-        z = attend(attn.q(y, turn), turned, v, mask, scale)
-        return self.add_mlp(self.add_attention(x, attn.out(z))), given
-
-
-class Blocks(nn.ModuleList):
-    """A tower's blocks, in turn. (train_tpu.py puts in its place what compiles one for all.)"""
-    def forward(self, x, own, shared):      # own: what only one block gets, a tuple for each
-        outs = []
-        for block, inputs in zip(self, own):
-            x, out = block(x, *inputs, *shared)
-            outs.append(out)
-        return x, outs
-
-
-def modulate(x, shift, scale):          # AdaLN (arXiv 2212.09748): shift, scale, gate tell sigma
+def modulate(x, shift, scale):
+    """AdaLN (DiT, arXiv 2212.09748): shift and scale are computed from the timestep."""
     return x * (1 + scale) + shift
 
 
-# ---------------------------------------------------------------------------- Gemma, the reader
-class TextFeatures(NamedTuple):
-    """What the DiT sees of a batch of prompts: computed once, used at every step."""
-    keys: tuple                         # per DiT block [B,K,T,h], or None: it reads none
-    values: tuple                       # likewise; all None in shallow fusion
-    hidden: torch.Tensor | None         # [B,T,D] the hidden state shallow fusion reads
-    mask: torch.Tensor                  # [B,T] True at real tokens
-    pooled: torch.Tensor | None = None  # [B,C] CLIP's vector, for CLIP modulation
+def inverse_frequencies(n, theta=10000.0, device=None):
+    """theta^(-i / n) for i = 0 .. n-1 [n]: from fast (1 radian per position) to slow."""
+    return torch.exp(-math.log(theta) * torch.arange(n, device=device) / n)
 
-    def apply(self, f, *others):
-        """f over every tensor, together with its place in the others; None stays None."""
-        def each(*xs):
-            nested = isinstance(xs[0], tuple)
-            return tuple(map(each, *xs)) if nested else (None if xs[0] is None else f(*xs))
-        return TextFeatures(*map(each, self, *others))
+
+def sinusoidal(positions, width):
+    """Sinusoidal embedding [..., width] of positions [...]: sines, then cosines."""
+    frequencies = inverse_frequencies(width // 2, device=positions.device)
+    angles = positions.float()[..., None] * frequencies
+    return torch.cat([angles.sin(), angles.cos()], dim=-1)
+
+
+def timestep_features(sigma, width=256):
+    """Sinusoidal embedding [B,width] of the timestep 1000 sigma. Note the order: cosines first."""
+    sines, cosines = sinusoidal(1000 * sigma, width).chunk(2, dim=-1)
+    return torch.cat([cosines, sines], dim=-1)
+
+
+def sincos_2d(rows, cols, width, device, table_size=64):
+    """Absolute position embedding "ape" [1,N,D]: the centre of a fixed square table.
+
+    Neighbouring patches are 1/4 apart, since the table was made for 16 x 16 patches (256 pixels)
+    and stretched to 64 x 64 (diffusers' PatchEmbed, models.py:120-128). The first half of the width
+    encodes the column, the second the row.
+    """
+    if max(rows, cols) > table_size:
+        raise FuseDiTError(f"pos_embed ape has {table_size} x {table_size} patches, not "
+                           f"{rows} x {cols}: draw a smaller image or use another pos_embed")
+    row = ((table_size - rows) // 2 + torch.arange(rows, device=device)) / 4
+    col = ((table_size - cols) // 2 + torch.arange(cols, device=device)) / 4
+    by_col = sinusoidal(col, width // 2)[None, :].expand(rows, -1, -1)        # [rows,cols,D/2]
+    by_row = sinusoidal(row, width // 2)[:, None].expand(-1, cols, -1)
+    return torch.cat([by_col, by_row], dim=-1).reshape(1, rows * cols, width)
+
+
+def cos_sin(angles):
+    """Rotary table for angles [B,S,h/2]: cosines and sines [2,B,1,S,h/2], shared by all heads."""
+    return torch.stack([angles.cos(), angles.sin()])[:, :, None]
+
+
+def apply_rope(x, rope):
+    """Rotary embedding (arXiv 2104.09864) of queries or keys x [B,heads,S,h]; rope None: x itself.
+
+    Channels j and j + h/2 form a pair, which is rotated by its angle. The product of a query and a
+    key then depends on the difference of their positions only.
+    """
+    if rope is None:
+        return x
+    cos, sin = rope
+    x1, x2 = x.float().chunk(2, dim=-1)
+    rotated = torch.cat([x1 * cos - x2 * sin, x2 * cos + x1 * sin], dim=-1)
+    return rotated.to(x.dtype)
+
+
+def image_rope(kind, rows, cols, offset, h, device):
+    """Rotary table of a rows x cols grid of patches (models.py:627-684); "ape": None, no rotation.
+
+    A patch at (row, column) has the positions offset + row and offset + column, where offset [B] is
+    the number of text tokens in front of the image: the text has 0 .. offset - 1.
+
+    1d-rope   a single position, offset + index in reading order, as if the image were more text
+    2d-rope   half of the channel pairs encode the row, half the column, each with its own full
+              range of h/4 frequencies
+    m-rope    the h/2 frequencies are split: the fast half encodes the row, the slow half the column
+    """
+    if kind == "ape":
+        return None
+
+    index = torch.arange(rows * cols, device=device)
+    row = index // cols
+    col = index % cols
+    if kind == "1d-rope":
+        row = col = index
+
+    row_freqs, col_freqs = inverse_frequencies(h // 2, device=device).chunk(2)
+    if kind == "2d-rope":
+        row_freqs = col_freqs = inverse_frequencies(h // 4, device=device)
+
+    row_angles = (offset[:, None] + row)[..., None] * row_freqs                # [B,N,h/4]
+    col_angles = (offset[:, None] + col)[..., None] * col_freqs
+    return cos_sin(torch.cat([row_angles, col_angles], dim=-1))
+
+
+def attention(q, k, v, mask=None, scale=None):
+    """Grouped-query attention of q [B,H,N,h] to k, v [B,K,S,h]; returns [B,H,N,h].
+
+    mask: boolean or additive, broadcastable to [B,1,N,S]. scale: of the scores; None: h^(-1/2).
+    """
+    # H/K query heads share one key head. Instead of copying keys H/K times (as the published code
+    # does, models.py:485), stack the queries of a group as extra rows of one head.
+    B, K, S, h = k.shape
+    group = q.shape[1] // K
+    q_rows = q.reshape(B, K, -1, h)                                            # [B,K,H/K*N,h]
+    if mask is not None and mask.shape[-2] > 1:                                # a row per query
+        mask = mask.repeat(group, 1)
+    out = F.scaled_dot_product_attention(q_rows, k, v, attn_mask=mask, scale=scale)
+    return out.reshape(q.shape)
+
+
+class Attention(nn.Module):
+    """Projections and per-head norms of one attention. Who attends to whom is up to the caller.
+
+    Heads are always Gemma's, whatever the width, so that text and image keys fit into one softmax.
+    image_kv: has k_proj, v_proj. text_kv: has text_k_proj, text_v_proj (shallow fusion).
+    """
+    def __init__(self, width, gemma: GemmaConfig, qk_norm, image_kv=True, text_kv=False):
+        super().__init__()
+        H = gemma.num_attention_heads
+        K = gemma.num_key_value_heads
+        h = gemma.head_dim
+        self.head_dim = h
+        self.q_proj = nn.Linear(width, H * h, bias=False)
+        self.o_proj = nn.Linear(H * h, width, bias=False)
+        if image_kv:
+            self.k_proj = nn.Linear(width, K * h, bias=False)
+            self.v_proj = nn.Linear(width, K * h, bias=False)
+        if text_kv:
+            self.text_k_proj = nn.Linear(width, K * h, bias=False)
+            self.text_v_proj = nn.Linear(width, K * h, bias=False)
+        self.q_norm = RMSNorm(h, gemma.rms_norm_eps) if qk_norm else nn.Identity()
+        if image_kv or text_kv:
+            self.k_norm = RMSNorm(h, gemma.rms_norm_eps) if qk_norm else nn.Identity()
+
+    def split_heads(self, x):                                   # [B,S,heads*h] -> [B,heads,S,h]
+        return x.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
+
+    def q(self, x, rope=None):
+        return apply_rope(self.q_norm(self.split_heads(self.q_proj(x))), rope)
+
+    def kv(self, x, rope=None):
+        k = apply_rope(self.k_norm(self.split_heads(self.k_proj(x))), rope)
+        v = self.split_heads(self.v_proj(x))
+        return k, v
+
+    def text_kv(self, text):
+        k = self.k_norm(self.split_heads(self.text_k_proj(text)))
+        v = self.split_heads(self.text_v_proj(text))
+        return k, v
+
+    def out(self, x):                                           # [B,H,S,h] -> [B,S,D]
+        return self.o_proj(x.transpose(1, 2).flatten(2))
+
+
+class TransformerLayer(nn.Module):
+    """The weights and residual branches that a Gemma layer and a DiT block have in common."""
+    def __init__(self, width, gemma: GemmaConfig, sandwich_norm, qk_norm):
+        super().__init__()
+        eps = gemma.rms_norm_eps
+        self.sandwich_norm = sandwich_norm
+        self.self_attn = Attention(width, gemma, qk_norm)
+        self.mlp = MLP(width, gemma.intermediate_size)
+        # Beware of the name: with sandwich norms (Gemma 2 and 3) post_attention_layernorm comes
+        # after attention. Without them (Gemma 1) it is the norm *before the MLP*.
+        self.input_layernorm = RMSNorm(width, eps)
+        self.post_attention_layernorm = RMSNorm(width, eps)
+        if sandwich_norm:
+            self.pre_feedforward_layernorm = RMSNorm(width, eps)
+            self.post_feedforward_layernorm = RMSNorm(width, eps)
+
+    def add_attention(self, x, attn, gate=1):
+        if self.sandwich_norm:
+            attn = self.post_attention_layernorm(attn)
+        return x + gate * attn
+
+    def add_mlp(self, x, shift=0, scale=0, gate=1):
+        if self.sandwich_norm:
+            y = self.mlp(modulate(self.pre_feedforward_layernorm(x), shift, scale))
+            y = self.post_feedforward_layernorm(y)
+        else:
+            y = self.mlp(modulate(self.post_attention_layernorm(x), shift, scale))
+        return x + gate * y
+
+
+class LayerStack(nn.ModuleList):
+    """The layers of a tower, applied in order.
+
+    per_layer holds a tuple of inputs for each layer to apply, common the inputs that are the same
+    for all. On a TPU, a scan takes the place of this class: it compiles one layer instead of L.
+    """
+    def forward(self, x, per_layer, common):
+        outputs = []
+        for layer, inputs in zip(self, per_layer):
+            x, output = layer(x, *inputs, *common)
+            outputs.append(output)
+        return x, outputs
+
+
+# ------------------------------------------------------------------------------ Gemma
+class TextFeatures(NamedTuple):
+    """All that the DiT needs to know about its prompts: computed once, used at every step."""
+    keys: tuple                         # one per DiT block: [B,K,T,h], or None if it reads no text
+    values: tuple                       # likewise; all None in shallow fusion
+    hidden: torch.Tensor | None         # [B,T,D] shallow fusion: the hidden state that is read
+    mask: torch.Tensor                  # [B,T] True at real tokens, False at padding
+    pooled: torch.Tensor | None = None  # [B,C] CLIP's pooled vector, for CLIP modulation
+
+    def map(self, f):
+        """Apply f to every tensor."""
+        def f_or_none(t):
+            return None if t is None else f(t)
+
+        return TextFeatures(keys=tuple(f_or_none(k) for k in self.keys),
+                            values=tuple(f_or_none(v) for v in self.values),
+                            hidden=f_or_none(self.hidden),
+                            mask=f(self.mask),
+                            pooled=f_or_none(self.pooled))
+
+    def concat(self, other):
+        """Both batches in one."""
+        def cat(a, b):
+            return None if a is None else torch.cat([a, b])
+
+        return TextFeatures(keys=tuple(map(cat, self.keys, other.keys)),
+                            values=tuple(map(cat, self.values, other.values)),
+                            hidden=cat(self.hidden, other.hidden),
+                            mask=cat(self.mask, other.mask),
+                            pooled=cat(self.pooled, other.pooled))
+
+
+class LayerStates(NamedTuple):
+    """What a Gemma layer computed for the text, and a DiT block may read."""
+    k: torch.Tensor                     # [B,K,T,h] keys
+    v: torch.Tensor                     # [B,K,T,h] values
+    hidden: torch.Tensor                # [B,T,D] the layer's input
+
+
+class GemmaLayer(TransformerLayer):
+    def forward(self, x, rope, mask, scale, rotate_keys):
+        """x [B,T,D] after this layer, and its LayerStates."""
+        y = self.input_layernorm(x)
+        k, v = self.self_attn.kv(y)                             # [B,K,T,h]
+        rotated_k = apply_rope(k, rope)
+        if rotate_keys:
+            states = LayerStates(rotated_k, v, x)
+        else:
+            states = LayerStates(k, v, x)
+        if self.mlp is None:                # the last layer that is read: see keep_layers
+            return x, states
+
+        q = self.self_attn.q(y, rope)                           # [B,H,T,h]
+        attn = attention(q, rotated_k, v, mask, scale)
+        x = self.add_attention(x, self.self_attn.out(attn))
+        x = self.add_mlp(x)
+        return x, states
 
 
 class Gemma(nn.Module):
-    """Gemma 1, 2 or 3 as a reader: it returns keys and values of its layers, never logits."""
-    # No attention soft-capping, Gemma 2 included: the published models were trained without.
-    def __init__(self, config):
+    """Gemma 1, 2 or 3 as a text encoder: returns keys and values of its layers instead of logits.
+
+    Attention logits are not soft-capped, not even for Gemma 2: the published FuseDiT models were
+    trained without (models.py:488 calls scaled_dot_product_attention on Gemma 2's layers, too).
+    """
+    def __init__(self, config: GemmaConfig):
         super().__init__()
-        c = self.config = config
-        self.embed_tokens = nn.Embedding(c.vocab_size, c.hidden_size)
-        self.layers = Blocks(Block(c.hidden_size, c, sandwich=c.model_type != "gemma",
-                                   qk_norm=c.model_type == "gemma3_text")
-                             for _ in range(c.num_hidden_layers))
-        self.norm = RMSNorm(c.hidden_size, c.rms_norm_eps)
+        self.config = config
+        sandwich_norm = config.model_type != "gemma"
+        qk_norm = config.model_type == "gemma3_text"
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = LayerStack(GemmaLayer(config.hidden_size, config, sandwich_norm, qk_norm)
+                                 for _ in range(config.num_hidden_layers))
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
-    def forward(self, ids, upto, rotated=True):
-        """For ids [B,T], of layers 0 .. upto: keys and values [B,K,T,h], and their inputs [B,T,D].
+    def keep_layers(self, last_layer):
+        """Drop the weights that reading layers 0 .. last_layer does not need.
 
-        With upto = L the final norm's output comes last. rotated=False: keys without positions, for
-        cross-attention. Padding needs no mask: it is on the right, where no causal token looks.
+        Of layer last_layer only keys and values are read, so its queries and MLP go as well.
+        last_layer = L, the output of the final norm, needs everything.
         """
-        c, T, device = self.config, ids.shape[1], ids.device
-        x = self.embed_tokens(ids)
-        # In x's dtype, as Gemma was trained: in bf16 the factor itself is rounded.
+        if last_layer < len(self.layers):
+            self.norm = None
+            self.layers = self.layers[:last_layer + 1]
+            last = self.layers[-1]
+            last.mlp = None
+            last.self_attn.q_proj = None
+            last.self_attn.o_proj = None
+
+    def forward(self, ids, last_layer, rotate_keys=True):
+        """Run layers 0 .. last_layer on ids [B,T]; last_layer = L also applies the final norm.
+
+        Returns three lists: keys and values [B,K,T,h] and inputs [B,T,D] of these layers, followed
+        by the output of the final norm if last_layer = L. A token only looks back, and padding is
+        on the right, so no real token ever sees any: padding needs no mask.
+        rotate_keys=False: keys before RoPE, which deep cross-attention reads (models.py:505-522).
+        """
+        c = self.config
+        T = ids.shape[1]
+        device = ids.device
+        x = self.embed_tokens(ids)                              # [B,T,D]
+        # Gemma multiplies by sqrt(D) in x's own dtype: in bf16 the factor itself is rounded.
         x = x * torch.full((), c.hidden_size ** 0.5, dtype=x.dtype, device=device)
-        place = torch.arange(T, device=device)
-        far, near = (turns(place[None, :, None] * frequencies(c.head_dim // 2, theta, device) / by)
-                     for theta, by in ((c.rope_theta, c.rope_factor), (c.local_theta, 1)))
-        back = place[:, None] - place                              # [T,T] how far each one is back
-        causal, window = back >= 0, (back >= 0) & (back < c.sliding_window)
-        own = [(near, window) if i in c.sliding_layers else (far, causal) for i in range(upto + 1)]
-        x, given = self.layers(x, own, (c.query_scale ** -0.5, rotated))
-        keys, values, hidden = map(list, zip(*given))
-        return keys, values, hidden + [self.norm(x)] if upto == c.num_hidden_layers else hidden
+
+        # who sees whom: all tokens so far, or those in the window
+        position = torch.arange(T, device=device)
+        distance = position[:, None] - position                 # [T,T] how far a key lies back
+        causal = distance >= 0
+        window = causal & (distance < c.sliding_window)
+
+        # rotary tables
+        global_freqs = inverse_frequencies(c.head_dim // 2, c.rope_theta, device) / c.rope_factor
+        local_freqs = inverse_frequencies(c.head_dim // 2, c.local_theta, device)
+        global_rope = cos_sin(position[None, :, None] * global_freqs)
+        local_rope = cos_sin(position[None, :, None] * local_freqs)
+
+        per_layer = []
+        for i in range(last_layer + 1):
+            if i in c.sliding_layers:
+                per_layer.append((local_rope, window))
+            else:
+                per_layer.append((global_rope, causal))
+        x, states = self.layers(x, per_layer, (c.query_scale ** -0.5, rotate_keys))
+
+        keys = [k for k, v, x_in in states]
+        values = [v for k, v, x_in in states]
+        hidden = [x_in for k, v, x_in in states]
+        if last_layer == c.num_hidden_layers:
+            hidden.append(self.norm(x))
+        return keys, values, hidden
 
 
-# ---------------------------------------------------------------------------- DiT, the painter
+def load_gemma(folder, device="cpu", dtype=torch.float32):
+    """A frozen Gemma from a folder that transformers saved: config.json and *.safetensors.
+
+    Strict: a tensor that is missing, unexpected or of another shape is a FuseDiTError that names
+    it. fusedit_lib/pretrained.py adds hub ids, PaliGemma and the published FuseDiT's folders, and
+    reads no more of a Gemma than its layers 0 .. last_layer.
+    """
+    folder = Path(folder)
+    tensors = {}
+    try:
+        config = GemmaConfig.from_dict(json.loads((folder / "config.json").read_text()))
+        for path in sorted(folder.glob("*.safetensors")):       # one file, or several shards
+            tensors |= load_file(path)
+    except (OSError, ValueError, SafetensorError) as e:
+        raise FuseDiTError(f"cannot read the Gemma in {folder}: {e}") from None
+
+    with torch.device("meta"):                                  # shapes, but no memory yet
+        gemma = Gemma(config)
+    state = {}
+    for name, tensor in tensors.items():
+        if name != "lm_head.weight":                            # we need no logits
+            state[name.removeprefix("model.")] = tensor.to(device, dtype)
+    try:
+        gemma.load_state_dict(state, assign=True)
+    except RuntimeError as e:
+        raise FuseDiTError(f"the weights in {folder} do not fit its config.json: {e}") from None
+    return gemma.requires_grad_(False).eval()
+
+
+# ------------------------------------------------------------------------------ the DiT
 class AdaNorm(nn.Module):
-    """RMSNorm, and the Linear that turns the time embedding into its modulation (AdaLN-Zero)."""
+    """RMSNorm with, beside it, the Linear that computes its AdaLN-Zero modulation."""
     def __init__(self, width, chunks, eps):
         super().__init__()
-        self.norm, self.linear = RMSNorm(width, eps), nn.Linear(width, chunks * width)
+        self.norm = RMSNorm(width, eps)
+        self.linear = nn.Linear(width, chunks * width)
+        self.chunks = chunks
 
-    def forward(self, x):
+    def forward(self, x):                   # the caller modulates, as with a plain RMSNorm
         return self.norm(x)
 
-    def modulation(self, temb, chunks):
-        return self.linear(F.silu(temb))[:, None].chunk(chunks, dim=-1)       # each [B,1,D]
+    def modulation(self, temb):             # temb [B,D] -> chunks of [B,1,D]
+        return self.linear(F.silu(temb))[:, None].chunk(self.chunks, dim=-1)
 
 
-class DiTBlock(Block):
-    """A Gemma block whose image tokens also see the text, modulated by the time embedding."""
-    def __init__(self, c, gemma, width, reads_text):
+class DiTBlock(TransformerLayer):
+    """A Gemma layer whose tokens are image patches, which also attend to the text.
+
+    Where the text's keys and values come from, and how the image attends to them, are two choices:
+
+        deep      of a Gemma layer, as Gemma computed them        self    one softmax over both
+        shallow   this block's own projections of one hidden      cross   a second softmax, over
+                  state of Gemma, the same for all blocks                 the text alone
+
+    Published: models.py:394-612 (deep), modules.py:218-306 (shallow). There, deep self-attention
+    computes text and image together, under one mask in which text does not see the image. Since it
+    does not, computing the text first gives the same result.
+    """
+    def __init__(self, c: FuseDiTConfig, gemma: GemmaConfig, width, reads_text):
         super().__init__(width, gemma, c.sandwich_norm, c.qk_norm)
-        self.conditioning, self.cross_attn = c.timestep_conditioning, None
-        self.joint, self.shallow = c.attention == "self" and reads_text, c.fusion == "shallow"
-        if self.joint:                         # in place of Block's: with text keys if shallow
-            self.self_attn = Attention(width, gemma, c.qk_norm, text_keys=self.shallow)
-        elif reads_text:                       # a second softmax, over the text's keys alone
-            self.cross_attn = Attention(width, gemma, c.qk_norm, own=False, text_keys=self.shallow)
+        self.conditioning = c.timestep_conditioning
+        self.shallow = c.fusion == "shallow"
+        self.joint = reads_text and c.attention == "self"
+        self.cross_attn = None
+        if self.joint and self.shallow:
+            self.self_attn = Attention(width, gemma, c.qk_norm, text_kv=True)
+        if reads_text and c.attention == "cross":
+            self.cross_attn = Attention(width, gemma, c.qk_norm, image_kv=False,
+                                        text_kv=self.shallow)
             if c.sandwich_norm:
                 self.post_cross_attention_layernorm = RMSNorm(width, gemma.rms_norm_eps)
         if self.conditioning == "adaln-zero":
             self.input_layernorm = AdaNorm(width, 6, gemma.rms_norm_eps)
-        if self.conditioning == "adaln-single":        # mod comes from DiT.t_block, one for all
+        if self.conditioning == "adaln-single":     # one Linear for all blocks, DiT.t_block, plus:
             self.scale_shift_table = nn.Parameter(torch.zeros(6 * width))
 
-    def modulation(self, mod):
-        """shift, scale, gate of attention, then of the MLP, each [B,1,D]; or neutral values."""
+    def modulation(self, cond):
+        """shift, scale, gate of attention, then of the MLP, each [B,1,D] or a neutral number."""
         if self.conditioning == "adaln-zero":
-            return self.input_layernorm.modulation(mod, 6)
+            return self.input_layernorm.modulation(cond)
         if self.conditioning == "adaln-single":
-            return (mod + self.scale_shift_table)[:, None].chunk(6, dim=-1)
+            return (cond + self.scale_shift_table)[:, None].chunk(6, dim=-1)
         return 0, 0, 1, 0, 0, 1
 
-    def forward(self, x, text_k, text_v, mod, turn, hidden, text_mask, joint_mask):
-        """x [B,N,D] after this block. mod: the time embedding [B,D], or t_block's [B,6D], or 0."""
-        shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = self.modulation(mod)
-        attn, cross = self.self_attn, self.cross_attn
-        if self.shallow:
-            text_k, text_v = (cross or attn).text_kv(hidden)
-        y = modulate(self.input_layernorm(x), shift_a, scale_a)
-        q, (k, v), mask = attn.q(y, turn), attn.kv(y, turn), None
-        if self.joint:                                             # [text ; image] in one softmax
-            k, v, mask = torch.cat([text_k, k], 2), torch.cat([text_v, v], 2), joint_mask
-        x = self.add_attention(x, attn.out(attend(q, k, v, mask)), gate_a)
-        if cross is not None:                                      # a second softmax: text alone
-            z = cross.out(attend(cross.q(x), text_k, text_v, text_mask))
-            x = x + (self.post_cross_attention_layernorm(z) if self.sandwich else z)
-        return self.add_mlp(x, shift_m, scale_m, gate_m), None
+    def forward(self, img, text_k, text_v, cond, rope, text_hidden, text_mask, joint_mask):
+        """img [B,N,D] after this block.
+
+        text_k, text_v: [B,K,T,h] of a Gemma layer (deep fusion), or None.
+        text_hidden: [B,T,D], the projected hidden state (shallow fusion), or None.
+        cond: input of the modulation: the time embedding [B,D] (adaln-zero), t_block's output
+        [B,6D] (adaln-single), or unused.
+        """
+        shift_attn, scale_attn, gate_attn, shift_mlp, scale_mlp, gate_mlp = self.modulation(cond)
+
+        # shallow fusion: this block's own keys and values of the one hidden state
+        if self.shallow and self.joint:
+            text_k, text_v = self.self_attn.text_kv(text_hidden)        # [B,K,T,h]
+        elif self.shallow:
+            text_k, text_v = self.cross_attn.text_kv(text_hidden)
+
+        # queries, keys and values of the image
+        y = modulate(self.input_layernorm(img), shift_attn, scale_attn)
+        q = self.self_attn.q(y, rope)                           # [B,H,N,h]
+        k, v = self.self_attn.kv(y, rope)                       # [B,K,N,h]
+
+        # self-attention: one softmax over [text ; image], or over the image alone
+        if self.joint:
+            k = torch.cat([text_k, k], dim=2)                   # [B,K,T+N,h]
+            v = torch.cat([text_v, v], dim=2)
+            z = attention(q, k, v, joint_mask)
+        else:
+            z = attention(q, k, v)
+        img = self.add_attention(img, self.self_attn.out(z), gate_attn)
+
+        # cross-attention: a second softmax, over the text alone; neither normed before nor gated
+        if self.cross_attn is not None:
+            z = attention(self.cross_attn.q(img), text_k, text_v, text_mask)
+            z = self.cross_attn.out(z)
+            if self.sandwich_norm:
+                z = self.post_cross_attention_layernorm(z)
+            img = img + z
+
+        img = self.add_mlp(img, shift_mlp, scale_mlp, gate_mlp)
+        return img, None                    # LayerStack expects an output; only GemmaLayer has one
+
+
+def embedding_mlp(width_in, width):
+    """The layers of a small MLP that embeds a vector of width_in."""
+    return nn.Linear(width_in, width), nn.SiLU(), nn.Linear(width, width)
 
 
 class DiT(nn.Module):
-    """Velocity from noisy latents, given the text. Module names are the released checkpoints'."""
-    def __init__(self, config, gemma):
+    """Velocity of a noisy image, given text. Module names are the released checkpoints'."""
+    def __init__(self, c: FuseDiTConfig, gemma: GemmaConfig):
         super().__init__()
-        c, eps, L = config, gemma.rms_norm_eps, gemma.num_hidden_layers
-        deep, adaln_zero = c.fusion == "deep", c.timestep_conditioning == "adaln-zero"
-        self.config, self.h, self.width = c, gemma.head_dim, c.dit_hidden_size or gemma.hidden_size
-        D, P, layers = self.width, c.patch_size, c.dit_num_hidden_layers or L - c.initial_layers
-        sources = range(c.initial_layers, c.initial_layers + layers)
-        shared = sources if c.shared_attention_layers == "all" else c.shared_attention_layers
-        fit = {*sources} & {*shared} and {*sources, *shared} <= set(range(L))
-        if not sources or deep and not fit:
-            raise FuseDiTError(f"config fields initial_layers {c.initial_layers}, dit_num_hidden_"
-                               f"layers {layers} or shared ones do not fit a Gemma of {L} layers")
-        self.reads = [i if i in shared else None for i in sources]  # Gemma's; None: image alone
-        self.patch_embed = nn.ModuleDict(dict(proj=nn.Conv2d(c.in_channels, D, P, stride=P)))
-        self.layers = Blocks(DiTBlock(c, gemma, D, not deep or i is not None) for i in self.reads)
-        self.norm_out = AdaNorm(D, 2, eps) if adaln_zero else RMSNorm(D, eps)
+        eps = gemma.rms_norm_eps
+        D = c.dit_hidden_size or gemma.hidden_size
+        P = c.patch_size
+        self.config = c
+        self.width = D
+        self.head_dim = gemma.head_dim
+        self.text_layers = text_layers(c, gemma.num_hidden_layers)
+
+        self.patch_embed = nn.ModuleDict({"proj": nn.Conv2d(c.in_channels, D, P, stride=P)})
+        self.layers = LayerStack(
+            DiTBlock(c, gemma, D, reads_text=c.fusion == "shallow" or layer is not None)
+            for layer in self.text_layers)
+        if c.timestep_conditioning == "adaln-zero":
+            self.norm_out = AdaNorm(D, 2, eps)
+        else:
+            self.norm_out = RMSNorm(D, eps)
         self.proj_out = nn.Linear(D, P * P * c.in_channels)
-        def mlp(width):
-            return nn.Linear(width, D), nn.SiLU(), nn.Linear(D, D)
+
         if c.timestep_conditioning:
-            self.timestep_embedder = nn.Sequential(*mlp(256))
+            self.timestep_embedder = nn.Sequential(*embedding_mlp(256, D))
         if c.timestep_conditioning == "adaln-single":
             self.t_block = nn.Sequential(nn.SiLU(), nn.Linear(D, 6 * D))
             self.scale_shift_table = nn.Parameter(torch.zeros(2 * D))
-        if dim := c.text_modulation_embeds_dim:
-            self.condition_embedder = nn.Sequential(RMSNorm(dim, eps), *mlp(dim))
-        if not deep:
+        if c.text_modulation_embeds_dim:
+            clip_width = c.text_modulation_embeds_dim
+            self.condition_embedder = nn.Sequential(RMSNorm(clip_width, eps),
+                                                    *embedding_mlp(clip_width, D))
+        if c.fusion == "shallow":
             self.context_embedder = nn.Sequential(RMSNorm(gemma.hidden_size, eps),
                                                   nn.Linear(gemma.hidden_size, D))
 
     def init_weights(self):
-        """Random start: the prediction is 0; under AdaLN each block is (nearly) the identity."""
+        """Fresh weights (models.py:285-324). The first prediction is 0, and so are the gates of
+        AdaLN-Zero, so that every block starts as the identity."""
         for name, p in self.named_parameters():
             if "scale_shift_table" in name:
                 nn.init.normal_(p, std=self.width ** -0.5)
-            elif p.dim() < 2 or "proj_out" in name or ".linear." in name:
+            elif p.dim() < 2:                                   # biases; RMSNorm's w in (1 + w)
+                nn.init.zeros_(p)
+            elif "proj_out" in name or ".linear." in name:      # output and AdaLN-Zero projections
                 nn.init.zeros_(p)
             elif "embedder" in name or "t_block" in name:
                 nn.init.normal_(p, std=0.02)
-            else:
+            else:                                               # patch embedding, attention, MLP
                 nn.init.xavier_uniform_(p.view(len(p), -1))
 
     def embed_time(self, sigma, pooled, dtype):
-        """Time embedding [B,D] of sigma [B] (plus CLIP's vector); 0: x_t alone tells the noise."""
-        if not self.config.timestep_conditioning:
-            return 0
-        temb = self.timestep_embedder(sine(sigma * 1000, 256, cos_first=True).to(dtype))
+        """Time embedding [B,D] of sigma [B], plus that of CLIP's vector if there is one."""
+        temb = self.timestep_embedder(timestep_features(sigma).to(dtype))
         if self.config.text_modulation_embeds_dim:
             temb = temb + self.condition_embedder(pooled.to(dtype))
         return temb
 
     def final_modulation(self, temb):
-        """shift, scale of the last norm, each [B,1,D]; or neutral values."""
+        """shift, scale of the last norm, each [B,1,D] or a neutral number."""
         if self.config.timestep_conditioning == "adaln-zero":
-            return self.norm_out.modulation(temb, 2)[::-1]         # stored as scale, shift
+            scale, shift = self.norm_out.modulation(temb)       # in this order (modules.py:46)
+            return shift, scale
         if self.config.timestep_conditioning == "adaln-single":
             return (self.scale_shift_table + temb.repeat(1, 2))[:, None].chunk(2, dim=-1)
         return 0, 0
 
-    def forward(self, x_t, sigma, text):
-        """Velocity, as x_t [B,C,H,W] (sides multiples of P), at sigma [B], of a TextFeatures."""
-        c, P, dtype = self.config, self.config.patch_size, self.proj_out.weight.dtype
-        B, C, rows, cols = len(x_t), c.in_channels, x_t.shape[2] // P, x_t.shape[3] // P
-        assert x_t.shape == (B, C, rows * P, cols * P), f"{x_t.shape} in patches of {P}"
-        assert sigma.shape == (B,) and len(text.mask) == B, (sigma.shape, text.mask.shape)
-        x = self.patch_embed["proj"](x_t.to(dtype)).flatten(2).mT.contiguous()    # [B,N,D]
-        temb = mod = self.embed_time(sigma, text.pooled, dtype)                   # [B,D]
-        if c.pos_embed == "ape":
-            x = x + sine_table(rows, cols, self.width, x.device).to(dtype)
-        if c.timestep_conditioning == "addition":
-            x = x + temb[:, None]
+    def unpatchify(self, x, rows, cols):
+        """[B,N,P*P*C] -> [B,C,rows*P,cols*P] (models.py:90-101)"""
+        P = self.config.patch_size
+        C = self.config.in_channels
+        x = x.view(-1, rows, cols, P, P, C).permute(0, 5, 1, 3, 2, 4)          # [B,C,rows,P,cols,P]
+        return x.reshape(-1, C, rows * P, cols * P)
+
+    def forward(self, x_t, sigma, text: TextFeatures):
+        """Velocity [B,C,H,W] at x_t [B,C,H,W] (H, W: multiples of P) and sigma [B], given text."""
+        c = self.config
+        P = c.patch_size
+        dtype = self.proj_out.weight.dtype
+        rows = x_t.shape[2] // P
+        cols = x_t.shape[3] // P
+        assert x_t.shape[1:] == (c.in_channels, rows * P, cols * P), x_t.shape
+        assert len(x_t) == len(sigma) == len(text.mask), (x_t.shape, sigma.shape, text.mask.shape)
+
+        # image tokens, and their conditioning on the noise level
+        img = self.patch_embed["proj"](x_t.to(dtype)).flatten(2).mT.contiguous()     # [B,N,D]
+        temb = cond = None                                      # the final model: no time embedding
+        if c.timestep_conditioning:
+            temb = cond = self.embed_time(sigma, text.pooled, dtype)                 # [B,D]
         if c.timestep_conditioning == "adaln-single":
-            mod = self.t_block(temb)                                              # [B,6D]
-        # Deep joint attention: the words stand at 0 .. n-1, the picture at n; otherwise at 0.
-        n = text.mask.sum(1) * (c.fusion == "deep" and c.attention == "self")     # [B]
-        turn = image_turns(c.pos_embed, rows, cols, n, self.h, x.device)           # [2,B,1,N,h/2]
+            cond = self.t_block(temb)                                                # [B,6D]
+
+        # positions: where text and image share one softmax of deep fusion, image positions start
+        # where the sample's real text tokens end; everywhere else they start at 0
+        if c.pos_embed == "ape":
+            img = img + sincos_2d(rows, cols, self.width, x_t.device).to(dtype)
+        if c.timestep_conditioning == "addition":
+            img = img + temb[:, None]
+        offset = text.mask.sum(1)                                                    # [B]
+        if c.fusion == "shallow" or c.attention == "cross":
+            offset = torch.zeros_like(offset)
+        rope = image_rope(c.pos_embed, rows, cols, offset, self.head_dim, x_t.device)
+
+        # masks: 0 at real tokens, -inf at padding; the image part is always visible
         text_mask = torch.where(text.mask, 0.0, -math.inf).to(dtype)[:, None, None]  # [B,1,1,T]
-        joint_mask = F.pad(text_mask, (0, rows * cols))                           # [B,1,1,T+N]
-        hidden = self.context_embedder(text.hidden.to(dtype)) if c.fusion == "shallow" else None
-        own = [*zip(text.keys, text.values, strict=True)]
-        x, _ = self.layers(x, own, (mod, turn, hidden, text_mask, joint_mask))
-        x = self.proj_out(modulate(self.norm_out(x), *self.final_modulation(temb)))
-        x = x.view(B, rows, cols, P, P, C).permute(0, 5, 1, 3, 2, 4)          # [B,C,rows,P,cols,P]
-        return x.reshape(x_t.shape).to(x_t.dtype)
+        joint_mask = F.pad(text_mask, (0, rows * cols))                              # [B,1,1,T+N]
+
+        # the blocks
+        text_hidden = None
+        if c.fusion == "shallow":
+            text_hidden = self.context_embedder(text.hidden.to(dtype))               # [B,T,D]
+        per_layer = list(zip(text.keys, text.values, strict=True))
+        img, _ = self.layers(img, per_layer, (cond, rope, text_hidden, text_mask, joint_mask))
+
+        shift, scale = self.final_modulation(temb)
+        out = self.proj_out(modulate(self.norm_out(img), shift, scale))              # [B,N,P*P*C]
+        return self.unpatchify(out, rows, cols).to(x_t.dtype)
 
 
-# ---------------------------------------------------------------------------- both together
+def text_layers(c: FuseDiTConfig, L):
+    """For every DiT block, the index of the Gemma layer whose keys and values it reads, or None.
+
+    DiT block i reads Gemma layer i + initial_layers, if shared_attention_layers allows it
+    (models.py:782-800). L: how many layers the Gemma has.
+    """
+    count = c.dit_num_hidden_layers or L - c.initial_layers
+    wanted = range(c.initial_layers, c.initial_layers + count)
+    allowed = c.shared_attention_layers
+    if allowed == "all":
+        allowed = wanted
+    layers = [i if i in allowed else None for i in wanted]
+
+    fits = count > 0
+    if c.fusion == "deep":
+        in_range = all(0 <= i < L for i in (*wanted, *allowed))
+        fits = in_range and any(i is not None for i in layers)
+    if not fits:
+        raise FuseDiTError(f"config fields initial_layers {c.initial_layers}, "
+                           f"dit_num_hidden_layers {count} or shared_attention_layers do not fit "
+                           f"a Gemma of {L} layers")
+    return layers
+
+
+# ------------------------------------------------------------------------------ both towers
 class FuseDiT(nn.Module):
-    """Both towers; weights.build_model adds the tokenizer and, for CLIP modulation, pool."""
+    """Both towers. pretrained.build_model loads their weights and adds what turns words into ids.
+
+    llm             the text tower, frozen
+    dit             the image tower, which is trained
+    tokenizer       of the text tower
+    clip_encoder    for CLIP modulation: prompts or CLIP's token ids -> pooled vectors [B,C]
+    llm_is_trained  whether llm's weights differ from those of config.base (--train-llm)
+    """
     def __init__(self, config: FuseDiTConfig, gemma: GemmaConfig):
         super().__init__()
-        self.config, self.tokenizer, self.pool, self.own_llm = config, None, None, False
-        self.llm, self.dit = Gemma(gemma).requires_grad_(False), DiT(config, gemma)
-        n, i = gemma.num_hidden_layers + 1, config.text_hidden_states_index
-        if not -n <= i < n:
-            raise FuseDiTError(f"text_hidden_states_index {i}: this Gemma has {-n} to {n - 1}")
-        deepest = max(filter(None, self.dit.reads), default=0)
-        self.upto = i % n if config.fusion == "shallow" else deepest
+        self.config = config
+        self.tokenizer = None
+        self.clip_encoder = None
+        self.llm_is_trained = False
+        self.llm = Gemma(gemma).requires_grad_(False)
+        self.dit = DiT(config, gemma)
 
-    def read(self, ids, mask, pooled=None):
-        """TextFeatures of ids [B,T], right-padded with mask [B,T] (True: a real token).
+        # The deepest Gemma layer that has to run; L stands for the output of the final norm.
+        L = gemma.num_hidden_layers
+        index = config.text_hidden_states_index
+        if not -(L + 1) <= index <= L:
+            raise FuseDiTError(f"text_hidden_states_index {index}: "
+                               f"this Gemma has {-(L + 1)} to {L}")
+        if config.fusion == "shallow":
+            self.last_layer = index % (L + 1)                   # -1 is the last hidden state, L
+        else:
+            self.last_layer = max(i for i in self.dit.text_layers if i is not None)
 
-        Gemma is frozen, so no graph is recorded; set requires_grad on it, and the gradient
-        reaches it through the keys and values with no other change.
+    def encode_ids(self, ids, mask, pooled=None):
+        """TextFeatures of ids [B,T], padded on the right, with mask [B,T] (True: a real token).
+
+        pooled: [B,C] of clip_encoder, for CLIP modulation. Gemma is frozen, so no graph is
+        recorded. Set requires_grad on its weights, and gradients reach them through the keys and
+        values with no other change.
         """
-        keys, values, hidden = self.llm(ids, self.upto, rotated=self.config.attention == "self")
-        shallow = self.config.fusion == "shallow"
-        keys, values = (tuple(None if r is None or shallow else x[r] for r in self.dit.reads)
-                        for x in (keys, values))
-        return TextFeatures(keys, values, hidden[-1] if shallow else None, mask, pooled)
-
-    def forward(self, x_t, sigma, words):
-        """Both towers at once, as training needs them: words are read's ids, mask and pooled."""
-        return self.dit(x_t, sigma, self.read(*words))
+        rotate_keys = self.config.attention == "self"           # cross-attention reads k as it is
+        keys, values, hidden = self.llm(ids, self.last_layer, rotate_keys)
+        layers = self.dit.text_layers
+        if self.config.fusion == "shallow":
+            nothing = (None,) * len(layers)
+            return TextFeatures(nothing, nothing, hidden[-1], mask, pooled)
+        keys = tuple(None if i is None else keys[i] for i in layers)
+        values = tuple(None if i is None else values[i] for i in layers)
+        return TextFeatures(keys, values, None, mask, pooled)
 
     def encode(self, prompts, pad_to=None):
         """TextFeatures of a list of prompts, padded to the longest or to pad_to tokens."""
         ids, mask = tokenize(self.tokenizer, prompts, self.config, pad_to)
         device = self.llm.embed_tokens.weight.device
-        return self.read(ids.to(device), mask.to(device), self.pool and self.pool(prompts))
+        pooled = None
+        if self.clip_encoder is not None:
+            pooled = self.clip_encoder(prompts)
+        return self.encode_ids(ids.to(device), mask.to(device), pooled)
+
+    def forward(self, x_t, sigma, tokens):
+        """Both towers in one call, as training needs it; tokens: the arguments of encode_ids."""
+        return self.dit(x_t, sigma, self.encode_ids(*tokens))
 
 
 def token_ids(tokenizer, prompts, config):
-    """Token ids of each prompt, not cut yet, and how many of them the model takes.
+    """Token ids of each prompt, not cut yet, and the number of tokens at which they will be.
 
     The instruction and the chat template go around every prompt but the empty one, which means
-    "no prompt" in training and guidance. Their tokens come on top of max_text_tokens.
+    "no prompt" in training and guidance. Their tokens come on top of max_text_tokens
+    (pipelines.py:220-234).
     """
     def wrap(text):
         if not config.apply_chat_template:
             return text
         turn = [{"role": "user", "content": text}]
-        return tokenizer.apply_chat_template(turn, tokenize=False).removeprefix(tokenizer.bos_token)
-    texts = [wrap(config.instruction + p) if p else "" for p in prompts]
-    extra, *rows = tokenizer([wrap(config.instruction.rstrip()), *texts])["input_ids"]
-    bos = tokenizer.bos_token_id            # Gemma goes astray without it, so make sure of it
-    rows = [row if row[:1] == [bos] else [bos, *row] for row in rows]
-    return rows, config.max_text_tokens + sum(i != bos for i in extra)
+        text = tokenizer.apply_chat_template(turn, tokenize=False)
+        return text.removeprefix(tokenizer.bos_token)           # the tokenizer adds its own
+
+    texts = [wrap(config.instruction + prompt) if prompt else "" for prompt in prompts]
+    bos = tokenizer.bos_token_id
+    ids = []
+    for prompt_ids in tokenizer(texts)["input_ids"]:
+        if prompt_ids[:1] != [bos]:         # without <bos> Gemma's outputs are far off
+            prompt_ids = [bos, *prompt_ids]
+        ids.append(prompt_ids)
+
+    around = tokenizer(wrap(config.instruction.rstrip()))["input_ids"]
+    limit = config.max_text_tokens + sum(i != bos for i in around)
+    return ids, limit
 
 
 def tokenize(tokenizer, prompts, config, pad_to=None):
     """ids [B,T] and mask [B,T] of prompts: cut at the model's limit, padded on the right."""
-    rows, limit = token_ids(tokenizer, prompts, config)
-    lengths = torch.tensor([min(len(row), limit) for row in rows])
-    T, pad = pad_to or int(lengths.max()), tokenizer.pad_token_id or 0
+    ids, limit = token_ids(tokenizer, prompts, config)
+    lengths = torch.tensor([min(len(row), limit) for row in ids])
+    T = pad_to or int(lengths.max())
     assert lengths.max() <= T, f"a prompt has {lengths.max()} tokens, more than pad_to = {T}"
-    ids = torch.tensor([(row[:limit] + [pad] * T)[:T] for row in rows])
-    return ids, torch.arange(T) < lengths[:, None]
+    padding = [tokenizer.pad_token_id or 0] * T
+    padded = torch.tensor([(row[:limit] + padding)[:T] for row in ids])
+    return padded, torch.arange(T) < lengths[:, None]
 
 
-# ---------------------------------------------------------------------------- flow
-def shift_sigma(sigma, shift):
-    """Move noise levels towards 1: shift s / (1 + (shift - 1) s) (arXiv 2403.03206, eq. 23)."""
-    return shift * sigma / (1 + (shift - 1) * sigma)
+# ------------------------------------------------------------------------------ presets
+GEMMA_2 = {"base": "google/gemma-2-2b", "sandwich_norm": True}
+FINAL_MODEL = GEMMA_2 | {"pos_embed": "2d-rope", "timestep_conditioning": None}
+PRESETS = {  # name -> what differs from the baseline; the names are those of the paper's runs
+    "fusedit": FINAL_MODEL,
+    "demo": {"base": "demo/gemma", "pos_embed": "2d-rope", "timestep_conditioning": "addition",
+             "vae": None, "image_size": 32, "patch_size": 4, "in_channels": 3,
+             "dit_hidden_size": 256, "shift": 4.0, "guidance": 3.0, "max_text_tokens": 32},
+    "baselinedit/self-attention": {"fusion": "shallow"},
+    "baselinedit/cross-attention": {"fusion": "shallow", "attention": "cross"},
+    "fusedit/baseline": {},
+    "fusedit/cross-attention": {"attention": "cross"},
+    "fusedit/adaln-single": {"timestep_conditioning": "adaln-single"},
+    "fusedit/addition": {"timestep_conditioning": "addition"},
+    "fusedit/no-temb": {"timestep_conditioning": None},
+    "fusedit/1d-rope": {"pos_embed": "1d-rope"},
+    "fusedit/2d-rope": {"pos_embed": "2d-rope"},
+    "fusedit/m-rope": {"pos_embed": "m-rope"},
+    "fusedit/clip-mod": {"clip": "openai/clip-vit-large-patch14",
+                         "text_modulation_embeds_dim": 768},
+    "fusedit/gemma-2": GEMMA_2,
+    "fusedit/gemma-it": {"base": "google/gemma-2b-it"},
+    "fusedit/gemma-it-instruction": {"base": "google/gemma-2b-it", "instruction": "Imagine: "},
+    "fusedit/paligemma": {"base": "google/paligemma-3b-pt-448"},
+    "fusedit/hidden-size-1280": {"dit_hidden_size": 1280},
+    "fusedit/hidden-size-1536": {"dit_hidden_size": 1536},
+    "fusedit/hidden-size-1792": {"dit_hidden_size": 1792},
+    "fusedit/layers-10": {"dit_num_hidden_layers": 10, "initial_layers": 4},
+    "fusedit/layers-14": {"dit_num_hidden_layers": 14, "initial_layers": 2},
+    "fusedit/large-scale": FINAL_MODEL,
+}
 
 
-def train_sigmas(shift, device=None):
-    """The 1000 noise levels of training, from 1 down to almost 0."""
-    return shift_sigma(torch.arange(1000, 0, -1, device=device) / 1000, shift)
-
-
-def sample_sigmas(steps, shift):
-    """The steps + 1 noise levels of the sampler, from 1 to 0."""
-    # Shifted twice, as published: linspace ends at the lowest level of training, shifted already.
-    levels = torch.linspace(1, float(train_sigmas(shift)[-1]), steps, dtype=torch.float64)
-    return torch.cat([shift_sigma(levels, shift), levels.new_zeros(1)]).float()
-
-
-def random_sigma(normal, shift):
-    """Noise levels of training, of normal numbers [B]: mostly the table's middle, itself noisy."""
-    return train_sigmas(shift, normal.device)[(normal.sigmoid() * 1000).long().clamp(max=999)]
-
-
-def flow_loss(dit, x, text, sigma, eps):
-    """Rectified-flow loss [B] (section 3; arXiv 2209.03003): mean squared error of the velocity.
-
-    On the line x_t = (1 - sigma) x + sigma eps, from clean latents x to noise eps, the velocity is
-    eps - x. Many lines meet in one x_t: dit learns their mean, given text; sample() follows it.
-    """
-    x, s = x.float(), sigma[:, None, None, None]
-    v = dit((1 - s) * x + s * eps, sigma, text)
-    return (v.float() - (eps - x)).square().flatten(1).mean(1)
-
-
-@torch.no_grad()
-def sample(dit, noise, text, empty, steps, guidance, shift, span=(0, 1), after=lambda i, x: None):
-    """Euler integration of the velocity from noise [B,C,H,W] at sigma 1 to a picture at 0.
-
-    text, empty: TextFeatures of the B prompts and of what to avoid (the empty or a negative
-    prompt), of the same T. At noise levels in span, classifier-free guidance (arXiv 2207.12598)
-    goes past the prompt's velocity, v_empty + guidance (v - v_empty); 1: off. after(i, x): a step.
-    """
-    x, sigmas = noise.float(), sample_sigmas(steps, shift).tolist()
-    both = text.apply(lambda a, b: torch.cat([a, b]), empty)
-    for i, (sigma, lower) in enumerate(zip(sigmas, sigmas[1:])):
-        if guidance != 1 and span[0] <= sigma <= span[1]:
-            v, v_empty = dit(torch.cat([x, x]), x.new_full([2 * len(x)], sigma), both).chunk(2)
-            v = v_empty + guidance * (v - v_empty)
-        else:
-            v = dit(x, x.new_full([len(x)], sigma), text)
-        x = x + (lower - sigma) * v
-        after(i, x)
-    return x
+def preset(name, **changes):
+    """FuseDiTConfig of a named preset with some fields changed."""
+    if name not in PRESETS:
+        raise FuseDiTError(f"unknown preset {name!r}; {suggest(name, PRESETS)}")
+    return FuseDiTConfig.from_dict(PRESETS[name] | changes)

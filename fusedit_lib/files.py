@@ -1,4 +1,4 @@
-"""TODO."""
+"""Files that are whole or absent: atomic writes, JSON, safetensors that lie in several files."""
 import contextlib
 import json
 import math
@@ -7,42 +7,59 @@ import random
 from pathlib import Path
 
 import safetensors.torch
+import torch
 from safetensors import SafetensorError, safe_open
 
 from fusedit import FuseDiTError
 
+# ---- writing -------------------------------------------------------------------------------------
 
 @contextlib.contextmanager
 def atomic_write(path):
     """`with atomic_write(path) as tmp`: write tmp; path then appears whole, or not at all."""
     path = Path(path)
+    # SystemRandom: a seed that the program sets must not make two processes pick the same name.
     tmp = path.with_name(f".{path.name}.{random.SystemRandom().getrandbits(40)}.tmp")
     try:
         yield tmp
-        with open(tmp, "rb") as f:
-            os.fsync(f.fileno())
+        fsync(tmp)
         os.replace(tmp, path)
     finally:
         tmp.unlink(missing_ok=True)
 
 
-def untaken(path, *others):
-    """path (a Path), or NAME_2, NAME_3, ...: the first that is no file, nor with other suffixes."""
-    new, n = path, 2
-    while any(new.with_suffix(s).exists() for s in (path.suffix, *others)):
-        new, n = path.with_stem(f"{path.stem}_{n}"), n + 1
-    return new
+def fsync(path):
+    """Make a file's bytes, or a folder's list of names, survive a power cut."""
+    fd = os.open(path, os.O_RDONLY)
+    os.fsync(fd)
+    os.close(fd)
+
+
+def unused_path(path, *other_suffixes):
+    """path, or NAME_2, NAME_3, ...: the first name that no file has, with any of the suffixes."""
+    candidate = path
+    number = 2
+    while any(candidate.with_suffix(s).exists() for s in (path.suffix, *other_suffixes)):
+        candidate = path.with_stem(f"{path.stem}_{number}")
+        number += 1
+    return candidate
 
 
 def save_file(tensors, path, metadata):
-    """Safetensors' own, but readable by all whom the umask lets: theirs is the owner's alone."""
-    open(path, "wb").close()               # a file as the umask makes it
-    mode = os.stat(path).st_mode
-    safetensors.torch.save_file(tensors, path, metadata)
-    os.chmod(path, mode)
+    """safetensors' save_file, but with the permissions of any new file.
 
+    safetensors makes files that their owner alone can read. metadata: {str: str}.
+    """
+    open(path, "wb").close()
+    permissions = os.stat(path).st_mode
+    safetensors.torch.save_file(tensors, path, metadata)
+    os.chmod(path, permissions)
+
+
+# ---- reading -------------------------------------------------------------------------------------
 
 def read_json(path):
+    """The content of a JSON file of a model folder or a run; raises FuseDiTError."""
     try:
         return json.loads(Path(path).read_text())
     except (OSError, ValueError) as e:
@@ -50,69 +67,104 @@ def read_json(path):
                            "folder?") from None
 
 
-def weight_files(folder, stem):
-    index = Path(folder) / f"{stem}.safetensors.index.json"
-    shards = read_json(index)["weight_map"].values() if index.exists() else [f"{stem}.safetensors"]
-    return [Path(folder) / name for name in sorted(set(shards))]
-
-
-def tensor_files(folder, stem="model"):
-    """{tensor name: (open file, its name there)} of stem.safetensors, whole or in shards."""
-    tensors = {}
-    for path in weight_files(folder, stem):
-        try:
-            file = safe_open(path, framework="pt")
-        except (OSError, SafetensorError) as e:
-            raise FuseDiTError(f"{path} is missing, truncated or corrupt ({e}): copy or download "
-                               "it again") from None
-        for name in file.keys():
-            whole, _, place = name.partition("[")          # a TPU host writes NAME[0:8,0:512]
-            if place:
-                tensors.setdefault(whole, (Pieces(), whole))[0].add(place, file, name)
-            else:
-                tensors[name] = file, name
-    return tensors
-
-
-class Pieces:
-    """A tensor that lies in several files or names, to be read as from one safetensors file."""
-    def __init__(self):
-        self.parts = []                     # (its slices, file, name)
-
-    def add(self, place, file, name):
-        rows = (map(int, part.split(":")) for part in place.rstrip("]").split(","))
-        self.parts.append((tuple(slice(*row) for row in rows), file, name))
-        self.metadata = file.metadata
-
-    def get_slice(self, _):
-        return self
-
-    def get_shape(self):
-        return [max(s.stop for s in dim) for dim in zip(*(p[0] for p in self.parts), strict=True)]
-
-    def get_tensor(self, name):
-        whole, missing = None, math.prod(self.get_shape())
-        for place, file, part in self.parts:
-            piece = file.get_tensor(part)
-            whole = piece.new_empty(self.get_shape()) if whole is None else whole
-            whole[place] = piece
-            missing -= piece.numel()
-        if missing:
-            raise FuseDiTError(f"{name} lacks some of its pieces: is a file of its folder missing?")
-        return whole
-
-
-def sync(path):
-    """Make a file's bytes, or a folder's names, survive a power cut."""
-    fd = os.open(path, os.O_RDONLY)
-    os.fsync(fd)
-    os.close(fd)
-
-
-def rows(path):
-    """The rows of a metrics.jsonl, of which a killed run may have left half a line."""
+def read_jsonl(path):
+    """The JSON objects of a file with one a line. A killed run may have left half a line: skipped.
+    """
     found = []
     for line in path.read_text().splitlines():
         with contextlib.suppress(ValueError):
             found.append(json.loads(line))
     return found
+
+
+def safetensors_paths(folder, stem="model"):
+    """The files of stem.safetensors: itself, or the shards that its index names."""
+    index = Path(folder) / f"{stem}.safetensors.index.json"
+    if not index.exists():
+        return [Path(folder) / f"{stem}.safetensors"]
+    names = read_json(index)["weight_map"].values()
+    return [Path(folder) / name for name in sorted(set(names))]
+
+
+def open_tensors(folder, stem="model"):
+    """{tensor name: (open file, its name there)} of stem.safetensors, whole or in shards.
+
+    Nothing is read yet: file.get_tensor(name) does. A tensor that several hosts of a TPU run have
+    written in slices is a SlicedTensor, which reads as an open file does. Raises FuseDiTError.
+    """
+    tensors = {}
+    for path in safetensors_paths(folder, stem):
+        try:
+            file = safe_open(path, framework="pt")
+        except (OSError, SafetensorError) as e:
+            raise FuseDiTError(f"{path} is missing, truncated or corrupt ({e}): copy or download "
+                               "it again") from None
+        for stored_name in file.keys():
+            name, bracket, ranges = stored_name.partition("[")     # NAME[0:8,0:512]
+            if not bracket:
+                tensors[name] = file, name
+                continue
+            if name not in tensors:
+                tensors[name] = SlicedTensor(file.metadata), name
+            tensors[name][0].add(ranges.rstrip("]"), file, stored_name)
+    return tensors
+
+
+class SlicedTensor:
+    """A tensor stored in slices, with the methods of an open safetensors file that holds it."""
+
+    def __init__(self, metadata):
+        self.metadata = metadata
+        self.slices = []                    # a tuple of slice objects for each
+        self.sources = []                   # (open file, name there), in the same order
+
+    def add(self, ranges, file, name):
+        """ranges: "0:8,0:512", where in the tensor the slice belongs."""
+        bounds = [text.split(":") for text in ranges.split(",")]
+        self.slices.append(tuple(slice(int(start), int(stop)) for start, stop in bounds))
+        self.sources.append((file, name))
+
+    def get_slice(self, _):
+        return self
+
+    def get_shape(self):
+        dimensions = zip(*self.slices, strict=True)
+        return [max(s.stop for s in dimension) for dimension in dimensions]
+
+    def get_tensor(self, name):
+        parts = [file.get_tensor(stored_name) for file, stored_name in self.sources]
+        if sum(part.numel() for part in parts) != math.prod(self.get_shape()):
+            raise FuseDiTError(f"{name} lacks some of its slices: is a file of its folder missing?")
+        whole = torch.empty(self.get_shape(), dtype=parts[0].dtype)
+        for where, part in zip(self.slices, parts, strict=True):
+            whole[where] = part
+        return whole
+
+
+# ---- into a module -------------------------------------------------------------------------------
+
+def check_tensors(module, tensors, source, hint=""):
+    """Raise FuseDiTError unless tensors, of open_tensors, are exactly the module's."""
+    expected = {name: tuple(t.shape) for name, t in module.state_dict().items()}
+    stored = {}
+    for name, (file, stored_name) in tensors.items():
+        stored[name] = tuple(file.get_slice(stored_name).get_shape())
+
+    problems = [f"{name} is missing" for name in expected if name not in stored]
+    problems += [f"{name} is unexpected" for name in stored if name not in expected]
+    problems += [f"{name} is {stored[name]}, not {shape}" for name, shape in expected.items()
+                 if stored.get(name, shape) != shape]
+    if problems:
+        text = "; ".join(problems[:4])
+        if len(problems) > 4:
+            text += f"; and {len(problems) - 4} more"
+        raise FuseDiTError(f"the weights in {source} do not fit its config.json: {text}{hint}")
+
+
+def assign_tensors(module, tensors, device, dtype):
+    """Replace a module's tensors, which may be on the meta device, by the stored ones."""
+    state = {}
+    for name in module.state_dict():
+        file, stored_name = tensors[name]
+        state[name] = file.get_tensor(stored_name).to(device, dtype)
+    module.load_state_dict(state, assign=True)

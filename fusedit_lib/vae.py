@@ -1,16 +1,17 @@
-"""The autoencoder of Stable Diffusion 3 in plain torch: pictures to latents and back.
+"""The autoencoder of Stable Diffusion 3 in plain torch: images to latents and back.
 
-A diffusion model that painted pixels would spend most of its effort on detail nobody looks at.
-So a second network, trained before it and frozen since, squeezes every 8 x 8 patch of pixels (192
+A diffusion model of pixels would spend most of its effort on detail that nobody looks at. So a
+second network, trained before it and frozen since, compresses every 8 x 8 patch of pixels (192
 numbers) into a vector of 16, and the diffusion model works on that small grid alone:
 
     encode   pixels [B,3,H,W] in [-1,1]  ->  latents [B,16,H/8,W/8] of about unit variance
     decode   latents                     ->  pixels
 
 It is the KL-regularised autoencoder of latent diffusion (Rombach et al., arXiv 2112.10752, 3.1)
-with 16 channels (Esser et al., arXiv 2403.03206, 5.2.1). The encoder answers with a Gaussian, not
-a point (arXiv 1312.6114), drawn a little towards N(0,1) in training, so that a nearly right latent
-decodes to a nearly right picture. All names are those of diffusers' AutoencoderKL.
+with 16 channels (Esser et al., arXiv 2403.03206, 5.2.1). The encoder predicts a Gaussian rather
+than a point (arXiv 1312.6114). In its training that Gaussian is drawn a little towards N(0,1), so
+that a nearly right latent decodes to a nearly right image. All names are those of diffusers'
+AutoencoderKL.
 """
 from collections import OrderedDict
 from dataclasses import asdict, dataclass
@@ -20,8 +21,8 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from fusedit import FuseDiTError
-from fusedit_lib.files import read_json, tensor_files
-from fusedit_lib.pretrained import check_tensors, fill, resolve
+from fusedit_lib.files import assign_tensors, check_tensors, open_tensors, read_json
+from fusedit_lib.pretrained import resolve_vae
 
 
 @dataclass(frozen=True)
@@ -34,29 +35,36 @@ class VAEConfig:
     norm_num_groups: int = 32             # of every GroupNorm
     scaling_factor: float = 1.5305        # latents = (z - shift) * scale, measured so that they
     shift_factor: float = 0.0609          # have mean 0 and variance 1, like the noise they meet
-    mid_block_add_attention: bool = True  # the one place where far pixels see each other
+    mid_block_add_attention: bool = True  # the one place where distant pixels see each other
 
     @staticmethod
     def from_dict(d):
         """From config.json, whose other keys say nothing about the network."""
-        usual, d = asdict(VAEConfig()), {"mid_block_add_attention": True} | d  # a late key
-        got = {k: tuple(d[k]) if type(d.get(k)) is list else d.get(k) for k in usual}
-        for k in got:
-            if type(got[k]) is not type(usual[k]):
-                raise FuseDiTError(f"VAE config field {k} is {got[k]!r}; SD 3 has {usual[k]!r}")
-        return VAEConfig(**got)
+        defaults = asdict(VAEConfig())
+        values = {}
+        for name, default in defaults.items():
+            value = d.get(name)
+            if type(value) is list:
+                value = tuple(value)
+            if name == "mid_block_add_attention" and name not in d:    # older than this key
+                value = default
+            if type(value) is not type(default):
+                raise FuseDiTError(f"VAE config field {name} is {value!r}; SD 3 has {default!r}")
+            values[name] = value
+        return VAEConfig(**values)
 
 
 class ResnetBlock(nn.Module):
     """x + conv(silu(norm(conv(silu(norm(x)))))): what nearly all of the network is made of."""
-
     def __init__(self, c_in, c_out, groups):
         super().__init__()
         self.norm1 = nn.GroupNorm(groups, c_in, eps=1e-6)
         self.conv1 = nn.Conv2d(c_in, c_out, 3, padding=1)
         self.norm2 = nn.GroupNorm(groups, c_out, eps=1e-6)
         self.conv2 = nn.Conv2d(c_out, c_out, 3, padding=1)
-        self.conv_shortcut = nn.Conv2d(c_in, c_out, 1) if c_in != c_out else nn.Identity()
+        self.conv_shortcut = nn.Identity()
+        if c_in != c_out:
+            self.conv_shortcut = nn.Conv2d(c_in, c_out, 1)
 
     def forward(self, x):                                     # [B,c_in,h,w]
         y = self.conv1(F.silu(self.norm1(x)))                 # [B,c_out,h,w]
@@ -65,12 +73,13 @@ class ResnetBlock(nn.Module):
 
 
 class Attention(nn.Module):
-    """Every position looks at every other: a single head, as wide as the layer."""
-
+    """Every position attends to every other: a single head, as wide as the layer."""
     def __init__(self, c, groups):
         super().__init__()
         self.group_norm = nn.GroupNorm(groups, c, eps=1e-6)
-        self.to_q, self.to_k, self.to_v = nn.Linear(c, c), nn.Linear(c, c), nn.Linear(c, c)
+        self.to_q = nn.Linear(c, c)
+        self.to_k = nn.Linear(c, c)
+        self.to_v = nn.Linear(c, c)
         self.to_out = nn.Sequential(nn.Linear(c, c))          # a Sequential for the name to_out.0
 
     def forward(self, x):                                     # [B,C,h,w]
@@ -82,38 +91,44 @@ class Attention(nn.Module):
 
 class MidBlock(nn.Module):
     """At the lowest resolution, where attention is affordable."""
-
-    def __init__(self, c, groups, attend):
+    def __init__(self, c, groups, add_attention):
         super().__init__()
         self.resnets = nn.ModuleList(ResnetBlock(c, c, groups) for _ in range(2))
-        self.attentions = nn.Sequential(*[Attention(c, groups)] * attend)  # none: the identity
+        self.attentions = nn.Sequential()                     # empty: the identity
+        if add_attention:
+            self.attentions.append(Attention(c, groups))
 
     def forward(self, x):
         return self.resnets[1](self.attentions(self.resnets[0](x)))
 
 
 def named(**modules):
-    """Modules one after the other, under the names that diffusers gave them."""
+    """Modules applied one after the other, under the names that diffusers gave them."""
     return nn.Sequential(OrderedDict(modules))
 
 
 def stage(c_in, c, depth, groups, **resample):
-    """Residual blocks at one resolution, then the named step to the next, if there is one."""
-    blocks = [ResnetBlock(c_in if i == 0 else c, c, groups) for i in range(depth)]
+    """Residual blocks at one resolution, then the step to the next one, if there is one."""
+    blocks = [ResnetBlock(c_in, c, groups)]
+    for _ in range(depth - 1):
+        blocks.append(ResnetBlock(c, c, groups))
     return named(resnets=nn.Sequential(*blocks), **resample)
 
 
 def encoder(cfg):
     """Pixels [B,3,H,W] to the posterior's mean and log variance [B,2*16,H/8,W/8]."""
-    widths, depth, groups = cfg.block_out_channels, cfg.layers_per_block, cfg.norm_num_groups
+    widths = cfg.block_out_channels
+    depth = cfg.layers_per_block
+    groups = cfg.norm_num_groups
     down = []
     for c_in, c in zip(widths[:1] + widths, widths[:-1]):
-        # the trap: the convolution that halves pads on the right and the bottom only
+        # Beware: the convolution that halves the image pads on the right and the bottom only.
         halve = named(pad=nn.ZeroPad2d((0, 1, 0, 1)), conv=nn.Conv2d(c, c, 3, stride=2))
         down.append(stage(c_in, c, depth, groups, downsamplers=nn.Sequential(halve)))
+    down.append(stage(*widths[-2:], depth, groups))
     return named(
         conv_in=nn.Conv2d(cfg.in_channels, widths[0], 3, padding=1),          # [B,128,H,W]
-        down_blocks=nn.Sequential(*down, stage(*widths[-2:], depth, groups)),
+        down_blocks=nn.Sequential(*down),
         mid_block=MidBlock(widths[-1], groups, cfg.mid_block_add_attention),  # [B,512,H/8,W/8]
         conv_norm_out=nn.GroupNorm(groups, widths[-1], eps=1e-6),
         act=nn.SiLU(),
@@ -122,16 +137,19 @@ def encoder(cfg):
 
 def decoder(cfg):
     """Latents [B,16,H/8,W/8] to pixels [B,3,H,W]: the mirror image, one block deeper."""
-    widths, depth, groups = cfg.block_out_channels[::-1], cfg.layers_per_block, cfg.norm_num_groups
+    widths = cfg.block_out_channels[::-1]
+    depth = cfg.layers_per_block + 1
+    groups = cfg.norm_num_groups
     up = []
     for c_in, c in zip(widths[:1] + widths, widths[:-1]):
-        # every pixel becomes four equal ones, which the convolution then smooths
+        # Every pixel becomes four equal ones, which the convolution then smooths.
         double = named(grow=nn.Upsample(scale_factor=2.0), conv=nn.Conv2d(c, c, 3, padding=1))
-        up.append(stage(c_in, c, depth + 1, groups, upsamplers=nn.Sequential(double)))
+        up.append(stage(c_in, c, depth, groups, upsamplers=nn.Sequential(double)))
+    up.append(stage(*widths[-2:], depth, groups))
     return named(
         conv_in=nn.Conv2d(cfg.latent_channels, widths[0], 3, padding=1),
         mid_block=MidBlock(widths[0], groups, cfg.mid_block_add_attention),   # [B,512,H/8,W/8]
-        up_blocks=nn.Sequential(*up, stage(*widths[-2:], depth + 1, groups)),
+        up_blocks=nn.Sequential(*up),
         conv_norm_out=nn.GroupNorm(groups, widths[-1], eps=1e-6),             # [B,128,H,W]
         act=nn.SiLU(),
         conv_out=nn.Conv2d(widths[-1], cfg.in_channels, 3, padding=1))
@@ -141,12 +159,17 @@ class VAE(nn.Module):
     """encode: pixels [B,3,H,W] in [-1,1] to latents [B,16,H/8,W/8]; decode: back."""
     def __init__(self, config=VAEConfig()):
         super().__init__()
-        self.config, self.factor = config, 2 ** (len(config.block_out_channels) - 1)  # 8
-        self.encoder, self.decoder = encoder(config), decoder(config)
+        self.config = config
+        self.factor = 2 ** (len(config.block_out_channels) - 1)               # 8
+        self.encoder = encoder(config)
+        self.decoder = decoder(config)
 
     def moments(self, pixels):
-        """Mean and log variance of the posterior, each [B,16,H/8,W/8]; of latents, themselves."""
-        if pixels.shape[1] == 2 * self.config.latent_channels:  # of `prepare_data.py encode`
+        """Mean and log variance of the posterior, each [B,16,H/8,W/8].
+
+        In place of pixels it takes what `prepare_data.py encode` stored: both, already computed.
+        """
+        if pixels.shape[1] == 2 * self.config.latent_channels:
             return pixels.chunk(2, dim=1)
         assert all(n % self.factor == 0 for n in pixels.shape[2:]), pixels.shape
         mean, logvar = self.encoder(pixels.to(self.encoder.conv_in.weight)).chunk(2, dim=1)
@@ -155,8 +178,9 @@ class VAE(nn.Module):
     def encode(self, pixels, noise=None):
         """A sample of the posterior, shifted and scaled; noise [B,16,H/8,W/8] draws it."""
         mean, logvar = self.moments(pixels)
-        noise = torch.randn_like(mean) if noise is None else noise.to(mean)
-        z = mean + torch.exp(0.5 * logvar) * noise
+        if noise is None:
+            noise = torch.randn_like(mean)
+        z = mean + torch.exp(0.5 * logvar) * noise.to(mean)
         return (z - self.config.shift_factor) * self.config.scaling_factor
 
     def decode(self, latents):
@@ -166,16 +190,20 @@ class VAE(nn.Module):
 
 
 def load_vae(path_or_id, device="cpu", dtype=torch.float32, channels=None):
-    """The frozen VAE, of so many latent channels, of a vae/ folder, its parent, or a hub id."""
-    folder = resolve(path_or_id, patterns=("vae/*",))
-    folder = folder / "vae" if (folder / "vae").is_dir() else folder
+    """The frozen VAE of a vae/ folder, its parent, or a hub id.
+
+    channels: the model's in_channels, which must agree. Raises FuseDiTError.
+    """
+    folder = resolve_vae(path_or_id)
     with torch.device("meta"):                                # shapes only: no memory yet
         vae = VAE(VAEConfig.from_dict(read_json(folder / "config.json")))
-    found = tensor_files(folder, "diffusion_pytorch_model")
-    check_tensors(vae, found, folder)
-    if vae.config.latent_channels != (channels or vae.config.latent_channels):
+    tensors = open_tensors(folder, "diffusion_pytorch_model")
+    check_tensors(vae, tensors, folder)
+    if channels not in (None, vae.config.latent_channels):
         raise FuseDiTError(f"the VAE {path_or_id} has {vae.config.latent_channels} channels, the "
                            f"model's config.json has in_channels {channels}: they must agree")
-    fill(vae, found, device, dtype)
-    layout = torch.channels_last if dtype == torch.bfloat16 else torch.contiguous_format  # faster
+    assign_tensors(vae, tensors, device, dtype)
+    layout = torch.contiguous_format
+    if dtype == torch.bfloat16:
+        layout = torch.channels_last                          # faster
     return vae.to(memory_format=layout).requires_grad_(False).eval()

@@ -125,8 +125,8 @@ def test_a_run_without_a_checkpoint_says_so(tmp_path):
     (dict(in_channels=16), "in_channels is 16.*vae"), (dict(text_modulation_embeds_dim=8), "clip"),
     (dict(apply_chat_template=True), "no chat template"),
     (dict(dit_hidden_size=10), "dit_hidden_size is 10.*multiple of 4"),
-    (dict(shared_attention_layers=[]), "shared ones do not fit"),
-    (dict(shared_attention_layers=[1], dit_num_hidden_layers=1), "shared ones do not fit"),
+    (dict(shared_attention_layers=[]), "shared_attention_layers do not fit"),
+    (dict(shared_attention_layers=[1], dit_num_hidden_layers=1), "shared_attention_layers do not fit"),
     (dict(initial_layers=9, fusion="shallow"), "do not fit a Gemma")])
 def test_what_a_model_lacks_is_named(gemma_folder, changes, words):
     config = FuseDiTConfig(**dict(base=str(gemma_folder), vae=None, in_channels=3) | changes)

@@ -24,7 +24,7 @@ from safetensors import SafetensorError, safe_open
 
 from fusedit import FuseDiTError
 from fusedit_lib import backend
-from fusedit_lib.files import atomic_write, read_json, save_file, sync, tensor_files
+from fusedit_lib.files import atomic_write, fsync, open_tensors, read_json, save_file
 from fusedit_lib.train import distributed
 
 
@@ -91,7 +91,7 @@ def settle_dtype(run, device):
     if begun:
         begun = read_json(Path(run.out) / "config.json").get("run", {}).get("dtype", "auto")
     name = backend.dtype_name(begun or run.dtype, device)
-    slow = backend.slow_dtype(name, device)
+    slow = backend.emulation_note(name, device)
     if slow and os.environ.get("RANK", "0") == "0":
         why = f"{run.out} was begun in bf16 and goes on in it; " if begun else ""
         print(f"note: {why}{slow}", file=sys.stderr, flush=True)
@@ -108,7 +108,7 @@ def settings(run, config):
 
 
 class Saved(NamedTuple):
-    """A checkpoint, its tensors as weights.tensor_files gives them: still on disk."""
+    """A checkpoint, its tensors as weights.open_tensors gives them: still on disk."""
     step: int
     data: str                               # digest of its shards
     adam_step: int                          # less than step, where steps were skipped
@@ -125,8 +125,8 @@ def load_checkpoint(folder):
         return None
     state = read_json(folder / "train_state" / "state.json")
     state = {k: v for k, v in state.items() if k in Saved._fields}
-    return Saved(**state, state=tensor_files(folder / "train_state", "state"),
-                 ema=tensor_files(folder))
+    return Saved(**state, state=open_tensors(folder / "train_state", "state"),
+                 ema=open_tensors(folder))
 
 
 class Saver:
@@ -173,7 +173,7 @@ class Saver:
     def name_latest(self, step):
         with atomic_write(self.out / "latest") as latest:
             latest.write_text(f"step-{step:07d}\n")
-        sync(self.out)
+        fsync(self.out)
 
     def part(self, stem, rank):
         """The file that a rank writes: one alone has no number."""
@@ -221,7 +221,7 @@ class Saver:
                 parts.append(tmp / "config.json")
                 parts[-1].write_text(config + "\n")
             for path in parts:
-                sync(path)
+                fsync(path)
         except BaseException as e:          # of whatever kind: this checkpoint is not whole
             self.problem = e
 
@@ -273,7 +273,7 @@ class Saver:
         with atomic_write(tmp / "train_state" / "state.json") as text:
             text.write_text(json.dumps(self.state | {"files": files}, indent=2) + "\n")
         for path in (tmp / "train_state", tmp):
-            sync(path)
+            fsync(path)
         shutil.rmtree(self.out / name, ignore_errors=True)
         os.replace(tmp, self.out / name)
         self.name_latest(self.state["step"])

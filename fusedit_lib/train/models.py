@@ -9,7 +9,7 @@ from fusedit_lib.vae import load_vae
 
 def build(run, config, device, saved):
     """(model, VAE or None); the trained weights are new, in float32, or a checkpoint's."""
-    dtype = backend.dtype_of(run.dtype)
+    dtype = backend.torch_dtype(run.dtype)
     torch.manual_seed(run.seed)
     model = build_model(config, device, dtype)
     vae = load_vae(config.vae, device, dtype, config.in_channels) if config.vae else None

@@ -16,7 +16,7 @@ from PIL.PngImagePlugin import PngInfo
 from tqdm import tqdm
 
 from fusedit import FuseDiTError
-from fusedit_lib.files import atomic_write, rows
+from fusedit_lib.files import atomic_write, read_jsonl
 from fusedit_lib.sampling import sheet
 from fusedit_lib.train import checkpoints, distributed, plan
 from fusedit_lib.train.schedule import on
@@ -63,7 +63,7 @@ class Watcher:
         (self.out / "samples").mkdir(parents=True, exist_ok=True)
         with atomic_write(self.out / "config.json") as tmp:
             tmp.write_text(checkpoints.settings(run, self.config))
-        done = rows(path) if path.exists() else []
+        done = read_jsonl(path) if path.exists() else []
         for keep, name in ((True, "metrics.jsonl"), (False, "metrics-aside.jsonl")):
             part = [row for row in done if (row["step"] <= first) == keep]
             if keep or part:

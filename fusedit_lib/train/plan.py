@@ -15,7 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from fusedit import FuseDiT, FuseDiTError, TextFeatures
 from fusedit_lib.files import read_json
-from fusedit_lib.pretrained import gemma_config, resolve, trim
+from fusedit_lib.pretrained import gemma_config, resolve
 from fusedit_lib.train import sharding
 from fusedit_lib.train.config import split_batch
 from fusedit_lib.vae import VAE
@@ -43,7 +43,7 @@ def abstract(config):
     shape = GEMMAS.get(config.base) or read_json(resolve(config.base) / "config.json")
     with torch.device("meta"):
         model = FuseDiT(config, gemma_config(shape))
-    trim(model)
+    model.llm.keep_layers(model.last_layer)
     return model
 
 
@@ -92,7 +92,7 @@ def flops(model, config, tokens=0):
     counts = []
     with torch.no_grad():
         with FlopCounterMode(display=False) as count:
-            text = model.read(ids, mask, pooled)
+            text = model.encode_ids(ids, mask, pooled)
         counts.append(count.get_total_flops())
         with FlopCounterMode(display=False) as count:
             model.dit(x, sigma, text)
@@ -136,7 +136,7 @@ def activations(model, config, batch, dtype, train_llm=False, attention=Fused, b
             layer.register_forward_pre_hook(lambda *_: blocks.append(total[0])),
             layer.register_forward_hook(lambda *_: blocks.append(total[0]))]
     with attention(), torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
-        text: TextFeatures = model.read(ids, mask, pooled)
+        text: TextFeatures = model.encode_ids(ids, mask, pooled)
         for t in (*text.keys, *text.values, text.hidden):
             if t is not None:
                 keep(t)

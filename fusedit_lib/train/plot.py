@@ -4,7 +4,7 @@ from pathlib import Path
 
 from fusedit import FuseDiTError
 from fusedit_lib import cli
-from fusedit_lib.files import atomic_write, rows
+from fusedit_lib.files import atomic_write, read_jsonl
 from fusedit_lib.train.validation import LEVELS
 
 # ------------------------------------------------------------------------------ plot
@@ -14,7 +14,7 @@ def plot(folder):
     path = Path(folder) / "metrics.jsonl"
     if not path.exists():
         raise FuseDiTError(f"{folder} has no metrics.jsonl: name a run's folder, as runs/demo")
-    if not (table := rows(path)):
+    if not (table := read_jsonl(path)):
         raise FuseDiTError(f"{path} is empty: the run has not logged yet")
     import matplotlib
     matplotlib.use("Agg")

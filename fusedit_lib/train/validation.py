@@ -26,9 +26,9 @@ def draw(run, config, model, vae, sync, rank, world):
     noise = torch.stack([torch.randn(config.in_channels, side, side,
                                      generator=torch.Generator().manual_seed(run.seed + i))
                          for i in mine]).to(texts.mask.device)
-    x = fusedit.sample(model.dit, noise, texts.apply(lambda t: t[:-1]),
-                       texts.apply(lambda t: t[[-1] * len(mine)]), run.sample_steps,
-                       config.guidance, config.shift, after=lambda i, x: sync())
+    x = fusedit.sample(model.dit, noise, texts.map(lambda t: t[:-1]),
+                       texts.map(lambda t: t[[-1] * len(mine)]), run.sample_steps,
+                       config.guidance, config.shift, callback=lambda i, x: sync())
     images = to_images(x, vae)
     if world == 1:
         return images
@@ -58,7 +58,8 @@ def validate(batches, model, vae, device, sync=lambda: None):
     for batch in batches:
         x, ids, mask, clip, _, noise = to_device(batch, device)
         x = vae.encode(x, noise[1]) if vae else x
-        text, counts = model.read(ids, mask, model.pool and model.pool(clip)), batch["counts"]
+        text = model.encode_ids(ids, mask, model.clip_encoder and model.clip_encoder(clip))
+        counts = batch["counts"]
         sync()                              # else all of the above again at every level
         for k, level in enumerate(LEVELS):
             sigma = torch.full((len(x),), level, device=device)

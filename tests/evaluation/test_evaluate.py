@@ -18,7 +18,7 @@ import evaluate
 import sample
 from fusedit import FuseDiTError, preset
 from fusedit_lib import backend
-from fusedit_lib.evaluation import drawing, drawing, figures, results
+from fusedit_lib.evaluation import drawing, figures, results
 from fusedit_lib.shapes import scenes, tiny_gemma
 from fusedit_lib.shapes.render import render
 from fusedit_lib.shapes.scenes import CATEGORIES, COLOURS, SIZES

@@ -131,7 +131,7 @@ for words in (8, 120, 200):
     mask = torch.zeros(2, 1, 1, S, device=device, dtype=torch.bfloat16)
     mask[..., words:length] = -torch.inf
     grad = torch.randn_like(q)
-    got = fusedit.attend(q, k, v, mask)
+    got = fusedit.attention(q, k, v, mask)
     got = [got, *torch.autograd.grad(got, (q, k, v), grad)]
     q, k, v = (t.detach().double().requires_grad_() for t in (q, k, v))
     wide_k, wide_v = (t.repeat_interleave(2, 1) for t in (k, v))

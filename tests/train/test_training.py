@@ -455,9 +455,9 @@ def plain_torch(argv):
     for step in range(run.steps):
         batch = source[step]
         x, eps = batch["pixels"] / 127.5 - 1, batch["noise"][:, 0]
-        sigma = fusedit.random_sigma(batch["normal"], model.config.shift)
+        sigma = fusedit.logit_normal_sigma(batch["normal"], model.config.shift)
         s = sigma[:, None, None, None]
-        v = model.dit((1 - s) * x + s * eps, sigma, model.read(batch["ids"], batch["mask"]))
+        v = model.dit((1 - s) * x + s * eps, sigma, model.encode_ids(batch["ids"], batch["mask"]))
         loss = torch.nn.functional.mse_loss(v, eps - x)
         adam.zero_grad()
         loss.backward()
@@ -622,12 +622,12 @@ def test_ranks_may_come_and_go(gemma, data, tmp_path, stages, more_ranks):
 
 
 POISON = """
-real, count = fusedit.random_sigma, -1
+real, count = fusedit.logit_normal_sigma, -1
 def poisoned(normal, shift):
     global count
     count += 1
     return real(normal, shift) * (float("nan") if count in BAD else 1)
-fusedit.random_sigma = poisoned
+fusedit.logit_normal_sigma = poisoned
 """
 
 
