@@ -203,8 +203,8 @@ def sa1b_download(args):
         tmp.write_text(json.dumps(report, indent=1) + "\n")
     print(f"{complete} of {len(links)} files are complete: {args.out}")
     if failed:
-        message = (f"{len(failed)} files could not be downloaded (see above, or download.json); "
-                   "the same command tries them again")
+        message = (f"{len(failed)} of {len(links)} files could not be downloaded (see above, or "
+                   "download.json); the same command tries them again")
         if any(reason.startswith("403") for reason in failed.values()):
             message += ", with a new list from Meta where links have expired (403)"
         raise FuseDiTError(message)
