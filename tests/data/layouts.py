@@ -65,11 +65,20 @@ def image_file(kind, seed):
         exif[0x0112] = 6                    # orientation: to be turned by 90 degrees to the right
         data = jpeg(image.transpose(Image.Transpose.ROTATE_90), exif=exif)
     else:
+        data = broken_data(kind, image)
         shown = None
-        data = {"zero": b"", "broken": b"<html>404</html>", "short": jpeg(image)[:-30]}.get(kind)
-    if kind == "huge":
-        data = saved(Image.new("1", (12000, 8000)), "PNG")
     return ImageFile(seed, kind, data, shown)
+
+
+def broken_data(kind, image):
+    if kind == "zero":
+        return b""
+    if kind == "broken":
+        return b"<html>404</html>"
+    if kind == "short":
+        return jpeg(image)[:-30]
+    assert kind == "huge"
+    return saved(Image.new("1", (12000, 8000)), "PNG")
 
 
 def image_files(count, first=0):

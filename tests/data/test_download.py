@@ -65,14 +65,14 @@ class Server(BaseHTTPRequestHandler):
     def do_GET(self):
         _, kind, name = self.path.split("/", 2)
         data = TARS[name]
-        n = self.asked[self.path]           # how often it was asked for before
+        requests = self.asked[self.path]    # earlier ones for this file
         self.asked[self.path] += 1
-        if kind == "404" or (kind == "503" and n < 2):
+        if kind == "404" or (kind == "503" and requests < 2):
             return self.send_error(int(kind))
         begin = self.requested_begin(kind)
         if begin and begin >= len(data):
             return self.send_range_error(len(data))
-        body, length = self.spoil(kind, n, data[begin:])
+        body, length = self.spoil(kind, requests, data[begin:])
         self.send_head(begin, length, len(data))
         self.send_body(kind, body)
 
@@ -91,12 +91,12 @@ class Server(BaseHTTPRequestHandler):
         self.send_header("Content-Range", f"bytes */{size}")
         self.end_headers()
 
-    def spoil(self, kind, n, body):
-        """(bytes to send, length to announce) of what is asked for, for the n-th time."""
+    def spoil(self, kind, requests, body):
+        """(bytes to send, length to announce) of a response after so many requests."""
         length = len(body)
-        if kind in ("drops", "norange") and n < 3:
+        if kind in ("drops", "norange") and requests < 3:
             body = body[:70_000]            # and the connection ends
-        elif kind == "short" or (kind == "shortonce" and n == 0):
+        elif kind == "short" or (kind == "shortonce" and requests == 0):
             body = body[:50_000]
             length = 50_000
         elif kind == "empty":
