@@ -50,6 +50,31 @@ def uint32(text):
     return int(text)
 
 
+def natural(text):
+    """argparse type of a whole number of 0 or more."""
+    if int(text) < 0:
+        raise argparse.ArgumentTypeError("must not be negative")
+    return int(text)
+
+
+class RenamedFlag(argparse.Action):
+    """The old name of a flag: still accepted, with one line on stderr that says the new name.
+
+        parser.add_argument("--old", action=RenamedFlag, new_name="--new", dest="new", type=...)
+    """
+    def __init__(self, option_strings, dest, new_name, **options):
+        options |= dict(default=argparse.SUPPRESS, help=argparse.SUPPRESS)
+        super().__init__(option_strings, dest, **options)
+        self.new_name = new_name
+
+    def __call__(self, parser, args, value, option_string=None):
+        print(f"{parser.prog}: {option_string} is now called {self.new_name}", file=sys.stderr)
+        setattr(args, self.dest, value)
+
+
+HelpFormatter = Help
+
+
 def read_prompts(path):
     """The prompts of a text file (a Path), one a line; empty lines are left out."""
     try:

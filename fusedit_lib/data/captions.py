@@ -1,4 +1,4 @@
-"""TODO."""
+"""Captions that are stored apart from their images, and are found by key."""
 import itertools
 import shutil
 import sys
@@ -6,98 +6,145 @@ import sys
 from fusedit import FuseDiTError
 from fusedit_lib.files import atomic_write
 
-# ---- captions of millions of pictures ------------------------------------------------------------
+LOOKUP_SIZE = 250                           # items whose captions are looked up at a time
 
-class Captions:
-    """Captions by key on disk, sorted by DuckDB, since millions would not fit into memory.
 
-    Of keys that come twice the caption that sorts first counts, so the order of a file's rows
-    does not.
+class CaptionTable:
+    """Captions by key, in a DuckDB file sorted by key: millions would not fit into memory.
+
+    Of a key with several captions, the one that sorts first is used, so the order of the rows in
+    the original files does not matter.
     """
 
     def __init__(self, path):
         self.path = path
 
     @classmethod
-    def of_files(cls, files, key, caption, path):
-        """Read .jsonl, .jsonl.gz or .parquet files, those named or all in a folder, unless done."""
-        import duckdb
+    def from_files(cls, source, key_column, caption_column, path):
+        """Build the table at `path` from .jsonl, .jsonl.gz or .parquet files, unless it is there.
+
+        source: one file, or a folder with files of these kinds. Raises FuseDiTError if there is no
+        such file, it cannot be read, or it has no such column.
+        """
+        import duckdb  # an optional dependency
         if path.exists():
             return cls(path)
-        found = [files] if files.is_file() else sorted(
-            p for kind in ("*.jsonl", "*.jsonl.gz", "*.parquet") for p in files.rglob(kind))
-        if not found:
-            raise FuseDiTError(f"no .jsonl, .jsonl.gz or .parquet file in {files}")
-        for old in path.parent.glob(f".{path.name}.*"):    # of a killed run
-            shutil.rmtree(old) if old.is_dir() else old.unlink()
-        names = ", ".join("'" + str(p).replace("'", "''") + "'" for p in found)
-        rows = f"read_parquet([{names}])" if found[0].suffix == ".parquet" else (
-            f"read_json([{names}], format='newline_delimited', ignore_errors=true, columns="
-            f"{{'{key}': 'VARCHAR', '{caption}': 'VARCHAR'}})")
-        print(f"sorting the captions of {files}, for a while", file=sys.stderr)
+        files = find_caption_files(source)
+        if not files:
+            raise FuseDiTError(f"no .jsonl, .jsonl.gz or .parquet file in {source}")
+        remove_leftovers(path)
+
+        print(f"sorting the captions of {source}, which takes a while", file=sys.stderr)
         with atomic_write(path) as tmp:
-            with duckdb.connect(str(tmp), config=dict(
-                    memory_limit="700MB", temp_directory=f"{tmp}.d", threads=2,
-                    preserve_insertion_order="false")) as db:
+            config = dict(memory_limit="700MB", temp_directory=f"{tmp}.d", threads=2,
+                          preserve_insertion_order="false")
+            with duckdb.connect(str(tmp), config=config) as db:
                 try:
-                    db.execute(f'CREATE TABLE captions AS SELECT "{key}"::VARCHAR AS key, '
-                               f'"{caption}"::VARCHAR AS caption FROM {rows} ORDER BY ALL')
+                    db.execute(
+                        f'CREATE TABLE captions AS SELECT "{key_column}"::VARCHAR AS key, '
+                        f'"{caption_column}"::VARCHAR AS caption '
+                        f"FROM {read_expression(files, key_column, caption_column)} ORDER BY ALL")
                 except duckdb.Error as e:
-                    raise FuseDiTError(f"cannot read {files}: {str(e).splitlines()[0]}") from None
-                for column, name in (("key", key), ("caption", caption)):
-                    if not db.execute(f"SELECT count({column}) FROM captions").fetchone()[0]:
-                        raise FuseDiTError(f"no row of {files} has a column {name}")
+                    reason = str(e).splitlines()[0]
+                    raise FuseDiTError(f"cannot read {source}: {reason}") from None
+                for column, name in (("key", key_column), ("caption", caption_column)):
+                    count = db.execute(f"SELECT count({column}) FROM captions").fetchone()[0]
+                    if not count:
+                        raise FuseDiTError(f"no row of {source} has a column {name}")
         return cls(path)
 
-    def counts(self):
-        """How many rows there are, keys, and rows that could not be read or have no key."""
-        with self.open() as db:
-            return dict(zip(("rows", "keys", "unreadable"), db.execute(
-                "SELECT count(*), count(DISTINCT key), count(*) - count(key) FROM captions"
-            ).fetchone(), strict=True))
-
     def open(self):
-        import duckdb
-        return duckdb.connect(str(self.path), read_only=True, config=dict(
-            memory_limit="500MB", threads=1))
+        """A read-only connection to the table."""
+        import duckdb  # an optional dependency
+        config = dict(memory_limit="500MB", threads=1)
+        return duckdb.connect(str(self.path), read_only=True, config=config)
 
-    def of(self, keys):
-        """{key: caption} of those that have one."""
-        keys = list(keys)
+    def counts(self):
+        """The number of rows, of different keys, and of rows that are unreadable or have no key."""
         with self.open() as db:
-            return dict(db.execute(
+            rows, keys, unreadable = db.execute(
+                "SELECT count(*), count(DISTINCT key), count(*) - count(key) FROM captions"
+            ).fetchone()
+        return dict(rows=rows, keys=keys, unreadable=unreadable)
+
+    def lookup(self, keys):
+        """{key: caption} of those of the keys that have a caption."""
+        keys = list(keys)
+        # The range lets DuckDB skip the blocks of the sorted table that hold none of the keys.
+        parameters = dict(low=min(keys), high=max(keys), keys=keys)
+        with self.open() as db:
+            rows = db.execute(
                 "SELECT key, min(caption) FROM captions WHERE key BETWEEN $low AND $high AND "
-                "key IN (SELECT unnest($keys)) GROUP BY key",
-                dict(low=min(keys), high=max(keys), keys=keys)).fetchall())
+                "key IN (SELECT unnest($keys)) GROUP BY key", parameters).fetchall()
+        return dict(rows)
 
 
-class Texts:
-    """Captions by key in KEY.txt of a folder."""
+def find_caption_files(source):
+    """`source` itself if it is a file, otherwise the caption files in and below this folder."""
+    if source.is_file():
+        return [source]
+    files = []
+    for pattern in ("*.jsonl", "*.jsonl.gz", "*.parquet"):
+        files += source.rglob(pattern)
+    return sorted(files)
+
+
+def read_expression(files, key_column, caption_column):
+    """SQL that reads the two columns of the files. A line of JSON that is broken gives NULLs."""
+    quoted = []
+    for path in files:
+        name = str(path).replace("'", "''")
+        quoted.append(f"'{name}'")
+    names = ", ".join(quoted)
+    if files[0].suffix == ".parquet":
+        return f"read_parquet([{names}])"
+    columns = f"{{'{key_column}': 'VARCHAR', '{caption_column}': 'VARCHAR'}}"
+    return (f"read_json([{names}], format='newline_delimited', ignore_errors=true, "
+            f"columns={columns})")
+
+
+def remove_leftovers(path):
+    """Delete the temporary files and folders of a run that was killed while it wrote `path`."""
+    for leftover in path.parent.glob(f".{path.name}.*"):
+        if leftover.is_dir():
+            shutil.rmtree(leftover)
+        else:
+            leftover.unlink()
+
+
+class CaptionFolder:
+    """Captions by key, in files KEY.txt of a folder."""
 
     def __init__(self, folder):
         self.folder = folder
 
-    def of(self, keys):
-        found = {}
+    def lookup(self, keys):
+        """{key: caption} of those of the keys that have a caption."""
+        captions = {}
         for key in keys:
+            path = self.folder / f"{key}.txt"
             try:
-                found[key] = (self.folder / f"{key}.txt").read_text("utf-8", errors="replace")
+                captions[key] = path.read_text("utf-8", errors="replace")
             except FileNotFoundError:
                 pass
-        return found
+        return captions
 
 
-# ---- CC12M ---------------------------------------------------------------------------------------
-
-class Captioned:
-    """Items with the new captions of their keys, looked up for some at a time."""
+class WithCaptions:
+    """Iterates over items, to which it adds the synthetic captions of their keys."""
 
     def __init__(self, items, captions):
-        self.items, self.captions = items, captions
+        self.items = items
+        self.captions = captions            # a CaptionTable or CaptionFolder
 
     def __iter__(self):
         items = iter(self.items)
-        while part := list(itertools.islice(items, 250)):
-            said = self.captions.of({i.key.encode(errors="replace").decode() for i in part})
-            for i in part:
-                yield i._replace(captions=i.captions | dict(synthetic_caption=said.get(i.key)))
+        while True:
+            batch = list(itertools.islice(items, LOOKUP_SIZE))
+            if not batch:
+                return
+            keys = {item.key.encode(errors="replace").decode() for item in batch}
+            synthetic = self.captions.lookup(keys)
+            for item in batch:
+                captions = item.captions | dict(synthetic_caption=synthetic.get(item.key))
+                yield item._replace(captions=captions)

@@ -1,16 +1,29 @@
-"""TODO."""
+"""CC12M: the images of pixparse/cc12m-wds with the captions that LLaVA-NeXT wrote for them.
+
+Both are on the Hugging Face Hub; the captions are those of
+CaptionEmporium/conceptual-captions-cc12m-llavanext. Each tar of images becomes one shard.
+"""
 from functools import partial
 
 from fusedit import FuseDiTError
 from fusedit_lib.data import packing
-from fusedit_lib.data.captions import Captioned, Captions
-from fusedit_lib.data.images import Skip, rules
-from fusedit_lib.data.items import Item, digest, item_sample, need, said
+from fusedit_lib.data.captions import CaptionTable, WithCaptions
+from fusedit_lib.data.images import Skip, image_rules
+from fusedit_lib.data.items import (
+    Item,
+    digest,
+    make_sample,
+    output_settings,
+    require_exists,
+)
 from fusedit_lib.data.shards import ends_well, read_sample, sample_offsets
 
 
-class TarSamples:
-    """The samples KEY.jpg, KEY.txt, KEY.json of a tar as items; what is damaged, as one more."""
+class TarItems:
+    """Iterates over the samples KEY.jpg, KEY.txt, KEY.json of a tar.
+
+    If the tar is damaged or cut short, one more item reports from which byte on.
+    """
 
     def __init__(self, path):
         self.path = path
@@ -20,27 +33,35 @@ class TarSamples:
         with open(self.path, "rb") as tar:
             for i in range(len(offsets) - 1):
                 key, files = read_sample(tar, offsets, i)
-                yield Item(key, files.get("jpg", Skip("no image")), dict(
-                    original_caption=files.get("txt", b"").decode(errors="replace")), key)
-            if not ends_well(tar, offsets[-1]):
-                yield Item(f"{self.path.name} from byte {offsets[-1]}", Skip("damaged tar"), {}, "")
+                image = files.get("jpg", Skip("no image"))
+                alt_text = files.get("txt", b"").decode(errors="replace")
+                yield Item(key, image, dict(original_caption=alt_text), key)
+            end = offsets[-1]
+            if not ends_well(tar, end):
+                name = f"{self.path.name} from byte {end}"
+                yield Item(name, Skip("damaged tar"), captions={})
 
 
-def cc12m_sample(how, item):
-    if not isinstance(item.image, Skip) and not item.captions["synthetic_caption"]:
+def cc12m_sample(rules, item):
+    """The sample of an Item, which must have a synthetic caption; raises Skip."""
+    has_image = not isinstance(item.image, Skip)
+    if has_image and not item.captions["synthetic_caption"]:
         raise Skip("no synthetic caption")
-    return item_sample(how, item)
+    return make_sample(rules, item)
 
 
 def cc12m(args):
-    need(args.images, args.captions)
+    """Run `prepare_data.py cc12m`."""
+    require_exists(args.images, args.captions)
     tars = sorted(args.images.rglob("*.tar"))
     if not tars:
-        raise FuseDiTError(f"no *.tar in {args.images}, which must be a folder of cc12m-wds's")
-    if not packing.begin(args, **said(args, tars=digest((p.name, p.stat().st_size)
-                                                        for p in tars))):
+        raise FuseDiTError(f"no *.tar in {args.images}, which must be a folder of cc12m-wds's tars")
+    names_and_sizes = digest((tar.name, tar.stat().st_size) for tar in tars)
+    if not packing.begin(args, **output_settings(args, tars=names_and_sizes)):
         return
-    captions = Captions.of_files(args.captions, args.key_column, args.caption_column,
-                                 args.out / ".progress" / "captions.duckdb")
-    packing.pack(args, "cc12m", [Captioned(TarSamples(path), captions) for path in tars],
-                 partial(cc12m_sample, rules(args)), captions=captions.counts())
+
+    captions = CaptionTable.from_files(args.captions, args.key_column, args.caption_column,
+                                       args.out / ".progress" / "captions.duckdb")
+    jobs = [WithCaptions(TarItems(tar), captions) for tar in tars]
+    make = partial(cc12m_sample, image_rules(args))
+    packing.pack(args, "cc12m", jobs, make, captions=captions.counts())

@@ -101,8 +101,8 @@ def check(args):
     if twice:
         print(f"{twice} keys come more than once, as {', '.join(examples)}")
     print(repair(args.folder, [f.entry for f in found]))
-    if args.sheet:
-        sheet(args.sheet, tars, found)
+    if args.grid:
+        sheet(args.grid, tars, found)
     return 1 if problems or twice else 0
 
 
@@ -166,7 +166,7 @@ def index(args):
 
 def repair(folder, entries):
     """Write index.json and offsets.npy where they are not what they should be; says so."""
-    index = packing.read(folder / "index.json")
+    index = packing.read_json_or_none(folder / "index.json")
     try:
         same = [packing.same_shard(e) for e in index["shards"]] == [
             packing.same_shard(e) for e in entries] and np.array_equal(

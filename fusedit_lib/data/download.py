@@ -1,4 +1,4 @@
-"""Files of the network, whole or not at all: SA-1B's thousand tars, and the packages of emoji."""
+"""Downloads that are complete or absent: SA-1B's thousand tars, and the packages of emoji."""
 import errno
 import os
 import shutil
@@ -15,140 +15,197 @@ from tqdm import tqdm
 
 from fusedit_lib.data.shards import ends_well
 
-CHUNK = 1 << 20                             # bytes at a time, at most
-SILENCE = 60                                # seconds: then, or below 1 kB/s for as long, anew
-TRIES = 6                                   # in a row without a new byte
-WAIT = 1.0                                  # seconds after the first of them, then 2, 4, ...
-FINAL = {400, 401, 403, 404, 405, 410, 451}  # answers that another try does not change
+CHUNK = 1 << 20                             # bytes to read at a time, at most
+SILENCE = 60                                # seconds without data before a connection is dropped
+SLOWEST = 1000                              # bytes per second; a slower one is dropped as well
+TRIES = 6                                   # in a row with (almost) no new data
+WAIT = 1.0                                  # seconds before the second try; then 2, 4, ...
+FINAL = {400, 401, 403, 404, 405, 410, 451}     # HTTP errors that trying again does not change
+LOCAL = {errno.ENOSPC, errno.EACCES, errno.EROFS}   # the disk's errors, not the network's
 
 
-class Failed(Exception):
-    """Why a file could not be had."""
+class DownloadFailed(Exception):
+    """The reason why a file could not be downloaded."""
 
 
-# ---- one file ------------------------------------------------------------------------------------
+# ---------------------------------------------------------------------------- one file
+def fetch(url, path, find_fault, on_data):
+    """Download a file to `path`, resuming from PATH.part if there is one.
 
-def fetch(url, path, wrong, saw):
-    """Bring a file to `path`, going on with PATH.part where there is one; raises Failed.
+    The file must have the length that the server announces. find_fault(path) returns what is wrong
+    with a complete file, or None. on_data(bytes, length) is called for all data that arrives, and
+    may raise DownloadFailed to stop. Raises DownloadFailed, or OSError if the disk is full or
+    cannot be written.
 
-    It must have the length that the server says, and pass wrong(file) -> what is wrong, or None.
-    saw(bytes, length) is told of what arrives, and may raise Failed to end it. PATH.part.id keeps
-    what the server calls this version of the file, so that two never become one.
+    PATH.part.id holds the server's name for this version of the file, so that parts of two
+    versions are never put together.
     """
-    part, tries = path.with_name(path.name + ".part"), 0
+    part = path.with_name(path.name + ".part")
+    tries = 0
     while True:
-        before = part.stat().st_size if part.exists() else 0
+        before = size_of(part)
         try:
-            receive(url, part, before, saw)
-            if why := wrong(part):
-                drop(part)
-                raise OSError(why)
+            receive(url, part, before, on_data)
+            fault = find_fault(part)
+            if fault:
+                delete_part(part)
+                raise OSError(fault)
             with open(part, "rb") as file:
                 os.fsync(file.fileno())
-            version(part).unlink(missing_ok=True)   # first: whoever finds `path` looks no further
-            return os.replace(part, path)
+            # Renaming comes last: whoever finds PATH does not look for the other files.
+            version_path(part).unlink(missing_ok=True)
+            os.replace(part, path)
+            return
         except (OSError, HTTPException, ValueError) as e:  # URLError and timeouts are OSErrors
-            if getattr(e, "errno", None) in (errno.ENOSPC, errno.EACCES, errno.EROFS):
+            if getattr(e, "errno", None) in LOCAL:
                 raise
-            code = getattr(e, "code", None)
-            why = f"{code} {e.reason}" if code else str(e) or type(e).__name__
-            now = part.stat().st_size if part.exists() else 0
-            tries = 1 if now - before > 1000 * SILENCE else tries + 1
-            if code in FINAL or isinstance(e, ValueError) or tries >= TRIES:
-                raise Failed(why) from None
+            if size_of(part) - before > SLOWEST * SILENCE:
+                tries = 1                   # it made progress
+            else:
+                tries += 1
+            hopeless = isinstance(e, ValueError) or getattr(e, "code", None) in FINAL
+            if hopeless or tries >= TRIES:
+                raise DownloadFailed(reason_of(e)) from None
             time.sleep(WAIT * 2 ** (tries - 1))
 
 
-def version(part):
-    return part.with_name(part.name + ".id")
+def receive(url, part, have, on_data):
+    """Append to `part`, which has `have` bytes, what is missing of the file; raises OSError."""
+    response = request(url, part, have)
+    if response is None:
+        return
+    resuming = response.status == 206
+    if resuming:
+        mode = "ab"
+        content_range = response.headers.get("Content-Range", "")
+        if not content_range.startswith(f"bytes {have}-"):
+            raise OSError("the server sent another part than it was asked for")
+    else:                                   # the whole file, whatever was asked for
+        mode = "wb"
+        have = 0
+        version = response.headers.get("ETag", "") or response.headers.get("Last-Modified", "")
+        if version and not version.startswith("W/"):       # W/ marks a weak validator
+            version_path(part).write_text(version)
 
-
-def drop(part):
-    part.unlink(missing_ok=True)
-    version(part).unlink(missing_ok=True)
-
-
-def receive(url, part, have, saw):
-    """Append to `part`, which has `have` bytes, what is missing; raises OSError."""
-    headers = {"User-Agent": "fusedit"} | ({"Range": f"bytes={have}-"} if have else {})
-    if have and version(part).exists():
-        headers["If-Range"] = version(part).read_text()
-    try:
-        answer = urlopen(Request(url, headers=headers), timeout=SILENCE)
-    except HTTPError as e:
-        if e.code != 416:                   # nothing comes after the bytes that are here
-            raise
-        if e.headers.get("Content-Range", "").endswith(f"/{have}"):
-            return
-        drop(part)
-        raise OSError("the file has changed") from None
-    goes_on = answer.status == 206
-    if goes_on and not answer.headers.get("Content-Range", "").startswith(f"bytes {have}-"):
-        raise OSError("the server sent another part than it was asked for")
-    name = answer.headers.get("ETag", "") or answer.headers.get("Last-Modified", "")
-    if not goes_on and name and not name.startswith("W/"):
-        version(part).write_text(name)
-    with answer, open(part, "ab" if goes_on else "wb") as file:
-        have = have if goes_on else 0
-        length = answer.headers.get("Content-Length")
-        length = int(length) + have if length else None
-        since, then = time.monotonic(), have
-        while block := answer.read1(CHUNK):
-            file.write(block)
-            have += len(block)
-            saw(len(block), length)
-            if time.monotonic() - since > SILENCE:
-                if have - then < 1000 * SILENCE:
+    length = None                           # of the whole file, if the server announces it
+    announced = response.headers.get("Content-Length")
+    if announced:
+        length = int(announced) + have
+    with response, open(part, mode) as file:
+        checked = time.monotonic()          # when the speed was last checked, and the bytes then
+        checked_bytes = have
+        while True:
+            data = response.read1(CHUNK)
+            if not data:
+                break
+            file.write(data)
+            have += len(data)
+            on_data(len(data), length)
+            if time.monotonic() - checked > SILENCE:
+                if have - checked_bytes < SLOWEST * SILENCE:
                     raise OSError("too slow")
-                since, then = time.monotonic(), have
-    if length not in (None, have):
+                checked = time.monotonic()
+                checked_bytes = have
+    if length is not None and have != length:
         raise OSError(f"{have} of {length} bytes arrived")
 
 
-def unpack(tar, folder, wanted):
-    """The wanted files of a tar into a folder that is there whole or not at all; how many.
+def request(url, part, have):
+    """The response to a request for what is missing after `have` bytes, or None: nothing is."""
+    headers = {"User-Agent": "fusedit"}
+    if have:
+        headers["Range"] = f"bytes={have}-"
+        if version_path(part).exists():
+            headers["If-Range"] = version_path(part).read_text()
+    try:
+        return urlopen(Request(url, headers=headers), timeout=SILENCE)
+    except HTTPError as e:
+        if e.code != 416:                   # 416: the range begins at or after the file's end
+            raise
+        if e.headers.get("Content-Range", "").endswith(f"/{have}"):
+            return None
+        delete_part(part)
+        raise OSError("the file has changed") from None
 
-    A file comes under the last part of its name alone, so that none can end up elsewhere; links
-    and whatever else is not a file are left out.
+
+def version_path(part):
+    return part.with_name(part.name + ".id")
+
+
+def delete_part(part):
+    part.unlink(missing_ok=True)
+    version_path(part).unlink(missing_ok=True)
+
+
+def size_of(path):
+    if not path.exists():
+        return 0
+    return path.stat().st_size
+
+
+def reason_of(error):
+    """An exception as a few words."""
+    code = getattr(error, "code", None)
+    if code:
+        return f"{code} {error.reason}"
+    return str(error) or type(error).__name__
+
+
+# ---------------------------------------------------------------------------- archives
+def unpack(archive, folder, pattern):
+    """Extract the files of a tar that match `pattern`; returns how many.
+
+    The folder appears complete or not at all. Files are named by the last part of their names in
+    the tar, so that none can be written elsewhere; links and other special files are left out.
     """
-    tmp, count = folder.with_name(f".{folder.name}.tmp"), 0
+    tmp = folder.with_name(f".{folder.name}.tmp")
     shutil.rmtree(tmp, ignore_errors=True)
     tmp.mkdir(parents=True)
-    with tarfile.open(tar) as files:
-        for member in files:
-            if member.isfile() and fnmatch(member.name, wanted):
-                with open(tmp / PurePosixPath(member.name).name, "wb") as copy:
-                    shutil.copyfileobj(files.extractfile(member), copy)
+    count = 0
+    with tarfile.open(archive) as tar:
+        for member in tar:
+            if member.isfile() and fnmatch(member.name, pattern):
+                name = PurePosixPath(member.name).name
+                with open(tmp / name, "wb") as copy:
+                    shutil.copyfileobj(tar.extractfile(member), copy)
                 count += 1
-    os.sync()                               # one for all of them: renaming must not come first
+    os.sync()                               # all files must be on disk before the folder is renamed
     os.replace(tmp, folder)
     return count
 
 
-def damaged_tar(path):
-    """What is wrong with a tar, or None: every header must be one, and the end be there."""
+def tar_fault(path):
+    """What is wrong with a tar, or None: every header must be valid, and its end be there."""
     try:
         with tarfile.open(path, "r:") as tar:
             for _ in tar:
-                tar.members.clear()         # else it remembers all of them
-            return None if ends_well(tar.fileobj, tar.offset) else "the tar is cut short"
+                tar.members.clear()         # it would keep them all in memory
+            if not ends_well(tar.fileobj, tar.offset):
+                return "the tar is cut short"
     except tarfile.TarError as e:
         return f"not a whole tar ({e})"
+    return None
 
 
-# ---- many ----------------------------------------------------------------------------------------
+# ---------------------------------------------------------------------------- progress
+class DownloadBar(tqdm):
+    """Progress in bytes of several downloads, which threads may report at the same time.
 
-class Bar(tqdm):
-    """Bytes, of about as many as the files make up whose length is known so far."""
+    The total is estimated from the files whose length is known so far.
+    """
 
-    def __init__(self, files, **more):
-        super().__init__(unit="B", unit_scale=True, disable=None, smoothing=0.05, **more)
-        self.files, self.lengths, self.stop, self.lock = files, {}, False, threading.Lock()
+    def __init__(self, files, **options):
+        super().__init__(unit="B", unit_scale=True, disable=None, smoothing=0.05, **options)
+        self.files = files                  # how many
+        self.lengths = {}                   # file name -> bytes
+        self.stop = False                   # set it to stop all downloads
+        self.lock = threading.Lock()
 
-    def saw(self, name, size, length):
+    def advance(self, name, size, length):
+        """Count `size` bytes that have arrived of a file; length: of all of it, or None."""
         with self.lock:
             if self.stop:
-                raise Failed("interrupted")
+                raise DownloadFailed("interrupted")
             if length:
                 self.lengths[name] = length
                 self.total = sum(self.lengths.values()) * self.files // len(self.lengths)

@@ -1,4 +1,8 @@
-"""TODO."""
+"""Emoji: about 5,000 real images in two styles, with their names, from packages of npm.
+
+Some (style, concept) pairs are held out. Their concepts are in the training data in the other
+style, so the held-out images show whether a model can combine a known style and a known concept.
+"""
 import base64
 import hashlib
 import json
@@ -6,85 +10,142 @@ import random
 from argparse import Namespace
 from collections import Counter
 from functools import partial
+from pathlib import Path
+from typing import NamedTuple
 
 from fusedit import FuseDiTError
 from fusedit_lib.data import packing
-from fusedit_lib.data.download import Bar, Failed, fetch, unpack
-from fusedit_lib.data.images import rules
-from fusedit_lib.data.items import Item, cut, item_sample, said
-
-# ---- emoji ---------------------------------------------------------------------------------------
+from fusedit_lib.data.download import DownloadBar, DownloadFailed, fetch, unpack
+from fusedit_lib.data.images import image_rules
+from fusedit_lib.data.items import Item, in_chunks, make_sample, output_settings
 
 STYLES = {"google": "a flat emoji of", "fluent": "a glossy 3D emoji of"}
-TONES = 1, 5                                # of emojibase's skin tones: light and dark
+TONES = (1, 5)                              # of emojibase's skin tones: light and dark
+TAGS = 6                                    # how many of an emoji's tags its caption names
 
 
-def emoji_key(text):
-    """Code points as both packages and emojibase have them, but for FE0F and leading zeros."""
-    return "-".join(p.lstrip("0").lower() for p in text.split("-") if p.lower() != "fe0f")
+class Package(NamedTuple):
+    """A package of npm at one version."""
+    name: str
+    version: str
+    files: str                              # pattern of the files that are used
+    sha512: str                             # of the package, in base64 as npm gives it
 
 
-def emoji_items(packages):
-    """[(concept, style, Item)] of every picture that emojibase has words for, in its order."""
-    pictures = {style: {emoji_key(p.stem): p for p in sorted((packages / style).iterdir())}
-                for style in STYLES}
-    items = []
+PACKAGES = {
+    "google": Package(
+        "emoji-datasource-google", "16.0.0", "img/google/64/*.png",
+        "ZRexfzs7MVoLnmzZmNsO4TKhnAJp5D++Vm6PpUpH/jEQQlemp3l88CjZ+DoZ2faM9R4QxZkOPJCoT8DlPhfQ3A=="),
+    "fluent": Package(
+        "@lobehub/fluent-emoji-3d", "1.1.0", "assets/*.webp",
+        "Wlq2lVStTnr8BDpIJ0pEnTKO4LuDxxqTEhTvRtD1DLRF0me7ogeRQjKoehDHXuVJ2Qaecgl5wRBv60lUAG3h7g=="),
+    "words": Package(
+        "emojibase-data", "17.0.0", "en/data.json",
+        "Yvgb5AWoHViHV/gq1qr5ZAarcBip+B27/ZLRsUJkbgAEaLlZ/fof9g882LTpmEpyhBNEC0m2SEmItljHsTygjA=="),
+}
+
+
+# ---------------------------------------------------------------------------- the packages
+def download_packages(folder: Path, registry: str) -> None:
+    """Put the images of both styles and emojibase's words into FOLDER/google, fluent and words.
+
+    What is there already is not downloaded again. Raises FuseDiTError.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    for kind, package in PACKAGES.items():
+        if (folder / kind).is_dir():
+            continue
+        archive = folder / f"{kind}.tgz"
+        file_name = f"{package.name.rpartition('/')[2]}-{package.version}.tgz"
+        url = f"{registry.rstrip('/')}/{package.name}/-/{file_name}"
+        try:
+            with DownloadBar(1, desc=package.name) as bar:
+                fetch(url, archive, partial(checksum_fault, package.sha512),
+                      partial(bar.advance, file_name))
+        except DownloadFailed as reason:
+            raise FuseDiTError(f"cannot get {package.name} {package.version} from {registry} "
+                               f"({reason}); --registry names another npm registry") from None
+        unpack(archive, folder / kind, f"package/{package.files}")
+        archive.unlink()
+
+
+def checksum_fault(sha512, path):
+    """What is wrong with a downloaded file, or None if it has this checksum."""
+    with open(path, "rb") as file:
+        digest = hashlib.file_digest(file, "sha512").digest()
+    if base64.b64encode(digest).decode() != sha512:
+        return "the SHA-512 checksum is wrong"
+    return None
+
+
+# ---------------------------------------------------------------------------- the images
+class Emoji(NamedTuple):
+    concept: str                            # the code points of the emoji
+    style: str                              # a key of STYLES
+    item: Item
+
+
+def concept_of(code_points: str) -> str:
+    """Code points, joined by "-", in one spelling for all packages.
+
+    The packages differ in case, in leading zeros, and in whether they name the code point FE0F,
+    which only asks for an image in place of a black and white glyph.
+    """
+    parts = [part.lower() for part in code_points.split("-")]
+    return "-".join(part.lstrip("0") for part in parts if part != "fe0f")
+
+
+def list_emoji(packages: Path) -> list[Emoji]:
+    """Every image that emojibase has words for, in its order."""
+    images = {}
+    for style in STYLES:
+        images[style] = {concept_of(path.stem): path
+                         for path in sorted((packages / style).iterdir())}
+    result = []
     for entry in json.loads((packages / "words" / "data.json").read_text()):
-        known = set(entry["label"].lower().replace(":", "").split())
-        tags = [t for t in entry.get("tags", []) if t.lower() not in known][:6]
-        for one in [entry, *(s for s in entry.get("skins", []) if s["tone"] in TONES)]:
-            key = emoji_key(one["hexcode"])
-            for style in STYLES:
-                if key in pictures[style]:
-                    items.append((key, style, Item(f"{style}-{key}", pictures[style][key], dict(
-                        synthetic_caption=", ".join([f"{STYLES[style]} {one['label']}", *tags]),
-                        original_caption=f"{STYLES[style]} {one['label']}"))))
-    return items
+        label_words = set(entry["label"].lower().replace(":", "").split())
+        tags = [tag for tag in entry.get("tags", []) if tag.lower() not in label_words]
+        skins = [skin for skin in entry.get("skins", []) if skin["tone"] in TONES]
+        for variant in [entry, *skins]:
+            concept = concept_of(variant["hexcode"])
+            for style, phrase in STYLES.items():
+                if concept not in images[style]:
+                    continue
+                original = f"{phrase} {variant['label']}"
+                synthetic = ", ".join([original, *tags[:TAGS]])
+                item = Item(f"{style}-{concept}", images[style][concept],
+                            dict(synthetic_caption=synthetic, original_caption=original))
+                result.append(Emoji(concept, style, item))
+    return result
+
+
+def choose_held_out(all_emoji: list[Emoji], rng: random.Random) -> set[tuple[str, str]]:
+    """(concept, style) pairs: one style of every twentieth concept that has both styles."""
+    counts = Counter(emoji.concept for emoji in all_emoji)
+    in_both_styles = [concept for concept, count in counts.items() if count == len(STYLES)]
+    held_out = set()
+    for concept in rng.sample(in_both_styles, len(in_both_styles) // 20):
+        held_out.add((concept, rng.choice(list(STYLES))))
+    return held_out
 
 
 def emoji(args):
-    """OUT/train, and OUT/held-out, of concepts that are in train in the other style."""
-    emoji_packages(args.packages, args.registry)
-    items = emoji_items(args.packages)
-    both = [key for key, n in Counter(key for key, *_ in items).items() if n == len(STYLES)]
+    """Run `prepare_data.py emoji`, which writes OUT/train and OUT/held-out."""
+    download_packages(args.packages, args.registry)
+    all_emoji = list_emoji(args.packages)
     rng = random.Random(args.seed)
-    held = {(key, rng.choice(list(STYLES))) for key in rng.sample(both, len(both) // 20)}
-    rng.shuffle(items)
-    for part, wanted in (("train", False), ("held-out", True)):
-        chosen = [item for key, style, item in items if ((key, style) in held) == wanted]
-        into = Namespace(**vars(args) | dict(out=args.out / part))
-        if packing.begin(into, **said(args, part=part)):
-            packing.pack(into, "emoji", cut(chosen, args.shard_size),
-                         partial(item_sample, rules(args)), total=len(chosen))
+    held_out = choose_held_out(all_emoji, rng)
+    rng.shuffle(all_emoji)
 
-
-PACKAGES = {  # of npm: name, version, the sha512 that npm gives, files
-    "google": ("emoji-datasource-google", "16.0.0", "img/google/64/*.png", "ZRexfzs7MVoLnmzZmNsO4"
-               "TKhnAJp5D++Vm6PpUpH/jEQQlemp3l88CjZ+DoZ2faM9R4QxZkOPJCoT8DlPhfQ3A=="),
-    "fluent": ("@lobehub/fluent-emoji-3d", "1.1.0", "assets/*.webp", "Wlq2lVStTnr8BDpIJ0pEnTKO4Lu"
-               "DxxqTEhTvRtD1DLRF0me7ogeRQjKoehDHXuVJ2Qaecgl5wRBv60lUAG3h7g=="),
-    "words": ("emojibase-data", "17.0.0", "en/data.json", "Yvgb5AWoHViHV/gq1qr5ZAarcBip+B27/ZLRsU"
-              "JkbgAEaLlZ/fof9g882LTpmEpyhBNEC0m2SEmItljHsTygjA==")}
-
-
-def emoji_packages(folder, registry):
-    """Both packages' pictures and emojibase's words, each in a folder of its own, once."""
-    folder.mkdir(parents=True, exist_ok=True)
-    for kind, (name, version, wanted, sha) in PACKAGES.items():
-        if (folder / kind).is_dir():
-            continue
-        tgz = folder / f"{kind}.tgz"
-
-        def wrong(path, sha=sha):
-            with open(path, "rb") as file:
-                got = hashlib.file_digest(file, "sha512").digest()
-            return None if base64.b64encode(got).decode() == sha else "the sha512 is another"
-        url = f"{registry.rstrip('/')}/{name}/-/{name.rpartition('/')[2]}-{version}.tgz"
-        try:
-            with Bar(1, desc=name) as bar:
-                fetch(url, tgz, wrong, lambda *got, bar=bar: bar.saw(0, *got))
-        except Failed as why:
-            raise FuseDiTError(f"cannot get {name} {version} from {registry} ({why}); --registry "
-                               "names another npm registry") from None
-        unpack(tgz, folder / kind, f"package/{wanted}")
-        tgz.unlink()
+    parts = {"train": [], "held-out": []}
+    for one in all_emoji:
+        if (one.concept, one.style) in held_out:
+            parts["held-out"].append(one.item)
+        else:
+            parts["train"].append(one.item)
+    for part, items in parts.items():
+        part_args = Namespace(**vars(args) | dict(out=args.out / part))
+        if packing.begin(part_args, **output_settings(args, part=part)):
+            jobs = in_chunks(items, args.shard_size)
+            make = partial(make_sample, image_rules(args))
+            packing.pack(part_args, "emoji", jobs, make, total=len(items))

@@ -1,4 +1,4 @@
-"""TODO."""
+"""Anyone's images: a folder, with captions in a file or in .txt files beside the images."""
 import csv
 import io
 import json
@@ -8,97 +8,155 @@ from pathlib import Path
 
 from fusedit import FuseDiTError
 from fusedit_lib.data import packing
-from fusedit_lib.data.images import SUFFIXES, rules
-from fusedit_lib.data.items import Item, cut, digest, item_sample, listing, need, said
+from fusedit_lib.data.images import SUFFIXES, image_rules
+from fusedit_lib.data.items import (
+    Item,
+    digest,
+    in_chunks,
+    list_images,
+    make_sample,
+    output_settings,
+    require_exists,
+)
 
+# Names that others use for the columns of a caption file.
 IMAGE_FIELDS = ("image", "file_name", "filename", "file", "path", "image_path", "name")
 CAPTION_FIELDS = ("caption", "original_caption", "text", "prompt", "description")
 
 
-# ---- a folder of images --------------------------------------------------------------------------
+# ---------------------------------------------------------------------------- rows of captions
+def rows_of_text_files(files: dict[str, Path], folder: Path, skipped: list) -> list[dict]:
+    """A row for every image, with the text of the .txt file of its name; no file counts as empty.
 
-def text_rows(files: dict[str, Path], folder: Path, skipped: list) -> list[dict]:
-    """A row for every image, of the .txt with its name; no file is the same as an empty one."""
+    An image whose caption is not UTF-8 moves from `files` to `skipped`.
+    """
     rows = []
     for name in list(files):
         path = (folder / name).with_suffix(".txt")
+        caption = ""
         try:
-            rows.append(dict(image=name, caption=path.read_text("utf-8-sig")
-                             if path.exists() else ""))
+            if path.exists():
+                caption = path.read_text("utf-8-sig")
         except UnicodeDecodeError:
             skipped.append(("caption is not UTF-8", path.name))
             del files[name]
+        else:
+            rows.append(dict(image=name, caption=caption))
     return rows
 
 
-def file_rows(path: Path, skipped: list) -> list:
-    """The rows of a JSON, JSONL or CSV file; a broken line is skipped, a broken file an error."""
-    rows = []
+def rows_of_file(path: Path, skipped: list) -> list:
+    """The rows of a .csv, .json or .jsonl file.
+
+    A line of a .jsonl file that is not JSON is added to `skipped`. Raises FuseDiTError if the
+    file as a whole cannot be read.
+    """
     try:
         text = path.read_text("utf-8-sig")
         if path.suffix == ".csv":
             return list(csv.DictReader(io.StringIO(text)))
         if path.suffix == ".json":
-            data = json.loads(text)
-            if isinstance(data, list):
-                return data
-            # {"a.png": "a red fox"} or {"a.png": {"caption": "a red fox"}}
-            return [(v if isinstance(v, dict) else {"caption": v}) | {"image": k}
-                    for k, v in data.items()]
+            return rows_of_json(json.loads(text))
     except (ValueError, AttributeError, csv.Error) as e:
-        raise FuseDiTError(f"cannot read {path} as {path.suffix[1:].upper()} in UTF-8: "
-                           f"{e}") from None
-    for n, line in enumerate(text.split("\n"), 1):
+        kind = path.suffix[1:].upper()
+        raise FuseDiTError(f"cannot read {path} as {kind} in UTF-8: {e}") from None
+
+    rows = []
+    for number, line in enumerate(text.split("\n"), 1):
+        if not line.strip():
+            continue
         try:
-            rows += [json.loads(line)] if line.strip() else []
+            rows.append(json.loads(line))
         except ValueError:
-            skipped.append(("not JSON", f"line {n}"))
+            skipped.append(("not JSON", f"line {number}"))
     return rows
 
 
+def rows_of_json(content) -> list:
+    """Rows of a list of rows, of {"a.png": "a red fox"} or of {"a.png": {"caption": "a fox"}}."""
+    if isinstance(content, list):
+        return content
+    rows = []
+    for name, value in content.items():
+        if not isinstance(value, dict):
+            value = {"caption": value}
+        rows.append(value | {"image": name})
+    return rows
+
+
+def first_text(row, fields) -> str:
+    """The first of the fields of a row that is not empty, as one line of text, or "".
+
+    Of a list the first element counts. Rows and values of another type are the same as empty ones.
+    """
+    if not isinstance(row, dict):
+        return ""
+    value = next((row[field] for field in fields if row.get(field)), "")
+    if isinstance(value, list):
+        value = value[0]
+    if not isinstance(value, str):
+        return ""
+    return " ".join(value.split())
+
+
+# ---------------------------------------------------------------------------- items
 def folder_items(files: dict[str, Path], rows: list, skipped: list) -> list[Item]:
-    """What is to be packed; every row and image that is not goes into `skipped`, with why."""
-    by_stem = {name.rsplit(".", 1)[0]: name for name in files}
-    items, missing = [], dict(files)
+    """An Item of every row that names an image and has a caption.
 
-    def field(row, names):
-        """The first of the fields that is there, as one line of text; of a list, its first."""
-        value = next((row[n] for n in names if row.get(n)), "") if isinstance(row, dict) else ""
-        value = value[0] if isinstance(value, list) else value
-        return " ".join(value.split()) if isinstance(value, str) else ""
+    Every other row, and every image that no row names, is added to `skipped` with the reason.
+    """
+    by_stem = {name.rsplit(".", 1)[0]: name for name in files}  # rows may leave the suffix out
+    items = []
+    without_row = dict(files)
+    for number, row in enumerate(rows, 1):
+        image = first_text(row, IMAGE_FIELDS).removeprefix("./")
+        name = image
+        if image not in files:
+            name = by_stem.get(image)
 
-    for n, row in enumerate(rows, 1):
-        said = field(row, IMAGE_FIELDS).removeprefix("./")
-        name = said if said in files else by_stem.get(said)
-        captions = {kind: text for kind, text in [
-            ("synthetic_caption", field(row, ["synthetic_caption"])),
-            ("original_caption", field(row, CAPTION_FIELDS))] if text}
-        if not said:
-            skipped.append((f"no image name ({', '.join(IMAGE_FIELDS)})", f"row {n}"))
+        captions = {}
+        synthetic = first_text(row, ["synthetic_caption"])
+        original = first_text(row, CAPTION_FIELDS)
+        if synthetic:
+            captions["synthetic_caption"] = synthetic
+        if original:
+            captions["original_caption"] = original
+
+        if not image:
+            skipped.append((f"no image name ({', '.join(IMAGE_FIELDS)})", f"row {number}"))
         elif name is None:
-            skipped.append(("image is not there", said))
+            skipped.append(("image is not there", image))
         elif not captions:
             skipped.append(("no caption", name))
         else:
             items.append(Item(name, files[name], captions, f"{len(items):09d}"))
-        missing.pop(name, None)
-    skipped += [("no caption", name) for name in missing]
+        without_row.pop(name, None)
+    for name in without_row:
+        skipped.append(("no caption", name))
     return items
 
 
 def folder(args):
-    captions, skipped = args.captions or args.images, []
-    need(args.images, captions)
+    """Run `prepare_data.py folder`."""
+    captions = args.captions or args.images
+    require_exists(args.images, captions)
     if not captions.is_dir() and captions.suffix not in (".json", ".jsonl", ".csv"):
         raise FuseDiTError(f"CAPTIONS is {captions}; it must end in .json, .jsonl or .csv, or be "
                            "a folder of .txt files")
-    files = {name: args.images / name for name in listing(args.images)}
+    files = {name: args.images / name for name in list_images(args.images)}
     if not files:
         raise FuseDiTError(f"no images in {args.images} ({', '.join(sorted(SUFFIXES))})")
-    rows = (text_rows(files, captions, skipped) if captions.is_dir() else
-            file_rows(captions, skipped))
+
+    skipped = []
+    if captions.is_dir():
+        rows = rows_of_text_files(files, captions, skipped)
+    else:
+        rows = rows_of_file(captions, skipped)
     items = folder_items(files, rows, skipped)
-    if packing.begin(args, **said(args, items=digest((i.name, i.captions) for i in items))):
-        random.Random(args.seed).shuffle(items)            # a folder is often sorted by kind
-        packing.pack(args, "folder", cut(items, args.shard_size),
-                     partial(item_sample, rules(args)), skipped, len(items))
+
+    content = digest((item.name, item.captions) for item in items)
+    if packing.begin(args, **output_settings(args, items=content)):
+        random.Random(args.seed).shuffle(items)            # a folder is often sorted by subject
+        jobs = in_chunks(items, args.shard_size)
+        make = partial(make_sample, image_rules(args))
+        packing.pack(args, "folder", jobs, make, skipped, len(items))

@@ -1,117 +1,164 @@
-"""What prepare_data.py packs: the paper's data sets, a folder, emoji, drawn shapes.
+"""What a data set is made of before it is packed: items, files of lines, folders of images.
 
-Each function settles which items make up which shard, and how an item becomes a sample; packing.py
-does the rest. Items are read where they are packed, by a process that holds one shard's.
+A data set (cc12m.py, sa1b.py, journeydb.py, folder.py, emoji.py) decides which items make up which
+shard; packing.py does the rest. Items are read by the process that packs them.
 """
 import hashlib
 from pathlib import Path
 from typing import NamedTuple
 
 from fusedit import FuseDiTError
-from fusedit_lib.data.images import SUFFIXES, Skip, picture
+from fusedit_lib.data.images import SUFFIXES, Skip, pack_image
+
+# Flags that have no influence on what is written, and `run`, the function of the command.
+NOT_OUTPUT_SETTINGS = {"out", "overwrite", "workers", "run", "packages", "registry"}
 
 
-def sample(key, suffix, data, captions):
-    """A sample of captions by kind, of which those that are empty are left out."""
-    texts = {kind: " ".join(text.split()) for kind, text in captions.items() if text}
-    if not any(texts.values()):
-        raise Skip("no caption")
-    try:                                    # JSON can hold half an emoji ("\ud83d")
-        texts = {f"{kind}.txt": text.encode() for kind, text in texts.items() if text}
-    except UnicodeEncodeError:
-        raise Skip("caption is not Unicode") from None
-    return {"__key__": key.replace("/", "_").replace(".", "_"), f"image.{suffix}": data, **texts}
-
-
-def read_file(path):
-    try:
-        return path.read_bytes()
-    except FileNotFoundError:
-        raise Skip("image is not there") from None
-    except (OSError, ValueError) as e:      # ValueError: a name that no file can have
-        raise Skip(f"cannot be read: {getattr(e, 'strerror', None) or 'its name'}") from None
-
-
+# ---------------------------------------------------------------------------- one item
 class Item(NamedTuple):
-    """A picture to pack and its captions by kind; as text, its name in the report."""
+    """An image to pack with its captions. str(item) is its name in the report."""
     name: str
-    image: Path | bytes | Skip              # where it is, its file's bytes, or why there is none
-    captions: dict
-    key: str = ""
+    image: Path | bytes | Skip      # a file, the bytes of a file, or why there is no image
+    captions: dict                  # kind, such as "synthetic_caption" -> text, which may be empty
+    key: str = ""                   # of the sample; "": the name
 
     def __str__(self):
         return self.name
 
 
-def item_sample(how, item):
+def make_sample(rules, item):
+    """The sample of an Item, a dict for WebDataset's TarWriter; raises Skip.
+
+    rules: ImageRules.
+    """
     if isinstance(item.image, Skip):
         raise item.image
-    if not any(item.captions.values()):     # before the picture, which is dearer
+    if not any(item.captions.values()):     # checked first, as decoding the image takes longer
         raise Skip("no caption")
-    data = item.image if isinstance(item.image, bytes) else read_file(item.image)
-    return sample(item.key or item.name, *picture(data, how), item.captions)
+    data = item.image
+    if isinstance(data, Path):
+        data = read_image_file(data)
+    suffix, data = pack_image(data, rules)
+    key = item.key or item.name
+    key = key.replace("/", "_").replace(".", "_")          # a dot would end the key
+    return {"__key__": key, f"image.{suffix}": data, **encode_captions(item.captions)}
 
 
-# ---- lists that are read in parts ----------------------------------------------------------------
+def encode_captions(captions):
+    """{"KIND.txt": bytes} of captions by kind, each on one line, without empty ones; or Skip."""
+    files = {}
+    for kind, text in captions.items():
+        text = " ".join((text or "").split())
+        if text:
+            try:
+                files[f"{kind}.txt"] = text.encode()
+            except UnicodeEncodeError:      # JSON can hold half of a surrogate pair ("\ud83d")
+                raise Skip("caption is not Unicode") from None
+    if not files:
+        raise Skip("no caption")
+    return files
 
-class Lines:
-    """Some lines of a file, by the bytes where they stand: read where they are packed."""
+
+def read_image_file(path):
+    try:
+        return path.read_bytes()
+    except FileNotFoundError:
+        raise Skip("image is not there") from None
+    except OSError as e:
+        raise Skip(f"cannot be read: {e.strerror or 'its name'}") from None
+    except ValueError:                      # a name that no file can have
+        raise Skip("cannot be read: its name") from None
+
+
+# ---------------------------------------------------------------------------- files and folders
+class LineRange:
+    """Consecutive lines of a file. Iterating reads them: (line number, bytes), no blank lines."""
 
     def __init__(self, path, first, start, stop):
-        self.path, self.first, self.start, self.stop = path, first, start, stop
+        self.path = path
+        self.first = first                  # number of the first line, counted from 1
+        self.start = start                  # position of the first byte
+        self.stop = stop                    # position after the last byte
 
     def __iter__(self):
         with open(self.path, "rb") as file:
             file.seek(self.start)
             text = file.read(self.stop - self.start)
-        for n, line in enumerate(text.split(b"\n"), self.first):
+        for number, line in enumerate(text.split(b"\n"), self.first):
             if line.strip():
-                yield n, line
+                yield number, line
 
 
-def cut_lines(path, size):
-    """(parts of `size` lines, the number of lines that are not empty) of a file of any length."""
-    parts, start, at, n, full = [], 0, 0, 0, 0
+def split_lines(path, size):
+    """Split a file of any length into LineRanges of `size` lines, without keeping its text.
+
+    Returns the LineRanges and the number of lines that are not blank.
+    """
+    parts = []
+    number = 0                              # lines read so far, and how many were not blank
+    not_blank = 0
+    first = 1                               # the part that is being read: its first line and byte
+    start = 0
+    position = 0
     with open(path, "rb") as file:
         for line in file:
-            at, n, full = at + len(line), n + 1, full + bool(line.strip())
-            if n % size == 0:
-                parts.append(Lines(path, n - size + 1, start, at))
-                start = at
-    return parts + [Lines(path, n - n % size + 1, start, at)] * (at > start), full
+            number += 1
+            position += len(line)
+            if line.strip():
+                not_blank += 1
+            if number % size == 0:
+                parts.append(LineRange(path, first, start, position))
+                first = number + 1
+                start = position
+    if position > start:
+        parts.append(LineRange(path, first, start, position))
+    return parts, not_blank
 
 
-def listing(folder):
-    """Every image file below a folder, in order, as paths relative to it; a folder at a time."""
+def list_images(folder):
+    """Yield the path, relative to `folder`, of every image file in or below it, in order.
+
+    Reads one folder at a time. Hidden files and folders are left out: they belong to the system,
+    or to a download that was killed.
+    """
     for path in sorted(folder.iterdir()):
-        if path.name.startswith("."):       # what a killed download was at, or a system's
+        if path.name.startswith("."):
             continue
         if path.is_dir():
-            for name in listing(path):
+            for name in list_images(path):
                 yield f"{path.name}/{name}"
         elif path.suffix.lower() in SUFFIXES:
             yield path.name
 
 
-def need(*paths):
+def require_exists(*paths):
+    """Raise FuseDiTError if one of the paths does not exist."""
     for path in paths:
         if not path.exists():
             raise FuseDiTError(f"no such file or folder: {path}")
 
 
-def said(args, **more):
-    """What of the flags decides the output."""
-    return {k: v for k, v in vars(args).items()
-            if k not in ("out", "overwrite", "workers", "run", "packages", "registry")} | more
+# ---------------------------------------------------------------------------- settings of a run
+def output_settings(args, **more):
+    """The settings that determine what a command writes: of its flags, and `more`.
+
+    packing.begin compares them with those of an interrupted run.
+    """
+    settings = {}
+    for name, value in vars(args).items():
+        if name not in NOT_OUTPUT_SETTINGS:
+            settings[name] = value
+    return settings | more
 
 
 def digest(parts):
-    """A short name of all that the parts say."""
-    whole = hashlib.sha1()
+    """SHA-1, as hexadecimal digits, of the text of all the parts."""
+    sha1 = hashlib.sha1()
     for part in parts:
-        whole.update(f"{part}\n".encode(errors="surrogatepass"))
-    return whole.hexdigest()
+        sha1.update(f"{part}\n".encode(errors="surrogatepass"))
+    return sha1.hexdigest()
 
 
-def cut(items, size):
-    return [items[at:at + size] for at in range(0, len(items), size)]
+def in_chunks(items, size):
+    """Slices of `size` items each; the last one may be shorter."""
+    return [items[start:start + size] for start in range(0, len(items), size)]

@@ -1,35 +1,61 @@
-"""TODO."""
+"""JourneyDB: Midjourney's images, with their prompts and the captions that GPT wrote for them."""
 import json
 from functools import partial
 
 from fusedit_lib.data import packing
-from fusedit_lib.data.images import Skip, rules
-from fusedit_lib.data.items import Item, cut_lines, item_sample, need, said
+from fusedit_lib.data.images import Skip, image_rules
+from fusedit_lib.data.items import (
+    Item,
+    make_sample,
+    output_settings,
+    require_exists,
+    split_lines,
+)
 
-# ---- JourneyDB -----------------------------------------------------------------------------------
 
-class Annotated:
-    """Items of lines of the annotations: the prompt is the caption, and GPT's the other one."""
+class AnnotatedItems:
+    """Iterates over the items of some lines of the annotations.
+
+    lines: a LineRange of train_anno_realease_repath.jsonl. folder: holds 000/, 001/ and so on.
+    """
 
     def __init__(self, lines, folder):
-        self.lines, self.folder = lines, folder
+        self.lines = lines
+        self.folder = folder
 
     def __iter__(self):
-        for n, line in self.lines:
+        for number, line in self.lines:
             try:
-                row = json.loads(line)
-                name, prompt = row["img_path"].removeprefix("./"), " ".join(row["prompt"].split())
-                other = row["Task2"].get("Caption") if isinstance(row.get("Task2"), dict) else None
-                other = other if isinstance(other, str) else None
-                yield Item(name, self.folder / name, dict(
-                    synthetic_caption=prompt, original_caption=other), name.rpartition(".")[0])
+                yield annotated_item(json.loads(line), self.folder)
             except (ValueError, KeyError, TypeError, AttributeError):
-                yield Item(f"line {n}", Skip("not JSON with img_path and prompt"), {})
+                reason = Skip("not JSON with img_path and prompt")
+                yield Item(f"line {number}", reason, captions={})
+
+
+def annotated_item(row, folder):
+    """The Item of one row of the annotations.
+
+    The prompt is stored as the synthetic caption, since training uses that one by default; GPT's
+    caption is stored as the original one.
+    """
+    name = row["img_path"].removeprefix("./")
+    prompt = " ".join(row["prompt"].split())
+    gpt_caption = None
+    if isinstance(row.get("Task2"), dict):
+        gpt_caption = row["Task2"].get("Caption")
+    if not isinstance(gpt_caption, str):
+        gpt_caption = None
+    captions = dict(synthetic_caption=prompt, original_caption=gpt_caption)
+    key = name.rpartition(".")[0]
+    return Item(name, folder / name, captions, key)
 
 
 def journeydb(args):
-    need(args.annotations, args.images)
-    parts, total = cut_lines(args.annotations, args.shard_size)
-    if packing.begin(args, **said(args, rows=total, bytes=args.annotations.stat().st_size)):
-        packing.pack(args, "journeydb", [Annotated(part, args.images) for part in parts],
-                     partial(item_sample, rules(args)), total=total)
+    """Run `prepare_data.py journeydb`."""
+    require_exists(args.annotations, args.images)
+    parts, total = split_lines(args.annotations, args.shard_size)
+    size = args.annotations.stat().st_size
+    if packing.begin(args, **output_settings(args, rows=total, bytes=size)):
+        jobs = [AnnotatedItems(part, args.images) for part in parts]
+        make = partial(make_sample, image_rules(args))
+        packing.pack(args, "journeydb", jobs, make, total=total)

@@ -112,7 +112,7 @@ def encode(args):
 
 def announce(folder, of):
     """Say in index.json which latents there are: the loader looks nowhere else."""
-    index = packing.read(folder / "index.json")
+    index = packing.read_json_or_none(folder / "index.json")
     for shard in index["shards"]:
         if shard["samples"]:
             shard["latents"] = of | dict(bytes=beside(folder / shard["name"]).stat().st_size)

@@ -1,13 +1,15 @@
-"""The engine under prepare_data.py: items to shards, on all cores, in one go or in ten.
+"""The engine under prepare_data.py: packs items into shards, in parallel, and resumes when killed.
 
-    settings = packing.begin(args, ...)                    # a new OUT, or one that was begun so
-    packing.pack(args, name, shards, make)
+    if packing.begin(args, **settings):          # a new OUT, or an interrupted run to resume
+        packing.pack(args, name, jobs, make)
 
-A Shard is one job of one process: its items, in order, through make(item) into a tar. Which items
-a shard has is settled before the first one is packed, so its bytes depend on nothing else, least
-of all on the number of processes. OUT/.progress holds a record of each finished shard: a run that
-was killed goes on with the others. At last report.json says what became of every input,
-index.json lists the shards for the loader, and OUT/.progress goes.
+Each process packs one shard at a time: it turns the shard's items, in order, into samples with
+make(item), and writes them to a tar. Which items a shard holds is decided before packing begins, so
+the bytes of a shard depend on nothing else, in particular not on the number of processes.
+
+OUT/.progress holds a record of every finished shard. A run that was killed finds these records and
+packs the remaining shards. At the end, report.json counts what became of every input, index.json
+lists the shards for the data loader, and OUT/.progress is deleted.
 """
 import json
 import multiprocessing
@@ -34,241 +36,323 @@ from fusedit_lib.data.images import Skip
 from fusedit_lib.data.shards import sample_offsets
 from fusedit_lib.files import atomic_write
 
-OURS = re.compile(r"\.?(index\.json|offsets\.npy|report\.json|[a-z0-9-]+-\d{6}"
-                  r"\.(tar|latents\.safetensors))(\.\d+\.tmp)?|\.progress")
+# The names of all that a run writes into OUT, temporary files included.
+OUTPUT_NAME = re.compile(
+    r"\.?(index\.json|offsets\.npy|report\.json|[a-z0-9-]+-\d{6}\.(tar|latents\.safetensors))"
+    r"(\.\d+\.tmp)?|\.progress")
+
+# How many items all processes together have packed or skipped so far. pack() creates this shared
+# counter before it forks the workers, which inherit it.
+_items_done = None
 
 
-class Shard(NamedTuple):
-    """One job: what goes into one tar, a list or what yields the items where they are packed."""
+class ShardJob(NamedTuple):
+    """The work of one process at a time: one tar to write."""
     path: Path
-    items: object
+    items: object      # iterable; a lazy one is read by the process that packs the shard
 
 
-# ---- a shard, by one process ---------------------------------------------------------------------
-
-packed = multiprocessing.Value("q")         # items so far, of all processes
-
-
-def start_process(parent):
-    """Ctrl-C is the parent's to handle; and no worker outlives it, whatever kills it."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-
-    def watch():
-        while os.getppid() == parent:
-            time.sleep(0.5)
-        os._exit(1)
-    threading.Thread(target=watch, daemon=True).start()
-
-
+# ---------------------------------------------------------------------------- one shard
 def write_shard(make, shard):
-    """Write a tar of make(item) -> sample, and then its record: with that, the shard is done."""
-    skipped, inputs, last = [], 0, None
+    """Write the tar of a ShardJob and then its record, which marks the shard as finished.
+
+    make(item) returns a sample, a dict for WebDataset's TarWriter, or raises Skip. A shard without
+    any sample leaves a record but no tar.
+    """
+    skipped = []
+    inputs = 0
     with atomic_write(shard.path) as tmp:
         with open(tmp, "wb") as file, TarWriter(file, encoder=False, mtime=0) as tar:
+            last_key = None
             for item in shard.items:
                 inputs += 1
                 try:
                     sample = make(item)
-                    if sample["__key__"] == last:          # who reads would take them for one
+                    if sample["__key__"] == last_key:      # would be read as one sample
                         raise Skip("same key as the one before")
                     tar.write(sample)
-                    last = sample["__key__"]
-                except Skip as why:
-                    skipped.append((str(why), str(item)))
-                with packed.get_lock():
-                    packed.value += 1
-    entry = index_entry(shard.path)
-    if not entry["samples"]:
+                    last_key = sample["__key__"]
+                except Skip as reason:
+                    skipped.append((str(reason), str(item)))
+                with _items_done.get_lock():
+                    _items_done.value += 1
+
+    record = index_entry(shard.path)
+    if record["samples"] == 0:
         shard.path.unlink()
-    with atomic_write(record(shard)) as tmp:
-        tmp.write_text(json.dumps(entry | dict(offsets=entry["offsets"].tolist(), inputs=inputs,
-                                               skipped=skipped)))
+    record["offsets"] = record["offsets"].tolist()
+    record["inputs"] = inputs
+    record["skipped"] = skipped
+    with atomic_write(record_path(shard)) as tmp:
+        tmp.write_text(json.dumps(record))
 
 
 def index_entry(path):
-    """A tar's name, samples, bytes, and the offsets of its samples."""
+    """A tar's entry of the index: its name, samples, bytes, and the offsets [samples + 1]."""
     offsets = sample_offsets(path)
-    return dict(name=path.name, samples=len(offsets) - 1, bytes=path.stat().st_size,
-                offsets=offsets)
+    size = path.stat().st_size
+    return dict(name=path.name, samples=len(offsets) - 1, bytes=size, offsets=offsets)
 
 
-def record(shard):
+def record_path(shard):
     return shard.path.parent / ".progress" / f"{shard.path.stem}.json"
 
 
-def finished(shard):
-    """The record of a finished shard, or None."""
+def read_record(shard):
+    """The record of a finished ShardJob, or None if the shard has still to be packed."""
     try:
-        entry = json.loads(record(shard).read_text())
-        return entry if not entry["samples"] or (
-            shard.path.stat().st_size == entry["bytes"]) else None
+        record = json.loads(record_path(shard).read_text())
+        if record["samples"] > 0 and shard.path.stat().st_size != record["bytes"]:
+            return None
     except (OSError, ValueError):
         return None
+    return record
+
+
+# ---------------------------------------------------------------------------- worker processes
+def start_worker(parent):
+    """Set up a worker process: the parent handles Ctrl-C, and no worker outlives the parent."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    threading.Thread(target=exit_with_parent, args=[parent], daemon=True).start()
+
+
+def exit_with_parent(parent):
+    while os.getppid() == parent:
+        time.sleep(0.5)
+    os._exit(1)
 
 
 def in_parallel(function, jobs, workers):
-    """function(job) of all jobs, on `workers` processes, in any order.
+    """Call function(job) for all jobs in `workers` processes, in any order.
 
-    Yields about three times a second, and after every job: (job, result), or None meanwhile.
+    Yields (job, result) for every finished job and, about three times a second, None, so that the
+    caller can update a progress bar. With one worker all jobs run in this process.
     """
-    if workers == 1 or not jobs:            # in this process
+    if workers == 1 or not jobs:
         for job in jobs:
             yield job, function(job)
         return
+
     workers = min(workers, len(jobs))
-    fork = multiprocessing.get_context("fork")             # they share `packed`, and start at once
-    with ProcessPoolExecutor(workers, fork, start_process, [os.getpid()]) as pool:
+    fork = multiprocessing.get_context("fork")             # quick, and shares _items_done
+    with ProcessPoolExecutor(workers, fork, start_worker, [os.getpid()]) as pool:
         waiting = {pool.submit(function, job): job for job in jobs}
         try:
             while waiting:
-                for future in wait(waiting, 0.3, FIRST_COMPLETED)[0]:
+                finished, _ = wait(waiting, 0.3, FIRST_COMPLETED)
+                for future in finished:
                     yield waiting.pop(future), future.result()
                 yield None
         except BrokenProcessPool:
             raise FuseDiTError("a worker died (out of memory?): lower --workers") from None
-        except BaseException:               # Ctrl-C, a full disk: do not wait for the others
+        except BaseException:               # Ctrl-C, a full disk: do not wait for the other jobs
             for process in multiprocessing.active_children():
                 process.terminate()
             pool.shutdown(wait=False, cancel_futures=True)
             raise
 
 
-# ---- the whole run -------------------------------------------------------------------------------
-
+# ---------------------------------------------------------------------------- starting a run
 def begin(args, **settings):
-    """Open OUT for a run whose output `settings` decide. Returns False where all is done already.
+    """Prepare OUT for a run whose output is determined by `settings`; False if OUT is complete.
 
-    A run that stopped goes on if its settings were these. Nothing else is touched, unless
-    --overwrite is given, and then only what a run has written.
+    A run with the same settings that was interrupted is resumed. OUT must be empty otherwise, or
+    hold nothing but what a run has written if --overwrite is given, which deletes that. Raises
+    FuseDiTError if OUT holds something else.
     """
-    out, progress = args.out, args.out / ".progress"
-    said = json.loads(json.dumps(settings, default=str))
+    out = args.out
+    progress = out / ".progress"
+    settings = json.loads(json.dumps(settings, default=str))    # as they come back from JSON
     if out.exists() and not out.is_dir():
         raise FuseDiTError(f"{out} is a file; OUT must be a folder")
-    found = sorted(p.name for p in out.iterdir()) if out.is_dir() else []
+    names = []
+    if out.is_dir():
+        names = sorted(path.name for path in out.iterdir())
+
     if args.overwrite:
-        found = [name for name in found if not OURS.fullmatch(name)]
-        if not found:
-            remove(out)
-    elif "index.json" in found and read(out / "report.json", "settings") == said:
-        shutil.rmtree(progress, ignore_errors=True)
-        print(f"{out} is finished: {read(out / 'report.json', 'outputs')} images, by this command")
-        return False
-    elif "index.json" not in found and (before := read(progress / "settings.json")) is not None:
-        if before != said:
-            other = ", ".join(f"{k} {before.get(k)}, now {said.get(k)}"
-                              for k in sorted(before | said) if before.get(k) != said.get(k))
-            raise FuseDiTError(f"{out} was begun otherwise ({other}): go on as it was begun, give "
-                               "a new folder, or --overwrite")
-        for name in found:                  # what a killed run was at
-            if name.endswith(".tmp") and OURS.fullmatch(name):
-                (out / name).unlink()
-        return True
-    if found and found != [".progress"]:
-        state = "finished shards" if "index.json" in found else f"{found[0]}, not a run to go on"
-        raise FuseDiTError(f"{out} is not empty (it holds {state}); give a new folder" + (
-            ", as --overwrite only replaces shards" if args.overwrite else
-            " or --overwrite, which replaces shards and what lists them"))
+        names = [name for name in names if not OUTPUT_NAME.fullmatch(name)]
+        if not names:
+            remove_output(out)
+    elif "index.json" in names:
+        report = read_json_or_none(out / "report.json") or {}
+        if report.get("settings") == settings:
+            shutil.rmtree(progress, ignore_errors=True)
+            print(f"{out} is finished: {report['outputs']} images, by this command")
+            return False
+    else:
+        earlier = read_json_or_none(progress / "settings.json")
+        if earlier is not None:
+            check_same_settings(out, earlier, settings)
+            remove_temporary_files(out)
+            return True
+
+    if names not in ([], [".progress"]):
+        raise not_empty_error(out, names, args.overwrite)
     progress.mkdir(parents=True, exist_ok=True)
     with atomic_write(progress / "settings.json") as tmp:
-        tmp.write_text(json.dumps(said))
+        tmp.write_text(json.dumps(settings))
     return True
 
 
-def read(path, key=None):
-    """The content of a JSON file, or of its one key; None where there is none."""
+def check_same_settings(out, earlier, settings):
+    """Raise FuseDiTError, which names the differences, unless both runs have the same settings."""
+    if earlier == settings:
+        return
+    differences = []
+    for name in sorted(earlier | settings):
+        before = earlier.get(name)
+        now = settings.get(name)
+        if before != now:
+            differences.append(f"{name} {before}, now {now}")
+    raise FuseDiTError(f"{out} was started with other settings ({', '.join(differences)}): resume "
+                       "with the settings it was started with, give a new folder, or --overwrite")
+
+
+def not_empty_error(out, names, overwrite):
+    content = f"{names[0]}, which is not an interrupted run"
+    if "index.json" in names:
+        content = "finished shards"
+    remedy = "give a new folder or --overwrite, which replaces shards and what lists them"
+    if overwrite:
+        remedy = "give a new folder, as --overwrite only replaces shards"
+    return FuseDiTError(f"{out} is not empty (it holds {content}); {remedy}")
+
+
+def read_json_or_none(path):
+    """The content of a JSON file; None if the file is missing or is not JSON."""
     try:
-        content = json.loads(path.read_text())
-        return content if key is None else content.get(key)
+        return json.loads(path.read_text())
     except (OSError, ValueError):
         return None
 
 
-def remove(out):
-    """Delete what a run has written, and nothing else."""
-    for path in out.iterdir() if out.is_dir() else ():
+def remove_output(out):
+    """Delete everything that a run has written to OUT, and nothing else."""
+    if not out.is_dir():
+        return
+    for path in out.iterdir():
         if path.name == ".progress":
             shutil.rmtree(path)
-        elif OURS.fullmatch(path.name):
+        elif OUTPUT_NAME.fullmatch(path.name):
             path.unlink()
 
 
-def pack(args, name, jobs, make, skipped=(), total=None, **more):
-    """Pack the jobs (items of each shard) that are not packed yet; then report and index.
+def remove_temporary_files(out):
+    """Delete the files that a killed run was writing."""
+    for path in list(out.iterdir()):
+        if path.name.endswith(".tmp") and OUTPUT_NAME.fullmatch(path.name):
+            path.unlink()
 
-    skipped: [(why, key)] of inputs that came into no shard. total: of all items, where it is
-    known. more: what else report.json is to say.
+
+# ---------------------------------------------------------------------------- the whole run
+def pack(args, name, jobs, make, skipped=(), total=None, **more):
+    """Pack the shards that are not finished yet, then write the report and the index.
+
+    name: tars are called NAME-000000.tar and so on. jobs: an iterable of items for each shard.
+    make: see write_shard. skipped: [(reason, key)] of inputs that are in no shard. total: the
+    number of items in all shards, if it is known. more: further entries of report.json.
     """
-    shards = [Shard(args.out / f"{name}-{k:06d}.tar", items) for k, items in enumerate(jobs)]
-    before = {shard.path: entry for shard in shards if (entry := finished(shard))}
-    todo = [shard for shard in shards if shard.path not in before]
-    have, done = sum(e["inputs"] for e in before.values()), len(before)
-    if done:
-        print(f"{done} of {len(shards)} shards are packed already", file=sys.stderr)
-    packed.value = have
+    global _items_done
+    shards = []
+    for k, items in enumerate(jobs):
+        shards.append(ShardJob(args.out / f"{name}-{k:06d}.tar", items))
+    records = {shard.path: read_record(shard) for shard in shards}
+    todo = [shard for shard in shards if records[shard.path] is None]
+    finished = len(shards) - len(todo)
+    if finished:
+        print(f"{finished} of {len(shards)} shards are packed already", file=sys.stderr)
+
+    earlier_inputs = sum(record["inputs"] for record in records.values() if record is not None)
+    _items_done = multiprocessing.get_context("fork").Value("q", earlier_inputs)
+    bar = tqdm(total=total, initial=earlier_inputs, unit="image", desc="packing", smoothing=0.05,
+               disable=None)
     try:
-        with tqdm(total=total, initial=have, unit="image", desc="packing", smoothing=0.05,
-                  disable=None) as bar:
-            for event in in_parallel(partial(write_shard, make), todo, args.workers):
-                done += event is not None
-                if not total and done:      # as many in the others as in those that are done
-                    bar.total = packed.value * len(shards) // done
-                bar.update(packed.value - bar.n)
+        with bar:
+            for result in in_parallel(partial(write_shard, make), todo, args.workers):
+                if result is not None:
+                    finished += 1
+                if not total and finished:  # estimate it from the shards that are finished
+                    bar.total = _items_done.value * len(shards) // finished
+                bar.update(_items_done.value - bar.n)
     except BaseException:
-        done = sum(finished(shard) is not None for shard in shards)
-        print(f"stopped; {done} of {len(shards)} shards are packed, and the same command goes on "
+        finished = sum(read_record(shard) is not None for shard in shards)
+        print(f"stopped: {finished} of {len(shards)} shards are packed; the same command resumes "
               "from there", file=sys.stderr)
         raise
-    finish(args.out, [finished(shard) for shard in shards], skipped, more)
+    finish(args.out, [read_record(shard) for shard in shards], skipped, more)
 
 
-def finish(out, entries, skipped, more):
-    """report.json, offsets.npy and, last of all, index.json."""
-    outputs = sum(e["samples"] for e in entries)
-    inputs = len(skipped) + sum(e["inputs"] for e in entries)
-    skipped = [*skipped, *(skip for entry in entries for skip in entry["skipped"])]
+def finish(out, records, skipped, more):
+    """Write report.json, offsets.npy and, last of all, index.json; delete OUT/.progress."""
+    outputs = sum(record["samples"] for record in records)
+    inputs = len(skipped) + sum(record["inputs"] for record in records)
+    skipped = list(skipped)
+    for record in records:
+        skipped += record["skipped"]
     assert inputs == outputs + len(skipped)
-    reasons = Counter(why for why, _ in skipped).most_common()
-    keys = {why: [key for reason, key in skipped if reason == why] for why, _ in reasons}
-    tell(keys)
-    settings = read(out / ".progress" / "settings.json")
+
+    counts = dict(Counter(reason for reason, _ in skipped).most_common())
+    keys = {reason: [] for reason in counts}
+    for reason, key in skipped:
+        keys[reason].append(key)
+    report_skipped(keys)
     if not outputs:
-        remove(out)
-        raise FuseDiTError(f"nothing to pack: all {len(skipped)} were skipped, see above")
+        remove_output(out)
+        raise FuseDiTError(f"nothing to pack: all {len(skipped)} inputs were skipped, for the "
+                           "reasons above")
+
+    settings = read_json_or_none(out / ".progress" / "settings.json")
+    report = dict(settings=settings, inputs=inputs, outputs=outputs, skipped=counts)
+    report |= more
+    report["skipped_keys"] = keys
     with atomic_write(out / "report.json") as tmp:
-        tmp.write_text(json.dumps(dict(
-            settings=settings, inputs=inputs, outputs=outputs, skipped=dict(reasons)) | more | dict(
-            skipped_keys=keys), indent=1) + "\n")
-    entries = [e for e in entries if e["samples"]]
-    write_index(out, entries)
+        tmp.write_text(json.dumps(report, indent=1) + "\n")
+
+    records = [record for record in records if record["samples"]]
+    write_index(out, records)
     shutil.rmtree(out / ".progress")
-    print(f"{inputs} inputs = {outputs} images in {len(entries)} shards + {len(skipped)} skipped: "
+    print(f"{inputs} inputs = {outputs} images in {len(records)} shards + {len(skipped)} skipped: "
           f"{out}/*.tar, {out}/report.json")
 
 
-def write_index(out, entries):
-    """offsets.npy and then index.json, of index_entry's dicts; returns the number of samples.
+def report_skipped(keys):
+    """Print to stderr how many inputs were skipped, for which reason, and the first of them.
 
-    Latents that an index.json knows of shards that are the same stay known.
+    keys: {reason: keys of the skipped inputs}.
+    """
+    for reason, skipped in keys.items():
+        examples = ", ".join(skipped[:5])
+        if len(skipped) > 5:
+            examples += f" and {len(skipped) - 5} more"
+        print(f"skipped {len(skipped)}: {reason}: {examples}", file=sys.stderr)
+
+
+def write_index(out, entries):
+    """Write offsets.npy and then index.json from index_entry's dicts; return the sample count.
+
+    What an earlier index.json says about the latents of a shard is kept if the shard is the same.
     """
     with atomic_write(out / "offsets.npy") as tmp, open(tmp, "wb") as file:
-        np.save(file, np.concatenate([e["offsets"] for e in entries]))
-    known = {same_shard(e): e["latents"] for e in read(out / "index.json", "shards") or ()
-             if "latents" in e}
-    entries = [dict(zip(("name", "samples", "bytes"), same_shard(e), strict=True)) | (
-        dict(latents=known[same_shard(e)]) if same_shard(e) in known else {}) for e in entries]
-    samples = sum(e["samples"] for e in entries)
+        np.save(file, np.concatenate([entry["offsets"] for entry in entries]))
+
+    earlier = read_json_or_none(out / "index.json") or {}
+    known_latents = {}
+    for entry in earlier.get("shards") or ():
+        if "latents" in entry:
+            known_latents[same_shard(entry)] = entry["latents"]
+
+    shards = []
+    for entry in entries:
+        shard = dict(name=entry["name"], samples=entry["samples"], bytes=entry["bytes"])
+        if same_shard(entry) in known_latents:
+            shard["latents"] = known_latents[same_shard(entry)]
+        shards.append(shard)
+    samples = sum(shard["samples"] for shard in shards)
     with atomic_write(out / "index.json") as tmp:
-        tmp.write_text(json.dumps(dict(shards=entries, samples=samples), indent=1) + "\n")
+        tmp.write_text(json.dumps(dict(shards=shards, samples=samples), indent=1) + "\n")
     return samples
 
 
 def same_shard(entry):
+    """What identifies a shard: two entries of an index that agree in it list the same shard."""
     return entry["name"], entry["samples"], entry["bytes"]
-
-
-def tell(skipped):
-    """Say on stderr how many inputs were left out, why, and which were the first."""
-    for why, keys in skipped.items():
-        more = f" and {len(keys) - 5} more" if len(keys) > 5 else ""
-        print(f"skipped {len(keys)}: {why}: {', '.join(keys[:5])}{more}", file=sys.stderr)

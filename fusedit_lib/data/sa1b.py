@@ -1,4 +1,4 @@
-"""TODO."""
+"""SA-1B: Meta's images, with the captions that LLaVA wrote for PixArt. Download, then packing."""
 import hashlib
 import json
 import re
@@ -11,126 +11,229 @@ from tqdm import tqdm
 
 from fusedit import FuseDiTError
 from fusedit_lib.data import packing
-from fusedit_lib.data.captions import Captioned, Captions, Texts
-from fusedit_lib.data.download import Bar, Failed, damaged_tar, fetch, unpack
-from fusedit_lib.data.images import SUFFIXES, rules
-from fusedit_lib.data.items import Item, cut_lines, digest, item_sample, listing, need, said
+from fusedit_lib.data.captions import CaptionFolder, CaptionTable, WithCaptions
+from fusedit_lib.data.download import (
+    DownloadBar,
+    DownloadFailed,
+    fetch,
+    tar_fault,
+    unpack,
+)
+from fusedit_lib.data.images import SUFFIXES, image_rules
+from fusedit_lib.data.items import (
+    Item,
+    digest,
+    list_images,
+    make_sample,
+    output_settings,
+    require_exists,
+    split_lines,
+)
 from fusedit_lib.files import atomic_write
 
-# ---- SA-1B ---------------------------------------------------------------------------------------
+TAR_NAME = re.compile(r"[\w-][\w.-]*\.tar")
+MD5 = re.compile(r"[0-9a-f]{32}")
 
-class Listed:
-    """Items of a part of the list of images, below a folder."""
+
+# ---------------------------------------------------------------------------- packing
+class ListedItems:
+    """Iterates over the items of some lines of a list of images.
+
+    lines: a LineRange of paths relative to `folder`. An image's key is its file name without the
+    suffix; the captions are added by WithCaptions.
+    """
 
     def __init__(self, lines, folder):
-        self.lines, self.folder = lines, folder
+        self.lines = lines
+        self.folder = folder
 
     def __iter__(self):
         for _, line in self.lines:
             name = line.decode(errors="surrogateescape")
-            yield Item(name, self.folder / name, {}, Path(name).stem)
+            yield Item(name, self.folder / name, captions={}, key=Path(name).stem)
 
 
 def sa1b(args):
-    need(args.images, args.captions)
-    folders = [p for p in sorted(args.images.iterdir()) if p.is_dir() and p.name[0] != "."]
-    if not packing.begin(args, **said(args, folders=digest(
-            (p.name, p.stat().st_mtime_ns) for p in folders or [args.images]))):
+    """Run `prepare_data.py sa1b`."""
+    require_exists(args.images, args.captions)
+    folders = [path for path in sorted(args.images.iterdir())
+               if path.is_dir() and not path.name.startswith(".")]
+    # Listing millions of files takes long, so a change is noticed by the times of the folders.
+    times = digest((path.name, path.stat().st_mtime_ns) for path in folders or [args.images])
+    if not packing.begin(args, **output_settings(args, folders=times)):
         return
-    names, progress = args.out / ".progress" / "images.txt", args.out / ".progress"
+
+    progress = args.out / ".progress"
+    names = progress / "images.txt"
     if not names.exists():
-        with atomic_write(names) as tmp, open(tmp, "w", errors="surrogateescape") as file:
-            for name in tqdm(listing(args.images), unit="image", desc="listing", disable=None):
-                file.write(f"{name}\n")
-    parts, total = cut_lines(names, args.shard_size)
+        write_image_list(args.images, names)
+    parts, total = split_lines(names, args.shard_size)
     if not total:
-        packing.remove(args.out)
+        packing.remove_output(args.out)
         raise FuseDiTError(f"no images in {args.images} ({', '.join(sorted(SUFFIXES))})")
-    texts = args.captions.is_dir() and not any(
-        next(args.captions.glob(kind), None) for kind in ("*.parquet", "*.jsonl*", "*/*.parquet"))
-    captions = Texts(args.captions) if texts else Captions.of_files(
-        args.captions, args.key_column, args.caption_column, progress / "captions.duckdb")
-    packing.pack(args, "sa1b", [Captioned(Listed(part, args.images), captions) for part in parts],
-                 partial(item_sample, rules(args)), total=total,
-                 **{} if texts else dict(captions=captions.counts()))
+
+    more = {}
+    if is_caption_folder(args.captions):
+        captions = CaptionFolder(args.captions)
+    else:
+        captions = CaptionTable.from_files(args.captions, args.key_column, args.caption_column,
+                                           progress / "captions.duckdb")
+        more["captions"] = captions.counts()
+    jobs = [WithCaptions(ListedItems(part, args.images), captions) for part in parts]
+    make = partial(make_sample, image_rules(args))
+    packing.pack(args, "sa1b", jobs, make, total=total, **more)
 
 
+def write_image_list(folder, path):
+    """Write the path of every image below `folder` to a text file, one a line."""
+    with atomic_write(path) as tmp, open(tmp, "w", errors="surrogateescape") as file:
+        for name in tqdm(list_images(folder), unit="image", desc="listing", disable=None):
+            file.write(f"{name}\n")
+
+
+def is_caption_folder(path):
+    """Whether this is a folder of .txt files: a folder without .parquet and .jsonl files."""
+    if not path.is_dir():
+        return False
+    for pattern in ("*.parquet", "*.jsonl*", "*/*.parquet"):
+        if any(path.glob(pattern)):
+            return False
+    return True
+
+
+# ---------------------------------------------------------------------------- lists to download
 def read_links(path):
-    """{file name: url} of Meta's list: a line of names, then NAME TAB URL; raises FuseDiTError."""
+    """{file name: url} of Meta's list: a heading, then lines of NAME TAB URL.
+
+    Raises FuseDiTError if the file cannot be read or is something else.
+    """
     try:
-        rows = [line.split("\t") for line in path.read_text("utf-8-sig").splitlines()]
-    except (OSError, UnicodeDecodeError) as e:
-        raise FuseDiTError(f"cannot read {path}: {getattr(e, 'strerror', None) or e}") from None
-    rows = [[word.strip() for word in row] for row in rows if any(word.strip() for word in row)]
-    rows = rows[1:] if rows and "://" not in rows[0][-1] else rows           # after the heading
-    bad = [row for row in rows if len(row) != 2 or "://" not in row[1] or not re.fullmatch(
-        r"[\w-][\w.-]*\.tar", row[0])]
-    if bad or not rows:
-        raise FuseDiTError(f"{path} is not a list of file_name TAB cdn_link" + (
-            f": it has {' '.join(bad[0])[:60]!r}" if bad else ""))
+        lines = path.read_text("utf-8-sig").splitlines()
+    except OSError as e:
+        raise FuseDiTError(f"cannot read {path}: {e.strerror or e}") from None
+    except UnicodeDecodeError as e:
+        raise FuseDiTError(f"cannot read {path}: {e}") from None
+    rows = []
+    for line in lines:
+        if line.strip():
+            rows.append([word.strip() for word in line.split("\t")])
+    if rows and "://" not in rows[0][-1]:
+        rows = rows[1:]                     # without the heading
+
+    if not rows:
+        raise FuseDiTError(f"{path} is not a list of file_name TAB cdn_link")
+    for row in rows:
+        if len(row) != 2 or not TAR_NAME.fullmatch(row[0]) or "://" not in row[1]:
+            raise FuseDiTError(f"{path} is not a list of file_name TAB cdn_link: it has "
+                               f"{' '.join(row)[:60]!r}")
     return dict(rows)
 
 
 def read_checksums(path):
-    """{file name: md5} of a list as md5sum writes it, whichever of the two comes first."""
-    words = [line.replace("*", " ").split() for line in path.read_text().lower().splitlines()]
-    found = [sorted(row, key=lambda word: not re.fullmatch("[0-9a-f]{32}", word)) for row in words]
-    return {PurePosixPath(row[1]).name: row[0] for row in found if len(row) == 2}
+    """{file name: md5} of lines as md5sum writes them; the name may also come first."""
+    checksums = {}
+    for line in path.read_text().lower().splitlines():
+        words = line.replace("*", " ").split()
+        if len(words) != 2:
+            continue
+        md5, name = words
+        if MD5.fullmatch(name) and not MD5.fullmatch(md5):
+            name, md5 = words
+        checksums[PurePosixPath(name).name] = md5
+    return checksums
 
 
-def still_missing(args, links):
-    """{file name: url} of what has no folder yet; what a killed run left behind is deleted."""
-    missing = {name: url for name, url in links.items() if not (args.out / name[:-4]).is_dir()}
-    done = () if args.keep_tars else links.keys() - missing.keys()
-    for litter in (*(args.out / name for name in done), *args.out.glob(".download.json.*.tmp")):
-        litter.unlink(missing_ok=True)
-    return missing
+# ---------------------------------------------------------------------------- download
+class TarDownload:
+    """Downloads tars one by one, checks each, and extracts its images into a folder."""
+
+    def __init__(self, out, links, checksums, keep_tars, bar):
+        self.out = out
+        self.links = links                  # file name -> url
+        self.checksums = checksums          # file name -> md5, of some of them or none
+        self.keep_tars = keep_tars
+        self.bar = bar                      # a DownloadBar
+
+    def __call__(self, name):
+        """Download one file, which then is in OUT as a folder; raises DownloadFailed."""
+        tar = self.out / name
+        folder = image_folder(self.out, name)
+        find_fault = partial(self.find_fault, name)
+        if not tar.exists() or find_fault(tar):
+            tar.unlink(missing_ok=True)
+            fetch(self.links[name], tar, find_fault, partial(self.bar.advance, name))
+        if not unpack(tar, folder, "*.jpg"):
+            folder.rmdir()
+            tar.unlink()
+            raise DownloadFailed("it contains no image")
+        if not self.keep_tars:
+            tar.unlink()
+
+    def find_fault(self, name, path):
+        """What is wrong with a downloaded tar, or None."""
+        if name in self.checksums:
+            with open(path, "rb") as file:
+                md5 = hashlib.file_digest(file, "md5").hexdigest()
+            if md5 != self.checksums[name]:
+                return "the MD5 checksum is wrong"
+        return tar_fault(path)
+
+
+def image_folder(out, name):
+    return out / name.removesuffix(".tar")
 
 
 def sa1b_download(args):
-    """Every tar of the list: fetched, checked, its images unpacked into a folder, and deleted."""
-    links, sums = read_links(args.links), read_checksums(args.md5) if args.md5 else {}
+    """Run `prepare_data.py sa1b-download`: download, check and unpack every tar of the list."""
+    links = read_links(args.links)
+    checksums = {}
+    if args.md5:
+        checksums = read_checksums(args.md5)
     args.out.mkdir(parents=True, exist_ok=True)
-    missing, failed = still_missing(args, links), {}
+    missing = [name for name in links if not image_folder(args.out, name).is_dir()]
+    remove_leftovers(args, links.keys() - set(missing))
 
-    def bring(name):
-        def wrong(path):
-            if name in sums:
-                with open(path, "rb") as file:
-                    if hashlib.file_digest(file, "md5").hexdigest() != sums[name]:
-                        return "the md5 is another"
-            return damaged_tar(path)
-        tar = args.out / name
-        if not tar.exists() or wrong(tar):
-            tar.unlink(missing_ok=True)
-            fetch(missing[name], tar, wrong, lambda *got: bar.saw(name, *got))
-        if not unpack(tar, args.out / name[:-4], "*.jpg"):
-            (args.out / name[:-4]).rmdir()
-            tar.unlink()
-            raise Failed("no image is in it")
-        if not args.keep_tars:
-            tar.unlink()
+    with DownloadBar(len(missing), desc="downloading") as bar:
+        download = TarDownload(args.out, links, checksums, args.keep_tars, bar)
+        failed = download_all(download, missing, args.workers)
 
-    with Bar(len(missing), desc="downloading") as bar, ThreadPoolExecutor(args.workers) as pool:
-        jobs = {pool.submit(bring, name): name for name in missing}
+    complete = len(links) - len(failed)
+    report = dict(files=len(links), whole=complete, failed=failed)
+    with atomic_write(args.out / "download.json") as tmp:
+        tmp.write_text(json.dumps(report, indent=1) + "\n")
+    print(f"{complete} of {len(links)} files are complete: {args.out}")
+    if failed:
+        message = (f"{len(failed)} of {len(links)} files could not be downloaded (see above, or "
+                   "download.json); the same command tries them again")
+        if any(reason.startswith("403") for reason in failed.values()):
+            message += ", with a new list from Meta where links have expired (403)"
+        raise FuseDiTError(message)
+
+
+def remove_leftovers(args, complete):
+    """Delete what a killed run left in OUT: tars that are unpacked, and a report half-written."""
+    if not args.keep_tars:
+        for name in complete:
+            (args.out / name).unlink(missing_ok=True)
+    for path in args.out.glob(".download.json.*.tmp"):
+        path.unlink(missing_ok=True)
+
+
+def download_all(download, names, workers):
+    """Call download(name) for all names, `workers` at a time; returns {name: why it failed}."""
+    failed = {}
+    with ThreadPoolExecutor(workers) as pool:
+        jobs = {pool.submit(download, name): name for name in names}
         try:
             for job in as_completed(jobs):
                 try:
                     job.result()
-                except Failed as why:
-                    failed[jobs[job]] = str(why)
-                    tqdm.write(f"{jobs[job]}: {why}", file=sys.stderr)
-        except BaseException:
-            bar.stop = True
+                except DownloadFailed as reason:
+                    name = jobs[job]
+                    failed[name] = str(reason)
+                    tqdm.write(f"{name}: {reason}", file=sys.stderr)
+        except BaseException:               # Ctrl-C, a full disk
+            download.bar.stop = True
             pool.shutdown(cancel_futures=True)
             raise
-    with atomic_write(args.out / "download.json") as tmp:
-        tmp.write_text(json.dumps(dict(files=len(links), whole=len(links) - len(failed),
-                                       failed=failed), indent=1) + "\n")
-    print(f"{len(links) - len(failed)} of {len(links)} files are whole: {args.out}")
-    if failed:
-        expired = any(why.startswith("403") for why in failed.values())
-        raise FuseDiTError(f"{len(failed)} could not be had (see above, or download.json); the "
-                           "same command tries them again" + (
-                               ", with a new list from Meta where links have expired (403)"
-                               if expired else ""))
+    return failed

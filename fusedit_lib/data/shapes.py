@@ -1,26 +1,33 @@
-"""TODO."""
+"""Shapes: the demo's data set, images of coloured shapes that are drawn with their captions."""
 import random
 from functools import partial
 
 from fusedit_lib.data import packing
-from fusedit_lib.data.images import png
-from fusedit_lib.data.items import cut, said
+from fusedit_lib.data.images import encode_png
+from fusedit_lib.data.items import in_chunks, output_settings
+from fusedit_lib.shapes import render, scenes
 
-# ---- shapes --------------------------------------------------------------------------------------
 
 def shapes_sample(seed: int, image_size: int, i: int) -> dict:
-    """Picture number i of a seed, whoever draws it: two phrasings of what may be said of it."""
-    from fusedit_lib.shapes import render, scenes
+    """Sample number i of a seed: an image of image_size pixels and two captions of its scene.
+
+    It depends on the arguments alone, so any process may draw it.
+    """
     rng = random.Random(f"shapes {seed} {i}")
     scene = scenes.training_scene(rng)
-    picture = render.render(scene, scenes.place(scene, rng), image_size)
-    captions = [scenes.caption(scenes.forget(scene, rng), rng) for _ in range(2)]
-    return {"__key__": f"{i:09d}", "image.png": png(picture),
+    discs = scenes.place(scene, rng)
+    image = render.render(scene, discs, image_size)
+    captions = []
+    for _ in range(2):                      # each leaves other details of the scene out
+        captions.append(scenes.caption(scenes.forget(scene, rng), rng))
+    return {"__key__": f"{i:09d}", "image.png": encode_png(image),
             "synthetic_caption.txt": captions[0].encode(),
             "original_caption.txt": captions[1].encode()}
 
 
 def shapes(args):
-    if packing.begin(args, **said(args)):
-        packing.pack(args, "shapes", cut(range(args.n), args.shard_size),
-                     partial(shapes_sample, args.seed, args.image_size), total=args.n)
+    """Run `prepare_data.py shapes`."""
+    if packing.begin(args, **output_settings(args)):
+        jobs = in_chunks(range(args.n), args.shard_size)
+        make = partial(shapes_sample, args.seed, args.image_size)
+        packing.pack(args, "shapes", jobs, make, total=args.n)

@@ -7,6 +7,7 @@ import re
 import tarfile
 from argparse import Namespace
 from functools import partial
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -29,39 +30,64 @@ def command(*words, code=0):
 
 
 def pack(*words):
-    """The same, inside this process (no second start of Python)."""
-    one = ["--workers", "1"] * ("--workers" not in words)
-    args = prepare_data.arguments([*map(str, words), *one])
+    """Run the command inside this process, which saves a second start of Python."""
+    words = [str(word) for word in words]
+    if "--workers" not in words:
+        words += ["--workers", "1"]
+    args = prepare_data.parse_args(words)
     return args.run(args)
 
 
+def read_tar(path):
+    """{key: {kind: bytes}} of a tar."""
+    samples = {}
+    with tarfile.open(path) as tar:
+        for member in tar:
+            key, kind = member.name.split(".", 1)
+            samples.setdefault(key, {})[kind] = tar.extractfile(member).read()
+    return samples
+
+
 def read_shards(out):
-    """{key: {kind: bytes}} of all tars, index and report; everything is as these say."""
-    index, samples = json.loads((out / "index.json").read_text()), {}
+    """The samples {key: {kind: bytes}} of all tars, and the index and the report as one dict.
+
+    Asserts that tars, index, offsets and report agree.
+    """
+    index = json.loads((out / "index.json").read_text())
     report = json.loads((out / "report.json").read_text())
-    assert sorted(p.name for p in out.iterdir()) == sorted(
-        [s["name"] for s in index["shards"]] + ["index.json", "offsets.npy", "report.json"])
     offsets = np.load(out / "offsets.npy")
+    expected_names = [shard["name"] for shard in index["shards"]]
+    expected_names += ["index.json", "offsets.npy", "report.json"]
+    assert sorted(path.name for path in out.iterdir()) == sorted(expected_names)
+
+    all_samples = {}
     for shard in index["shards"]:
-        path, here = out / shard["name"], {}
+        path = out / shard["name"]
+        samples = read_tar(path)
         assert path.stat().st_size == shard["bytes"]
-        with tarfile.open(path) as tar:
-            for member in tar:
-                key, kind = member.name.split(".", 1)
-                here.setdefault(key, {})[kind] = tar.extractfile(member).read()
-        assert len(here) == shard["samples"] and not here.keys() & samples.keys()
-        begins, offsets = offsets[:len(here)], offsets[len(here) + 1:]     # and the end
-        for key, at in zip(here, begins, strict=True):
-            assert path.read_bytes()[at:at + len(key)].decode() == key
-        samples |= here
-    assert len(samples) == index["samples"] == report["outputs"]
+        assert len(samples) == shard["samples"]
+        assert not samples.keys() & all_samples.keys()
+        starts = offsets[:len(samples)]
+        offsets = offsets[len(samples) + 1:]               # 1: the end of the last sample
+        content = path.read_bytes()
+        for key, start in zip(samples, starts, strict=True):
+            assert content[start:start + len(key)].decode() == key
+        all_samples |= samples
+
+    assert len(all_samples) == index["samples"] == report["outputs"]
     assert report["inputs"] == report["outputs"] + sum(report["skipped"].values())
-    assert report["skipped"] == {why: len(keys) for why, keys in report["skipped_keys"].items()}
-    return samples, index | report
+    counts = {reason: len(keys) for reason, keys in report["skipped_keys"].items()}
+    assert report["skipped"] == counts
+    return all_samples, index | report
 
 
 def files(folder):
-    return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+    """{relative path: bytes} of all files below a folder."""
+    content = {}
+    for path in folder.rglob("*"):
+        if path.is_file():
+            content[str(path.relative_to(folder))] = path.read_bytes()
+    return content
 
 
 # ---- index ---------------------------------------------------------------------------------------
@@ -73,18 +99,24 @@ def test_the_index_of_shards_that_came_without(tmp_path):
     (tmp_path / "offsets.npy").unlink()
     out, _ = command("index", tmp_path, "--workers", 2)
     assert "25 samples in 3 shards" in out and files(tmp_path) == written
-    tars = sorted(tmp_path.glob("*.tar"))
-    data, cut = (bytearray(tar.read_bytes()) for tar in tars[:2])
-    at = data.index(b"00000004.")                     # a header of its fifth sample
-    data[at + 20] ^= 1
-    tars[0].write_bytes(data)
-    tars[1].write_bytes(cut[:cut.index(b"00000013.")])
-    tars[2].write_bytes(b"")
+
+
+def test_the_index_of_damaged_shards(tmp_path):
+    pack("shapes", tmp_path, "-n", 25, "--shard-size", 10)
+    first, second, third = sorted(tmp_path.glob("*.tar"))
+    damaged = bytearray(first.read_bytes())
+    header = damaged.index(b"00000004.")                   # of the fifth sample
+    damaged[header + 20] ^= 1
+    first.write_bytes(damaged)
+    cut = second.read_bytes()
+    second.write_bytes(cut[:cut.index(b"00000013.")])      # before the fourth sample
+    third.write_bytes(b"")
+
     out, err = command("index", tmp_path)
     assert "7 samples in 3 shards" in out
-    for tar, n in zip(tars, (4, 3, 0), strict=True):
-        assert re.search(rf"{tar.name} is damaged or cut short at byte [\d,]+, after {n} samples",
-                         err)
+    for tar, count in ((first, 4), (second, 3), (third, 0)):
+        assert re.search(rf"{tar.name} is damaged or cut short at byte [\d,]+, after {count} "
+                         "samples", err)
         tar.write_bytes(b"<html>")
     assert "no sample in any of 3 shards" in command("index", tmp_path, code=1)[1]
     (tmp_path / "none").mkdir()
@@ -103,21 +135,25 @@ def test_shapes_are_the_same_whatever_the_workers(tmp_path):
     assert files(tmp_path / "one") != files(tmp_path / "other")
 
 
-def test_shapes_pictures_show_their_captions(tmp_path):
+def test_images_of_shapes_show_their_captions(tmp_path):
     pack("shapes", tmp_path / "out", "-n", 40, "--shard-size", 16, "--image-size", 64)
     samples, index = read_shards(tmp_path / "out")
-    assert [s["samples"] for s in index["shards"]] == [16, 16, 8]
-    for i, (key, sample) in enumerate(sorted(samples.items())):
+    assert [shard["samples"] for shard in index["shards"]] == [16, 16, 8]
+    for i, key in enumerate(sorted(samples)):
+        sample = samples[key]
         assert set(sample) == {"image.png", "synthetic_caption.txt", "original_caption.txt"}
         image = Image.open(io.BytesIO(sample["image.png"]))
         assert image.size == (64, 64) and int(key) == i
+
         rng = random.Random(f"shapes 0 {i}")
         scene = scenes.training_scene(rng)
         assert detector.verdict(scene, detector.read(image)) == ""
         scenes.place(scene, rng)
-        assert sample["synthetic_caption.txt"].decode() == scenes.caption(
-            scenes.forget(scene, rng), rng)
+        caption = scenes.caption(scenes.forget(scene, rng), rng)
+        assert sample["synthetic_caption.txt"].decode() == caption
 
+
+# ---- restarts ------------------------------------------------------------------------------------
 
 def test_a_folder_in_use_is_refused_and_overwrite_replaces_only_shards(tmp_path):
     out = tmp_path / "out"
@@ -126,10 +162,12 @@ def test_a_folder_in_use_is_refused_and_overwrite_replaces_only_shards(tmp_path)
     _, err = command("shapes", out, "-n", 5, "--shard-size", 5, code=1)
     assert "not empty" in err and "--overwrite" in err and err.count("\n") == 1
     assert files(out) == before
+
     (out / ".shapes-000001.tar.123.tmp").write_text("of a killed run")
-    (out / "shapes-000003.latents.safetensors").write_text("of shards that go")
+    (out / "shapes-000003.latents.safetensors").write_text("of shards that are replaced")
     pack("shapes", out, "-n", 5, "--shard-size", 5, "--overwrite")
     assert len(read_shards(out)[0]) == 5
+
     (out / "notes.txt").write_text("mine")
     with pytest.raises(FuseDiTError, match="notes.txt"):
         pack("shapes", out, "-n", 5, "--overwrite")
@@ -138,42 +176,71 @@ def test_a_folder_in_use_is_refused_and_overwrite_replaces_only_shards(tmp_path)
         pack("shapes", out / "notes.txt", "-n", 5)
 
 
-def test_what_fails_midway_is_gone_on_with(tmp_path, capsys):
-    def make(broken, i):
-        if i == broken:
-            raise OSError(28, "No space left on device")
-        return {"__key__": str(i), "image.png": b"x"}
-    for name, broken in (("out", 7), ("out", None), ("whole", None)):
-        args = Namespace(out=tmp_path / name, workers=1, overwrite=False)
-        jobs = [range(0, 3), range(3, 6), range(6, 9), range(9, 10)]
-        assert packing.begin(args, n=10)
-        if broken:
-            before = files(args.out)
-            with pytest.raises(OSError):
-                packing.pack(args, "shapes", jobs, partial(make, broken))
-            assert "stopped; 2 of 4 shards are packed" in capsys.readouterr().err
-            assert len(files(args.out)) == len(before) + 4     # and their records
-        else:
-            packing.pack(args, "shapes", jobs, partial(make, broken))
+def packing_args(out):
+    return Namespace(out=out, workers=1, overwrite=False)
+
+
+def numbered_sample(broken, i):
+    """A sample of item i; at item `broken` the disk is full."""
+    if i == broken:
+        raise OSError(28, "No space left on device")
+    return {"__key__": str(i), "image.png": b"x"}
+
+
+def pack_numbers(args, broken=None):
+    """Pack ten items into four shards."""
+    assert packing.begin(args, n=10)
+    jobs = [range(0, 3), range(3, 6), range(6, 9), range(9, 10)]
+    packing.pack(args, "shapes", jobs, partial(numbered_sample, broken))
+
+
+def test_a_run_that_fails_midway_is_resumed(tmp_path, capsys):
+    args = packing_args(tmp_path / "out")
+    with pytest.raises(OSError):
+        pack_numbers(args, broken=7)
+    assert "stopped: 2 of 4 shards are packed" in capsys.readouterr().err
+    written = {name for name in files(args.out) if not name.startswith(".progress/settings")}
+    assert len(written) == 4                               # two shards and their records
+
+    pack_numbers(args)
+    assert "2 of 4 shards are packed already" in capsys.readouterr().err
+    pack_numbers(packing_args(tmp_path / "whole"))
     assert files(tmp_path / "out") == files(tmp_path / "whole")
+    capsys.readouterr()
     assert not packing.begin(args, n=10)                   # there is nothing left to do
     assert "is finished: 10 images" in capsys.readouterr().out
 
 
-def test_what_was_begun_otherwise_is_refused(tmp_path):
-    args = Namespace(out=tmp_path / "out", workers=1, overwrite=False)
-    assert packing.begin(args, n=10, seed=0) and packing.begin(args, n=10, seed=0)
-    with pytest.raises(FuseDiTError, match=r"begun otherwise \(seed 0, now 1\).*--overwrite"):
+def test_other_settings_than_those_of_the_interrupted_run_are_refused(tmp_path):
+    args = packing_args(tmp_path / "out")
+    assert packing.begin(args, n=10, seed=0)
+    assert packing.begin(args, n=10, seed=0)
+    with pytest.raises(FuseDiTError, match=r"other settings \(seed 0, now 1\).*--overwrite"):
         packing.begin(args, n=10, seed=1)
     args.overwrite = True
     assert packing.begin(args, n=10, seed=1)
 
 
+def test_the_settings_of_a_run_keep_their_names(tmp_path, photos):
+    """A run that an earlier version began is resumed only if these are what it wrote."""
+    pack("shapes", tmp_path / "shapes", "-n", 3)
+    _, report = read_shards(tmp_path / "shapes")
+    assert report["settings"] == dict(command="shapes", n=3, image_size=32, seed=0, shard_size=2000)
+    pack("folder", photos, tmp_path / "folder", "--overwrite")
+    settings = read_shards(tmp_path / "folder")[1]["settings"]
+    assert settings.pop("items") == "59bc5946b234d6e188560b09335dfd51b668356b"
+    assert settings == dict(command="folder", images=str(photos), captions=None, size=0, quality=95,
+                            min_size=1, max_aspect=1000, seed=0, shard_size=2000)
+
+
 # ---- folder --------------------------------------------------------------------------------------
 
-def image(path, size=(20, 10), mode="RGB", **save):
+COLOURS = {"RGB": "orange", "L": 200, "P": 3}
+
+
+def write_image(path, mode="RGB"):
     path.parent.mkdir(parents=True, exist_ok=True)
-    Image.new(mode, size, 200 if mode == "L" else "orange" if mode != "P" else 3).save(path, **save)
+    Image.new(mode, (20, 10), COLOURS[mode]).save(path)
     return path
 
 
@@ -181,26 +248,35 @@ def image(path, size=(20, 10), mode="RGB", **save):
 def photos(tmp_path):
     """Six good images of six kinds, one below another folder."""
     folder = tmp_path / "photos"
-    for name in ("a.png", "b.jpg", "c.webp", "sub/d.gif", "e.bmp", "f.JPEG"):
-        path = image(folder / name, mode="P" if name.endswith("gif") else "RGB")
+    write_image(folder / "sub" / "d.gif", "P")
+    for name in ("a.png", "b.jpg", "c.webp", "e.bmp", "f.JPEG"):
+        write_image(folder / name)
+    for path in list(folder.rglob("*.*")):
         path.with_suffix(".txt").write_text(f"an orange  {path.stem}\n")
     return folder
 
 
+def original_caption(sample):
+    return sample["original_caption.txt"].decode()
+
+
 def captions(samples):
-    return sorted(s["original_caption.txt"].decode() for s in samples.values())
+    return sorted(original_caption(sample) for sample in samples.values())
 
 
 def test_folder_with_txt_beside_the_images(photos, tmp_path, capsys):
     pack("folder", photos, tmp_path / "out")
     samples, index = read_shards(tmp_path / "out")
-    assert captions(samples) == [f"an orange {c}" for c in "abcdef"] and not index["skipped"]
-    kinds = {s["original_caption.txt"].decode()[-1]: next(k for k in s if "image" in k)
-             for s in samples.values()}
+    assert captions(samples) == [f"an orange {letter}" for letter in "abcdef"]
+    assert not index["skipped"]
+
+    by_letter = {original_caption(sample)[-1]: sample for sample in samples.values()}
+    kinds = {}
+    for letter, sample in by_letter.items():
+        kinds[letter] = next(kind for kind in sample if "image" in kind)
     assert kinds == {"a": "image.png", "b": "image.jpg", "c": "image.webp", "d": "image.png",
                      "e": "image.png", "f": "image.jpg"}
-    kept = next(s for s in samples.values() if s["original_caption.txt"].endswith(b"b"))
-    assert kept["image.jpg"] == (photos / "b.jpg").read_bytes()
+    assert by_letter["b"]["image.jpg"] == (photos / "b.jpg").read_bytes()
     assert "6 images in 1 shards" in capsys.readouterr().out
 
 
@@ -208,14 +284,15 @@ def test_folder_skips_and_counts_what_is_broken(photos, tmp_path):
     (photos / "a.txt").unlink()
     (photos / "b.txt").write_text(" \n")
     (photos / "c.txt").write_bytes("né".encode("latin-1"))
-    for n in range(7):                      # cut short, and no image at all
-        path = photos / f"bad{n}.png"
+    for number in range(7):                 # one that is no image at all, and six that are cut
+        path = photos / f"bad{number}.png"
         path.write_bytes((photos / "a.png").read_bytes()[:50])
         path.with_suffix(".txt").write_text("broken")
-    (photos / "bad0.png").write_text("this is not a picture")
+    (photos / "bad0.png").write_text("this is not an image")
+
     out, err = command("folder", photos, tmp_path / "out", "--shard-size", 4, "--workers", 2)
     samples, index = read_shards(tmp_path / "out")
-    assert captions(samples) == [f"an orange {c}" for c in "def"]
+    assert captions(samples) == ["an orange d", "an orange e", "an orange f"]
     assert index["skipped"] == {"damaged or cut short": 6, "no caption": 2, "not an image": 1,
                                 "caption is not UTF-8": 1}
     assert "skipped 6: damaged or cut short: " in err and "and 1 more" in err
@@ -227,15 +304,18 @@ ROWS = [("a.png", "one"), ("./b.jpg", "two"), ("c", "three"), ("sub/d.gif", "fou
 
 
 def write_captions(path, rows):
+    """Write (image, caption) rows in one of the forms that `folder` reads."""
     if path.suffix == ".csv":
         with open(path, "w", newline="") as file:
             csv.writer(file).writerows([("image", "caption"), *rows])
     elif path.name == "map.json":
         path.write_text(json.dumps(dict(rows)))
     elif path.suffix == ".json":
-        path.write_text(json.dumps([dict(file_name=i, text=[c, "more"]) for i, c in rows]))
+        entries = [dict(file_name=image, text=[caption, "more"]) for image, caption in rows]
+        path.write_text(json.dumps(entries))
     else:
-        path.write_text("".join(json.dumps(dict(image=i, caption=c)) + "\n" for i, c in rows))
+        lines = [json.dumps(dict(image=image, caption=caption)) for image, caption in rows]
+        path.write_text("\n".join(lines) + "\n")
     return path
 
 
@@ -244,32 +324,41 @@ def test_folder_with_a_file_of_captions(photos, tmp_path, name, capsys):
     rows = [*ROWS, ("nowhere.png", "five"), ("e.bmp", "")]
     pack("folder", photos, write_captions(tmp_path / name, rows), tmp_path / "out")
     samples, index = read_shards(tmp_path / "out")
-    assert captions(samples) == sorted(c for _, c in ROWS)
+    assert captions(samples) == sorted(caption for _, caption in ROWS)
     assert index["skipped"] == {"no caption": 2, "image is not there": 1}
     err = capsys.readouterr().err
     assert "nowhere.png" in err and "e.bmp" in err and "f.JPEG" in err
 
 
+def caption_texts(sample):
+    return sorted((kind, text.decode()) for kind, text in sample.items() if "caption" in kind)
+
+
 def test_both_captions_broken_lines_and_odd_rows(photos, tmp_path):
-    lines = [json.dumps(dict(image="a.png", caption="short", synthetic_caption="long")),
-             json.dumps(dict(image="b.jpg", synthetic_caption="only long")), "{broken", "",
-             json.dumps(["not", "a", "row"]), json.dumps(dict(image="b.jpg", caption="second")),
-             json.dumps(dict(caption="of nothing")), json.dumps(dict(image="c.webp", caption=5))]
+    lines = [
+        json.dumps(dict(image="a.png", caption="short", synthetic_caption="long")),
+        json.dumps(dict(image="b.jpg", synthetic_caption="only long")),
+        "{broken",
+        "",
+        json.dumps(["not", "a", "row"]),
+        json.dumps(dict(image="b.jpg", caption="second")),
+        json.dumps(dict(caption="of nothing")),
+        json.dumps(dict(image="c.webp", caption=5)),
+    ]
     (tmp_path / "c.jsonl").write_text("\n".join(lines))
     pack("folder", photos, tmp_path / "c.jsonl", tmp_path / "out")
     samples, index = read_shards(tmp_path / "out")
-    texts = sorted(sorted((k, v.decode()) for k, v in s.items() if "caption" in k)
-                   for s in samples.values())
-    assert texts == [[("original_caption.txt", "second")],
-                     [("original_caption.txt", "short"), ("synthetic_caption.txt", "long")],
-                     [("synthetic_caption.txt", "only long")]]
-    skipped = {why.split(" (")[0]: n for why, n in index["skipped"].items()}
-    assert skipped == {"not JSON": 1, "no image name": 2, "no caption": 4}
+    assert sorted(caption_texts(sample) for sample in samples.values()) == [
+        [("original_caption.txt", "second")],
+        [("original_caption.txt", "short"), ("synthetic_caption.txt", "long")],
+        [("synthetic_caption.txt", "only long")]]
+    counts = {reason.split(" (")[0]: count for reason, count in index["skipped"].items()}
+    assert counts == {"not JSON": 1, "no image name": 2, "no caption": 4}
 
 
 def test_half_an_emoji_in_a_caption_is_skipped_and_counted(photos, tmp_path):
     rows = [dict(image="a.png", caption="\ud83d"), dict(image="b.jpg", caption="\U0001f600")]
-    (tmp_path / "c.json").write_text(json.dumps(rows))     # written as escapes: sound JSON
+    (tmp_path / "c.json").write_text(json.dumps(rows))     # written as escapes: valid JSON
     pack("folder", photos, tmp_path / "c.json", tmp_path / "out")
     samples, index = read_shards(tmp_path / "out")
     assert captions(samples) == ["\U0001f600"]
@@ -277,15 +366,18 @@ def test_half_an_emoji_in_a_caption_is_skipped_and_counted(photos, tmp_path):
 
 
 def test_the_order_is_mixed_and_the_seed_decides(photos, tmp_path):
-    for n in range(30):
-        image(photos / f"n{n:02}.png").with_suffix(".txt").write_text(f"n{n:02}")
+    for number in range(30):
+        name = f"n{number:02}"
+        write_image(photos / f"{name}.png").with_suffix(".txt").write_text(name)
     orders = []
     for k, seed in enumerate((0, 0, 1)):
         pack("folder", photos, tmp_path / f"out{k}", "--seed", seed)
-        orders.append([s["original_caption.txt"]
-                       for s in read_shards(tmp_path / f"out{k}")[0].values()])
-    assert orders[0] == orders[1] != orders[2] and sorted(orders[0]) == sorted(orders[2])
-    assert orders[0] != sorted(orders[0])
+        samples, _ = read_shards(tmp_path / f"out{k}")
+        orders.append([original_caption(sample) for sample in samples.values()])
+    first, same_seed, other_seed = orders
+    assert first == same_seed != other_seed
+    assert sorted(first) == sorted(other_seed)
+    assert first != sorted(first)
 
 
 @pytest.mark.parametrize("words, message", [
@@ -295,7 +387,7 @@ def test_the_order_is_mixed_and_the_seed_decides(photos, tmp_path):
     (["{}/photos", "{}/latin.csv", "{}/out"], "cannot read .*latin.csv as CSV in UTF-8"),
     (["{}/photos", "{}/c.yaml", "{}/out"], ".json, .jsonl or .csv"),
     (["{}/empty", "{}/out"], "no images in"),
-    (["{}/photos", "{}/empty", "{}/out"], "all 6 were skipped"),
+    (["{}/photos", "{}/empty", "{}/out"], "all 6 inputs were skipped"),
 ])
 def test_unusable_input_is_one_message(photos, tmp_path, words, message):
     (tmp_path / "empty").mkdir()
@@ -303,12 +395,29 @@ def test_unusable_input_is_one_message(photos, tmp_path, words, message):
     (tmp_path / "latin.csv").write_bytes("image,caption\na.png,né\n".encode("latin-1"))
     (tmp_path / "c.yaml").write_text("")
     with pytest.raises(FuseDiTError, match=message):
-        pack("folder", *[w.format(tmp_path) for w in words])
-    assert not (tmp_path / "out").exists() or not list((tmp_path / "out").iterdir())
+        pack("folder", *[word.format(tmp_path) for word in words])
+    out = tmp_path / "out"
+    assert not out.exists() or not list(out.iterdir())
 
+
+# ---- the command line ----------------------------------------------------------------------------
 
 def test_help_teaches_and_usage_errors_exit_2():
     out, _ = command("folder", "--help")
     assert "default: 2000" in out and "python prepare_data.py folder photos/" in out
     _, err = command("shapes", "out", "-n", "0", code=2)
     assert "at least 1" in err
+
+
+def test_every_command_is_one_line_of_help():
+    out, _ = command("--help")
+    rows = re.findall(r"^    ([a-z0-9-]+)\s+\S.*$", out[out.index("  COMMAND"):], re.M)
+    assert len(rows) == 11 and {"shapes", "sa1b-download", "encode"} <= set(rows)
+
+
+def test_the_old_name_of_grid_is_accepted(capsys):
+    old = prepare_data.parse_args(["check", "shards", "--sheet", "grid.png"])
+    assert capsys.readouterr().err.endswith(": --sheet is now called --grid\n")
+    new = prepare_data.parse_args(["check", "shards", "--grid", "grid.png"])
+    assert old.grid == new.grid == Path("grid.png") and vars(old) == vars(new)
+    assert capsys.readouterr().err == ""
