@@ -166,7 +166,8 @@ class GemmaConfig:
             values |= {"vocab_size": 262208, "num_attention_heads": 8, "num_key_value_heads": 4}
         names = [f.name for f in fields(GemmaConfig)]
         values |= {k: v for k, v in d.items() if k in names and v is not None}
-        missing = [name for name in names[:7] if name not in values]
+        required = names[:names.index("head_dim")]
+        missing = [name for name in required if name not in values]
         if missing:
             raise FuseDiTError(f"the Gemma's config.json lacks {', '.join(missing)}")
         values["query_scale"] = d.get("query_pre_attn_scalar") or values["head_dim"]
@@ -242,8 +243,14 @@ class FuseDiTConfig:
             if not is_literal and type(value) not in allowed:
                 names = ", ".join(getattr(option, "__name__", str(option)) for option in allowed)
                 raise FuseDiTError(f"config field {field.name} is {value!r}; allowed: {names}")
-            if type(value) in (int, float) and value <= 0 and field.name not in MAY_BE_ZERO:
-                raise FuseDiTError(f"config field {field.name} is {value}; it must be positive")
+            if type(value) in (int, float) and field.name != "text_hidden_states_index":
+                if value < 0 or (value == 0 and field.name != "initial_layers"):
+                    raise FuseDiTError(f"config field {field.name} is {value}; it must be positive")
+
+        layers = self.shared_attention_layers
+        if layers != "all" and not all(type(i) is int for i in layers):
+            raise FuseDiTError("config field shared_attention_layers must be 'all' or a list of "
+                               "layer numbers")
         if self.clip and not self.text_modulation_embeds_dim:
             raise FuseDiTError("config field clip needs text_modulation_embeds_dim (ViT-L: 768)")
         if self.text_modulation_embeds_dim and not self.timestep_conditioning:
@@ -256,9 +263,6 @@ class FuseDiTConfig:
         for key in set(d) - set(known):
             raise FuseDiTError(f"unknown config field {key!r}; {suggest(key, known)}")
         return FuseDiTConfig(**d)
-
-
-MAY_BE_ZERO = "initial_layers", "text_hidden_states_index"      # checked against the Gemma's layers
 
 
 def allowed_by(declared):
