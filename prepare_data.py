@@ -28,7 +28,7 @@ threads.limit_spinning()                    # before torch is imported
 
 from fusedit_lib.backend import local_world, pick_device
 from fusedit_lib.cli import DTYPE, Help, positive, run
-from fusedit_lib.data import cc12m, check, emoji, folder, journeydb, latents, sa1b
+from fusedit_lib.data import cc12m, check, emoji, folder, index, journeydb, latents, sa1b
 from fusedit_lib.data.shapes import shapes
 
 REGISTRY = os.environ.get("NPM_CONFIG_REGISTRY", "https://registry.npmjs.org")
@@ -182,9 +182,10 @@ def looked_at(command):
     k = command(check.check, "check", "read shards whole, say what is in them and what is wrong, "
                 "and write index.json anew where it is", "shards/cc12m --sheet cc12m.png")
     k.add_argument("folder", type=Path, metavar="FOLDER", help="folder of the *.tar")
-    k.add_argument("--sheet", type=Path, metavar="OUT.png", help="draw some samples, with captions")
+    k.add_argument("--grid", "--sheet", type=Path, metavar="OUT.png",
+                   help="draw some samples, with captions")
     workers(k, what="processes")
-    i = command(check.index, "index", "list the shards of a folder that came without index.json, "
+    i = command(index.index, "index", "list the shards of a folder that came without index.json, "
                 "without looking at their pictures", "shards/others")
     i.add_argument("folder", type=Path, metavar="FOLDER", help="folder of the *.tar")
     workers(i, what="processes")

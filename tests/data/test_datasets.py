@@ -15,7 +15,7 @@ from tiny_shards import write_shard
 
 from fusedit import FuseDiTError
 from fusedit_lib.data import emoji, images
-from fusedit_lib.data.shards import Tars, expand_shards
+from fusedit_lib.data.shards import ShardReader, expand_shards
 
 duckdb = pytest.importorskip("duckdb")
 KEPT = ["cmyk", "sixteen", "palette", "animated", "turned"]   # odd, but pictures
@@ -84,7 +84,7 @@ def image_of(sample):
 def trains(out):
     """The loader reads every sample of the shards."""
     index = json.loads((out / "index.json").read_text())
-    tars = Tars(expand_shards(str(out)), 2, "")
+    tars = ShardReader(expand_shards(str(out)), 2, "")
     for k, shard in enumerate(index["shards"]):
         for i in range(shard["samples"]):
             sample = tars.read(k, i)
