@@ -14,15 +14,7 @@ from fusedit_lib.data import packing
 from fusedit_lib.data.captions import Captioned, Captions, Texts
 from fusedit_lib.data.download import Bar, Failed, damaged_tar, fetch, unpack
 from fusedit_lib.data.images import SUFFIXES, rules
-from fusedit_lib.data.items import (
-    Item,
-    cut_lines,
-    digest,
-    item_sample,
-    listing,
-    need,
-    said,
-)
+from fusedit_lib.data.items import Item, cut_lines, digest, item_sample, listing, need, said
 from fusedit_lib.files import atomic_write
 
 # ---- SA-1B ---------------------------------------------------------------------------------------
