@@ -138,16 +138,16 @@ def check(args):
     Also repairs the index and, with args.grid (a Path), draws samples.
     """
     shards = read_shards(list_tars(args.folder), args.workers)
-    problems = {}                           # {kind: where}
+    problems = {}                           # {kind: the samples or shards that have it}
     for shard in shards:
         for problem in shard.problems:
             problems.setdefault(problem.kind, []).append(problem.where)
     print_contents(shards, sum(map(len, problems.values())))
-    for kind, places in problems.items():
+    for kind, names in problems.items():
         more = ""
-        if len(places) > EXAMPLES:
-            more = f" and {len(places) - EXAMPLES} more"
-        print(f"{len(places)} x {kind}: {', '.join(places[:EXAMPLES])}{more}")
+        if len(names) > EXAMPLES:
+            more = f" and {len(names) - EXAMPLES} more"
+        print(f"{len(names)} x {kind}: {', '.join(names[:EXAMPLES])}{more}")
     repeated, examples = duplicate_keys(shards)
     if repeated:
         print(f"{repeated} keys come more than once, as {', '.join(examples)}")

@@ -29,7 +29,7 @@ class Order:
         self.total = int(self.counts.sum())
 
     def permutation(self, size, *stream):
-        """A permutation of range(size); `stream` tells it from the others of this seed."""
+        """A permutation of range(size); `stream` selects one of this seed's."""
         # numpy promises that the numbers of RandomState never change; those of Generator may
         return np.random.RandomState([self.seed, *stream]).permutation(size)
 
