@@ -35,6 +35,7 @@ from fusedit_lib.data import (
     check,
     emoji,
     folder,
+    index,
     journeydb,
     latents,
     sa1b,
@@ -278,7 +279,7 @@ def add_check(commands):
 
 
 def add_index(commands):
-    p = commands.add("index", check.index, "write index.json for shards that came without it",
+    p = commands.add("index", index.index, "write index.json for shards that came without it",
                      "shards/others", ", without decoding their images")
     add_shard_folder(p)
     add_workers(p, "number of processes")

@@ -135,13 +135,13 @@ def train(run, config):
             group["lr"] = learning_rate(run, step)
         for _ in range(times):
             batch = next(batches)                                          # pixels [B,3,H,W]
-            x, ids, mask, clip, normal, noise = to_device(batch, device, cut_text=True)
+            x, ids, mask, clip, normal, eps, vae_noise = to_device(batch, device, cut_text=True)
             if vae:
                 with torch.no_grad():
-                    x = vae.encode(x, noise[1])                            # [B,16,H/8,W/8]
+                    x = vae.encode(x, vae_noise)                          # [B,16,H/8,W/8]
             words = ids, mask, model.clip_encoder and model.clip_encoder(clip)
             sigma = fusedit.logit_normal_sigma(normal, config.shift)             # [B]
-            loss = fusedit.flow_loss(engine, x, words, sigma, noise[0]).mean()
+            loss = fusedit.flow_loss(engine, x, words, sigma, eps).mean()
             engine.backward(loss)
             engine.step()                   # changes weights every `times` micro-batches
             watcher.saw(loss, batch["bad"], int(batch["mask"].sum()))  # no wait for the device

@@ -25,7 +25,7 @@ from torch.func import functional_call
 
 import fusedit
 from fusedit_lib import backend, cli
-from fusedit_lib.data.batches import Batches, load_batches, tensors, to_device
+from fusedit_lib.data.batches import Batches, load_batches, tensors_only, to_device
 from fusedit_lib.train import checkpoints, distributed, monitor, plan, sharding, xla
 from fusedit_lib.train.config import check, data_workers, model_config, parse_run, split_batch
 from fusedit_lib.train.models import adam_steps, build
@@ -168,7 +168,7 @@ def train(run, config):
     coming = range(first * times, run.steps * times)
     onto = partial(feed, device=device, mesh=mesh)
     batches = load_batches(source, coming, data_workers(run))
-    batches = onto(tensors(batches, bad))
+    batches = onto(tensors_only(batches, bad))
     engine = Engine(run, model, vae, saved, times, device, mesh)
     watcher, saved = monitor.Watcher(run, config, model, vae, saved, micro, source, monitor.One(
         onto, torch_xla.sync, mesh.size())), None                  # and its files are closed
@@ -178,13 +178,13 @@ def train(run, config):
         lr = learning_rate(run, step)
         for _ in range(times):
             batch = next(batches)
-            x, ids, mask, clip, normal, noise = to_device(batch, device)  # x [B,3,H,W]
+            x, ids, mask, clip, normal, eps, vae_noise = to_device(batch, device)
             if vae:
                 with torch.no_grad():
-                    x = vae.encode(x, noise[1])                            # [B,16,H/8,W/8]
+                    x = vae.encode(x, vae_noise)                          # [B,16,H/8,W/8]
             words = ids, mask, model.clip_encoder and model.clip_encoder(clip)
             sigma = fusedit.logit_normal_sigma(normal, config.shift)             # [B]
-            loss = fusedit.flow_loss(engine, x, words, sigma, noise[0]).mean()
+            loss = fusedit.flow_loss(engine, x, words, sigma, eps).mean()
             engine.backward(loss)
             engine.step(lr, ema_decay(run, step + 1))
             watcher.saw(loss, bad.pop(0))                                  # no wait for the device

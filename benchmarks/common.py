@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 import fusedit
 from fusedit_lib import backend, cli
-from fusedit_lib.data.batches import text_length
+from fusedit_lib.data.batches import padded_text_length
 from fusedit_lib.files import atomic_write
 from fusedit_lib.pretrained import gemma_config
 from fusedit_lib.train import plan
@@ -76,7 +76,7 @@ class Case:
             size = (3, c.image_size, c.image_size) if c.vae else eps.shape[1:]
             x = torch.randn(batch, *size, generator=rng)
             normal = torch.randn(batch, generator=rng)
-            short = text_length(mask, device)
+            short = padded_text_length(mask, device)
             yield {k: v.to(device) for k, v in dict(
                 x=x, ids=ids, mask=mask, normal=normal, eps=eps, short_ids=ids[:, :short],
                 short_mask=mask[:, :short]).items()}

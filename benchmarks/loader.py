@@ -1,10 +1,10 @@
-"""How fast training gets its pictures: shards of JPEGs to batches, against a plain loop of Pillow.
+"""How fast training gets its images: shards of JPEGs to batches, compared with a plain Pillow loop.
 
     OMP_NUM_THREADS=1 python benchmarks/loader.py           one core, 1 minute
-    python benchmarks/loader.py --workers 16                also with data processes, as in training
+    python benchmarks/loader.py --workers 16                also with worker processes, as training
 
-The pictures are those of data.py, 768 x 512 at 193 kB each. A batch is all that training needs:
-pixels, token ids, noise. "decode" is libjpeg's part, of whole pictures, which a loop has to do too.
+The images are those of data.py, 768 x 512 at 193 kB each. A batch is all that training needs:
+pixels, token ids, noise. "decode" is libjpeg's part, of whole images, which a loop has to do too.
 """
 import argparse
 import io
@@ -24,59 +24,96 @@ from fusedit_lib.data.batches import Batches, load_batches
 from fusedit_lib.pretrained import load_tokenizer
 from fusedit_lib.train.config import RunConfig
 
+PHOTOS = 128
 
-def rates(works, n, rounds):
-    """{name: images/s}, medians; all take turns."""
-    times = {name: [] for name in works}
+
+class Loading:
+    """Ways to turn the photos into training images of one size."""
+
+    def __init__(self, photos, shards, size, batch):
+        self.photos = photos
+        self.size = size
+        self.batch = batch
+        run = RunConfig(data=(str(shards),), batch=batch)
+        config = fusedit.preset("fusedit", image_size=size)
+        tokenizer = load_tokenizer(Path(fusedit.__file__).with_name("demo") / "gemma")
+        self.batches = Batches(run, config, tokenizer, batch)
+        self.count = len(photos) // batch   # batches in an epoch
+
+    def loader(self):
+        for m in range(self.count):
+            self.batches[m]
+
+    def plain_loop(self):
+        for data in self.photos:
+            plain(data, self.size)
+
+    def decode(self):
+        for data in self.photos:
+            Image.open(io.BytesIO(data)).load()
+
+    def rate_of_workers(self, workers):
+        """Images per second of worker processes, from when the first batch is there."""
+        total = 40 * self.count
+        stream = load_batches(self.batches, range(total), workers)
+        next(stream)
+        begin = time.perf_counter()
+        for _ in stream:
+            pass
+        return (total - 1) * self.batch / (time.perf_counter() - begin)
+
+
+def median_rates(works, images, rounds):
+    """{name: images per second}, medians of some rounds in which all take turns."""
+    seconds = {name: [] for name in works}
     for _ in range(rounds):
         for name, work in works.items():
             begin = time.perf_counter()
             work()
-            times[name].append(time.perf_counter() - begin)
-    return {name: n / statistics.median(took) for name, took in times.items()}
+            seconds[name].append(time.perf_counter() - begin)
+    return {name: images / statistics.median(times) for name, times in seconds.items()}
 
 
-def in_processes(source, workers, batches, batch):
-    """Images/s of data processes, from when the first batch is there."""
-    made = load_batches(source, range(batches), workers)
-    next(made)
-    begin = time.perf_counter()
-    for _ in made:
-        pass
-    return (batches - 1) * batch / (time.perf_counter() - begin)
+def measure(loading, rounds, workers):
+    """{way: images per second} at one size, also printed."""
+    works = {
+        "loader": loading.loader,
+        "plain loop": loading.plain_loop,
+        "decode": loading.decode,
+    }
+    rates = median_rates(works, len(loading.photos), rounds)
+    if workers:
+        rates[f"{workers} workers"] = loading.rate_of_workers(workers)
+    line = f"to {loading.size} pixels:"
+    for name, rate in rates.items():
+        line += f"   {name} {rate:.0f} images/s"
+    ratio = rates["loader"] / rates["plain loop"]
+    print(f"{line}   loader / plain loop {ratio:.2f}")
+    return rates
 
 
 def main():
     p = argparse.ArgumentParser(description=__doc__, formatter_class=cli.Help)
-    p.add_argument("--batch", type=cli.positive, default=16, help="images at once")
-    p.add_argument("--rounds", type=cli.positive, default=5, help="of each; medians count")
+    p.add_argument("--batch", type=cli.positive, default=16, help="images in a batch")
+    p.add_argument("--rounds", type=cli.positive, default=5,
+                   help="times that each way is measured; the median counts")
     p.add_argument("--out", type=Path, metavar="FILE.json", help="also write the figures there")
-    p.add_argument("--sizes", type=cli.positive, nargs="+", default=[256, 512], help="in training")
-    p.add_argument("--workers", type=int, default=0, help="data processes; 0: only in this one")
+    p.add_argument("--sizes", type=cli.positive, nargs="+", default=[256, 512],
+                   help="image sizes in training, in pixels")
+    p.add_argument("--workers", type=int, default=0,
+                   help="worker processes of one more way; 0: leave it out")
     args = p.parse_args()
     torch.set_num_threads(1)
-    words = load_tokenizer(Path(fusedit.__file__).with_name("demo") / "gemma")
-    photos, rows = [photo(768, 512, i, 95) for i in range(128)], {}
+
+    photos = [photo(768, 512, seed, 95) for seed in range(PHOTOS)]
+    rates = {}
     with tempfile.TemporaryDirectory() as tmp:
-        pack(folder_of(photos, Path(tmp) / "photos"), Path(tmp) / "shards", 0)
+        shards = Path(tmp) / "shards"
+        pack(folder_of(photos, Path(tmp) / "photos"), shards, 0)
         for size in args.sizes:
-            run = RunConfig(data=(str(Path(tmp) / "shards"),), batch=args.batch)
-            source = Batches(run, fusedit.preset("fusedit", image_size=size), words,
-                                    args.batch)
-            n = len(photos) // args.batch
-            found = rates({
-                "loader": lambda source=source: [source[m] for m in range(n)],
-                "plain loop": lambda size=size: [plain(data, size) for data in photos],
-                "decode": lambda: [Image.open(io.BytesIO(data)).load() for data in photos]},
-                len(photos), args.rounds)
-            if args.workers:
-                found[f"{args.workers} workers"] = in_processes(source, args.workers, 40 * n,
-                                                                 args.batch)
-            rows[size] = found
-            print(f"to {size} pixels:" + "".join(f"   {name} {v:.0f} images/s"
-                                                 for name, v in found.items())
-                  + f"   loader / plain loop {found['loader'] / found['plain loop']:.2f}")
-    finish(args, dict(machine=machine(torch.device("cpu")), images_per_s=rows))
+            loading = Loading(photos, shards, size, args.batch)
+            rates[size] = measure(loading, args.rounds, args.workers)
+    finish(args, dict(machine=machine(torch.device("cpu")), images_per_s=rates))
 
 
 if __name__ == "__main__":

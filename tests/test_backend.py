@@ -13,7 +13,7 @@ import common
 
 import fusedit
 from fusedit_lib import backend
-from fusedit_lib.data.batches import text_length, to_device
+from fusedit_lib.data.batches import padded_text_length, to_device
 from fusedit_lib.pretrained import build_model
 from fusedit_lib.train import plan
 from fusedit_lib.vae import load_vae
@@ -132,7 +132,7 @@ def test_float8_changes_little_and_no_weight(small):
 def test_text_is_cut_in_quarters(full, longest, cpu, gpu):
     """And on a GPU in multiples of 128, for cuDNN's sake."""
     mask = torch.arange(full) < torch.tensor([[1], [longest]])
-    assert [text_length(mask, torch.device(name)) for name in ("cpu", "cuda")] == [cpu, gpu]
+    assert [padded_text_length(mask, torch.device(d)) for d in ("cpu", "cuda")] == [cpu, gpu]
     whole = dict(pixels=torch.zeros(2, 3, 8, 8, dtype=torch.uint8), mask=mask,
                  ids=torch.arange(full).expand(2, -1).clone(), normal=torch.zeros(2),
                  noise=torch.zeros(2, 1, 3, 8, 8))

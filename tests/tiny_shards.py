@@ -1,4 +1,4 @@
-"""Small shards in the data sets' format, for the tests of loading and of training."""
+"""Small shards in the data sets' format, and batches of them, for tests of loading and training."""
 import io
 import tarfile
 from argparse import Namespace
@@ -6,50 +6,110 @@ from pathlib import Path
 
 from PIL import Image
 
-from fusedit_lib.data import check
+from fusedit_lib import pretrained
+from fusedit_lib.data import index as index_module
+from fusedit_lib.data.batches import Batches
+from fusedit_lib.train.config import model_config, parse_run
 
 COLOURS = {"red": (255, 0, 0), "green": (0, 255, 0), "blue": (0, 0, 255)}
-SHAPE = ["image_size=16", "patch_size=4", "dit_hidden_size=32", "initial_layers=0",
-         "dit_num_hidden_layers=null", "max_text_tokens=8",
-         "sandwich_norm=true", "timestep_conditioning=null"]    # as the paper's final model
+# --set of a tiny model; the last two as in the paper's final model
+SHAPE = [
+    "image_size=16",
+    "patch_size=4",
+    "dit_hidden_size=32",
+    "initial_layers=0",
+    "dit_num_hidden_layers=null",
+    "max_text_tokens=8",
+    "sandwich_norm=true",
+    "timestep_conditioning=null",
+]
+# Flags with which a sample always has its original caption, which names its key.
+ORIGINAL_CAPTIONS = ["--caption-drop", "0", "--original-caption-rate", "1"]
 
+
+# ------------------------------------------------------------------------------ shards
 
 def png(image):
-    box = io.BytesIO()
-    image.save(box, "png")
-    return box.getvalue()
+    buffer = io.BytesIO()
+    image.save(buffer, "png")
+    return buffer.getvalue()
+
+
+def add_file(tar, name, content):
+    """Add a file of bytes or text to an open tar."""
+    if isinstance(content, str):
+        content = content.encode()
+    info = tarfile.TarInfo(name)
+    info.size = len(content)
+    tar.addfile(info, io.BytesIO(content))
 
 
 def write_shard(path, samples):
-    """samples: (key, {extension: bytes or str})"""
+    """Write a tar; samples: a list of (key, {extension: bytes or str})."""
     with tarfile.open(path, "w") as tar:
         for key, files in samples:
-            for ext, content in files.items():
-                content = content.encode() if isinstance(content, str) else content
-                info = tarfile.TarInfo(f"{key}.{ext}")
-                info.size = len(content)
-                tar.addfile(info, io.BytesIO(content))
+            for extension, content in files.items():
+                add_file(tar, f"{key}.{extension}", content)
 
 
 def scene(key, colour="red", size=(16, 16), **changes):
-    files = {"image.png": png(Image.new("RGB", size, COLOURS[colour])),
-             "synthetic_caption.txt": f"a {colour} square",
-             "original_caption.txt": f"{colour} of {key}"}
-    return key, {k: v for k, v in (files | changes).items() if v is not None}
+    """A sample of one colour, for write_shard; changes: {extension: content, None: left out}."""
+    files = {
+        "image.png": png(Image.new("RGB", size, COLOURS[colour])),
+        "synthetic_caption.txt": f"a {colour} square",
+        "original_caption.txt": f"{colour} of {key}",
+    }
+    files |= changes
+    files = {name: content for name, content in files.items() if content is not None}
+    return key, files
 
 
 def index(folder, offsets=True):
-    check.index(Namespace(folder=Path(folder), workers=1))
+    """Write index.json and, if wanted, offsets.npy of a folder of shards."""
+    index_module.index(Namespace(folder=Path(folder), workers=1))
     if not offsets:
         (Path(folder) / "offsets.npy").unlink()
 
 
+def sample_names(first, last):
+    """Keys of samples of numbered(): "n00", "n01", ..."""
+    return [f"n{i:02d}" for i in range(first, last)]
+
+
 def numbered(folder, shards=3, samples=8, colour=None):
-    """Shards of samples whose original captions carry their number."""
+    """A folder of indexed shards, whose keys and original captions carry the sample's number."""
     folder.mkdir(exist_ok=True)
+    colours = list(COLOURS)
     for s in range(shards):
-        write_shard(folder / f"s-{s}.tar", [
-            scene(f"n{samples * s + i:02d}", colour or list(COLOURS)[i % 3])
-            for i in range(samples)])
+        names = sample_names(samples * s, samples * (s + 1))
+        scenes = []
+        for i, name in enumerate(names):
+            scenes.append(scene(name, colour or colours[i % 3]))
+        write_shard(folder / f"s-{s}.tar", scenes)
     index(folder)
     return folder
+
+
+# ------------------------------------------------------------------------------ batches
+
+def tiny_batches(gemma, data, *flags, micro_batch=4, accumulation=1, rank=0, world=1):
+    """Batches of a folder or pattern, or of a list of them."""
+    if isinstance(data, str | Path):
+        data = [data]
+    batch = micro_batch * accumulation * world
+    argv = ["--base", str(gemma), "--batch", str(batch), "--set", *SHAPE, *flags]
+    if data:
+        argv += ["--data", *map(str, data)]
+    run = parse_run(argv, "")
+    tokenizer = pretrained.load_tokenizer(gemma)
+    return Batches(run, model_config(run), tokenizer, micro_batch, accumulation, rank, world)
+
+
+def batch_keys(batch):
+    """The keys of a batch's samples, which ORIGINAL_CAPTIONS end with."""
+    return [caption.split()[-1] for caption in batch["captions"]]
+
+
+def sample_keys(batches, count):
+    """The keys of micro-batches 0 .. count - 1, a list for each."""
+    return [batch_keys(batches[m]) for m in range(count)]

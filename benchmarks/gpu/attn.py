@@ -20,7 +20,7 @@ from fusedit_lib import backend
 KERNELS = dict(cudnn=SDPBackend.CUDNN_ATTENTION, flash=SDPBackend.FLASH_ATTENTION,
                efficient=SDPBackend.EFFICIENT_ATTENTION, math=SDPBackend.MATH)
 # Pictures, heads, heads of keys, image tokens, head size; lengths of text, the first in all forms.
-# 64 and 192 are what pytorch#196678 is about: loader.text_length avoids them.
+# 64 and 192 are what pytorch#196678 is about: padded_text_length avoids them.
 B, H, K, N, SIZE = (2, 4, 2, 64, 32) if SMALL else (8, 8, 4, 1024, 256)
 TEXTS = (16,) if SMALL else (128, 256, 64, 192)
 SDPA = F.scaled_dot_product_attention

@@ -1,12 +1,11 @@
 """WebDataset shards to training batches, in an order that is a function of the seed alone.
 
-A shard is a tar of KEY.image.png (or jpg, webp), KEY.synthetic_caption.txt and, if there is one,
-KEY.original_caption.txt. index.json beside the shards says how many samples each one holds, so
-that any place of the run is found at once, with no replay of what came before it:
+Every position of the run is found directly, without replaying what came before it:
 
-    place in the run -> data set, epoch, place in it -> shard, sample -> pixels, words, noise
+    position -> data set, epoch, offset in it -> shard, sample -> pixels, caption, noise
 
-Whoever asks for a place, whichever rank or worker, gets the same pixels, words and noise.
+Whichever rank or worker asks for a position gets the same pixels, caption and noise. The first two
+arrows are order.py, the reading is shards.py; this file makes the batches, in worker processes.
 """
 import atexit
 import contextlib
@@ -16,7 +15,7 @@ import os
 import random
 import signal
 import threading
-from types import SimpleNamespace
+from typing import NamedTuple
 
 import torch
 from torch.utils.data import DataLoader, Dataset, get_worker_info
@@ -26,201 +25,348 @@ from fusedit import FuseDiTError
 from fusedit_lib import backend
 from fusedit_lib.data.images import read_square
 from fusedit_lib.data.order import CYCLE, Mixture
-from fusedit_lib.data.shards import Tars, encoded, expand_shards
+from fusedit_lib.data.shards import ShardReader, can_read_latents, expand_shards, is_url
 from fusedit_lib.pretrained import ClipTokenizer
 
-AHEAD = 20_000                              # places before their turn, remote shards are copied
-HANGS = 1800                                # seconds for a batch, after which a worker gives up
+DOWNLOAD_AHEAD = 20_000                     # positions by which copying of remote shards is ahead
+BATCH_TIMEOUT = 1800                        # seconds for a batch, after which its worker is killed
+MAX_ATTEMPTS = 100                          # samples tried for one position before giving up
+
+
+class Sample(NamedTuple):
+    """One position of the run."""
+    pixels: torch.Tensor                    # uint8 [3,H,W]; or latents, see Batches
+    caption: str
+    normal: torch.Tensor                    # [] standard normal number, for the noise level
+    noise: torch.Tensor                     # [1,C,h,w]; with a VAE [2,C,h,w]
 
 
 def decode(files, run, size, rng):
-    """(pixels uint8 [3,H,W], or latents, and caption) of a sample's files; raises ValueError."""
-    name = next((k for k in files if k.startswith("image.")), None)
+    """(pixels uint8 [3,size,size] or latents, caption) of a sample's files.
+
+    Raises ValueError, or whatever Pillow does, if the sample cannot be used.
+    """
+    image = None
+    for name in files:
+        if name.startswith("image."):
+            image = name
+            break
     kinds = ["synthetic_caption.txt", "original_caption.txt"]
     if rng.random() < run.original_caption_rate:
         kinds.reverse()
-    kind = next((k for k in kinds if k in files), None)
-    if name is None or kind is None:
-        raise ValueError("no image" if name is None else "no caption")
-    caption = files[kind].decode("utf-8").strip()
-    pixels = files["latents"] if "latents" in files else read_square(files[name], size, run.crop,
-                                                                      rng)
+    available = [kind for kind in kinds if kind in files]
+
+    if image is None:
+        raise ValueError("no image")
+    if not available:
+        raise ValueError("no caption")
+    caption = files[available[0]].decode("utf-8").strip()
+    if "latents" in files:
+        pixels = files["latents"]
+    else:
+        pixels = read_square(files[image], size, run.crop, rng)
     if pixels is None:
         raise ValueError("damaged image")
-    return pixels, "" if rng.random() < run.caption_drop else caption
 
+    if rng.random() < run.caption_drop:
+        caption = ""
+    return pixels, caption
+
+
+# ------------------------------------------------------------------------------ micro-batches
 
 class Batches(Dataset):
-    """Micro-batch m of a rank, for any m: no state is kept, so a run can go on anywhere.
+    """The micro-batches of one rank: self[m] is a dict, for any m >= 0, and no state is kept.
 
-    Pixels uint8 [B,3,H,W], or latents, a VAE's mean and log variance [B,2*C,h,w]; ids and mask
-    [B,T], captions, noise [B,1,C,h,w] (with a VAE also its own, [B,2,C,h,w]), normal [B] for the
-    noise level, clip [B,77] if the model has CLIP's vector; bad: what could not be read, by name.
+        pixels     uint8 [B,3,H,W]; or latents [B,2*C,h,w]: a VAE's mean and log variance
+        ids, mask  [B,T] tokens of the captions, padded to self.pad_to
+        captions   the captions themselves
+        normal     [B] standard normal numbers, for the noise levels
+        noise      [B,1,C,h,w]; with a VAE [B,2,C,h,w]: the second is for sampling its posterior
+        clip       [B,77] CLIP's tokens, if the model has CLIP modulation
+        bad        a line for each sample that could not be read, and was replaced by another
+
+    Or {"error": message}: an exception that a worker raises would arrive as a traceback.
     """
 
-    def __init__(self, run, config, tokenizer, micro, times=1, rank=0, world=1):
-        self.run, self.config, self.tokenizer = run, config, tokenizer
-        self.micro, self.times, self.rank, self.world = micro, times, rank, world
+    def __init__(self, run, config, tokenizer, micro_batch, accumulation=1, rank=0, world=1):
+        """micro_batch: of this rank; accumulation: micro-batches of a rank in a training step.
+
+        Raises FuseDiTError if --data or --data-weights is missing or wrong.
+        """
+        self.run = run
+        self.config = config
+        self.tokenizer = tokenizer
+        self.micro_batch = micro_batch
+        self.accumulation = accumulation
+        self.rank = rank
+        self.world = world
+
         if not run.data:
             raise FuseDiTError("--data is missing: say what to train on, --data 'shards/*.tar'")
-        sets = [expand_shards(p) for p in run.data]
+        sets = [expand_shards(pattern) for pattern in run.data]
         if run.data_weights and len(run.data_weights) != len(sets):
             raise FuseDiTError(f"--data-weights has {len(run.data_weights)} numbers for the "
                                f"{len(sets)} data sets of --data")
-        if not run.data_weights:            # as one: each sample once in an epoch of them all
-            sets = [sum(sets, [])]
         self.shards = sum(sets, [])
-        said = json.dumps([(os.path.basename(s[0]), s[1]) for s in self.shards])
-        self.digest = hashlib.sha1(said.encode()).hexdigest()
-        self.order = Mixture(sets, run.data_weights or [1], run.seed, run.mix_shards)
-        self.asked, self.clip = {}, config.clip and ClipTokenizer(config.clip)
-        self.latents = encoded(self.shards, run, config, rank)
-        self.tars = Tars(self.shards, run.mix_shards * len(sets), run.cache, self.latents)
-        # one length for all batches, as XLA wants it; train_gpu.py cuts them
-        self.pad_to = fusedit.token_ids(tokenizer, [""], config)[1]
+        weights = run.data_weights
+        if not weights:                     # one data set: an epoch has each sample of all once
+            sets = [self.shards]
+            weights = [1]
+        self.digest = digest(self.shards)
+        self.order = Mixture(sets, weights, run.seed, run.mix_shards)
+
+        self.latents = can_read_latents(self.shards, run, config, rank)
+        self.reader = ShardReader(self.shards, run.mix_shards * len(sets), run.cache, self.latents)
+        self.downloads = {}                 # shards that download() was called for, oldest first
+        self.clip_tokenizer = None
+        if config.clip:
+            self.clip_tokenizer = ClipTokenizer(config.clip)
+        # One length for all batches, as XLA needs it; to_device cuts them for other devices.
+        _, self.pad_to = fusedit.token_ids(tokenizer, [""], config)
 
     def __len__(self):
-        return sum(s[1] for s in self.shards)
+        """Samples in an epoch of all shards."""
+        return sum(shard.samples for shard in self.shards)
 
-    def ahead(self, place):
-        """Begin to copy the remote shard of a place that comes later, while others are read."""
-        shard, _ = self.order[place]
-        if "://" in self.shards[shard][0] and shard not in self.asked:
-            self.asked[shard] = None
-            while len(self.asked) > 4 * self.tars.keep:
-                del self.asked[next(iter(self.asked))]
-            def fetch():
-                with contextlib.suppress(Exception):       # who needs it says what is wrong
-                    self.tars.files(shard)
-            threading.Thread(target=fetch, daemon=True).start()
+    def download(self, shard):
+        """Copy a remote shard; an error is left to the reader, which will try again."""
+        with contextlib.suppress(Exception):
+            self.reader.local_files(shard)
 
-    def sample(self, place, bad):
-        """(pixels, caption, noise) of a place. A bad sample is named, and a near one stands in."""
-        rng = random.Random(f"{self.run.seed} {place}")
-        c, side = self.config, self.config.image_size // (8 if self.config.vae else 1)
-        noise = torch.Generator().manual_seed(rng.getrandbits(63))
-        noise = (torch.randn((), generator=noise),
-                 torch.randn(1 + bool(c.vae), c.in_channels, side, side, generator=noise))
-        for attempt in range(100):
-            shard, i = self.order[place]
+    def prefetch(self, position):
+        """Start to copy the shard of a position, if it is remote, while others are read."""
+        shard, _ = self.order[position]
+        if shard in self.downloads or not is_url(self.shards[shard].path):
+            return
+        self.downloads[shard] = None
+        while len(self.downloads) > 4 * self.reader.keep:
+            oldest = next(iter(self.downloads))
+            del self.downloads[oldest]
+        threading.Thread(target=self.download, args=[shard], daemon=True).start()
+
+    def draw_noise(self, rng):
+        """(normal [], noise [1,C,h,w] or, with a VAE, [2,C,h,w]) for one sample."""
+        side = self.config.image_size
+        count = 1
+        if self.config.vae:
+            side //= 8
+            count = 2
+        generator = torch.Generator().manual_seed(rng.getrandbits(63))
+        normal = torch.randn((), generator=generator)
+        noise = torch.randn(count, self.config.in_channels, side, side, generator=generator)
+        return normal, noise
+
+    def sample(self, position, bad):
+        """The Sample at a position. One that cannot be read is replaced by one near it.
+
+        bad: list to which a line about the first replaced sample is appended. Raises FuseDiTError
+        after MAX_ATTEMPTS.
+        """
+        rng = random.Random(f"{self.run.seed} {position}")
+        normal, noise = self.draw_noise(rng)
+        for attempt in range(MAX_ATTEMPTS):
+            shard, i = self.order[position]
             try:
-                pixels, caption = decode(self.tars.read(shard, i), self.run, c.image_size, rng)
-                return pixels, caption, *noise
+                files = self.reader.read(shard, i)
+                pixels, caption = decode(files, self.run, self.config.image_size, rng)
+                return Sample(pixels, caption, normal, noise)
             except MemoryError:
                 raise
-            except Exception as e:          # broken files raise anything in Pillow's decoders
-                why = str(e).split(" <")[0] or type(e).__name__
-            problem = f"sample {i} of {self.shards[shard][0]}: {why}"
-            bad += [problem] * (not attempt)    # each place counts once, whatever stood in
-            place += 1 + rng.randrange(CYCLE)   # near it: of a shard that is open already
-        raise FuseDiTError(f"100 samples in a row cannot be read; the last is {problem}")
+            except Exception as e:          # Pillow's decoders raise anything on broken files
+                reason = str(e).split(" <")[0] or type(e).__name__
+            problem = f"sample {i} of {self.shards[shard].path}: {reason}"
+            if attempt == 0:                # a position counts once, whatever replaced it
+                bad.append(problem)
+            position += 1 + rng.randrange(CYCLE)           # near: in a shard that is open already
+        raise FuseDiTError(f"{MAX_ATTEMPTS} samples in a row cannot be read; the last is {problem}")
+
+    def make_batch(self, m):
+        """Micro-batch m, without a time limit."""
+        step, i = divmod(m, self.accumulation)
+        first = step * self.run.batch + (i * self.world + self.rank) * self.micro_batch
+        bad = []
+        try:
+            self.prefetch(first + DOWNLOAD_AHEAD)
+            samples = [self.sample(first + j, bad) for j in range(self.micro_batch)]
+        except FuseDiTError as e:
+            return {"error": str(e)}
+
+        captions = tuple(sample.caption for sample in samples)
+        ids, mask = fusedit.tokenize(self.tokenizer, captions, self.config, self.pad_to)
+        # Images lie in memory channels last; stacked that way they are copied in one piece.
+        pixels = torch.stack([sample.pixels.movedim(0, -1) for sample in samples])
+        batch = dict(
+            pixels=pixels.movedim(-1, 1),
+            ids=ids,
+            mask=mask,
+            captions=captions,
+            bad=bad,
+            normal=torch.stack([sample.normal for sample in samples]),
+            noise=torch.stack([sample.noise for sample in samples]),
+        )
+        if self.clip_tokenizer:
+            batch["clip"] = self.clip_tokenizer(captions)
+        return batch
 
     def __getitem__(self, m):
         if get_worker_info() is None:
-            return self.batch(m)
-        signal.alarm(HANGS)                 # ends the worker, and so the run
+            return self.make_batch(m)
+        signal.alarm(BATCH_TIMEOUT)         # ends this worker, and so the run
         try:
-            return self.batch(m)
+            return self.make_batch(m)
         finally:
             signal.alarm(0)
 
-    def batch(self, m):
-        step, i = divmod(m, self.times)
-        first = step * self.run.batch + (i * self.world + self.rank) * self.micro
-        try:
-            bad = []
-            self.ahead(first + AHEAD)
-            pixels, captions, normal, noise = zip(*[self.sample(first + j, bad)
-                                                    for j in range(self.micro)], strict=True)
-        except FuseDiTError as e:           # raised in a worker, it would arrive as a traceback
-            return {"error": str(e)}
-        ids, mask = fusedit.tokenize(self.tokenizer, captions, self.config, self.pad_to)
-        pixels = torch.stack([p.movedim(0, -1) for p in pixels]).movedim(-1, 1)  # as they lie
-        batch = dict(pixels=pixels, ids=ids, mask=mask, captions=captions, bad=bad,
-                     normal=torch.stack(normal), noise=torch.stack(noise))
-        return batch | dict(clip=self.clip(captions)) if self.clip else batch
 
+def digest(shards):
+    """A hash of the shards' names and sample counts, on which the order of samples depends."""
+    counts = [(os.path.basename(shard.path), shard.samples) for shard in shards]
+    return hashlib.sha1(json.dumps(counts).encode()).hexdigest()
+
+
+# ------------------------------------------------------------------------------ worker processes
 
 def start_worker(_):
-    """Ctrl-C and SIGTERM are the launcher's to handle: it needs its workers to finish the step."""
+    """Set a worker up. Signals are the launcher's to handle: it needs batches to end its step."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     torch.set_num_threads(1)
 
 
-def load_batches(batches, which, workers, device=None):
-    """The micro-batches `which` (a range), made ahead of time by worker processes, from now on.
+class DoneEvent:
+    """Stands in for the event by which a DataLoader tells its workers to end: it kills them.
 
-    Call it before there is an optimizer: a worker keeps a copy of all that this process has.
+    The DataLoader's own event has a lock, which a worker that was killed may have held; setting it
+    then waits forever (reports of such hangs: pytorch/pytorch#21554 and #39570). Workers hold
+    nothing that has to be saved.
     """
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # its threads do not survive the fork
 
-    def stream():
-        pin = device is not None and device.type == "cuda"
-        made = iter(DataLoader(batches, batch_size=None, sampler=which, num_workers=workers,
+    def __init__(self, workers):
+        self.workers = workers
+        self.event = threading.Event()
+
+    def is_set(self):
+        return self.event.is_set()
+
+    def set(self):
+        self.event.set()
+        for worker in self.workers:
+            worker.kill()
+
+
+def is_worker_death(error):
+    """Whether an error that the DataLoader raised means that a worker died."""
+    if isinstance(error, RuntimeError):
+        names = "DataLoader worker", "Pin memory thread"
+        return any(name in str(error) for name in names)
+    return True                             # OSError, EOFError: a pipe broke within a batch
+
+
+def stream_batches(batches, which, workers, device):
+    """The generator of load_batches. Its first item is None, when the workers have started."""
+    prefetch = None
+    if workers:
+        prefetch = 4
+    pin = device is not None and device.type == "cuda"
+    iterator = iter(DataLoader(batches, batch_size=None, sampler=which, num_workers=workers,
                                pin_memory=pin, worker_init_fn=start_worker,
-                               prefetch_factor=4 if workers else None))
-        # torch's handler of a worker's death raises wherever the run is just then; without it the
-        # error comes from next(made), which looks every 5 seconds.
-        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-        if workers:                         # torch's event takes a lock that a dead worker may hold
-            over, processes = threading.Event(), made._workers
-            made._workers_done_event = SimpleNamespace(
-                is_set=over.is_set, set=lambda: over.set() or [w.kill() for w in processes])
-        yield
-        try:
-            for batch in made:
-                if "error" in batch:
-                    raise FuseDiTError(batch["error"])
-                yield batch
-        except (RuntimeError, OSError, EOFError) as e:     # of a pipe that broke in the middle
-            if not workers or isinstance(e, RuntimeError) and not any(
-                    who in str(e) for who in ("DataLoader worker", "Pin memory thread")):
-                raise
-            raise FuseDiTError(f"a data process died ({str(e).splitlines()[0]}): out of memory? "
-                               "Then lower --workers. Or did a batch take over "
-                               f"{HANGS / 60:g} minutes?") from e
-        finally:
-            made = None                     # ends the workers
-    started = stream()
-    next(started)
-    atexit.register(started.close)          # else Python would wait for the workers forever
-    return started
+                               prefetch_factor=prefetch))
+    # PyTorch's handler of SIGCHLD raises an error wherever the main thread happens to be. Without
+    # it a worker's death is noticed in next(iterator), which checks every 5 seconds.
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    if workers:
+        iterator._workers_done_event = DoneEvent(iterator._workers)
+    yield None
+
+    try:
+        for batch in iterator:
+            if "error" in batch:
+                raise FuseDiTError(batch["error"])
+            yield batch
+    except (RuntimeError, OSError, EOFError) as e:
+        if not workers or not is_worker_death(e):
+            raise
+        reason = str(e).splitlines()[0]
+        raise FuseDiTError(f"a data process died ({reason}): out of memory? Then lower --workers. "
+                           f"Or did a batch take over {BATCH_TIMEOUT / 60:g} minutes?") from e
+    finally:
+        iterator = None                     # its destructor ends the workers
 
 
-def tensors(batches, bad):
-    """Of each batch the tensors alone; its list of bad samples is appended to `bad`."""
+def load_batches(batches, which, workers, device=None):
+    """A generator of the micro-batches `which` (a range), made ahead of time by processes.
+
+    The processes start at once. Call this before there is an optimizer, since a worker keeps a copy
+    of all memory that this process has. workers: number of processes, 0 for none; device: where
+    the batches will go. Raises FuseDiTError if data cannot be read or a process dies.
+    """
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"         # its threads do not survive a fork
+    stream = stream_batches(batches, which, workers, device)
+    next(stream)
+    atexit.register(stream.close)           # or Python would wait forever for the workers to end
+    return stream
+
+
+# ------------------------------------------------------------------------------ on the device
+
+class TrainingBatch(NamedTuple):
+    """A micro-batch on the device where it is used."""
+    x: torch.Tensor                         # pixels [B,3,H,W] in [-1,1]; or latents [B,2*C,h,w]
+    ids: torch.Tensor                       # [B,T]
+    mask: torch.Tensor                      # [B,T] True: a real token
+    clip_ids: torch.Tensor | None           # [B,77] CLIP's tokens, with CLIP modulation
+    normal: torch.Tensor                    # [B] for the noise levels
+    eps: torch.Tensor                       # [B,C,h,w] noise of the flow
+    vae_noise: torch.Tensor | None          # [B,C,h,w] with a VAE: to sample its posterior
+
+
+def tensors_only(batches, bad):
+    """Yield of each batch its tensors alone; its list of bad samples is appended to `bad`."""
     for batch in batches:
         bad.append(batch["bad"])
-        yield {k: v for k, v in batch.items() if isinstance(v, torch.Tensor)}
+        yield {name: value for name, value in batch.items() if isinstance(value, torch.Tensor)}
 
 
-def text_length(mask, device):
-    """How many tokens a batch's text needs: its longest caption, in quarters of the full length.
+def padded_text_length(mask, device):
+    """The length to which a batch's text is cut: its longest caption, rounded up.
 
-    Few lengths, since a compiled model compiles anew for some of them; XLA would for all. On a GPU
-    as backend.round_up_to_tile says.
-
-    mask: [B,T] of all tokens, on the CPU, so that nothing waits for the device.
+    Rounded to quarters of the full length, since a compiled model is compiled anew for some
+    lengths; on a GPU as backend.round_up_to_tile does. mask: [B,T], all tokens, on the CPU, so that the
+    device is not waited for.
     """
-    full, most = mask.shape[1], int(mask.sum(1).max())
+    full = mask.shape[1]
+    longest = int(mask.sum(1).max())
     if device.type == "cuda":
-        return backend.round_up_to_tile(most, full, device)
-    unit = -(-full // 32) * 8               # attention kernels like multiples of 8
-    return min(full, -(-most // unit) * unit)
+        return backend.round_up_to_tile(longest, full, device)
+    quarter = -(-full // 32) * 8            # attention kernels prefer multiples of 8
+    return min(full, -(-longest // quarter) * quarter)
 
 
 def to_device(batch, device, cut_text=False):
-    """(pixels in [-1, 1] or latents, ids, mask, clip's tokens or None, normal, noises) there.
+    """TrainingBatch of a batch (dict of CPU tensors) on a device.
 
-    cut_text: to text_length, and on the device: what is cut before is no longer in one piece, and
-    such a copy makes the CPU wait.
+    cut_text: cut the text to padded_text_length. It is cut after the copy: a slice is not
+    contiguous, and copying such a tensor makes the CPU wait.
     """
-    length = text_length(batch["mask"], device) if cut_text else None
-    pixels, ids, mask, clip, normal, noise = (
-        batch[k].to(device, non_blocking=True) if k in batch else None
-        for k in ("pixels", "ids", "mask", "clip", "normal", "noise"))
-    if length:
-        ids, mask = ids[:, :length], mask[:, :length]
-    pixels = pixels.float() if pixels.dtype != torch.uint8 else pixels.float().div_(127.5).sub_(1)
-    return pixels.contiguous(), ids, mask, clip, normal, noise.unbind(1)
+    moved = {}
+    for name in ("pixels", "ids", "mask", "clip", "normal", "noise"):
+        if name in batch:
+            moved[name] = batch[name].to(device, non_blocking=True)
+    ids = moved["ids"]
+    mask = moved["mask"]
+    if cut_text:
+        length = padded_text_length(batch["mask"], device)
+        ids = ids[:, :length]
+        mask = mask[:, :length]
+
+    x = moved["pixels"].float()
+    if moved["pixels"].dtype == torch.uint8:
+        x = x.div_(127.5).sub_(1)
+    noise = moved["noise"]
+    eps = noise[:, 0]
+    vae_noise = None
+    if noise.shape[1] == 2:
+        vae_noise = noise[:, 1]
+    return TrainingBatch(x.contiguous(), ids, mask, moved.get("clip"), moved["normal"], eps,
+                         vae_noise)

@@ -1,207 +1,263 @@
-"""What is in shards, and what is wrong with them; their index; a sheet of samples to look at."""
+"""`prepare_data.py check`: what shards hold, what is wrong with them, and a grid of samples."""
 import hashlib
 import io
 import random
-import sys
 import textwrap
 import warnings
 from collections import Counter
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 from tqdm import tqdm
 
-from fusedit import FuseDiTError
 from fusedit_lib.data import packing
 from fusedit_lib.data.images import FORMATS, read_square
+from fusedit_lib.data.index import list_tars, repair_index
 from fusedit_lib.data.shards import ends_well, read_sample
 from fusedit_lib.files import atomic_write
 
 CAPTIONS = "synthetic_caption", "original_caption"
+EXAMPLES = 5                                # names shown of each problem
 
 
-class Found(NamedTuple):
-    """What one shard holds: numbers a sample, so that millions of samples fit into memory."""
-    entry: dict                             # of index.json
-    sizes: np.ndarray                       # int32 [samples, 2]: width, height
-    words: np.ndarray                       # int32 [samples, 2]: of CAPTIONS; -1: there is none
-    keys: np.ndarray                        # uint64 [samples]: the first bytes of a hash
-    formats: Counter
-    problems: list                          # (what is wrong, with which sample)
+class Problem(NamedTuple):
+    """Something wrong with a sample or a shard."""
+    kind: str                               # such as "no caption"
+    where: str                              # names the sample or the shard
 
 
-def look(path):
-    """Read a shard whole."""
-    entry = packing.index_entry(path)
-    offsets, sizes, words, keys, formats, problems = entry["offsets"], [], [], [], Counter(), []
-    with open(path, "rb") as tar:
-        for i in range(len(offsets) - 1):
-            key, files = read_sample(tar, offsets, i)
-            words.append([len(files[f"{kind}.txt"].decode(errors="replace").split())
-                          if f"{kind}.txt" in files else -1 for kind in CAPTIONS])
-            keys.append(int.from_bytes(hashlib.blake2b(key.encode(), digest_size=8).digest()))
-            size, kind, wrong = look_at(files)
-            sizes.append(size)
-            formats[kind] += 1
-            if max(words[-1]) < 1:
-                wrong = wrong or "no caption"
-            if wrong:
-                problems.append((wrong, f"{key} of {path.name}"))
-        if not ends_well(tar, offsets[-1]):
-            problems.append(("the shard is damaged or cut short",
-                             f"{path.name} at byte {offsets[-1]:,}, after {len(keys)} samples"))
-    return Found(entry, np.array(sizes, np.int32).reshape(-1, 2), np.array(words, np.int32
-                 ).reshape(-1, 2), np.array(keys, np.uint64), formats, problems)
+class ShardContents(NamedTuple):
+    """What a shard holds, a few numbers a sample: millions of samples fit into memory."""
+    path: Path
+    entry: dict                             # packing.index_entry
+    sizes: np.ndarray                       # int32 [samples,2] width and height; 0: unknown
+    words: np.ndarray                       # int32 [samples,2] in each of CAPTIONS; -1: not there
+    keys: np.ndarray                        # uint64 [samples] a hash of the key
+    formats: Counter                        # samples by image format
+    problems: list                          # of Problem
 
 
-def look_at(files):
-    """(size, format, what is wrong or None) of a sample's picture, decoded to its end."""
-    name = next((k for k in files if k.startswith("image.")), None)
+# ------------------------------------------------------------------------------ reading
+
+def image_name(files):
+    """The name of a sample's image among its files, or None."""
+    for name in files:
+        if name.startswith("image."):
+            return name
+    return None
+
+
+def check_image(files):
+    """(size, format, problem or "") of a sample's image, which is decoded to its end."""
+    name = image_name(files)
     if name is None:
         return (0, 0), "none", "no image"
-    size, kind = (0, 0), "unknown"
+    size = (0, 0)
+    kind = "unknown"
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("error", Image.DecompressionBombWarning)
             image = Image.open(io.BytesIO(files[name]), formats=FORMATS)
-        size, kind = image.size, image.format
-        image.draft("L", (1, 1))            # a JPEG at an eighth: little but the reading is left
+        size = image.size
+        kind = image.format
+        image.draft("L", (1, 1))            # decode a JPEG at 1/8 of its size: all of it is read
         image.load()
     except MemoryError:
         raise
-    except Exception:                       # Pillow raises a dozen kinds on broken files
+    except Exception:                       # Pillow's decoders raise anything on broken files
         return size, kind, "damaged image"
-    return size, kind, None
+    return size, kind, ""
 
 
-def shards_of(folder):
-    tars = sorted(folder.glob("*.tar"))
-    if not tars:
-        raise FuseDiTError(f"no *.tar in {folder}, which must be a folder of them")
-    return tars
+def count_words(files, caption):
+    """Words of one kind of caption of a sample; -1 if it has none."""
+    text = files.get(f"{caption}.txt")
+    if text is None:
+        return -1
+    return len(text.decode(errors="replace").split())
 
+
+def read_shard(path):
+    """ShardContents of a shard, of which every byte is read."""
+    entry = packing.index_entry(path)
+    offsets = entry["offsets"]
+    sizes = []
+    words = []
+    keys = []
+    formats = Counter()
+    problems = []
+    with open(path, "rb") as tar:
+        for i in range(len(offsets) - 1):
+            key, files = read_sample(tar, offsets, i)
+            key_hash = hashlib.blake2b(key.encode(), digest_size=8).digest()
+            keys.append(int.from_bytes(key_hash))
+            words.append([count_words(files, caption) for caption in CAPTIONS])
+            size, kind, problem = check_image(files)
+            sizes.append(size)
+            formats[kind] += 1
+            if not problem and max(words[-1]) < 1:
+                problem = "no caption"
+            if problem:
+                problems.append(Problem(problem, f"{key} of {path.name}"))
+        if not ends_well(tar, offsets[-1]):
+            where = f"{path.name} at byte {offsets[-1]:,}, after {len(keys)} samples"
+            problems.append(Problem("the shard is damaged or cut short", where))
+    return ShardContents(
+        path=path,
+        entry=entry,
+        sizes=np.array(sizes, np.int32).reshape(-1, 2),
+        words=np.array(words, np.int32).reshape(-1, 2),
+        keys=np.array(keys, np.uint64),
+        formats=formats,
+        problems=problems,
+    )
+
+
+def read_shards(tars, workers):
+    """ShardContents of every tar, in their order, with a progress bar."""
+    contents = {}
+    samples = 0
+    with tqdm(unit="image", desc="reading", disable=None, smoothing=0.05) as bar:
+        for event in packing.in_parallel(read_shard, tars, workers):
+            if event:
+                path, shard = event
+                contents[path] = shard
+                samples += len(shard.keys)
+                bar.total = samples * len(tars) // len(contents)       # an estimate
+                bar.update(samples - bar.n)
+    return [contents[path] for path in tars]
+
+
+# ------------------------------------------------------------------------------ the command
 
 def check(args):
-    tars = shards_of(args.folder)
-    found, seen = {}, 0
-    with tqdm(unit="image", desc="reading", disable=None, smoothing=0.05) as bar:
-        for event in packing.in_parallel(look, tars, args.workers):
-            if event:
-                found[event[0]], seen = event[1], seen + len(event[1].keys)
-                bar.total = seen * len(tars) // len(found)
-                bar.update(seen - bar.n)
-    found = [found[path] for path in tars]
-    problems = Counter(what for f in found for what, _ in f.problems)
-    tell(found, problems)
-    twice, examples = duplicates(tars, found)
-    for what, n in problems.items():
-        who = [name for f in found for kind, name in f.problems if kind == what]
-        print(f"{n} x {what}: {', '.join(who[:5])}" + (f" and {n - 5} more" if n > 5 else ""))
-    if twice:
-        print(f"{twice} keys come more than once, as {', '.join(examples)}")
-    print(repair(args.folder, [f.entry for f in found]))
+    """`prepare_data.py check`: report on stdout; returns the exit code, 1 if anything is wrong.
+
+    Also repairs the index and, with args.grid (a Path), draws samples.
+    """
+    shards = read_shards(list_tars(args.folder), args.workers)
+    problems = {}                           # {kind: the samples or shards that have it}
+    for shard in shards:
+        for problem in shard.problems:
+            problems.setdefault(problem.kind, []).append(problem.where)
+    print_contents(shards, sum(map(len, problems.values())))
+    for kind, names in problems.items():
+        more = ""
+        if len(names) > EXAMPLES:
+            more = f" and {len(names) - EXAMPLES} more"
+        print(f"{len(names)} x {kind}: {', '.join(names[:EXAMPLES])}{more}")
+    repeated, examples = duplicate_keys(shards)
+    if repeated:
+        print(f"{repeated} keys come more than once, as {', '.join(examples)}")
+    print(repair_index(args.folder, [shard.entry for shard in shards]))
     if args.grid:
-        sheet(args.grid, tars, found)
-    return 1 if problems or twice else 0
+        write_image_grid(args.grid, shards)
+    if problems or repeated:
+        return 1
+    return 0
 
 
-def tell(found, problems):
-    """Counts, sizes, resolutions and lengths on stdout."""
-    samples, size = sum(len(f.keys) for f in found), sum(f.entry["bytes"] for f in found)
-    formats = sum((f.formats for f in found), Counter())
-    print(f"{samples:,} samples in {len(found)} shards, {size / 1e9:.3f} GB, of which "
-          f"{sum(problems.values()):,} problems; "
-          + ", ".join(f"{n:,} {kind}" for kind, n in formats.most_common()))
-    sizes = np.concatenate([f.sizes for f in found])
+def print_contents(shards, problems):
+    """Print counts and formats, image sizes and caption lengths; problems: how many there are."""
+    samples = sum(len(shard.keys) for shard in shards)
+    size = sum(shard.entry["bytes"] for shard in shards)
+    formats = sum((shard.formats for shard in shards), Counter())
+    formats = ", ".join(f"{count:,} {kind}" for kind, count in formats.most_common())
+    print(f"{samples:,} samples in {len(shards)} shards, {size / 1e9:.3f} GB, of which "
+          f"{problems:,} problems; {formats}")
+
+    sizes = np.concatenate([shard.sizes for shard in shards])
     sizes = sizes[sizes[:, 0] > 0]
     if len(sizes):
-        short, aspect = sizes.min(1), sizes.max(1) / sizes.min(1)
-        print(f"shorter side: {spread(short)} pixels; longer / shorter: {spread(aspect)}")
-    for kind, n in zip(CAPTIONS, np.concatenate([f.words for f in found]).T, strict=True):
-        print(f"{kind}: {(n >= 0).sum():,}" + (f", of {spread(n[n >= 0])} words"
-                                               if (n >= 0).any() else ""))
+        shorter = sizes.min(1)
+        aspect = sizes.max(1) / shorter
+        print(f"shorter side: {distribution(shorter)} pixels; longer / shorter: "
+              f"{distribution(aspect)}")
+
+    words = np.concatenate([shard.words for shard in shards])
+    for caption, lengths in zip(CAPTIONS, words.T, strict=True):
+        lengths = lengths[lengths >= 0]
+        line = f"{caption}: {len(lengths):,}"
+        if len(lengths):
+            line += f", of {distribution(lengths)} words"
+        print(line)
 
 
-def spread(n):
-    low, middle, high = np.percentile(n, [5, 50, 95])
-    return (f"{n.min():.4g} to {n.max():.4g}, median {middle:.4g}, 90 % from {low:.4g} to "
-            f"{high:.4g}")
+def distribution(values):
+    """Range, median and central 90 % of numbers, in words."""
+    low, median, high = np.percentile(values, [5, 50, 95])
+    return (f"{values.min():.4g} to {values.max():.4g}, median {median:.4g}, 90 % from {low:.4g} "
+            f"to {high:.4g}")
 
 
-def duplicates(tars, found):
-    """How many keys more than one sample has, and five of them."""
-    every = np.concatenate([f.keys for f in found])
-    hashes, counts = np.unique(every, return_counts=True)
-    again, names = hashes[counts > 1], []
-    for one in again[:5]:
-        k = next(k for k, f in enumerate(found) if one in f.keys)
-        with open(tars[k], "rb") as tar:
-            at = int(np.flatnonzero(found[k].keys == one)[0])
-            names.append(read_sample(tar, found[k].entry["offsets"], at)[0])
-    return len(again), names
+def duplicate_keys(shards):
+    """(number of keys that several samples have, the first few of them)"""
+    hashes = np.concatenate([shard.keys for shard in shards])
+    hashes, counts = np.unique(hashes, return_counts=True)
+    repeated = hashes[counts > 1]
+    examples = []
+    for key_hash in repeated[:EXAMPLES]:
+        shard = next(shard for shard in shards if key_hash in shard.keys)
+        i = int(np.flatnonzero(shard.keys == key_hash)[0])
+        key, _ = read_shard_sample(shard, i)
+        examples.append(key)
+    return len(repeated), examples
 
 
-# ---- the index -----------------------------------------------------------------------------------
-
-def index(args):
-    tars, entries = shards_of(args.folder), {}
-    with tqdm(total=len(tars), unit="shard", desc="indexing", disable=None) as bar:
-        for event in packing.in_parallel(packing.index_entry, tars, args.workers):
-            if event:
-                entries[event[0]] = event[1]
-                bar.update()
-    entries = [entries[path] for path in tars]
-    for entry in entries:
-        with open(args.folder / entry["name"], "rb") as tar:
-            if not ends_well(tar, entry["offsets"][-1]):
-                print(f"{entry['name']} is damaged or cut short at byte "
-                      f"{entry['offsets'][-1]:,}, after {entry['samples']} samples",
-                      file=sys.stderr)
-    if not sum(e["samples"] for e in entries):
-        raise FuseDiTError(f"{args.folder}: no sample in any of {len(tars)} shards")
-    print(f"{packing.write_index(args.folder, entries)} samples in {len(tars)} shards: "
-          f"{args.folder}/index.json")
+def read_shard_sample(shard, i):
+    """(key, files) of sample i of a ShardContents."""
+    with open(shard.path, "rb") as tar:
+        return read_sample(tar, shard.entry["offsets"], i)
 
 
-def repair(folder, entries):
-    """Write index.json and offsets.npy where they are not what they should be; says so."""
-    index = packing.read_json_or_none(folder / "index.json")
+# ------------------------------------------------------------------------------ image grid
+
+CAPTION_WIDTH = 31                          # characters of a line under an image
+CAPTION_LINES = 4
+LINE_HEIGHT = 15                            # pixels, at a font size of 12
+MARGIN = 8
+
+
+def draw_sample(page, corner, side, shard, i):
+    """Draw a sample's image and, below it, its caption; corner: (x, y) of its upper left."""
+    key, files = read_shard_sample(shard, i)
+    text = "(no caption)"
+    for caption in CAPTIONS:
+        if f"{caption}.txt" in files:
+            text = files[f"{caption}.txt"].decode(errors="replace")
+            break
     try:
-        same = [packing.same_shard(e) for e in index["shards"]] == [
-            packing.same_shard(e) for e in entries] and np.array_equal(
-                np.load(folder / "offsets.npy"), np.concatenate([e["offsets"] for e in entries]))
-    except (TypeError, KeyError, AttributeError, OSError, ValueError):
-        same = False                        # there is none, or what is there is something else
-    if same:
-        return f"{folder}/index.json is right"
-    packing.write_index(folder, entries)
-    return f"{folder}/index.json was {'wrong' if index else 'missing'}: written anew"
+        pixels = read_square(files[image_name(files)], side)           # [3,side,side]
+        page.paste(Image.fromarray(pixels.movedim(0, -1).numpy()), corner)
+    except Exception:                       # Pillow's decoders raise anything on broken files
+        text = f"({key} cannot be drawn) {text}"
+    x, y = corner
+    lines = textwrap.wrap(text, CAPTION_WIDTH, max_lines=CAPTION_LINES, placeholder=" ...")
+    ImageDraw.Draw(page).multiline_text((x, y + side + 2), "\n".join(lines), "black",
+                                        ImageFont.load_default(12))
 
 
-# ---- a sheet -------------------------------------------------------------------------------------
+def write_image_grid(out, shards, columns=6, rows=4, side=192):
+    """Write a PNG with random samples, side x side pixels each, with their captions."""
+    count = columns * rows
+    candidates = []                         # at least `count` of each shard, evenly spaced
+    for shard in shards:
+        samples = len(shard.keys)
+        stride = max(1, samples // count)
+        candidates += [(shard, i) for i in range(0, samples, stride)]
+    chosen = random.Random(0).sample(candidates, min(len(candidates), count))
 
-def sheet(out, tars, found, columns=6, rows=4, side=192, lines=4):
-    """Samples from anywhere, with what is said of them, as one picture."""
-    places = [(path, f.entry["offsets"], i) for path, f in zip(tars, found, strict=True)
-              for i in range(0, len(f.keys), max(1, len(f.keys) // (columns * rows)))]
-    places = random.Random(0).sample(places, min(len(places), columns * rows))
-    font, high = ImageFont.load_default(12), side + 15 * lines + 8
-    page = Image.new("RGB", (columns * (side + 8) + 8, -(-len(places) // columns) * high + 8),
-                     "white")
-    for n, (path, offsets, i) in enumerate(places):
-        x, y = n % columns * (side + 8) + 8, n // columns * high + 8
-        with open(path, "rb") as tar:
-            key, files = read_sample(tar, offsets, i)
-        text = next((files[f"{k}.txt"].decode(errors="replace") for k in CAPTIONS
-                     if f"{k}.txt" in files), "(no caption)")
-        try:
-            data = next(v for k, v in files.items() if k.startswith("image."))
-            page.paste(Image.fromarray(read_square(data, side).movedim(0, -1).numpy()), (x, y))
-        except Exception:
-            text = f"({key} cannot be drawn) {text}"
-        ImageDraw.Draw(page).multiline_text((x, y + side + 2), "\n".join(textwrap.wrap(
-            text, 31, max_lines=lines, placeholder=" ...")), "black", font)
+    cell_width = side + MARGIN
+    cell_height = side + LINE_HEIGHT * CAPTION_LINES + MARGIN
+    used_rows = -(-len(chosen) // columns)
+    size = (columns * cell_width + MARGIN, used_rows * cell_height + MARGIN)
+    page = Image.new("RGB", size, "white")
+    for n, (shard, i) in enumerate(chosen):
+        row, column = divmod(n, columns)
+        corner = (column * cell_width + MARGIN, row * cell_height + MARGIN)
+        draw_sample(page, corner, side, shard, i)
     with atomic_write(out) as tmp:
         page.save(tmp, "PNG")
-    print(f"{len(places)} samples drawn: {out}")
+    print(f"{len(chosen)} samples drawn: {out}")

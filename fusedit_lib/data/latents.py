@@ -1,12 +1,14 @@
-"""A VAE's latents of shards, written once beside them, so that training need not encode pictures.
+"""`prepare_data.py encode`: VAE latents of shards, written beside them once and for all.
+
+Training then reads them and need not encode images in every step.
 
     cc12m-000012.tar                    the samples
-    cc12m-000012.latents.safetensors    latents [samples, 2*16, H/8, W/8], bf16: the posterior's
-                                        mean and log variance of each picture, its shorter side
-                                        resized to H, cut to its central square, not flipped;
-                                        whole [samples]: 0 where the picture cannot be read
+    cc12m-000012.latents.safetensors    latents bf16 [samples,2*C,H/8,W/8]: mean and log variance of
+                                        the posterior of each image, whose shorter side was resized
+                                        to H and which was cropped to its central square;
+                                        whole uint8 [samples]: 0 where the image cannot be read
 
-Training draws from the posterior with the noise that it would have used on pixels.
+Training samples the posterior with the same noise that it would use on pixels.
 """
 import json
 import sys
@@ -20,19 +22,22 @@ from fusedit import FuseDiTError
 from fusedit_lib import backend
 from fusedit_lib.backend import rank_and_world
 from fusedit_lib.cli import pick_dtype
-from fusedit_lib.data import check, packing
+from fusedit_lib.data import packing
 from fusedit_lib.data.images import read_square
-from fusedit_lib.data.shards import LATENTS, read_index, read_sample
+from fusedit_lib.data.index import list_tars
+from fusedit_lib.data.shards import LATENTS_SUFFIX, read_index, read_sample
 from fusedit_lib.files import atomic_write, save_file
 from fusedit_lib.pretrained import vae_fingerprint
 from fusedit_lib.vae import load_vae
 
 
-class Pictures(Dataset):
-    """Every picture of a shard as uint8 [3,H,W], and whether it could be read."""
+class ShardImages(Dataset):
+    """The images of a shard: self[i] is (uint8 [3,size,size], 1), or (zeros, 0) if unreadable."""
 
     def __init__(self, path, offsets, size):
-        self.path, self.offsets, self.size = path, offsets, size
+        self.path = path
+        self.offsets = offsets
+        self.size = size
 
     def __len__(self):
         return len(self.offsets) - 1
@@ -41,50 +46,103 @@ class Pictures(Dataset):
         try:
             with open(self.path, "rb") as tar:
                 _, files = read_sample(tar, self.offsets, i)
-            name = next(k for k in files if k.startswith("image."))
+            name = next(name for name in files if name.startswith("image."))
             return read_square(files[name], self.size), 1
         except MemoryError:
             raise
-        except Exception:                   # Pillow raises a dozen kinds on broken files
+        except Exception:                   # Pillow's decoders raise anything on broken files
             return torch.zeros(3, self.size, self.size, dtype=torch.uint8), 0
 
 
-def beside(tar):
-    return tar.with_name(tar.stem + LATENTS)
+# ------------------------------------------------------------------------------ one shard
+
+def latents_path(tar):
+    """Where the latents of a shard (a Path) are."""
+    return tar.with_name(tar.stem + LATENTS_SUFFIX)
 
 
-def stored(tar):
-    """What the latents of a shard say of themselves, or {} if there are none that can be read."""
+def read_description(tar):
+    """The description stored with a shard's latents; {} if there are none that can be read."""
     try:
-        with safe_open(beside(tar), "pt") as file:
+        with safe_open(latents_path(tar), "pt") as file:
             return json.loads(file.metadata()["encoded"])
     except (OSError, SafetensorError, TypeError, KeyError):
         return {}
 
 
 @torch.no_grad()
-def encode_shard(tar, vae, args, said, saw):
-    """Write one shard's latents."""
-    pictures = Pictures(tar, packing.index_entry(tar)["offsets"], args.image_size)
-    device, n, side = next(vae.parameters()).device, len(pictures), args.image_size // vae.factor
-    latents = torch.empty(n, 2 * vae.config.latent_channels, side, side, dtype=torch.bfloat16)
-    whole, at = torch.empty(n, dtype=torch.uint8), 0
-    for pixels, ok in DataLoader(pictures, args.batch_size, num_workers=args.workers,
-                                 pin_memory=device.type == "cuda"):
-        x = pixels.to(device, non_blocking=True).float().div_(127.5).sub_(1)   # [B,3,H,W]
-        latents[at:at + len(ok)] = torch.cat(vae.moments(x), 1)
-        whole[at:at + len(ok)] = ok
-        at += len(ok)
-        saw(len(ok))
-    with atomic_write(beside(tar)) as tmp:
-        save_file(dict(latents=latents, whole=whole), tmp,
-                  dict(encoded=json.dumps(said)))          # one entry: several have no fixed order
+def encode_shard(tar, vae, args, description, progress):
+    """Write the latents of one shard.
+
+    description: a dict that is stored with them; progress: called with the number of images done.
+    """
+    images = ShardImages(tar, packing.index_entry(tar)["offsets"], args.image_size)
+    device = next(vae.parameters()).device
+    loader = DataLoader(images, args.batch_size, num_workers=args.workers,
+                        pin_memory=device.type == "cuda")
+
+    side = args.image_size // vae.factor
+    channels = 2 * vae.config.latent_channels
+    latents = torch.empty(len(images), channels, side, side, dtype=torch.bfloat16)
+    whole = torch.empty(len(images), dtype=torch.uint8)
+    begin = 0
+    for pixels, readable in loader:                        # uint8 [B,3,H,W], [B]
+        end = begin + len(pixels)
+        x = pixels.to(device, non_blocking=True).float().div_(127.5).sub_(1)
+        latents[begin:end] = torch.cat(vae.moments(x), 1)  # [B,2*C,h,w]
+        whole[begin:end] = readable
+        begin = end
+        progress(len(pixels))
+
+    tensors = dict(latents=latents, whole=whole)
+    # All in one entry: safetensors writes several in no fixed order.
+    metadata = dict(encoded=json.dumps(description))
+    with atomic_write(latents_path(tar)) as tmp:
+        save_file(tensors, tmp, metadata)
+
+
+# ------------------------------------------------------------------------------ the command
+
+def check_overwrite(descriptions, overwrite):
+    """FuseDiTError if shards have other latents than those wanted, and overwrite is not given."""
+    other = []
+    for tar, description in descriptions.items():
+        if read_description(tar) not in ({}, description):
+            other.append(tar.name)
+    if other and not overwrite:
+        raise FuseDiTError(f"{other[0]} has latents of another VAE, size or shard already (as have "
+                           f"{len(other) - 1} more): --overwrite replaces them")
+
+
+def encode_shards(tars, vae, args, descriptions, samples, rank):
+    """Write the latents of several shards, with a progress bar on rank 0.
+
+    samples: {tar name: number of samples}.
+    """
+    disable = None                          # tqdm: no bar where stderr is no terminal
+    if rank != 0:
+        disable = True
+    total = sum(samples[tar.name] for tar in tars)
+    with tqdm(total=total, unit="image", desc="encoding", disable=disable, smoothing=0.05) as bar:
+        for tar in tars:
+            # temporary files of a killed run
+            for old in args.folder.glob(f".{latents_path(tar).name}.*.tmp"):
+                old.unlink()
+            encode_shard(tar, vae, args, descriptions[tar], bar.update)
 
 
 def encode(args):
+    """`prepare_data.py encode`: write the latents that are missing, and list them in index.json.
+
+    Under torchrun the ranks divide the shards among themselves. Shards that have these latents
+    already are left out, so the same command continues after an interruption.
+    """
     rank, world = rank_and_world()
-    (device, dtype), tars = pick_dtype(args), check.shards_of(args.folder)
-    counts = {name: n for name, (n, *_) in read_index(str(args.folder)).items()}
+    device, dtype = pick_dtype(args)
+    tars = list_tars(args.folder)
+    index = read_index(str(args.folder))
+    samples = {name: shard.samples for name, shard in index.items()}
+
     vae = load_vae(args.vae, device, dtype)
     if args.compile:
         backend.compile_vae(vae)
@@ -93,31 +151,34 @@ def encode(args):
         print(f"encoding in {args.dtype} on {device}", slow, file=sys.stderr)
     if args.image_size % vae.factor:
         raise FuseDiTError(f"--image-size {args.image_size} is not a multiple of {vae.factor}")
-    of = dict(vae=vae_fingerprint(args.vae), image_size=args.image_size)
-    said = {t: of | dict(shard=t.stat().st_size) for t in tars}
-    other = [t.name for t in tars if stored(t) not in ({}, said[t])]
-    if other and not args.overwrite:
-        raise FuseDiTError(f"{other[0]} has latents of another VAE, size or shard already (as have "
-                           f"{len(other) - 1} more): --overwrite replaces them")
-    todo = [t for t in tars[rank::world] if stored(t) != said[t] and counts.get(t.name)]
-    with tqdm(total=sum(counts[t.name] for t in todo), unit="image", desc="encoding",
-              disable=None if rank == 0 else True, smoothing=0.05) as bar:
-        for tar in todo:
-            for old in args.folder.glob(f".{beside(tar).name}.*.tmp"):         # of a killed run
-                old.unlink()
-            encode_shard(tar, vae, args, said[tar], bar.update)
-    if all(stored(t) == said[t] for t in tars if counts.get(t.name)):          # whoever ends last
-        announce(args.folder, of)
+
+    # A shard's latents are those wanted if they were made of it by this VAE at this size.
+    wanted = dict(vae=vae_fingerprint(args.vae), image_size=args.image_size)
+    descriptions = {tar: wanted | dict(shard=tar.stat().st_size) for tar in tars}
+    check_overwrite(descriptions, args.overwrite)
+
+    def is_missing(tar):
+        return samples.get(tar.name) and read_description(tar) != descriptions[tar]
+
+    missing = [tar for tar in tars[rank::world] if is_missing(tar)]
+    encode_shards(missing, vae, args, descriptions, samples, rank)
+    if not any(is_missing(tar) for tar in tars):           # true on the rank that ends last
+        list_in_index(args.folder, wanted)
 
 
-def announce(folder, of):
-    """Say in index.json which latents there are: the loader looks nowhere else."""
+def list_in_index(folder, wanted):
+    """Enter the latents into index.json, which is where training looks for them.
+
+    wanted: vae and image_size of all of them.
+    """
     index = packing.read_json_or_none(folder / "index.json")
+    size = 0
     for shard in index["shards"]:
         if shard["samples"]:
-            shard["latents"] = of | dict(bytes=beside(folder / shard["name"]).stat().st_size)
+            file_size = latents_path(folder / shard["name"]).stat().st_size
+            shard["latents"] = wanted | dict(bytes=file_size)
+            size += file_size
     with atomic_write(folder / "index.json") as tmp:
         tmp.write_text(json.dumps(index, indent=1) + "\n")
     read_index.cache_clear()
-    size = sum(shard["latents"]["bytes"] for shard in index["shards"] if shard["samples"])
-    print(f"latents of {index['samples']} samples, {size / 1e9:.3f} GB: {folder}/*{LATENTS}")
+    print(f"latents of {index['samples']} samples, {size / 1e9:.3f} GB: {folder}/*{LATENTS_SUFFIX}")

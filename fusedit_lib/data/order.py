@@ -1,71 +1,107 @@
-"""TODO."""
+"""The order of training samples: a function of the seed and nothing else.
+
+A position is the number of a sample in the run, counted over all steps and ranks: 0, 1, 2, ...
+Order maps a position to a sample of one data set, Mixture to a sample of several. Neither keeps
+state, so a run resumes at any position, on any number of ranks, without replaying what came before.
+"""
 import functools
 
 import numpy as np
 
 from fusedit import FuseDiTError
 
-CYCLE = 1000                                # places over which data sets keep their shares exactly
+CYCLE = 1000                                # positions over which a mixture's weights are exact
 
-
-# ------------------------------------------------------------------------------ in which order
 
 class Order:
-    """The sample at a place of one data set: a function of the seed and of nothing else.
+    """The order in which the samples of one data set are read.
 
-    In each epoch every sample comes once. The shards are shuffled and dealt out in pools of
-    `pool`, and the samples of a pool are shuffled among themselves: a reader has a few shards
-    open at a time, and nobody holds a list of all samples.
+    Every epoch has each sample once. The shards are shuffled and divided into pools of `pool`
+    shards, and the samples of a pool are shuffled among themselves. So a process has only a few
+    shards open at a time, and a permutation of the whole data set is never held in memory.
     """
 
     def __init__(self, counts, seed, pool):
-        self.counts, self.seed, self.pool = np.array(counts), seed, pool
+        """counts: the number of samples in each shard."""
+        self.counts = np.array(counts)
+        self.seed = seed
+        self.pool = pool
         self.total = int(self.counts.sum())
 
-    def shuffled(self, n, *which):
-        # numpy keeps what RandomState gives for a seed as it is, for good
-        return np.random.RandomState([self.seed, *which]).permutation(n)
+    def permutation(self, size, *stream):
+        """A permutation of range(size); `stream` selects one of this seed's."""
+        # numpy promises that the numbers of RandomState never change; those of Generator may
+        return np.random.RandomState([self.seed, *stream]).permutation(size)
 
     @functools.lru_cache(16)
-    def epoch(self, e):
-        """Its shards in order, and the place in it at which each one begins."""
-        order = self.shuffled(len(self.counts), e)
-        return order, np.concatenate([[0], np.cumsum(self.counts[order])])
+    def epoch(self, number):
+        """(shards in this epoch's order, offset in the epoch at which each starts [shards + 1])"""
+        shards = self.permutation(len(self.counts), number)
+        starts = np.concatenate([[0], np.cumsum(self.counts[shards])])
+        return shards, starts
 
     @functools.lru_cache(16)
-    def mix(self, e, first):
-        """The samples, in order, of the pool that begins with the first-th shard of an epoch."""
-        begins = self.epoch(e)[1]
+    def pool_samples(self, number, first):
+        """The shuffled samples of a pool, as offsets in the unshuffled epoch.
+
+        first: index in the epoch's order of the pool's first shard.
+        """
+        _, starts = self.epoch(number)
         last = min(first + self.pool, len(self.counts))
-        return begins[first] + self.shuffled(begins[last] - begins[first], e, first)
+        size = starts[last] - starts[first]
+        return starts[first] + self.permutation(size, number, first)
 
-    def __getitem__(self, place):
-        """(shard, number of the sample in it)"""
-        e, at = divmod(place, self.total)
-        order, begins = self.epoch(e)
-        first = (np.searchsorted(begins, at, "right") - 1) // self.pool * self.pool
-        at = self.mix(e, first)[at - begins[first]]
-        nth = np.searchsorted(begins, at, "right") - 1
-        return int(order[nth]), int(at - begins[nth])
+    def __getitem__(self, position):
+        """(shard, index of the sample in it) at a position of the run."""
+        number, offset = divmod(position, self.total)
+        shards, starts = self.epoch(number)
+
+        # the pool that this position falls into
+        index = np.searchsorted(starts, offset, "right") - 1
+        first = index // self.pool * self.pool
+
+        # the sample that the pool's permutation has there
+        sample = self.pool_samples(number, first)[offset - starts[first]]
+        index = np.searchsorted(starts, sample, "right") - 1
+        return int(shards[index]), int(sample - starts[index])
 
 
 class Mixture:
-    """Several data sets in fixed shares: of every 1000 places each has its own, spread out."""
+    """The order of several data sets, mixed by weight.
+
+    Of every CYCLE positions each data set has a fixed number, spread out at random; the pattern
+    repeats. Within its positions a data set keeps its own order and epochs.
+    """
 
     def __init__(self, sets, weights, seed, pool):
-        """sets: lists of expand_shards."""
-        self.orders = [Order([n for _, n, *_ in s], seed, pool) for s in sets]
-        self.begin = np.cumsum([0] + [len(s) for s in sets]).tolist()      # first shard of each
-        ends = np.round(np.cumsum(weights) / sum(weights) * CYCLE).astype(int)
-        self.share = np.diff(ends, prepend=0)
-        if not self.share.all():
-            raise FuseDiTError(f"--data-weights: less than one in {CYCLE} is never read")
-        self.slots = np.random.RandomState([seed]).permutation(np.repeat(range(len(sets)),
-                                                                         self.share))
-        self.nth = np.array([(self.slots[:i] == s).sum() for i, s in enumerate(self.slots)])
+        """sets: for each data set its shards, as from expand_shards; weights: one for each set.
 
-    def __getitem__(self, place):
-        cycle, slot = divmod(place, CYCLE)
-        which = self.slots[slot]
-        shard, i = self.orders[which][cycle * int(self.share[which]) + int(self.nth[slot])]
-        return self.begin[which] + shard, i
+        Raises FuseDiTError if a weight is too small for one position in CYCLE.
+        """
+        self.orders = []
+        for shards in sets:
+            counts = [shard.samples for shard in shards]
+            self.orders.append(Order(counts, seed, pool))
+        sizes = [len(shards) for shards in sets]
+        self.first_shard = np.cumsum([0, *sizes]).tolist()     # of each set, among all shards
+
+        # positions of each set in a cycle
+        ends = np.round(np.cumsum(weights) / sum(weights) * CYCLE).astype(int)
+        self.per_cycle = np.diff(ends, prepend=0)
+        if not self.per_cycle.all():
+            raise FuseDiTError(f"--data-weights: a data set with a share below 1 in {CYCLE} would "
+                               "never be read; give it a larger weight")
+
+        # the set at each position of a cycle, and how often that set came earlier in the cycle
+        slots = np.repeat(range(len(sets)), self.per_cycle)
+        self.slots = np.random.RandomState([seed]).permutation(slots)
+        earlier = [(self.slots[:i] == chosen).sum() for i, chosen in enumerate(self.slots)]
+        self.earlier = np.array(earlier)
+
+    def __getitem__(self, position):
+        """(shard, index of the sample in it) at a position; shards are numbered over all sets."""
+        cycle, slot = divmod(position, CYCLE)
+        chosen = self.slots[slot]
+        position_in_set = cycle * int(self.per_cycle[chosen]) + int(self.earlier[slot])
+        shard, sample = self.orders[chosen][position_in_set]
+        return self.first_shard[chosen] + shard, sample

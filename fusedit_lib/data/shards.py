@@ -1,4 +1,13 @@
-"""TODO."""
+"""WebDataset shards: which ones a pattern names, and reading single samples from them.
+
+A shard is a tar in which the files of a sample stand together: KEY.image.png (or jpg, webp),
+KEY.synthetic_caption.txt, KEY.original_caption.txt. Two files beside the shards describe them:
+
+    index.json     for each shard its name, samples, bytes and, if there are any, its VAE latents
+    offsets.npy    where each sample begins (optional: without it a shard is scanned when opened)
+
+`prepare_data.py index` writes both.
+"""
 import contextlib
 import functools
 import glob
@@ -13,6 +22,7 @@ import tarfile
 import tempfile
 import time
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
 from braceexpand import braceexpand
@@ -24,179 +34,305 @@ from fusedit import FuseDiTError
 from fusedit_lib.files import atomic_write
 from fusedit_lib.pretrained import vae_fingerprint
 
-LATENTS = ".latents.safetensors"            # of a shard, in place of its .tar
+LATENTS_SUFFIX = ".latents.safetensors"     # of the latents of a shard, in place of its .tar
+RETRY_SECONDS = 600                         # after which an unreadable shard is tried again
 
-# ------------------------------------------------------------------------------ which shards
+
+class Shard(NamedTuple):
+    """A shard, as index.json describes it."""
+    path: str                               # file or URL of the tar
+    samples: int
+    bytes: int | None                       # size of the tar, if the index has it
+    latents: dict | None                    # vae, image_size, bytes of the latents beside it
+    first: int                              # number of its first sample in the folder's offsets
+
+
+# ------------------------------------------------------------------------------ index.json
+
+def is_url(path):
+    return "://" in path
+
+
+def load_index(folder):
+    """The content of index.json in a folder or below a URL."""
+    if is_url(folder):
+        with gopen(f"{folder}/index.json") as file:
+            return json.load(file)
+    return json.loads(Path(folder, "index.json").read_text())
+
 
 @functools.lru_cache
 def read_index(folder):
-    """{tar name: (samples, bytes, latents, number of the first sample)} of an index.json."""
+    """{tar name: Shard} of a folder or URL with an index.json; the path of a Shard is its name.
+
+    Raises FuseDiTError if there is no index.json or it is not one.
+    """
+    shards = {}
+    first = 0
     try:
-        if "://" in folder:
-            with gopen(f"{folder}/index.json") as f:
-                index = json.load(f)
-        else:
-            index = json.loads(Path(folder, "index.json").read_text())
-        shards = [(s["name"], s["samples"], s.get("bytes"), s.get("latents"))
-                  for s in index["shards"]]
-    except Exception as e:                  # of a dozen openers, or of a list that is none
+        for entry in load_index(folder)["shards"]:
+            name = entry["name"]
+            shards[name] = Shard(name, entry["samples"], entry.get("bytes"), entry.get("latents"),
+                                 first)
+            first += entry["samples"]
+    except Exception as e:                  # each kind of URL has its own errors
         raise FuseDiTError(f"cannot read {folder}/index.json, the list of its shards ({e}): "
                            f"`python prepare_data.py index {folder}` writes one") from None
-    first = np.cumsum([0] + [n for _, n, *_ in shards]).tolist()
-    return {name: (*known, at) for (name, *known), at in zip(shards, first, strict=False)}
+    return shards
+
+
+# ------------------------------------------------------------------------------ --data patterns
+
+def shard_paths(path):
+    """The tars that a file, folder, glob or URL names; a URL that ends in / is a whole folder."""
+    if is_url(path):
+        folder, _, name = path.rpartition("/")
+        if name:
+            return [path]
+        return [f"{folder}/{tar}" for tar in read_index(folder)]
+    if os.path.isfile(path):
+        return [path]
+    pattern = path
+    if os.path.isdir(path):
+        pattern = os.path.join(glob.escape(path), "*.tar")
+    paths = sorted(glob.glob(pattern))
+    if not paths:
+        raise FuseDiTError(f"--data: no file matches {pattern}; `python prepare_data.py "
+                           "shapes DIR -n 10000` makes shards to begin with")
+    return paths
 
 
 def expand_shards(pattern):
-    """Every shard that --data's pattern names: [(path or url, samples, bytes, latents, first)]."""
+    """A list with the Shard of every tar that --data's pattern names.
+
+    pattern: files, folders, globs, {000..012} ranges and URLs, joined by "::". Raises FuseDiTError
+    if it matches nothing, if an index.json lacks a tar, or if there are no samples.
+    """
     shards = []
-    for path in (p for part in pattern.split("::") for p in braceexpand(part)):
-        if "://" in path:
-            folder, _, name = path.rpartition("/")
-            found = [f"{folder}/{n}" for n in ([name] if name else read_index(folder))]
-        else:
-            inside = os.path.join(glob.escape(path), "*.tar") if os.path.isdir(path) else path
-            found = [path] if os.path.isfile(path) else sorted(glob.glob(inside))
-            if not found:
-                raise FuseDiTError(f"--data: no file matches {inside}; `python prepare_data.py "
-                                   "shapes DIR -n 10000` makes shards to begin with")
-        for tar in found:
-            folder, _, name = tar.rpartition("/")
-            if name not in read_index(folder or "."):
-                raise FuseDiTError(f"{folder or '.'}/index.json does not list {name}: `python "
-                                   f"prepare_data.py index {folder or '.'}` writes it anew")
-            shards.append((tar, *read_index(folder or ".")[name]))
-    if not sum(n for _, n, *_ in shards):
+    for part in pattern.split("::"):
+        for path in braceexpand(part):
+            for tar in shard_paths(path):
+                folder, _, name = tar.rpartition("/")
+                folder = folder or "."
+                index = read_index(folder)
+                if name not in index:
+                    raise FuseDiTError(f"{folder}/index.json does not list {name}: `python "
+                                       f"prepare_data.py index {folder}` writes it anew")
+                shards.append(index[name]._replace(path=tar))
+    if sum(shard.samples for shard in shards) == 0:
         raise FuseDiTError(f"--data {pattern}: its index.json counts no samples")
     return shards
 
 
-def encoded(shards, run, config, rank):
-    """Whether to train on the latents beside the shards, which `prepare_data.py encode` wrote."""
-    known = [latents for _, count, _, latents, _ in shards if count]
+def can_read_latents(shards, run, config, rank):
+    """Whether to train on the latents beside the shards, which `prepare_data.py encode` wrote.
+
+    If there are some, rank 0 prints whether they are read and, if not, why.
+    """
+    known = [shard.latents for shard in shards if shard.samples]
     if not config.vae or not run.latents or not any(known):
         return False
-    want = dict(vae=vae_fingerprint(config.vae), image_size=config.image_size)
-    why = "--crop random needs the pictures" if run.crop == "random" else (
-        "some shards have none" if not all(known) else next((
-            f"they are of {k} {latents.get(k)}, not {want[k]}" for latents in known for k in want
-            if latents.get(k) != want[k]), None))
+    problem = latents_problem(known, run, config)
     if rank == 0:
-        print(f"latents beside the shards are not read: {why}" if why else
-              "reading the latents beside the shards, not their pictures", file=sys.stderr)
-    return not why
+        message = "reading the latents beside the shards, not their images"
+        if problem:
+            message = f"latents beside the shards are not read: {problem}"
+        print(message, file=sys.stderr)
+    return not problem
 
 
-# ------------------------------------------------------------------------------ from which bytes
+def latents_problem(known, run, config):
+    """Why a run cannot use the latents of its shards, "" if it can; known: Shard.latents."""
+    if run.crop == "random":
+        return "--crop random needs the images"
+    if not all(known):
+        return "some shards have none"
+    wanted = dict(vae=vae_fingerprint(config.vae), image_size=config.image_size)
+    for latents in known:
+        for key, value in wanted.items():
+            if latents.get(key) != value:
+                return f"they are of {key} {latents.get(key)}, not {value}"
+    return ""
+
+
+# ------------------------------------------------------------------------------ samples in a tar
 
 def sample_offsets(path):
-    """Where in a tar each sample begins, and where the last one ends: int64 [samples + 1].
+    """Byte offset of each sample in a tar, and where the last one ends: int64 [samples + 1].
 
-    A damaged tar ends before the damage, of an unreadable one nothing is left: [0].
+    Of a damaged tar those before the damage; [0] if nothing can be read.
     """
-    offsets, last, end = [], None, 0
+    offsets = []
+    end = 0
+    previous = None
     with contextlib.suppress(tarfile.ReadError), tarfile.open(path, "r:") as tar:
         for member in tar:
             folder, _, name = member.name.rpartition("/")
-            key = folder, name.partition(".")[0]           # a sample's files stand together
-            if member.isfile() and key != last:
+            key = folder, name.partition(".")[0]
+            if member.isfile() and key != previous:
                 offsets.append(member.offset)
-                last = key
+                previous = key
             end = tar.offset
-            tar.members.clear()             # else it remembers all of them
+            tar.members.clear()             # tarfile would keep all members in memory
     if offsets and end > os.path.getsize(path):
-        end = offsets.pop()                 # of the last sample only a part is there
+        end = offsets.pop()                 # the last sample is incomplete
     return np.array([*offsets, end])
 
 
 def ends_well(file, end):
-    """Whether what a tar ends with, zeros, stands where its last sample ends."""
+    """Whether an open tar has its end marker, a block of zeros, where its last sample ends."""
     file.seek(end)
     return file.read(512) == bytes(512)
 
 
 def read_sample(file, offsets, i):
-    """(key, its files as {"image.jpg": bytes, ...}) of a tar's sample; raises ValueError."""
-    data = os.pread(file.fileno(), int(offsets[i + 1] - offsets[i]), int(offsets[i]))
-    key, files = "", {}
+    """(key, {"image.jpg": bytes, ...}) of sample i of an open tar; ValueError if it is damaged."""
+    size = int(offsets[i + 1] - offsets[i])
+    data = os.pread(file.fileno(), size, int(offsets[i]))
+    key = ""
+    files = {}
     try:
         with tarfile.open(fileobj=io.BytesIO(data), mode="r:") as tar:
             for member in tar:
                 if member.isfile():
-                    key, _, ext = member.name.rpartition("/")[2].partition(".")
-                    files[ext] = tar.extractfile(member).read()
+                    key, _, extension = member.name.rpartition("/")[2].partition(".")
+                    files[extension] = tar.extractfile(member).read()
     except (tarfile.TarError, OSError, AttributeError) as e:
         raise ValueError(f"a damaged tar ({e})") from None
     return key, files
 
 
-class Tars:
-    """Samples of shards by number. Remote shards are copied here, and the oldest copies go."""
+# ------------------------------------------------------------------------------ open shards
+
+class OpenShard(NamedTuple):
+    """A shard that has been opened, or the reason why it could not be."""
+    file: Any = None                        # the tar; None: it cannot be read
+    offsets: Any = None                     # of its samples [samples + 1]
+    latents: Any = None                     # safetensors slice [samples,2*C,h,w], if they are read
+    whole: Any = None                       # [samples]: 0 where an image could not be encoded
+    problem: str = ""                       # why it cannot be read
+    expires: float = math.inf               # time.monotonic() at which to try again
+
+
+class ShardReader:
+    """Reads samples of shards by number. Remote shards are copied to a local cache.
+
+    At most 2 * keep shards are open at a time: those of the current pool and, towards its end,
+    of the next. The cache is bounded too; its oldest copies are deleted.
+    """
 
     def __init__(self, shards, keep, cache, latents=False):
-        self.shards, self.keep, self.latents, self.opened = shards, keep, latents, {}
+        """shards: of expand_shards; cache: a folder, or "" for one in the temporary folder."""
+        self.shards = shards
+        self.keep = keep
+        self.latents = latents
         self.cache = Path(cache or Path(tempfile.gettempdir(), "fusedit-shards"))
+        self.opened = {}                    # {number: OpenShard}, oldest first
 
     def fetch(self, url, size):
-        """The local copy of a remote file; one process copies it and the others wait."""
+        """Path of the local copy of a remote file. One process copies it, the others wait."""
         self.cache.mkdir(parents=True, exist_ok=True)
         path = self.cache / f"{hashlib.sha1(url.encode()).hexdigest()}.tar"
         with FileLock(path.with_suffix(".lock")):
             if not path.exists():
-                with FileLock(self.cache / "lock"):
-                    have = sorted(self.cache.glob("*.tar"), key=os.path.getmtime)
-                    for old in have[:-3 * (1 + self.latents) * self.keep]:
-                        old.unlink()        # who still reads it keeps it
+                self.make_room()
                 with atomic_write(path) as tmp, gopen(url) as source, open(tmp, "wb") as copy:
                     shutil.copyfileobj(source, copy)
                     if size not in (None, copy.tell()):
                         raise OSError(f"{copy.tell()} of {size} bytes arrived")
-            os.utime(path)
+            os.utime(path)                  # its age counts from its last use
         return path
 
-    def files(self, shard):
-        """Where on this machine a shard is and, if they are read, its latents."""
-        path, _, size, latents, _ = self.shards[shard]
-        beside = path.removesuffix(".tar") + LATENTS, (latents or {}).get("bytes")
-        return [self.fetch(p, n) if "://" in p else p
-                for p, n in [(path, size), beside][:1 + self.latents]]
+    def make_room(self):
+        """Delete the oldest copies. A process that has one open can still read it."""
+        kept = 3 * self.keep
+        if self.latents:
+            kept *= 2                       # of each shard two files
+        with FileLock(self.cache / "lock"):
+            copies = sorted(self.cache.glob("*.tar"), key=os.path.getmtime)
+            for old in copies[:-kept]:
+                old.unlink()
 
-    def open(self, shard):
-        """(file, offsets, latents and which are whole) of a shard, or (None, why it is not)."""
-        path, count, _, _, first = self.shards[shard]
-        for wait in (1, 10, 0) if "://" in path else (0,):
+    def local_files(self, number):
+        """Local paths of a shard and, if latents are read, of its latents."""
+        shard = self.shards[number]
+        files = [(shard.path, shard.bytes)]
+        if self.latents:
+            latents = shard.path.removesuffix(".tar") + LATENTS_SUFFIX
+            files.append((latents, (shard.latents or {}).get("bytes")))
+        local = []
+        for path, size in files:
+            if is_url(path):
+                path = self.fetch(path, size)
+            local.append(path)
+        return local
+
+    def try_open(self, number):
+        """OpenShard of a shard; raises whatever goes wrong."""
+        tar, *latents_files = self.local_files(number)
+        latents = whole = None
+        for path in latents_files:
+            file = safe_open(path, "pt")
+            latents = file.get_slice("latents")
+            whole = file.get_tensor("whole")
+        offsets = self.known_offsets(number, tar)
+        if offsets is None:
+            offsets = sample_offsets(tar)
+        return OpenShard(open(tar, "rb"), offsets, latents, whole)
+
+    def known_offsets(self, number, tar):
+        """Offsets of a shard from the offsets.npy beside it; None if it does not fit the index."""
+        path = Path(tar).with_name("offsets.npy")
+        if not path.exists():
+            return None
+        offsets = np.load(path, mmap_mode="r")
+        index = read_index(str(path.parent))
+        if len(offsets) != sum(shard.samples + 1 for shard in index.values()):
+            return None
+        # each shard has samples + 1 numbers there
+        shard = self.shards[number]
+        begin = shard.first + list(index).index(Path(shard.path).name)
+        return offsets[begin:begin + shard.samples + 1]
+
+    def open(self, number):
+        """OpenShard of a shard, with its problem if it cannot be read; a remote one is retried."""
+        waits = [0]
+        if is_url(self.shards[number].path):
+            waits = [1, 10, 0]
+        for wait in waits:
             try:
-                local, *beside = self.files(shard)
-                beside = [safe_open(p, "pt") for p in beside]
-                beside = [(f.get_slice("latents"), f.get_tensor("whole")) for f in beside]
-                known = Path(local).with_name("offsets.npy")
-                if known.exists():
-                    every, index = np.load(known, mmap_mode="r"), read_index(str(known.parent))
-                    if len(every) == sum(n + 1 for n, *_ in index.values()):   # each with its end
-                        at = first + list(index).index(Path(path).name)
-                        return open(local, "rb"), every[at:at + count + 1], *beside
-                return open(local, "rb"), sample_offsets(local), *beside
+                return self.try_open(number)
             except (OSError, ValueError, tarfile.TarError, SafetensorError) as e:
                 problem = f"{type(e).__name__}: {e}"
                 time.sleep(wait)
-        return None, problem
+        return OpenShard(problem=problem, expires=time.monotonic() + RETRY_SECONDS)
 
-    def read(self, shard, i):
-        """The files of a sample, {"image.jpg": bytes, ...}; "latents" too; raises ValueError."""
-        if time.monotonic() > self.opened.get(shard, (0, 0))[0]:
-            while len(self.opened) >= 2 * self.keep:       # this pool and, at its end, the next
-                del self.opened[next(iter(self.opened))]
-            found = self.open(shard)        # what is missing may come back, in ten minutes
-            self.opened[shard] = math.inf if found[0] else time.monotonic() + 600, *found
-        _, file, offsets, *beside = self.opened[shard]
-        if file is None:
-            raise ValueError(f"the shard cannot be read ({offsets})")
-        if i + 1 >= len(offsets):
-            raise ValueError(f"the shard holds {len(offsets) - 1} samples that can be read")
+    def read(self, number, i):
+        """{"image.jpg": bytes, ...} of sample i of a shard; also "latents", if they are read.
+
+        "latents": [2*C,h,w], or None where the image could not be encoded. Raises ValueError for
+        what cannot be read.
+        """
+        shard = self.opened.get(number)
+        if shard is None or time.monotonic() > shard.expires:
+            while len(self.opened) >= 2 * self.keep:
+                oldest = next(iter(self.opened))
+                del self.opened[oldest]
+            shard = self.open(number)
+            self.opened[number] = shard
+
+        if shard.file is None:
+            raise ValueError(f"the shard cannot be read ({shard.problem})")
+        readable = len(shard.offsets) - 1
+        if i >= readable:
+            raise ValueError(f"the shard holds {readable} samples that can be read")
         try:
-            files = read_sample(file, offsets, i)[1]
-        except OSError:                     # of a network disk: look again
-            del self.opened[shard]
+            _, files = read_sample(shard.file, shard.offsets, i)
+        except OSError:                     # a network disk may have failed: open the file again
+            del self.opened[number]
             raise
-        for latents, whole in beside:
-            files["latents"] = latents[i] if whole[i] else None
+        if self.latents:
+            files["latents"] = None
+            if shard.whole[i]:
+                files["latents"] = shard.latents[i]
         return files

@@ -6,7 +6,7 @@ import torch.distributed as dist
 
 import fusedit
 from fusedit import FuseDiTError
-from fusedit_lib.data.batches import Batches, tensors, to_device
+from fusedit_lib.data.batches import Batches, tensors_only, to_device
 from fusedit_lib.sampling import text_length, to_images
 
 LEVELS = [(i + 0.5) / 8 for i in range(8)]  # sigmas of the validation loss
@@ -48,7 +48,7 @@ def validation(run, config, model, micro, rank, world):
             raise FuseDiTError(batch["error"])
         place = m * held.batch + rank * micro + torch.arange(micro)
         batch["counts"] = (place < n).float()
-    return list(tensors(batches, []))
+    return list(tensors_only(batches, []))
 
 
 @torch.no_grad()
@@ -56,14 +56,13 @@ def validate(batches, model, vae, device, sync=lambda: None):
     """Mean loss at each of LEVELS over all held-out samples, with the same noise each time."""
     sums = torch.zeros(len(LEVELS) + 1, dtype=torch.float64)
     for batch in batches:
-        x, ids, mask, clip, _, noise = to_device(batch, device)
-        x = vae.encode(x, noise[1]) if vae else x
-        text = model.encode_ids(ids, mask, model.clip_encoder and model.clip_encoder(clip))
-        counts = batch["counts"]
+        x, ids, mask, clip, _, eps, vae_noise = to_device(batch, device)
+        x = vae.encode(x, vae_noise) if vae else x
+        text, counts = model.encode_ids(ids, mask, model.clip_encoder and model.clip_encoder(clip)), batch["counts"]
         sync()                              # else all of the above again at every level
         for k, level in enumerate(LEVELS):
             sigma = torch.full((len(x),), level, device=device)
-            loss = fusedit.flow_loss(model.dit, x, text, sigma, noise[0])
+            loss = fusedit.flow_loss(model.dit, x, text, sigma, eps)
             sums[k] += (loss * counts.to(device)).sum().cpu()
         sums[-1] += counts.sum().cpu()
     if dist.is_initialized() and dist.get_world_size() > 1:

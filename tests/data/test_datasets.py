@@ -27,7 +27,7 @@ from test_prepare_data import files, pack, read_shards
 
 from fusedit import FuseDiTError
 from fusedit_lib.data import emoji, images
-from fusedit_lib.data.shards import Tars, expand_shards
+from fusedit_lib.data.shards import ShardReader, expand_shards
 
 duckdb = pytest.importorskip("duckdb")
 
@@ -86,7 +86,7 @@ def assert_shows(data, image, near=12):
 def assert_loader_reads(out):
     """The data loader reads every sample of the shards."""
     index = json.loads((out / "index.json").read_text())
-    reader = Tars(expand_shards(str(out)), 2, "")
+    reader = ShardReader(expand_shards(str(out)), 2, "")
     for k, shard in enumerate(index["shards"]):
         for i in range(shard["samples"]):
             sample = reader.read(k, i)

@@ -1,4 +1,4 @@
-"""prepare_data.py encode: latents beside the shards train as their pictures would; check."""
+"""prepare_data.py encode: latents beside the shards train as their images would; and check."""
 import json
 import shutil
 
@@ -16,146 +16,187 @@ from tiny_shards import index, numbered, png, scene, write_shard
 from fusedit import FuseDiTError
 from fusedit_lib import backend
 from fusedit_lib.data import images
-from fusedit_lib.data.shards import Tars, encoded, expand_shards
+from fusedit_lib.data.shards import ShardReader, can_read_latents, expand_shards
 from fusedit_lib.pretrained import vae_fingerprint
 from fusedit_lib.train.config import RunConfig
 from fusedit_lib.vae import load_vae
 
 VAE = REFERENCE / "released_layout" / "pipeline" / "vae"
+UNREADABLE = (1, 3)                         # shard and sample
 
 
 @pytest.fixture
-def pictures(tmp_path):
-    """Three shards of pictures that are not square, with one that cannot be read."""
-    folder, rng = tmp_path / "data", np.random.RandomState(0)
+def shards(tmp_path):
+    """Three shards of 8 images that are not square, one of which cannot be read."""
+    folder = tmp_path / "data"
     folder.mkdir()
+    rng = np.random.RandomState(0)
     for s in range(3):
-        samples = [scene(f"n{s}{i}", "red", **{"image.png": png(Image.fromarray(rng.randint(
-            0, 256, (40 + i, 70, 3), dtype=np.uint8)))}) for i in range(8)]
-        if s == 1:
-            samples[3][1]["image.png"] = samples[3][1]["image.png"][:500]
+        samples = []
+        for i in range(8):
+            pixels = rng.randint(0, 256, (40 + i, 70, 3), dtype=np.uint8)
+            data = png(Image.fromarray(pixels))
+            if (s, i) == UNREADABLE:
+                data = data[:500]
+            samples.append(scene(f"n{s}{i}", **{"image.png": data}))
         write_shard(folder / f"s-{s:06d}.tar", samples)
     index(folder)
     return folder
 
 
+ENCODE = ["--vae", VAE, "--image-size", 32, "--workers", 1, "--dtype", "float32"]
+
+
 def encode(folder, *more):
-    pack("encode", folder, "--vae", VAE, "--image-size", 32, "--batch-size", 3, "--workers", 1,
-         "--dtype", "float32", *more)
+    pack("encode", folder, *ENCODE, "--batch-size", 3, *more)
 
 
-def test_latents_are_the_posterior_of_the_central_square(pictures):
-    encode(pictures)
-    vae, tars = load_vae(VAE), Tars(expand_shards(str(pictures)), 2, "", True)
+# ------------------------------------------------------------------------------ encode
+
+def test_latents_are_the_posterior_of_the_central_square(shards):
+    encode(shards)
+    vae = load_vae(VAE)
+    reader = ShardReader(expand_shards(str(shards)), 2, "", latents=True)
     for s in range(3):
         for i in range(8):
-            sample = tars.read(s, i)
-            if (s, i) == (1, 3):
-                assert sample["latents"] is None
+            sample = reader.read(s, i)
+            stored = sample["latents"]
+            if (s, i) == UNREADABLE:
+                assert stored is None
                 continue
             pixels = images.read_square(sample["image.png"], 32)[None].float() / 127.5 - 1
-            want = torch.cat(vae.moments(pixels), 1)[0]
-            assert sample["latents"].dtype == torch.bfloat16
-            # Rounded to bf16 where convolutions over 3 pictures and over 1 may differ a little.
-            assert_near(sample["latents"], want, 2**-8)
-            noise = torch.randn(1, *want[:16].shape)
-            assert torch.allclose(vae.encode(sample["latents"].float()[None], noise),
-                                  vae.encode(pixels, noise), atol=0.05)
-    entry = json.loads((pictures / "index.json").read_text())["shards"][1]
-    assert entry["latents"] == dict(vae=vae_fingerprint(VAE), image_size=32, bytes=(
-        pictures / "s-000001.latents.safetensors").stat().st_size)
-    assert load_file(pictures / "s-000001.latents.safetensors")["whole"].tolist() == [1] * 3 + [
-        0] + [1] * 4
+            moments = torch.cat(vae.moments(pixels), 1)[0]
+            assert stored.dtype == torch.bfloat16
+            # Rounded to bf16 where convolutions over 3 images and over 1 may differ a little.
+            assert_near(stored, moments, 2**-8)
+            noise = torch.randn(1, *moments[:16].shape)
+            of_latents = vae.encode(stored.float()[None], noise)
+            assert torch.allclose(of_latents, vae.encode(pixels, noise), atol=0.05)
 
 
-def test_its_vae_is_compiled_if_asked_for(pictures, monkeypatch):
-    seen = []
-    monkeypatch.setattr(backend, "compile_vae", seen.append)
-    encode(pictures, "--overwrite")
-    assert not seen
-    encode(pictures, "--overwrite", "--compile")
-    assert len(seen) == 1 and hasattr(seen[0], "encoder")
+def test_the_index_lists_the_latents(shards):
+    encode(shards)
+    entry = json.loads((shards / "index.json").read_text())["shards"][1]
+    latents = shards / "s-000001.latents.safetensors"
+    assert entry["latents"] == dict(
+        vae=vae_fingerprint(VAE), image_size=32, bytes=latents.stat().st_size)
+    assert load_file(latents)["whole"].tolist() == [1, 1, 1, 0, 1, 1, 1, 1]
 
 
-def test_training_from_latents_is_training_from_pixels(pictures, gemma_folder, tmp_path):
-    encode(pictures)
-    shape = ["--set", f"vae={VAE}", "in_channels=16", "image_size=32", "patch_size=2",
-             "--max-skipped", "0.2"]
-    job = [flags(gemma_folder, pictures, tmp_path / name, "--steps", "10", "--sample-every", "0",
-                 "--val-data", str(pictures), "--val-every", "5", *shape, *more)
-           for name, more in (("latents", []), ("pixels", ["--no-latents"]))]
-    latents, pixels = (done.stderr for done in launch_all(job))
-    assert latents.count("reading the latents beside the shards") == 2     # training, validation
-    assert "reading the latents" not in pixels
-    a, b = losses(tmp_path / "latents"), losses(tmp_path / "pixels")
-    assert len(a) == 10 and a != b and a == pytest.approx(b, rel=1e-3)
-
-
-def test_what_does_not_fit_is_said_and_not_read(pictures, tmp_path, capsys):
-    encode(pictures)
-    run = RunConfig(data=(str(pictures),), image_size=32)
-
-    class Config:
-        vae, image_size = str(VAE), 32
-    shards = expand_shards(str(pictures))
-    assert encoded(shards, run, Config, 0)
-    other = Config()
-    other.image_size = 64
-    other_vae = Config()
-    shutil.copytree(VAE, tmp_path / "vae")
-    weights = tmp_path / "vae" / "diffusion_pytorch_model.safetensors"
-    weights.write_bytes(weights.read_bytes()[:-1] + b"x")
-    other_vae.vae = str(tmp_path / "vae")
-    part = [(*s[:3], None, s[4]) for s in shards[:1]] + shards[1:]
-    for given, config, crop, says in [(shards, other, "center", "of image_size 32, not 64"),
-                                      (shards, other_vae, "center", "they are of vae"),
-                                      (shards, Config, "random", "--crop random needs"),
-                                      (part, Config, "center", "some shards have none")]:
-        run.crop = crop
-        assert not encoded(given, run, config, 0)
-        assert says in capsys.readouterr().err
+def test_the_vae_is_compiled_if_asked_for(shards, monkeypatch):
+    compiled = []
+    monkeypatch.setattr(backend, "compile_vae", compiled.append)
+    encode(shards, "--overwrite")
+    assert not compiled
+    encode(shards, "--overwrite", "--compile")
+    assert len(compiled) == 1
+    assert hasattr(compiled[0], "encoder")
 
 
 @pytest.mark.slow
 def test_killed_eight_times_and_again_the_same_bytes(tmp_path, capsys):
-    for name in ("whole", "killed"):
-        numbered(tmp_path / name, shards=12)
-    words = ["--vae", VAE, "--image-size", 32, "--workers", 1, "--dtype", "float32"]
-    pack("encode", tmp_path / "whole", *words)
-    kill(["encode", tmp_path / "killed", *words], 0.3)
-    assert files(tmp_path / "killed") == files(tmp_path / "whole")
+    whole = numbered(tmp_path / "whole", shards=12)
+    killed = numbered(tmp_path / "killed", shards=12)
+    pack("encode", whole, *ENCODE)
+    kill(["encode", killed, *ENCODE], 0.3)
+    assert files(killed) == files(whole)
     capsys.readouterr()
     with pytest.raises(FuseDiTError, match="another VAE, size or shard.*11 more.*--overwrite"):
-        encode(tmp_path / "whole", "--image-size", "16")
-    encode(tmp_path / "whole", "--image-size", "16", "--overwrite")
-    assert expand_shards(str(tmp_path / "whole"))[0][3]["image_size"] == 16
+        encode(whole, "--image-size", "16")
+    encode(whole, "--image-size", "16", "--overwrite")
+    assert expand_shards(str(whole))[0].latents["image_size"] == 16
 
 
-# ---- check ---------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------ training on them
 
-def test_check_counts_what_is_there_and_what_is_wrong(pictures, tmp_path):
-    write_shard(pictures / "s-000003.tar", [
-        scene("n00", "blue"), scene("b", "blue", **{"image.png": None}), scene("c", "blue", **{
-            "synthetic_caption.txt": None, "original_caption.txt": None})])
-    cut = (pictures / "s-000002.tar").read_bytes()
-    (pictures / "s-000002.tar").write_bytes(cut[:len(cut) - 20_000])
-    sheet = tmp_path / "sheet.png"
-    out, _ = command("check", pictures, "--sheet", sheet, "--workers", 2, code=1)
-    n = 16 + 7 + 3                          # of the cut shard seven, the last without its words
-    assert f"{n} samples in 4 shards" in out and "shorter side: 16 to 47" in out
-    for said in ("1 x damaged image: n13 of s-000001.tar", "1 x no image: b of s-000003.tar",
-                 "2 x no caption: n26 of s-000002.tar, c of s-000003.tar",
-                 "1 x the shard is damaged or cut short", "1 keys come more than once, as n00",
-                 "index.json was wrong: written anew"):
-        assert said in out, out
-    assert f"synthetic_caption: {n - 2}, of 3 to 3" in out
-    with Image.open(sheet) as image:
+def test_training_from_latents_is_training_from_pixels(shards, gemma_folder, tmp_path):
+    encode(shards)
+    shape = [f"vae={VAE}", "in_channels=16", "image_size=32", "patch_size=2"]
+    more = ["--steps", "10", "--sample-every", "0", "--val-data", str(shards), "--val-every", "5",
+            "--set", *shape, "--max-skipped", "0.2"]
+    from_latents = flags(gemma_folder, shards, tmp_path / "latents", *more)
+    from_pixels = flags(gemma_folder, shards, tmp_path / "pixels", *more, "--no-latents")
+    latents, pixels = launch_all([from_latents, from_pixels])
+    # of training and of validation
+    assert latents.stderr.count("reading the latents beside the shards") == 2
+    assert "reading the latents" not in pixels.stderr
+    a = losses(tmp_path / "latents")
+    b = losses(tmp_path / "pixels")
+    assert len(a) == 10
+    assert a != b
+    assert a == pytest.approx(b, rel=1e-3)
+
+
+class Config:
+    """What can_read_latents reads of a model's config."""
+
+    def __init__(self, vae=VAE, image_size=32):
+        self.vae = str(vae)
+        self.image_size = image_size
+
+
+def test_latents_that_do_not_fit_are_named_and_not_read(shards, tmp_path, capsys):
+    encode(shards)
+    run = RunConfig(data=(str(shards),), image_size=32)
+    listed = expand_shards(str(shards))
+    assert can_read_latents(listed, run, Config(), 0)
+    assert "reading the latents" in capsys.readouterr().err
+
+    other_vae = tmp_path / "vae"
+    shutil.copytree(VAE, other_vae)
+    weights = other_vae / "diffusion_pytorch_model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1] + b"x")
+    partly = [listed[0]._replace(latents=None), *listed[1:]]
+    cases = [
+        (listed, Config(image_size=64), "center", "of image_size 32, not 64"),
+        (listed, Config(vae=other_vae), "center", "they are of vae"),
+        (listed, Config(), "random", "--crop random needs"),
+        (partly, Config(), "center", "some shards have none"),
+    ]
+    for case_shards, config, crop, message in cases:
+        run.crop = crop
+        assert not can_read_latents(case_shards, run, config, 0)
+        assert message in capsys.readouterr().err
+
+
+# ------------------------------------------------------------------------------ check
+
+def test_check_counts_what_is_there_and_what_is_wrong(shards, tmp_path):
+    write_shard(shards / "s-000003.tar", [
+        scene("n00", "blue"),
+        scene("b", "blue", **{"image.png": None}),
+        scene("c", "blue", **{"synthetic_caption.txt": None, "original_caption.txt": None}),
+    ])
+    whole = (shards / "s-000002.tar").read_bytes()
+    (shards / "s-000002.tar").write_bytes(whole[:-20_000])
+    grid = tmp_path / "grid.png"
+    out, _ = command("check", shards, "--grid", grid, "--workers", 2, code=1)
+    count = 16 + 7 + 3                      # of the cut shard seven, the last without its captions
+    for message in (
+        f"{count} samples in 4 shards",
+        "shorter side: 16 to 47",
+        "1 x damaged image: n13 of s-000001.tar",
+        "1 x no image: b of s-000003.tar",
+        "2 x no caption: n26 of s-000002.tar, c of s-000003.tar",
+        "1 x the shard is damaged or cut short",
+        "1 keys come more than once, as n00",
+        "index.json was wrong: written anew",
+        f"synthetic_caption: {count - 2}, of 3 to 3",
+    ):
+        assert message in out, out
+    with Image.open(grid) as image:
         image.load()
-        assert image.size == (1208, 1048) and len(set(image.convert("L").getdata())) > 50
-    out, _ = command("check", pictures, code=1)
+        assert image.size == (1208, 1048)
+        assert len(set(image.convert("L").getdata())) > 50
+    out, _ = command("check", shards, code=1)
     assert "index.json is right" in out
-    for name in ("s-000001.tar", "s-000002.tar", "s-000003.tar", "index.json"):
-        (pictures / name).unlink()
-    out, _ = command("check", pictures)
-    assert "8 samples in 1 shards" in out and "index.json was missing: written anew" in out
-    assert "is right" in command("check", pictures)[0]
+
+
+def test_check_repairs_the_index(shards):
+    for name in ("s-000001.tar", "s-000002.tar", "index.json"):
+        (shards / name).unlink()
+    out, _ = command("check", shards)
+    assert "8 samples in 1 shards" in out
+    assert "index.json was missing: written anew" in out
+    out, _ = command("check", shards)
+    assert "is right" in out

@@ -1,0 +1,189 @@
+"""Which shards a pattern names, what an index lacks, and samples of long, damaged, remote tars."""
+import os
+import tarfile
+import threading
+import time
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import pytest
+from tiny_shards import (
+    ORIGINAL_CAPTIONS,
+    add_file,
+    index,
+    numbered,
+    sample_keys,
+    sample_names,
+    scene,
+    tiny_batches,
+    write_shard,
+)
+
+from fusedit import FuseDiTError
+from fusedit_lib.data.shards import (
+    Shard,
+    ShardReader,
+    expand_shards,
+    read_index,
+    sample_offsets,
+)
+
+
+@pytest.fixture
+def shards(tmp_path):
+    """3 shards of 8 numbered samples."""
+    return numbered(tmp_path / "shards")
+
+
+@pytest.fixture(autouse=True)
+def no_known_index():
+    read_index.cache_clear()
+
+
+# ------------------------------------------------------------------------------ which shards
+
+def test_shard_patterns(tmp_path):
+    for name in ("a-0.tar", "a-1.tar", "b-0.tar", "c[1].tar"):
+        write_shard(tmp_path / name, [scene("x")])
+    index(tmp_path)
+
+    def names(pattern):
+        shards = expand_shards(f"{tmp_path}/{pattern}")
+        return [Path(shard.path).name for shard in shards]
+
+    assert names("a-{0..1}.tar") == ["a-0.tar", "a-1.tar"]
+    assert names(f"a*.tar::{tmp_path}/b*") == ["a-0.tar", "a-1.tar", "b-0.tar"]
+    assert names("c[1].tar") == ["c[1].tar"]
+    assert len(names("")) == 4
+    for wrong in ("{0..2}.tar", "no*.tar"):
+        with pytest.raises(FuseDiTError, match="no file matches"):
+            names(wrong)
+
+
+def test_what_is_wrong_with_an_index_is_said_with_its_remedy(tmp_path):
+    write_shard(tmp_path / "a.tar", [scene("x")])
+    with pytest.raises(FuseDiTError, match=r"cannot read .*index.json.*prepare_data.py index"):
+        expand_shards(str(tmp_path))
+    index(tmp_path)
+    read_index.cache_clear()
+    write_shard(tmp_path / "b.tar", [scene("y")])
+    with pytest.raises(FuseDiTError, match=r"does not list b.tar.*prepare_data.py index"):
+        expand_shards(str(tmp_path))
+
+    for text in ("[1]", "{", '{"shards": [{"name": "a.tar"}]}'):
+        read_index.cache_clear()
+        (tmp_path / "index.json").write_text(text)
+        with pytest.raises(FuseDiTError, match="cannot read"):
+            expand_shards(f"{tmp_path}/a.tar")
+
+    read_index.cache_clear()
+    (tmp_path / "index.json").write_text('{"shards": [{"name": "a.tar", "samples": 0}]}')
+    with pytest.raises(FuseDiTError, match="counts no samples"):
+        expand_shards(f"{tmp_path}/a.tar")
+
+
+# ------------------------------------------------------------------------------ samples
+
+def test_offsets_make_no_difference_but_in_time(gemma_folder, shards):
+    known = sample_keys(tiny_batches(gemma_folder, shards, *ORIGINAL_CAPTIONS), 6)
+    (shards / "offsets.npy").unlink()
+    assert sample_keys(tiny_batches(gemma_folder, shards, *ORIGINAL_CAPTIONS), 6) == known
+    one = tiny_batches(gemma_folder, f"{shards}/s-1.tar", *ORIGINAL_CAPTIONS, micro_batch=8)
+    assert sorted(sample_keys(one, 1)[0]) == sample_names(8, 16)
+
+
+def test_a_part_of_a_folder_finds_its_offsets(gemma_folder, shards):
+    two = tiny_batches(gemma_folder, f"{shards}/s-{{1,2}}.tar", *ORIGINAL_CAPTIONS, micro_batch=16)
+    assert sorted(sample_keys(two, 1)[0]) == sample_names(8, 24)
+
+
+def test_long_names_and_folders_in_a_tar(tmp_path):
+    path = tmp_path / "a.tar"
+    long = "a" * 150
+    with tarfile.open(path, "w", format=tarfile.PAX_FORMAT) as tar:
+        folder = tarfile.TarInfo("folder")
+        folder.type = tarfile.DIRTYPE
+        tar.addfile(folder)
+        for key in (f"folder/{long}", "folder/short"):
+            for extension in ("image.png", "synthetic_caption.txt"):
+                add_file(tar, f"{key}.{extension}", key[-3:])
+    assert len(sample_offsets(path)) == 3
+    reader = ShardReader([Shard(str(path), 2, None, None, 0)], 2, "")
+    assert reader.read(0, 0) == {"image.png": b"aaa", "synthetic_caption.txt": b"aaa"}
+    assert reader.read(0, 1) == {"image.png": b"ort", "synthetic_caption.txt": b"ort"}
+
+
+def test_an_unreadable_shard_is_tried_again_after_a_while(shards, monkeypatch):
+    """A network disk, or a file that another process is still copying, may come back."""
+    path = shards / "s-0.tar"
+    data = path.read_bytes()
+    reader = ShardReader(expand_shards(str(shards)), 2, "")
+    path.unlink()
+    for _ in range(2):
+        with pytest.raises(ValueError, match="the shard cannot be read .FileNotFoundError"):
+            reader.read(0, 0)
+        path.write_bytes(data)
+    now = time.monotonic()
+    monkeypatch.setattr(time, "monotonic", lambda: now + 601)
+    assert "image.png" in reader.read(0, 0)
+
+
+# ------------------------------------------------------------------------------ remote shards
+
+@pytest.fixture
+def server(shards):
+    """(URL of a web server for the shards, list of the paths that it was asked for)"""
+    requests = []
+
+    class Handler(SimpleHTTPRequestHandler):
+        def log_message(self, *_):
+            requests.append(self.path)
+
+    http = ThreadingHTTPServer(("127.0.0.1", 0), partial(Handler, directory=shards))
+    threading.Thread(target=http.serve_forever, daemon=True).start()
+    yield f"http://127.0.0.1:{http.server_port}", requests
+    http.shutdown()
+
+
+def test_remote_shards_are_copied_once_and_bounded(gemma_folder, shards, server, tmp_path):
+    url, requests = server
+    cache = tmp_path / "cache"
+    flags = [*ORIGINAL_CAPTIONS, "--mix-shards", "1"]
+
+    def remote_keys(pattern):
+        batches = tiny_batches(gemma_folder, f"{url}/{pattern}", *flags, "--cache", str(cache))
+        return sample_keys(batches, 6)
+
+    local = sample_keys(tiny_batches(gemma_folder, shards, *flags), 6)
+    assert remote_keys("s-{0..2}.tar") == local
+    assert remote_keys("") == local         # the whole folder
+    tars = sorted(path for path in requests if path.endswith("tar"))
+    assert tars == [f"/s-{i}.tar" for i in range(3)]
+
+    for i in range(5):                      # copies of another run
+        (cache / f"{i}.tar").touch()
+        os.utime(cache / f"{i}.tar", (i, i))
+    (shards / "s-0.tar").rename(shards / "t-0.tar")
+    index(shards)
+    read_index.cache_clear()
+    assert len(remote_keys("")) == 6
+    assert len(list(cache.glob("*.tar"))) <= 4
+
+
+def test_what_a_server_does_not_give_is_named(gemma_folder, shards, server, tmp_path, monkeypatch):
+    url, _ = server
+    monkeypatch.setattr(time, "sleep", lambda _: None)
+    with pytest.raises(FuseDiTError, match="cannot read .*none/index.json"):
+        expand_shards(f"{url}/none/a.tar")
+
+    path = shards / "s-1.tar"
+    path.write_bytes(path.read_bytes()[:2048])
+    cache = tmp_path / "cache"
+    batches = tiny_batches(gemma_folder, f"{url}/", *ORIGINAL_CAPTIONS, "--cache", str(cache),
+                           micro_batch=24)
+    bad = batches[0]["bad"]
+    assert len(bad) == 8
+    for line in bad:
+        assert "2048 of" in line and "s-1.tar" in line
+    assert not list(cache.glob("*.tmp"))
