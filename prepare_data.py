@@ -27,7 +27,7 @@ from fusedit_lib import threads
 threads.limit_spinning()                    # before torch is imported
 
 from fusedit_lib.backend import local_world, pick_device
-from fusedit_lib.cli import DTYPE, Help, positive, run
+from fusedit_lib.cli import DTYPE, HelpFormatter, positive, run
 from fusedit_lib.data import cc12m, check, emoji, folder, journeydb, latents, sa1b
 from fusedit_lib.data.shapes import shapes
 
@@ -96,11 +96,11 @@ def looks_up(p, key, caption):
 # ---- the command line ----------------------------------------------------------------------------
 
 def arguments(argv=None):
-    top = argparse.ArgumentParser(description=__doc__, formatter_class=Help)
+    top = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
     commands = top.add_subparsers(required=True, metavar="COMMAND")
 
     def command(function, name, about, example):
-        p = commands.add_parser(name, help=about, description=about, formatter_class=Help,
+        p = commands.add_parser(name, help=about, description=about, formatter_class=HelpFormatter,
                                 epilog=f"example:\n  python prepare_data.py {name} {example}")
         p.set_defaults(run=function, command=name)
         return p

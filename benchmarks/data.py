@@ -22,7 +22,7 @@ import torch
 from PIL import Image
 
 import prepare_data
-from fusedit_lib.cli import Help
+from fusedit_lib.cli import HelpFormatter
 from fusedit_lib.data import captions
 
 
@@ -137,7 +137,7 @@ def join(args):
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=Help)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
     parser.add_argument("what", choices=("speed", "join"))
     parser.add_argument("-n", type=int, default=2_000_000, help="captions of the join")
     arguments = parser.parse_args()

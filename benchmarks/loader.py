@@ -47,7 +47,7 @@ def in_processes(source, workers, batches, batch):
 
 
 def main():
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=cli.Help)
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=cli.HelpFormatter)
     p.add_argument("--batch", type=cli.positive, default=16, help="images at once")
     p.add_argument("--rounds", type=cli.positive, default=5, help="of each; medians count")
     p.add_argument("--out", type=Path, metavar="FILE.json", help="also write the figures there")
