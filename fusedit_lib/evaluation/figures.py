@@ -1,4 +1,4 @@
-"""Figures: scores of several models, a sweep over sampler settings, and the images that were scored."""
+"""Figures: several models compared, a sweep over sampler settings, images with verdicts."""
 import textwrap
 from typing import NamedTuple
 
