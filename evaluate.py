@@ -139,11 +139,21 @@ def draw_sweep(runs, folder):
 
 # ---- other commands ------------------------------------------------------------------------------
 
-def detector_command(args):
-    judging.score_detector(args.n, args.seed)
+def shapes_command(args):
+    """Draw and score the shapes benchmark or, with --ground-truth, score its detector."""
+    if args.ground_truth:
+        judging.score_detector(args.n, args.seed)
+    else:
+        draw_command(args)
 
 
 def fid_command(args):
+    """Frechet and kernel distance between two folders of images.
+
+    A distance compares features: numbers that a vision network computes from each image. With
+    those of Inception, prepared as clean-fid does, the Frechet distance is FID. With any other
+    network it is a useful number of another kind, and is never called FID.
+    """
     device = backend.pick_device(args.device)
     extractor = metrics.load_extractor(args.features, device, args.inception)
     judging.score_distance(args.real, args.fake, extractor, device, args.batch_size, args.workers,
@@ -177,7 +187,7 @@ def add_command(commands, name, function, documented, summary):
 
 
 def add_draw_command(commands, name, documented, summary, prompts_help=None):
-    """A benchmark that draws, with the flags that all of these share. Returns its first group."""
+    """A benchmark that draws, with the flags that all of these share. Returns the parser."""
     parser = add_command(commands, name, draw_command, documented, summary)
     parser.set_defaults(name=name, prompts=None)
 
@@ -204,16 +214,17 @@ def add_draw_command(commands, name, documented, summary, prompts_help=None):
     sampler.add_argument("--batch-size", type=positive, default=32, metavar="N",
                          help="number of images that are drawn at once, at most; lower it if "
                               "memory runs out")
-    return group
+    return parser
 
 
 def add_draw_commands(commands):
-    group = add_draw_command(commands, "shapes", benchmarks.shapes,
-                             "coloured shapes, judged by an exact pixel detector")
+    parser = add_draw_command(commands, "shapes", benchmarks.shapes,
+                              "coloured shapes, judged by an exact pixel detector")
+    parser.set_defaults(command=shapes_command)
+    group = parser.add_argument_group("shapes")
     group.add_argument("-n", type=positive, default=600,
                        help="number of prompts, spread evenly over the categories")
-    group.add_argument("--ground-truth", action="store_const", const=detector_command,
-                       dest="command",
+    group.add_argument("--ground-truth", action="store_true",
                        help="score the detector instead of a model: render N scenes exactly and "
                             "read them back")
     add_draw_command(commands, "geneval", benchmarks.geneval,
@@ -227,7 +238,7 @@ def add_draw_commands(commands):
 
 
 def add_fid_command(commands):
-    parser = add_command(commands, "fid", fid_command, metrics,
+    parser = add_command(commands, "fid", fid_command, fid_command,
                          "distance between two folders of images")
     parser.add_argument("--real", type=Path, required=True, metavar="DIR",
                         help="folder of real images, which may lie in folders below it")
