@@ -54,14 +54,16 @@ def test_frechet_of_two_gaussians():
     one = torch.ones(1, 1, dtype=torch.float64)
     x = gaussian(one[0] * 3, one * 4, 50)
     y = gaussian(one[0], one * 25, 70, 1)
-    assert metrics.frechet(x, y) == pytest.approx(2**2 + (2 - 5) ** 2, rel=1e-9)
+    expected = 2**2 + (2 - 5) ** 2
+    assert metrics.frechet(x, y) == pytest.approx(expected, rel=1e-9)
 
     q = torch.linalg.qr(random_covariance(6, 0)).Q
     a = torch.arange(1., 7).double()
     b = torch.tensor([3., 1, 4, 1, 5, 9]).double()
     x = gaussian(constant(0, 6), q @ a.diag() @ q.T, 200)
     y = gaussian(constant(1, 6), q @ b.diag() @ q.T, 300, 1)
-    expected = 6 + float((a.sqrt() - b.sqrt()).square().sum())
+    spread = (a.sqrt() - b.sqrt()).square().sum()
+    expected = 6 + float(spread)
     assert metrics.frechet(x, y) == pytest.approx(expected, rel=1e-9)
 
 
@@ -86,8 +88,9 @@ def test_frechet_of_a_set_with_itself_moved_and_stretched():
     assert abs(metrics.frechet(x, x)) < 1e-6
     assert abs(metrics.frechet(x, x.flip(0))) < 1e-6       # the order does not count
     assert metrics.frechet(x, x + 2) == pytest.approx(4 * 300, rel=1e-9)
-    stretched = 4 * float(x.var(0).sum() + x.mean(0).square().sum())
-    assert metrics.frechet(x, 3 * x) == pytest.approx(stretched, rel=1e-9)
+    shift = float((2 * x.mean(0)).square().sum())
+    spread = float(4 * x.var(0).sum())      # (3 s - s)^2
+    assert metrics.frechet(x, 3 * x) == pytest.approx(shift + spread, rel=1e-9)
 
 
 def mean_kernel(a, b, same=False):
@@ -103,13 +106,16 @@ def mean_kernel(a, b, same=False):
 def test_kid_is_its_definition():
     x = normal(23, 7, seed=23)
     y = normal(31, 7, seed=31)
-    expected = mean_kernel(x, x, True) + mean_kernel(y, y, True) - 2 * mean_kernel(x, y)
+    within = mean_kernel(x, x, True) + mean_kernel(y, y, True)
+    expected = within - 2 * mean_kernel(x, y)
     for block in (1, 5, 2048):
         assert metrics.kid(x, y, block) == pytest.approx(expected, rel=1e-9)
 
     a, b = normal(2, 1, 7)                  # all images of a set are alike
-    expected = mean_kernel(a, a) + mean_kernel(b, b) - 2 * mean_kernel(a, b)
-    assert metrics.kid(a.expand(5, 7), b.expand(9, 7)) == pytest.approx(expected, rel=1e-6)
+    within = mean_kernel(a, a) + mean_kernel(b, b)
+    expected = within - 2 * mean_kernel(a, b)
+    distance = metrics.kid(a.expand(5, 7), b.expand(9, 7))
+    assert distance == pytest.approx(expected, rel=1e-6)
 
 
 def test_kid_has_no_bias_where_frechets_distance_has():
@@ -185,7 +191,8 @@ def folders(tmp_path):
     rng = np.random.default_rng(0)
     (tmp_path / "blurred").mkdir()
     for k in range(40):
-        image = Image.fromarray(rng.integers(0, 256, (6, 9, 3), np.uint8)).resize((48, 32))
+        pixels = rng.integers(0, 256, (6, 9, 3), np.uint8)
+        image = Image.fromarray(pixels).resize((48, 32))
         path = tmp_path / "ab"[k % 2] / str(k % 3) / f"{k}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
         image.save(path)
