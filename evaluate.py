@@ -59,7 +59,7 @@ def draw_command(args):
         points *= len(args.guidance)
     is_sweep = args.name == "shapes" and points > 1
     if is_sweep:
-        import matplotlib  # noqa: F401     tells now, not after the drawing, that it is missing
+        import matplotlib  # noqa: F401     fails now, not after the drawing, if missing
 
     folder = args.out
     if folder is None:

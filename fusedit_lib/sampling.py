@@ -41,7 +41,7 @@ def generate(model, prompts, seeds, *, vae=None, height=None, width=None, steps=
     """
     config = model.config
     if len(prompts) != len(seeds):
-        raise FuseDiTError(f"{len(prompts)} prompts but {len(seeds)} seeds: give one seed per prompt")
+        raise FuseDiTError(f"{len(prompts)} prompts but {len(seeds)} seeds: give as many seeds")
     if config.vae and vae is None:
         raise FuseDiTError(f"this model draws latents of {config.vae}: pass it as vae=")
     check_guidance_span(guidance_span)

@@ -151,7 +151,7 @@ def draw_missing(run, benchmark, model, vae, settings):
     """Draw this process's share of the images that are missing.
 
     Adds the speed to run.json and to settings, where it could be measured. Returns whether all
-    images are there now, by the work of this process: it then goes on to score them.
+    images are there now, by the work of this process, which then scores them.
 
     A batch always consists of the same images, whoever draws it and whichever of them exist: sums
     over another batch may differ in the last bit, and a pixel then by one level. So all images of

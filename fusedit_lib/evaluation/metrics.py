@@ -219,11 +219,11 @@ def intervals(groups, bounds=(0, 1)):
     drawn = [bootstrap_means(rng, values, bounds, 0.5 / len(groups)) for values in groups.values()]
     means["overall"] = np.mean(drawn, 0)
 
-    found = {}
+    percentiles = {}
     for name, samples in means.items():
         low, high = np.percentile(samples, (2.5, 97.5))
-        found[name] = [round(float(low), 4), round(float(high), 4)]
-    return found
+        percentiles[name] = [round(float(low), 4), round(float(high), 4)]
+    return percentiles
 
 
 def bootstrap_means(rng, values, bounds, extra):

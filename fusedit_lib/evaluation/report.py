@@ -18,7 +18,7 @@ def report(sources, out):
     sources: texts NAME=PATH or PATH, where PATH is a result, or a folder with results or with the
     metrics.jsonl of a training run. out: the table's file, NAME.md; the figure is NAME.png.
     """
-    import matplotlib  # noqa: F401         tells now, not at the end, that it is missing
+    import matplotlib  # noqa: F401         fails now, not at the end, if missing
     if out.suffix != ".md":
         raise FuseDiTError(f"--out {out}: the table is a .md file, the figure beside it")
 
