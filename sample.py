@@ -1,16 +1,18 @@
-"""Draw pictures of prompts.
+"""Draw images from prompts.
 
     python sample.py --prompt "a large red circle above a small blue square"
     python sample.py --prompts prompts.txt --num-images 4 --grid
     python sample.py --model PATH_OR_HUB_ID --prompt "a red fox in the snow" --gif
     python sample.py --model runs/demo --export my-model
 
-Every PNG carries its prompt, seed and settings as text, enough to draw it again. The pictures of
-a prompt take the seeds from --seed on; a seed gives one picture, whatever else is drawn.
+Every PNG carries its prompt, seed and settings as text, which is enough to draw it again. The
+images of a prompt use consecutive seeds from --seed on. A seed gives the same image whatever else
+is drawn.
 """
 import argparse
 import re
 from pathlib import Path
+from typing import NamedTuple
 
 from fusedit_lib import threads
 
@@ -18,83 +20,174 @@ threads.limit_spinning()                    # before torch is imported
 
 from tqdm import tqdm
 
-from fusedit import FuseDiTError
-from fusedit_lib.cli import DTYPE, SPAN, announce, open_model, positive, read_prompts, run, uint32
+from fusedit_lib import cli
+from fusedit_lib.cli import positive, uint32
 from fusedit_lib.files import atomic_write, unused_path
 from fusedit_lib.pretrained import export
-from fusedit_lib.sampling import draw, notes, sheet
+from fusedit_lib.sampling import (
+    batches_of,
+    check_guidance_span,
+    generate,
+    image_grid,
+    latent_size,
+    png_info,
+    progress_bar,
+    to_images,
+)
 
 
-def arguments():
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    for name, settings, about in (
-            ("--prompt", dict(action="append", default=[]), "what to draw; repeat it for more"),
-            ("--prompts", dict(type=Path), "a text file (UTF-8) with a prompt a line"),
-            ("--model", dict(default=Path(__file__).parent / "demo"), "a model's folder or hub id"),
-            ("--steps", dict(type=positive, default=25), "Euler steps; more: finer, slower (25)"),
-            ("--guidance", dict(type=float), "how strictly to follow the prompt (the model's)"),
-            ("--guidance-span", SPAN, "noise levels at which guidance is on (0 1); fewer: faster"),
-            ("--negative", dict(default="", metavar="TEXT"), "what to steer away from (nothing)"),
-            ("--seed", dict(type=uint32, default=0), "of a prompt's first picture (0)"),
-            ("--num-images", dict(type=positive, default=1), "pictures of a prompt (1)"),
-            ("--height", dict(type=positive), "pixels (as trained)"),
-            ("--width", dict(type=positive), "pixels (as trained)"),
-            ("--batch-size", dict(type=positive, default=8), "pictures drawn at once (8)"),
-            ("--out", dict(type=Path, default="samples"), "folder for the pictures (samples)"),
-            ("--device", dict(default="auto"), "auto, cpu, cuda, cuda:1, ... (auto)"),
-            ("--no-ema", dict(action="store_true"), "a checkpoint's raw, not averaged weights"),
-            ("--dtype", DTYPE, "auto, bf16 or float32; auto: bf16 where the device has it (auto)"),
-            ("--compile", dict(action="store_true"), "faster after a minute: for many pictures"),
-            ("--grid", dict(action="store_true"), "also save all of them on one sheet, grid.png"),
-            ("--gif", dict(action="store_true"), "also save an animation of the denoising"),
-            ("--export", dict(type=Path, metavar="DIR"), "write the model, released layout")):
-        p.add_argument(name, help=about, **settings)
-    args = p.parse_args()
+class Job(NamedTuple):
+    """One image to draw."""
+    prompt: str
+    seed: int
+
+
+# ---- the command line ----------------------------------------------------------------------------
+
+def parse_args():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=cli.HelpFormatter)
+    add_prompt_flags(parser)
+    cli.add_model_flags(parser)
+    add_sampler_flags(parser)
+    add_output_flags(parser)
+    args = parser.parse_args()
     if not (args.prompt or args.prompts or args.export):
-        p.error('say what to draw: --prompt "a large red circle", or --prompts FILE')
+        parser.error('say what to draw: --prompt "a large red circle", or --prompts FILE')
     return args
 
 
-def save(prompt, seed, image, frames, args):
-    """Write the PNG (and GIF), over nothing that is there."""
-    slug = re.sub(r"[^a-z0-9]+", "-", prompt.lower()).strip("-")[:60] or "empty"
-    path = unused_path(args.out / f"{slug}-{seed}.png", ".gif")
+def add_prompt_flags(parser):
+    group = parser.add_argument_group("what to draw")
+    group.add_argument("--prompt", action="append", default=[], metavar="TEXT",
+                       help="a description of the image; repeat the flag for several prompts")
+    group.add_argument("--prompts", type=Path, metavar="FILE",
+                       help="a UTF-8 text file with one prompt per line")
+    group.add_argument("--negative", default="", metavar="TEXT",
+                       help="a description of what to steer away from")
+    group.add_argument("--num-images", type=positive, default=1, metavar="N",
+                       help="number of images per prompt")
+    group.add_argument("--seed", type=uint32, default=0, metavar="N",
+                       help="random seed of the first image of each prompt")
+    group.add_argument("--height", type=positive, metavar="PIXELS",
+                       help="height of the images (default: the size the model was trained at)")
+    group.add_argument("--width", type=positive, metavar="PIXELS",
+                       help="width of the images (default: the size the model was trained at)")
+
+
+def add_sampler_flags(parser):
+    group = parser.add_argument_group("sampler")
+    group.add_argument("--steps", type=positive, default=25, metavar="N",
+                       help="number of Euler steps; more steps give finer images and take longer")
+    group.add_argument("--guidance", type=float, metavar="SCALE",
+                       help="scale of classifier-free guidance: how strictly images follow the "
+                            "prompt; 1 turns it off (default: the model's own)")
+    cli.add_guidance_span(group)
+    group.add_argument("--batch-size", type=positive, default=8, metavar="N",
+                       help="number of images that are drawn at once; lower it if memory runs out")
+
+
+def add_output_flags(parser):
+    group = parser.add_argument_group("output")
+    group.add_argument("--out", type=Path, default=Path("samples"), metavar="DIR",
+                       help="folder for the images; nothing in it is overwritten")
+    group.add_argument("--grid", action="store_true",
+                       help="also save all images side by side in grid.png")
+    group.add_argument("--gif", action="store_true",
+                       help="also save an animation of the denoising of each image")
+    group.add_argument("--export", type=Path, metavar="DIR",
+                       help="write the model to a new folder in the released layout; no prompt "
+                            "is needed then")
+
+
+# ---- drawing -------------------------------------------------------------------------------------
+
+def draw(loaded, jobs, args):
+    """Draw and save an image, and an animation if asked for, of each job. Returns the images."""
+    frames = []                             # of the current batch: a list of images per step
+    images = []
+
+    with progress_bar(len(jobs)) as bar:
+        def after_step(step, x):
+            bar.update(len(x) / args.steps)
+            if args.gif:
+                frames.append(to_images(x, loaded.vae))
+
+        for batch in batches_of(jobs, args.batch_size):
+            frames.clear()
+            drawn = generate(
+                loaded.model, [job.prompt for job in batch], [job.seed for job in batch],
+                vae=loaded.vae, height=args.height, width=args.width, steps=args.steps,
+                guidance=args.guidance, guidance_span=args.guidance_span, negative=args.negative,
+                callback=after_step)
+            for i, job in enumerate(batch):
+                path = save_png(job, drawn[i], loaded.path, args)
+                if args.gif:
+                    save_gif([step[i] for step in frames], path.with_suffix(".gif"))
+                tqdm.write(str(path))
+            images += drawn
+    return images
+
+
+def save_png(job, image, model_path, args):
+    """Write the image to a file named after its prompt and seed. Returns the path."""
+    slug = re.sub(r"[^a-z0-9]+", "-", job.prompt.lower()).strip("-")[:60]
+    if not slug:
+        slug = "empty"
+    path = unused_path(args.out / f"{slug}-{job.seed}.png", ".gif")
+    info = png_info(job.prompt, job.seed, args.steps, args.guidance, args.guidance_span,
+                    args.negative, model_path)
     with atomic_write(path) as tmp:
-        image.save(tmp, "PNG", pnginfo=notes(prompt, seed, args))
-    if frames:
-        with atomic_write(path.with_suffix(".gif")) as tmp:
-            frames[0].save(tmp, "GIF", save_all=True, append_images=frames[1:], loop=0,
-                           duration=[80] * (len(frames) - 1) + [1500])
-    tqdm.write(str(path))
+        image.save(tmp, "PNG", pnginfo=info)
+    return path
+
+
+def save_gif(frames, path):
+    """Write an animation that shows the last frame longer than the others."""
+    frames = [image_grid([frame], 1, 256) for frame in frames]
+    milliseconds = [80] * (len(frames) - 1) + [1500]
+    with atomic_write(path) as tmp:
+        frames[0].save(tmp, "GIF", save_all=True, append_images=frames[1:], loop=0,
+                       duration=milliseconds)
+
+
+def save_grid(images, args):
+    """Write all images into one: the images of a prompt in one row, or else four in a row."""
+    columns = 4
+    if args.num_images > 1:
+        columns = args.num_images
+    path = unused_path(args.out / "grid.png")
+    with atomic_write(path) as tmp:
+        image_grid(images, columns).save(tmp, "PNG")
+    print(path)
 
 
 def main():
-    args = arguments()
-    prompts = args.prompt + (read_prompts(args.prompts) if args.prompts else [])
-    model, vae, device = open_model(args)
+    args = parse_args()
+    check_guidance_span(args.guidance_span)
+    prompts = args.prompt
+    if args.prompts:
+        prompts = prompts + cli.read_prompts(args.prompts)
+    loaded = cli.open_model(args.model, args.device, args.dtype, not args.no_ema, args.compile)
+    config = loaded.model.config
+    if args.guidance is None:
+        args.guidance = config.guidance
+
     if args.export:
-        export(model, args.export)
+        export(loaded.model, args.export)
     if not prompts:
         return
-    args.out.mkdir(parents=True, exist_ok=True)            # fails now rather than after the drawing
-    c, factor = model.config, vae.factor if vae else 1
-    size, unit = [n or c.image_size for n in (args.height, args.width)], c.patch_size * factor
-    for side, n in zip(("height", "width"), size, strict=True):
-        if n < unit or n % unit:
-            near = f"{n // unit * unit} or " * (n > unit) + f"{(n // unit + 1) * unit}"
-            raise FuseDiTError(f"--{side} {n} is not whole patches of {unit} pixels; try {near}")
-    announce(args, model, list(dict.fromkeys([*prompts, args.negative])))
-    jobs, images = [(p, args.seed + k) for p in prompts for k in range(args.num_images)], []
-    batches = [jobs[i:i + args.batch_size] for i in range(0, len(jobs), args.batch_size)]
-    for prompt, seed, image, frames in draw(batches, model, vae, [n // factor for n in size], args,
-                                            device):
-        save(prompt, seed, image, frames, args)
-        images.append(image)
+
+    # Fail now, rather than after minutes of drawing.
+    args.out.mkdir(parents=True, exist_ok=True)
+    latent_size(config, loaded.vae, args.height, args.width)
+
+    cli.announce(loaded, list(dict.fromkeys([*prompts, args.negative])))
+    seeds = range(args.seed, args.seed + args.num_images)
+    jobs = [Job(prompt, seed) for prompt in prompts for seed in seeds]
+    images = draw(loaded, jobs, args)
     if args.grid:
-        with atomic_write(path := unused_path(args.out / "grid.png")) as tmp:
-            sheet(images, args.num_images if args.num_images > 1 else 4).save(tmp, "PNG")
-        print(path)
+        save_grid(images, args)
 
 
 if __name__ == "__main__":
-    run(main, "--batch-size, or --height and --width")
+    cli.run(main, "--batch-size, or --height and --width")

@@ -57,7 +57,7 @@ def candidates(args, lengths, device):
 
 
 def main():
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=cli.Help)
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=cli.HelpFormatter)
     for name, default in (("batch", 8), ("heads", 2), ("kv-heads", 1), ("image", 256),
                           ("text", 32), ("rounds", 15)):
         p.add_argument(f"--{name}", type=cli.positive, default=default)

@@ -311,7 +311,7 @@ def finish(args, result):
 
 def parser(about, batch, rounds):
     """Flags that the benchmarks share."""
-    p = argparse.ArgumentParser(description=about, formatter_class=cli.Help)
+    p = argparse.ArgumentParser(description=about, formatter_class=cli.HelpFormatter)
     p.add_argument("--preset", default="small", help="small: 31.5 M, 256 image tokens, for CPUs; "
                    "or a preset of the final design, as fusedit/large-scale")
     p.add_argument("--image-size", type=cli.positive, help="pixels (small: of its latents)")

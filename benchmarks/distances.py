@@ -1,9 +1,9 @@
-"""What the Frechet and the kernel distance say of real pictures that are changed in known ways.
+"""How the Frechet and the kernel distance grow when real images are changed in known ways.
 
     python prepare_data.py emoji shards/emoji
     python benchmarks/distances.py shards/emoji/train          4 minutes on two cores
 
-One half of the flat emoji against the other: as they are, blurred, noised, of another style.
+One half of the flat emoji is compared with the other: as it is, blurred, noised, in another style.
 """
 import argparse
 import io
@@ -20,78 +20,124 @@ from tqdm import tqdm
 
 from fusedit import FuseDiTError
 from fusedit_lib.backend import pick_device
-from fusedit_lib.cli import Help, run
+from fusedit_lib.cli import HelpFormatter, run
 from fusedit_lib.evaluation import figures, metrics
+from fusedit_lib.evaluation.figures import Measurement
 from fusedit_lib.files import unused_path
+from fusedit_lib.sampling import batches_of
+
+SIDE = 64                                   # pixels of the images that are compared
 
 
-def emoji(folder):
-    """{style: {concept: picture}} of the shards of prepare_data.py emoji, on white."""
-    found = {"google": {}, "fluent": {}}
+# ---- images --------------------------------------------------------------------------------------
+
+def read_emoji(folder):
+    """{style: {concept: image}} of the shards that prepare_data.py emoji writes."""
+    styles = {"google": {}, "fluent": {}}
     for path in sorted(folder.glob("*.tar")):
         with tarfile.open(path) as tar:
             for member in tar:
                 key, _, kind = member.name.partition(".")
                 if kind.startswith("image."):
                     style, concept = key.split("-", 1)
-                    picture = Image.open(io.BytesIO(tar.extractfile(member).read())).convert("RGBA")
-                    page = Image.new("RGBA", picture.size, "white")
-                    page.alpha_composite(picture)
-                    found[style][concept] = page.convert("RGB").resize((64, 64), Image.LANCZOS)
-    return found
+                    styles[style][concept] = on_white(tar.extractfile(member).read())
+    return styles
 
 
-def noised(picture, rng, sd):
-    pixels = np.asarray(picture, float) + rng.normal(0, sd, (64, 64, 3))
+def on_white(data):
+    """An image file's bytes as an image on a white background."""
+    image = Image.open(io.BytesIO(data)).convert("RGBA")
+    page = Image.new("RGBA", image.size, "white")
+    page.alpha_composite(image)
+    return page.convert("RGB").resize((SIDE, SIDE), Image.LANCZOS)
+
+
+def add_noise(image, rng, sd):
+    pixels = np.asarray(image, float) + rng.normal(0, sd, (SIDE, SIDE, 3))
     return Image.fromarray(pixels.round().clip(0, 255).astype(np.uint8))
 
 
-def sets(styles, rng):
-    """(reference, {name: as many pictures}) of concepts that both styles have, in two halves."""
-    both = sorted(styles["google"].keys() & styles["fluent"].keys())
-    if len(both) < 4:
+def blur(image, sd):
+    return image.filter(ImageFilter.GaussianBlur(sd))
+
+
+def image_sets(styles, rng):
+    """The reference images, and {name of a change: as many changed images}.
+
+    Only concepts that both styles have are used. They are split into two halves at random.
+    """
+    concepts = sorted(styles["google"].keys() & styles["fluent"].keys())
+    if len(concepts) < 4:
         raise FuseDiTError("these are no shards of prepare_data.py emoji: give its OUT/train")
-    random.Random(0).shuffle(both)
-    half, flat = min(500, len(both) // 2), styles["google"]
-    one, other = both[:half], both[half:2 * half]
-    rest = [flat[concept] for concept in other]
-    changed = {"the other half": rest}
+    random.Random(0).shuffle(concepts)
+    half = min(500, len(concepts) // 2)
+    reference = [styles["google"][concept] for concept in concepts[:half]]
+    others = concepts[half:2 * half]
+    flat = [styles["google"][concept] for concept in others]
+
+    changed = {"the other half": flat}
     for sd in (0.5, 1, 2):
-        changed[f"it, blurred by {sd:g}"] = [p.filter(ImageFilter.GaussianBlur(sd)) for p in rest]
+        changed[f"it, blurred by {sd:g}"] = [blur(image, sd) for image in flat]
     for sd in (5, 15, 45):
-        changed[f"it, noised by {sd}"] = [noised(p, rng, sd) for p in rest]
-    changed["it, in 3D style"] = [styles["fluent"][concept] for concept in other]
-    return [flat[concept] for concept in one], changed
+        changed[f"it, noised by {sd}"] = [add_noise(image, rng, sd) for image in flat]
+    changed["it, in 3D style"] = [styles["fluent"][concept] for concept in others]
+    return reference, changed
+
+
+# ---- distances -----------------------------------------------------------------------------------
+
+@torch.no_grad()
+def extract_features(images, extractor, device):
+    """Features [n,D], float64."""
+    parts = []
+    for batch in batches_of(images, 64):
+        x = torch.stack([extractor.prepare(image) for image in batch])
+        parts.append(extractor.network(x.to(device)).double().cpu())
+    return torch.cat(parts)
+
+
+def measure(reference, changed, extractor, device):
+    """{measure: {name of a change: Measurement}}."""
+    table = {extractor.label: {}, "KID x 1000": {}}
+    x = extract_features(reference, extractor, device)
+    for name, images in tqdm(changed.items(), desc="features", unit="set"):
+        y = extract_features(images, extractor, device)
+        values = (metrics.frechet(x, y), 1000 * metrics.kid(x, y))
+        for label, value in zip(table, values, strict=True):
+            table[label][name] = Measurement(label, value, None, False)
+    return table
+
+
+def print_table(table, names):
+    distance, kid = table
+    print(f"{'':<24}{distance:>26}{kid:>14}")
+    for name in names:
+        print(f"{name:<24}{table[distance][name].value:26.3f}{table[kid][name].value:14.3f}")
+
+
+def parse_args():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
+    parser.add_argument("shards", type=Path, help="folder train of prepare_data.py emoji's OUT")
+    parser.add_argument("--features", default="efficientnet-lite0",
+                        help="network whose features are compared, as in evaluate.py fid")
+    parser.add_argument("--inception", type=Path, default=Path.home() / ".cache/fusedit",
+                        help=f"folder that holds {metrics.INCEPTION}")
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, ...")
+    parser.add_argument("--out", type=Path, default=Path("distances.png"), help="the figure")
+    return parser.parse_args()
 
 
 def main():
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=Help)
-    p.add_argument("shards", type=Path, help="folder of prepare_data.py emoji, train")
-    p.add_argument("--features", default="efficientnet-lite0", help="as of evaluate.py fid")
-    p.add_argument("--inception", type=Path, default=Path.home() / ".cache/fusedit")
-    p.add_argument("--device", default="auto", help="auto, cpu, cuda, ...")
-    p.add_argument("--out", type=Path, default=Path("distances.png"), help="the figure")
-    args = p.parse_args()
+    args = parse_args()
     device = pick_device(args.device)
-    label, prepare, network = metrics.extractor(args.features, device, args.inception)
-
-    @torch.no_grad()
-    def features(pictures):
-        return torch.cat([network(torch.stack([prepare(p) for p in pictures[i:i + 64]]).to(device))
-                          .double().cpu() for i in range(0, len(pictures), 64)])
-    args.out = unused_path(args.out)
-    reference, changed = sets(emoji(args.shards), np.random.default_rng(0))
-    x, rows = features(reference), {}
-    for name, pictures in tqdm(changed.items(), desc="features", unit="set"):
-        y = features(pictures)
-        rows[name] = metrics.frechet(x, y), 1000 * metrics.kid(x, y)
-    print(f"{len(reference)} pictures a set\n{'':<24}{label:>26}{'KID x 1000':>14}")
-    for name, (distance, kid) in rows.items():
-        print(f"{name:<24}{distance:26.3f}{kid:14.3f}")
-    table = {measure: {name: (row[i], None) for name, row in rows.items()}
-             for i, measure in enumerate((label, "KID x 1000"))}
-    figures.figure(table, dict.fromkeys(table, False), list(rows), args.out)
-    print(args.out)
+    extractor = metrics.load_extractor(args.features, device, args.inception)
+    path = unused_path(args.out)
+    reference, changed = image_sets(read_emoji(args.shards), np.random.default_rng(0))
+    table = measure(reference, changed, extractor, device)
+    print(f"{len(reference)} images per set")
+    print_table(table, changed)
+    figures.compare_models(table, list(changed), path)
+    print(path)
 
 
 if __name__ == "__main__":

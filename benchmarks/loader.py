@@ -93,7 +93,7 @@ def measure(loading, rounds, workers):
 
 
 def main():
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=cli.Help)
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=cli.HelpFormatter)
     p.add_argument("--batch", type=cli.positive, default=16, help="images in a batch")
     p.add_argument("--rounds", type=cli.positive, default=5,
                    help="times that each way is measured; the median counts")

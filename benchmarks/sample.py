@@ -4,8 +4,8 @@
     python benchmarks/sample.py --preset fusedit/large-scale --batch 8           on a GPU
     python benchmarks/sample.py --no-compile                           sample.py without --compile
 
-"two phases" is what sample.py computes: the prompt is read once, then 25 Euler steps with guidance,
-in which prompt and empty prompt are one batch, then each picture is decoded. "joint mask"
+"two phases" is what sample.py computes: the prompt is encoded once, then come 25 Euler steps with
+guidance, in which prompt and empty prompt are one batch, then each image is decoded. "joint mask"
 (common.py) is the published formulation: text is padded and runs through Gemma again at every step,
 beside the image. Same weights, same noise, by turns in one process with a matrix product; medians.
 """
@@ -32,83 +32,167 @@ from common import (
 import fusedit
 from fusedit_lib import backend, cli
 
+PRODUCTS = 10                               # matrix products that are timed together
 
-def draw(model, vae, batch, steps, guidance, fast, dtype=None):
-    """Pixels or latents of a batch's words and noise, by either formulation."""
-    n = len(batch["eps"])
-    def with_empty(ids, mask):                             # prompt: one token
-        first = torch.arange(ids.shape[1], device=ids.device).expand_as(ids) < 1
-        return torch.cat([ids, torch.zeros_like(ids)]), torch.cat([mask, first])
-    with torch.no_grad():
-        if fast:
-            text = model.encode_ids(*with_empty(batch["short_ids"], batch["short_mask"]))
-            halves = (text.map(lambda t: t[:n]), text.map(lambda t: t[n:]))
-            x = fusedit.sample(model.dit, batch["eps"], *halves, steps, guidance,
-                               model.config.shift)
-            return torch.cat([vae.decode(z) for z in x.split(1)]) if vae else x
-        ids, mask = with_empty(batch["ids"], batch["mask"])
-        halves = [fusedit.TextFeatures((), (), None, m, i) for i, m in zip(
-            ids.chunk(2), mask.chunk(2), strict=True)]
-        x = fusedit.sample(lambda x, s, text: joint(model, x, s, text.pooled, text.mask),
-                           batch["eps"], *halves, steps, guidance, model.config.shift)
-        return vae.decode(x) if vae else x
+
+# ---- two formulations ----------------------------------------------------------------------------
+
+def with_empty_prompt(ids, mask):
+    """Text [2B,T] of prompts [B,T], followed by as many empty prompts, which have one token."""
+    first = torch.arange(ids.shape[1], device=ids.device) < 1
+    empty_mask = first.expand_as(ids)
+    return torch.cat([ids, torch.zeros_like(ids)]), torch.cat([mask, empty_mask])
+
+
+@torch.no_grad()
+def draw_in_two_phases(model, vae, batch, steps, guidance):
+    """Pixels (latents if vae is None) of a batch's prompts and noise, as sample.py draws them."""
+    B = len(batch["eps"])
+    text = model.encode_ids(*with_empty_prompt(batch["short_ids"], batch["short_mask"]))
+    prompts = text.map(lambda t: t[:B])
+    empty = text.map(lambda t: t[B:])
+    x = fusedit.sample(model.dit, batch["eps"], prompts, empty, steps, guidance,
+                       model.config.shift)
+    if vae is None:
+        return x
+    return torch.cat([vae.decode(latents) for latents in x.split(1)])
+
+
+@torch.no_grad()
+def draw_with_joint_mask(model, vae, batch, steps, guidance):
+    """The same by the published formulation."""
+    ids, mask = with_empty_prompt(batch["ids"], batch["mask"])
+    # The sampler passes text on as it is: token ids take the place of CLIP's vector.
+    texts = []
+    for half_ids, half_mask in zip(ids.chunk(2), mask.chunk(2), strict=True):
+        texts.append(fusedit.TextFeatures((), (), None, half_mask, half_ids))
+    prompts, empty = texts
+
+    def velocity(x, sigma, text):
+        return joint(model, x, sigma, text.pooled, text.mask)
+    x = fusedit.sample(velocity, batch["eps"], prompts, empty, steps, guidance,
+                       model.config.shift)
+    if vae is None:
+        return x
+    return vae.decode(x)
+
+
+class Bench:
+    """The model and its batches, and the two formulations as they are timed."""
+
+    def __init__(self, args):
+        self.args = args
+        self.device, self.dtype, self.case, self.model = start(args)
+        self.fast_vae = self.case.vae(self.device, self.dtype, True)
+        self.slow_vae = self.case.vae(self.device, self.dtype, False)
+        if args.compile:
+            backend.compile_model(self.model, self.fast_vae)
+        self.batches = list(self.case.batches(4, args.batch, self.device))
+
+    def two_phases(self, i):
+        """Draw the i-th batch with sample.py's settings of PyTorch."""
+        args = self.args
+        return draw_in_two_phases(self.model, self.fast_vae, self.batches[i % 4], args.steps,
+                                  args.guidance)
+
+    def joint_mask(self, i):
+        """Draw the i-th batch with PyTorch's own settings."""
+        args = self.args
+        defaults()
+        x = draw_with_joint_mask(self.model, self.slow_vae, self.batches[i % 4], args.steps,
+                                 args.guidance)
+        backend.configure(self.device, self.dtype)
+        return x
+
+    def image_tokens(self):
+        """Image tokens per image."""
+        config = self.case.config
+        side = config.image_size // config.patch_size
+        if config.vae:
+            side //= 8
+        return side * side
+
+
+# ---- what is measured ----------------------------------------------------------------------------
+
+def exactness(bench):
+    """{formulation: distance from the same in float32, relative to the norm}."""
+    args = bench.args
+    exact = bench.case.build(bench.device, torch.float32)
+    exact.load_state_dict(bench.model.state_dict())
+    two = {name: value[:2] for name, value in bench.batches[0].items()}
+    expected = draw_in_two_phases(exact, None, two, args.steps, args.guidance)
+    errors = {}
+    for name, draw in (("two phases", draw_in_two_phases), ("joint mask", draw_with_joint_mask)):
+        drawn = draw(bench.model, None, two, args.steps, args.guidance)
+        errors[name] = norm(drawn, expected)
+        print(f"{name} against float32, after {args.steps} steps: {errors[name]:.1e} of the norm")
+    return errors
+
+
+def time_formulations(bench):
+    """Seconds of each round {formulation: [...]}, and the matrix rate in FLOP/s."""
+    args = bench.args
+    rows = 2 * args.batch * bench.image_tokens()           # with guidance
+    multiply, flops = product(bench.case, bench.device, bench.dtype, rows, train=False)
+
+    def products(i):
+        for _ in range(PRODUCTS):
+            multiply()
+    works = {"two phases": bench.two_phases, "joint mask": bench.joint_mask, "product": products}
+    seconds = alternate(works, bench.device, args.rounds, 1)
+    rate = PRODUCTS * flops / statistics.median(seconds.pop("product"))
+    return seconds, rate
+
+
+def time_shares(bench):
+    """Where the time of two phases goes: {kind of kernel: seconds}."""
+    batch = bench.batches[0]
+    sigma = torch.full([2 * bench.args.batch], 0.7, device=bench.device)
+    double = {name: torch.cat([value, value]) for name, value in batch.items()}
+    text = read(bench.model, double)
+
+    def encode():
+        read(bench.model, double)
+
+    @torch.no_grad()
+    def denoise():
+        for _ in range(bench.args.steps):
+            bench.model.dit(double["eps"], sigma, text)
+
+    @torch.no_grad()
+    def decode():
+        for latents in batch["eps"].split(1):
+            bench.fast_vae.decode(latents)
+
+    parts = {"Gemma": (encode, "Gemma"), "DiT": (denoise, None)}
+    if bench.fast_vae is not None:
+        parts["VAE"] = (decode, "VAE")
+    return shares(parts, bench.device)
 
 
 def main():
     p = parser(__doc__, 8, 5)
-    p.add_argument("--steps", type=cli.positive, default=25)
-    p.add_argument("--guidance", type=float, default=6.0)
+    p.add_argument("--steps", type=cli.positive, default=25, help="number of Euler steps")
+    p.add_argument("--guidance", type=float, default=6.0, help="scale of guidance")
     args = p.parse_args()
-    device, dtype, case, model = start(args)
-    fast_vae, slow_vae = (case.vae(device, dtype, fast) for fast in (True, False))
-    if args.compile:
-        backend.compile_model(model, fast_vae)
-    batches = [*case.batches(4, args.batch, device)]
+    bench = Bench(args)
 
-    def work(i, fast):
-        if not fast:
-            defaults()
-        x = draw(model, fast_vae if fast else slow_vae, batches[i % 4], args.steps, args.guidance,
-                 fast)
-        backend.configure(device, dtype)
-        return x
-    exact = case.build(device, torch.float32)
-    exact.load_state_dict(model.state_dict())
-    few = {k: v[:2] for k, v in batches[0].items()}
-    want = draw(exact, None, few, args.steps, args.guidance, True)
-    found = {}
-    for name, fast in (("two phases", True), ("joint mask", False)):
-        found[name] = norm(draw(model, None, few, args.steps, args.guidance, fast), want)
-        print(f"{name} against float32, after {args.steps} steps: {found[name]:.1e} of the norm")
-    del exact
-    tokens = (case.config.image_size // (8 if case.config.vae else 1) // case.config.patch_size)**2
-    multiply, flops = product(case, device, dtype, 2 * args.batch * tokens, train=False)
-    works = {"two phases": lambda i: work(i, True), "joint mask": lambda i: work(i, False),
-             "product": lambda i: [multiply() for _ in range(10)]}
-    seconds = alternate(works, device, args.rounds, 1)
-    rate = 10 * flops / statistics.median(seconds.pop("product"))
-    peak = {name: peak_memory(lambda name=name: works[name](0), device) for name in seconds}
-    counted = {k: args.batch * n for k, n in useful(case, args.steps).items()}
-    print(f"{machine(device)}, torch {torch.__version__}, {args.dtype}, {tokens} image tokens, "
+    errors = exactness(bench)
+    seconds, rate = time_formulations(bench)
+    peak = {"two phases": peak_memory(lambda: bench.two_phases(0), bench.device),
+            "joint mask": peak_memory(lambda: bench.joint_mask(0), bench.device)}
+    flops = {name: args.batch * count for name, count in useful(bench.case, args.steps).items()}
+
+    name = machine(bench.device)
+    print(f"{name}, torch {torch.__version__}, {args.dtype}, {bench.image_tokens()} image tokens, "
           f"{args.batch} images, {args.steps} steps; the MLP's product: {rate / 1e9:,.0f} GFLOP/s")
-    rows = table(seconds, sum(counted.values()), rate, args.batch, peak)
+    rows = table(seconds, sum(flops.values()), rate, args.batch, peak)
     ratio = rows["joint mask"]["seconds"] / rows["two phases"]["seconds"]
     print(f"two phases are {ratio:.2f} times as fast")
-    batch, sigma = batches[0], torch.full([2 * args.batch], 0.7, device=device)
-    double = {k: torch.cat([v, v]) for k, v in batch.items()}
-    text = read(model, double)
-
-    @torch.no_grad()
-    def dit():
-        for _ in range(args.steps):
-            model.dit(double["eps"], sigma, text)
-    parts = {"Gemma": (lambda: read(model, double), "Gemma"), "DiT": (dit, None)}
-    if fast_vae:
-        decode = torch.no_grad()(lambda: [fast_vae.decode(z) for z in batch["eps"].split(1)])
-        parts["VAE"] = decode, "VAE"
-    finish(args, dict(exactness=found) | rows | dict(
-        machine=machine(device), ratio=ratio, matrix_rate=rate, useful_flops=counted,
-        shares=shares(parts, device)))
+    figures = dict(machine=name, ratio=ratio, matrix_rate=rate, useful_flops=flops,
+                   shares=time_shares(bench))
+    finish(args, dict(exactness=errors) | rows | figures)
 
 
 if __name__ == "__main__":

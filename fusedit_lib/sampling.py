@@ -1,66 +1,183 @@
-"""TODO."""
+"""From prompts to images, one batch at a time.
+
+In a notebook:
+
+    from fusedit_lib import pretrained, sampling
+    model = pretrained.load_model("demo")
+    sampling.generate(model, ["a large red circle", "a small blue star"], seeds=[0, 1])
+
+sample.py, evaluate.py and the sample grids of a training run all draw with generate(). A model that
+works on the latents of an autoencoder needs it as well: vae=load_vae(model.config.vae, ...).
+"""
+import math
+
 import torch
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 from tqdm import tqdm
 
 import fusedit
+from fusedit import FuseDiTError
 from fusedit_lib import backend
 
+# ---- drawing -------------------------------------------------------------------------------------
 
-def to_images(x, vae):
-    """Latents, or pixels where there is no VAE, x [B,C,H,W] -> PIL images."""
-    with torch.no_grad():
-        pixels = (vae.decode(x) if vae else x).float().clamp(-1, 1).permute(0, 2, 3, 1)
-    return [Image.fromarray(p) for p in ((pixels + 1) * 127.5).round().byte().cpu().numpy()]
+@torch.no_grad()
+def generate(model, prompts, seeds, *, vae=None, height=None, width=None, steps=25, guidance=None,
+             guidance_span=(0, 1), negative="", text_length=None, callback=None):
+    """Draw one batch: an image (PIL) for each pair of prompts[i] and seeds[i].
+
+    model          FuseDiT, as load_model returns it
+    vae            its autoencoder; None for a model of pixels
+    height, width  in pixels; by default the size that the model was trained at
+    steps          number of Euler steps
+    guidance       scale of classifier-free guidance; by default the model's own, 1 turns it off
+    guidance_span  lowest and highest noise level (0 to 1) at which guidance is applied
+    negative       prompt to steer away from
+    text_length    tokens to pad all prompts to; by default padded_text_length() of this batch
+    callback       called as callback(step, x) after each step, with the noisy x [B,C,h,w]
+
+    A seed gives the same noise whatever else is in the batch. Raises FuseDiTError.
+    """
+    config = model.config
+    if len(prompts) != len(seeds):
+        raise FuseDiTError(f"{len(prompts)} prompts but {len(seeds)} seeds: give as many seeds")
+    if config.vae and vae is None:
+        raise FuseDiTError(f"this model draws latents of {config.vae}: pass it as vae=")
+    check_guidance_span(guidance_span)
+    if guidance is None:
+        guidance = config.guidance
+
+    # Text: each distinct prompt is encoded once, and the negative prompt is the last row.
+    distinct = list(dict.fromkeys(prompts))
+    encoded = [*distinct, negative]
+    if text_length is None:
+        text_length = padded_text_length(model, encoded)
+    features = model.encode(encoded, text_length)
+    prompt_rows = [distinct.index(prompt) for prompt in prompts]
+    negative_rows = [len(distinct)] * len(prompts)
+    text = features.map(lambda t: t[prompt_rows])
+    uncond = features.map(lambda t: t[negative_rows])
+
+    # Noise is drawn on the CPU, where a seed means the same on every machine.
+    shape = (config.in_channels, *latent_size(config, vae, height, width))
+    generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+    noise = [torch.randn(shape, generator=generator) for generator in generators]
+    noise = torch.stack(noise).to(features.mask.device)                # [B,C,h,w]
+
+    x = fusedit.sample(model.dit, noise, text, uncond, steps, guidance, config.shift,
+                       guidance_span, callback)
+    images = []
+    for latents in x.split(1):              # one at a time: decoding takes much memory
+        images += to_images(latents, vae)
+    return images
 
 
-def sheet(images, columns, side=192):
-    """All images on one picture; small ones magnified to about `side`, pixel by pixel."""
-    k, columns = max(1, side // images[0].width), min(columns, len(images))
-    w, h = images[0].width * k, images[0].height * k
-    page = Image.new("RGB", ((w + 4) * columns, (h + 4) * -(-len(images) // columns)), "white")
-    for i, image in enumerate(images):
-        x, y = i % columns * (w + 4) + 2, i // columns * (h + 4) + 2
-        page.paste(image.resize((w, h), Image.Resampling.NEAREST), (x, y))
-    return page
+def check_guidance_span(span):
+    """Raise FuseDiTError unless span is (low, high)."""
+    low, high = span
+    if low > high:
+        raise FuseDiTError(f"guidance span {low:g} {high:g}: the lower noise level comes first, as "
+                           "in 0 0.9")
 
 
-def text_length(model, prompts):
-    """How many tokens to pad prompts to: as many as the longest has, or what suits a GPU."""
-    rows, limit = fusedit.token_ids(model.tokenizer, prompts, model.config)
+def latent_size(config, vae, height=None, width=None):
+    """Height and width of x for an image of height x width pixels (None: as trained).
+
+    Without a VAE x is the pixels themselves. Raises FuseDiTError if a side is not whole patches.
+    """
+    factor = 1
+    if vae is not None:
+        factor = vae.factor
+    if height is None:
+        height = config.image_size
+    if width is None:
+        width = config.image_size
+    check_side("height", height, config.patch_size * factor)
+    check_side("width", width, config.patch_size * factor)
+    return height // factor, width // factor
+
+
+def check_side(name, pixels, patch):
+    """Raise FuseDiTError unless a side is at least one patch of `patch` pixels, and whole ones."""
+    if pixels >= patch and pixels % patch == 0:
+        return
+    below = pixels // patch * patch
+    near = f"{below + patch}"
+    if below:
+        near = f"{below} or {below + patch}"
+    raise FuseDiTError(f"{name} {pixels} is not a multiple of {patch} pixels, the size of a patch; "
+                       f"try {near}")
+
+
+def padded_text_length(model, prompts):
+    """The number of tokens to pad prompts to: the longest prompt's, rounded up on a GPU."""
+    token_ids, limit = fusedit.token_ids(model.tokenizer, prompts, model.config)
+    longest = max(len(ids) for ids in token_ids)
     device = model.llm.embed_tokens.weight.device
-    return backend.round_up_to_tile(min(max(map(len, rows)), limit), limit, device)
+    return backend.round_up_to_tile(min(longest, limit), limit, device)
 
 
-def draw(batches, model, vae, size, args, device, done=0, quiet=False):
-    """(prompt, seed, image, frames) of each (prompt, seed) of lists; done: images drawn before."""
-    c, total, read = model.config, done + sum(map(len, batches)), None
-    with tqdm(total=total, initial=done, disable=quiet or None, desc="drawing", unit="image",
-              bar_format="{l_bar}{bar}| {n:.0f}/{total} [{elapsed}<{remaining} {rate_fmt}]") as bar:
-        for part in batches:
-            if (prompts := list(dict.fromkeys(prompt for prompt, _ in part))) != read:
-                read, words = prompts, [*prompts, args.negative]
-                texts = model.encode(words, text_length(model, words))
-            frames, rngs = [], [torch.Generator().manual_seed(seed) for _, seed in part]
+# ---- images --------------------------------------------------------------------------------------
 
-            def step(i, x, part=part, frames=frames):
-                bar.update(len(part) / args.steps)
-                if args.gif:
-                    frames.append([sheet([im], 1, 256) for im in to_images(x, vae)])
-            noise = [torch.randn(c.in_channels, *size, generator=rng) for rng in rngs]
-            rows, last = [prompts.index(prompt) for prompt, _ in part], [-1] * len(part)
-            x = fusedit.sample(model.dit, torch.stack(noise).to(device),
-                               texts.map(lambda t: t[rows]), texts.map(lambda t: t[last]),
-                               args.steps, args.guidance, c.shift, args.guidance_span, step)
-            for i, one in enumerate(x.split(1)):            # decoding takes memory
-                yield *part[i], *to_images(one, vae), [f[i] for f in frames]
+@torch.no_grad()
+def to_images(x, vae):
+    """PIL images of x [B,C,h,w]: latents of vae or, if vae is None, pixels in [-1, 1]."""
+    pixels = x
+    if vae is not None:
+        pixels = vae.decode(x)
+    pixels = pixels.float().clamp(-1, 1).permute(0, 2, 3, 1)           # [B,H,W,3]
+    pixels = ((pixels + 1) * 127.5).round().byte().cpu().numpy()
+    return [Image.fromarray(p) for p in pixels]
 
 
-def notes(prompt, seed, args):              # what a PNG says of itself
+def image_grid(images, columns, side=192):
+    """One image that shows all `images`, of equal size, in rows of `columns`.
+
+    Images narrower than `side` pixels are magnified by a whole factor, without smoothing.
+    """
+    margin = 2                              # white pixels around each image
+    scale = max(1, side // images[0].width)
+    width = images[0].width * scale
+    height = images[0].height * scale
+    columns = min(columns, len(images))
+    rows = math.ceil(len(images) / columns)
+
+    size = (columns * (width + 2 * margin), rows * (height + 2 * margin))
+    grid = Image.new("RGB", size, "white")
+    for i, image in enumerate(images):
+        row, column = divmod(i, columns)
+        x = column * (width + 2 * margin) + margin
+        y = row * (height + 2 * margin) + margin
+        grid.paste(image.resize((width, height), Image.Resampling.NEAREST), (x, y))
+    return grid
+
+
+def png_info(prompt, seed, steps, guidance, guidance_span, negative, model):
+    """PNG text chunks from which an image can be drawn again; model: path of its checkpoint."""
+    low, high = guidance_span
+    fields = {"prompt": prompt, "seed": seed, "steps": steps, "guidance": guidance,
+              "guidance_span": f"{low:g} {high:g}", "negative": negative, "model": model}
     info = PngInfo()
-    span = "{:g} {:g}".format(*args.guidance_span)
-    for key, value in dict(prompt=prompt, seed=seed, steps=args.steps, guidance=args.guidance,
-                           guidance_span=span, negative=args.negative, model=args.model).items():
+    for key, value in fields.items():
         info.add_itxt(key, str(value))
     return info
+
+
+# ---- for programs that draw many batches ---------------------------------------------------------
+
+def batches_of(jobs, size):
+    """A list in consecutive parts of `size`; the last one may be shorter."""
+    return [jobs[start:start + size] for start in range(0, len(jobs), size)]
+
+
+def progress_bar(total, done=0, hidden=False):
+    """A tqdm bar that counts images, `done` of them drawn earlier.
+
+    Update it from generate()'s callback with len(x) / steps, so that it moves at every step.
+    """
+    disable = None                          # tqdm then hides it where stderr is not a terminal
+    if hidden:
+        disable = True
+    return tqdm(total=total, initial=done, disable=disable, desc="drawing", unit="image",
+                bar_format="{l_bar}{bar}| {n:.0f}/{total} [{elapsed}<{remaining} {rate_fmt}]")

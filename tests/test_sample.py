@@ -1,4 +1,4 @@
-"""sample.py as a user runs it: a process, its files, and its words when something is wrong."""
+"""sample.py as a user runs it (a process, its files, its error messages), and generate()."""
 import shutil
 import sys
 from dataclasses import asdict
@@ -10,21 +10,29 @@ import warm
 from conftest import REFERENCE, ROOT
 from PIL import Image
 
-from fusedit import FuseDiTConfig
-from fusedit_lib.pretrained import build_model, save_model
+from fusedit import FuseDiTConfig, FuseDiTError
+from fusedit_lib import sampling
+from fusedit_lib.pretrained import build_model, load_model, save_model
+from fusedit_lib.vae import load_vae
 
 PIPELINE = str(REFERENCE / "released_layout" / "pipeline")
 
 
-def run(*args, cwd=None):
-    done = warm.run([ROOT / "sample.py", *args], cwd=cwd)
+def run(*args):
+    """Run sample.py to its end."""
+    done = warm.run([ROOT / "sample.py", *args])
     assert "Traceback" not in done.stderr, done.stderr
     return done
 
 
+def pixels(path):
+    """The pixels of an image file, as signed integers."""
+    return np.asarray(Image.open(path)).astype(int)
+
+
 @pytest.fixture(scope="module")
 def model(tmp_path_factory, gemma_folder):
-    """A checkpoint that draws something: random weights, pixels of 8 x 8."""
+    """The folder of a model with random weights that draws something, in 8 x 8 pixels."""
     folder = tmp_path_factory.mktemp("model")
     config = FuseDiTConfig(base=str(gemma_folder), in_channels=3, vae=None, image_size=8,
                            max_text_tokens=6, pos_embed="2d-rope", guidance=2.5)
@@ -36,49 +44,59 @@ def model(tmp_path_factory, gemma_folder):
     return folder
 
 
-def test_pictures_sheet_animation_and_metadata(model, tmp_path):
+# ------------------------------------------------------------------------------ what it writes
+
+def test_images_grid_animation_and_metadata(model, tmp_path):
     done = run("--model", model, "--prompt", "a red circle", "--prompt", "a blue star",
                "--num-images", 2, "--steps", 3, "--seed", 5, "--grid", "--gif", "--out", tmp_path)
     assert done.returncode == 0, done.stderr
-    names = sorted(p.name for p in tmp_path.iterdir())
-    assert names == sorted(["grid.png"] + [f"a-{w}-{s}.{e}" for w in ("red-circle", "blue-star")
-                                           for s in (5, 6) for e in ("gif", "png")])
-    picture = Image.open(tmp_path / "a-blue-star-6.png")
-    assert picture.size == (8, 8) and picture.text == {
+    expected = {"grid.png"}
+    for stem in ("a-red-circle-5", "a-red-circle-6", "a-blue-star-5", "a-blue-star-6"):
+        expected |= {f"{stem}.png", f"{stem}.gif"}
+    assert {p.name for p in tmp_path.iterdir()} == expected
+    assert len(list(tmp_path.iterdir())) == len(expected)
+
+    image = Image.open(tmp_path / "a-blue-star-6.png")
+    assert image.size == (8, 8)
+    assert image.text == {
         "prompt": "a blue star", "seed": "6", "steps": "3", "guidance": "2.5", "negative": "",
-        "guidance_span": "0 1", "model": str(model)}          # 2.5: the model's own
+        "guidance_span": "0 1", "model": str(model)}          # 2.5 is the model's own
     assert Image.open(tmp_path / "a-red-circle-5.gif").n_frames == 3
 
 
 def test_compiled_it_draws_the_same(model, tmp_path):
-    for name, more in (("plain", ()), ("compiled", ("--compile",))):
-        done = run("--model", model, "--prompt", "a red circle", "--steps", 3, "--out",
-                   tmp_path / name, "--dtype", "float32", *more)
-        assert done.returncode == 0, done.stderr
-    a, b = (np.asarray(Image.open(tmp_path / name / "a-red-circle-0.png"), int)
-            for name in ("plain", "compiled"))
-    assert np.ptp(a) > 50 and abs(a - b).max() <= 1
+    words = ("--model", model, "--prompt", "a red circle", "--steps", 3, "--dtype", "float32")
+    plain = run(*words, "--out", tmp_path / "plain")
+    assert plain.returncode == 0, plain.stderr
+    compiled = run(*words, "--out", tmp_path / "compiled", "--compile")
+    assert compiled.returncode == 0, compiled.stderr
+    a = pixels(tmp_path / "plain" / "a-red-circle-0.png")
+    b = pixels(tmp_path / "compiled" / "a-red-circle-0.png")
+    assert np.ptp(a) > 50
+    assert abs(a - b).max() <= 1
 
 
-def test_a_picture_names_the_checkpoint_not_the_run(model, tmp_path):
+def test_an_image_names_the_checkpoint_not_the_run(model, tmp_path):
     (tmp_path / "run").mkdir()
     shutil.copytree(model, tmp_path / "run" / "step-0000007")
     (tmp_path / "run" / "latest").write_text("step-0000007\n")
     done = run("--model", tmp_path / "run", "--prompt", "a star", "--steps", 1, "--out", tmp_path,
                "--guidance", 4)
     assert done.returncode == 0, done.stderr
-    drawn = Image.open(tmp_path / "a-star-0.png")
-    assert drawn.text["guidance"] == "4.0"
-    assert drawn.text["model"] == str(tmp_path / "run" / "step-0000007")
+    image = Image.open(tmp_path / "a-star-0.png")
+    assert image.text["guidance"] == "4.0"
+    assert image.text["model"] == str(tmp_path / "run" / "step-0000007")
 
 
-def test_a_seed_gives_one_picture_whatever_else_is_drawn(model, tmp_path):
+def test_a_seed_gives_one_image_whatever_else_is_drawn(model, tmp_path):
     run("--model", model, "--prompt", "a star", "--prompt", "a small green square above the star",
         "--num-images", 3, "--steps", 4, "--batch-size", 4, "--out", tmp_path / "a")
     run("--model", model, "--prompt", "a star", "--seed", 2, "--steps", 4, "--out", tmp_path / "b")
-    a, b = (np.asarray(Image.open(tmp_path / d / "a-star-2.png")).astype(int) for d in "ab")
-    other = np.asarray(Image.open(tmp_path / "a" / "a-star-1.png")).astype(int)
-    assert abs(a - b).max() <= 1 and abs(a - other).max() > 10
+    a = pixels(tmp_path / "a" / "a-star-2.png")
+    b = pixels(tmp_path / "b" / "a-star-2.png")
+    other = pixels(tmp_path / "a" / "a-star-1.png")
+    assert abs(a - b).max() <= 1
+    assert abs(a - other).max() > 10
 
 
 def test_nothing_is_overwritten(model, tmp_path):
@@ -88,34 +106,21 @@ def test_nothing_is_overwritten(model, tmp_path):
                                                           "grid.png", "grid_2.png"]
 
 
-def test_each_text_is_read_once_and_not_again_during_the_steps(model, monkeypatch, tmp_path):
-    import sample
-    from fusedit_lib import cli
-    calls = []
-    real = cli.load_model
-
-    def counted(*args):
-        loaded = real(*args)
-        loaded.llm.register_forward_hook(lambda m, i, out: calls.append(len(i[0])))
-        return loaded
-    monkeypatch.setattr(cli, "load_model", counted)
-    monkeypatch.setattr(sys, "argv", ["sample.py", "--model", str(model), "--prompt", "a star",
-                                      "--prompt", "a star", "--num-images", "3", "--steps", "4",
-                                      "--batch-size", "2", "--out", str(tmp_path)])
-    sample.main()
-    assert calls == [2]                     # one pass: the prompt, and the empty one
-
-
 def test_released_layout_and_export(tmp_path):
-    size = ("--height", 32, "--width", 48, "--steps", 2, "--prompt", "a large green square")
-    done = run("--model", PIPELINE, *size, "--out", tmp_path / "a", "--export", tmp_path / "m")
+    words = ("--height", 32, "--width", 48, "--steps", 2, "--prompt", "a large green square")
+    done = run("--model", PIPELINE, *words, "--out", tmp_path / "a", "--export", tmp_path / "m")
     assert done.returncode == 0, done.stderr
-    assert run("--model", tmp_path / "m", *size, "--out", tmp_path / "b").returncode == 0
-    a, b = (np.asarray(Image.open(tmp_path / d / "a-large-green-square-0.png")) for d in "ab")
-    assert a.shape == (32, 48, 3) and (a == b).all()
+    done = run("--model", tmp_path / "m", *words, "--out", tmp_path / "b")
+    assert done.returncode == 0, done.stderr
+    a = pixels(tmp_path / "a" / "a-large-green-square-0.png")
+    b = pixels(tmp_path / "b" / "a-large-green-square-0.png")
+    assert a.shape == (32, 48, 3)
+    assert (a == b).all()
 
 
-def test_words_and_length_the_model_cannot_read(model, tmp_path):
+# ------------------------------------------------------------------------------ what it says
+
+def test_unknown_words_and_long_prompts_are_reported(model, tmp_path):
     done = run("--model", model, "--prompt", "a purple zebra and a red circle above the star",
                "--steps", 1, "--out", tmp_path)
     assert done.returncode == 0
@@ -123,35 +128,112 @@ def test_words_and_length_the_model_cannot_read(model, tmp_path):
     assert "cut to 6 tokens, after 'a" in done.stderr
 
 
-@pytest.mark.parametrize("args, code, words", [
-    ([], 2, "--prompt"), (["--prompt", "x", "--steps", "0"], 2, "at least 1"),
+@pytest.mark.parametrize("args, code, message", [
+    ([], 2, "--prompt"),
+    (["--prompt", "x", "--steps", "0"], 2, "at least 1"),
     (["--prompt", "x", "--no-ema"], 1, "averaged weights only"),
     (["--prompt", "x", "--model", "./nowhere"], 1, "no such model folder"),
     (["--prompt", "x", "--model", "{empty}"], 1, "config.json"),
-    (["--prompt", "x", "--height", "9"], 1, "--height 9 is not whole patches of 2 pixels; try 8 or "
-                                            "10"),
+    (["--prompt", "x", "--height", "9"], 1,
+     "height 9 is not a multiple of 2 pixels, the size of a patch; try 8 or 10"),
     (["--prompt", "x", "--device", "cuda:7"], 1, "cuda:7"),
     (["--prompt", "x", "--seed", "99999999999999999999"], 2, "from 0 to"),
     (["--prompt", "x", "--device", "toaster"], 1, "toaster"),
     (["--prompts", "{empty}/none.txt"], 1, "none.txt"),
-    (["--prompts", "{blank}"], 1, "is empty"), (["--prompts", "{latin}"], 1, "not UTF-8 (byte 3)"),
+    (["--prompts", "{blank}"], 1, "is empty"),
+    (["--prompts", "{latin}"], 1, "not UTF-8 (byte 3)"),
+    (["--prompt", "x", "--guidance-span", "0.9", "0.1"], 1, "lower noise level comes first"),
     (["--prompt", "x", "--out", "{blank}/deep"], 1, "deep")])
-def test_bad_input_gets_one_line(model, tmp_path, args, code, words):
+def test_bad_input_gets_one_line(model, tmp_path, args, code, message):
     (tmp_path / "empty").mkdir()
     (tmp_path / "blank.txt").write_text("\n  \n")
     (tmp_path / "latin.txt").write_bytes("caf\xe9".encode("latin-1"))
-    places = dict(empty=tmp_path / "empty", blank=tmp_path / "blank.txt",
-                  latin=tmp_path / "latin.txt")
-    args = [a.format(**places) for a in args]
-    out = [] if "--out" in args else ["--out", tmp_path / "out"]
-    done = run(*([] if "--model" in args or not args else ["--model", model]), *args,
-               *(out if args else []))
-    assert done.returncode == code and words in done.stderr, done.stderr
-    assert code == 2 or len(done.stderr.strip().splitlines()) == 1
+    paths = dict(empty=tmp_path / "empty", blank=tmp_path / "blank.txt",
+                 latin=tmp_path / "latin.txt")
+    args = [arg.format(**paths) for arg in args]
+    if args and "--model" not in args:
+        args += ["--model", model]
+    if args and "--out" not in args:
+        args += ["--out", tmp_path / "out"]
+
+    done = run(*args)
+    assert done.returncode == code, done.stderr
+    assert message in done.stderr
+    if code != 2:                           # argparse prints the usage as well
+        assert len(done.stderr.strip().splitlines()) == 1
     assert not list((tmp_path / "out").glob("*"))
 
 
-def test_a_span_the_wrong_way_round_is_named(model, tmp_path):
-    done = run("--model", model, "--prompt", "a star", "--guidance-span", 0.9, 0.1, "--out",
-               tmp_path)
-    assert done.returncode == 1 and "lower noise level comes first" in done.stderr
+# ------------------------------------------------------------------------------ generate()
+
+def count_texts(model):
+    """A list to which every pass of the model's Gemma adds how many texts it encodes."""
+    counts = []
+    model.llm.register_forward_hook(lambda module, inputs, output: counts.append(len(inputs[0])))
+    return counts
+
+
+def test_each_text_is_encoded_once_per_batch_and_not_during_the_steps(model, monkeypatch,
+                                                                      tmp_path):
+    import sample
+    from fusedit_lib import cli
+    counts = []
+    load = cli.load_model
+
+    def load_and_count(*args):
+        loaded = load(*args)
+        counts.append(count_texts(loaded))
+        return loaded
+    monkeypatch.setattr(cli, "load_model", load_and_count)
+    monkeypatch.setattr(sys, "argv", ["sample.py", "--model", str(model), "--prompt", "a star",
+                                      "--prompt", "a star", "--num-images", "3", "--steps", "4",
+                                      "--batch-size", "3", "--out", str(tmp_path)])
+    sample.main()
+    assert counts == [[2, 2]]               # two batches of three: the prompt and the empty one
+
+
+def test_three_lines_in_a_notebook_draw_what_sample_py_draws(model, tmp_path):
+    run("--model", model, "--prompt", "a star", "--seed", 3, "--num-images", 2, "--out", tmp_path,
+        "--dtype", "float32")
+    loaded = load_model(model)
+    images = sampling.generate(loaded, ["a star", "a star"], [3, 4])
+    for image, seed in zip(images, (3, 4), strict=True):
+        difference = np.asarray(image, int) - pixels(tmp_path / f"a-star-{seed}.png")
+        assert abs(difference).max() <= 1
+
+
+def test_prompts_and_seeds_of_a_batch_are_pairs(model):
+    loaded = load_model(model)
+    counts = count_texts(loaded)
+    steps = []
+
+    def after_step(step, x):
+        assert x.shape == (3, 3, 8, 4)
+        steps.append(step)
+    prompts = ["a star", "a blue circle", "a star"]
+    images = sampling.generate(loaded, prompts, [1, 1, 2], width=4, steps=2, negative="a square",
+                               text_length=6, callback=after_step)
+    assert steps == [0, 1]
+    assert counts == [3]                    # two prompts and the negative one
+    assert [image.size for image in images] == [(4, 8)] * 3
+    assert len({image.tobytes() for image in images}) == 3
+
+    alone, = sampling.generate(loaded, ["a star"], [2], width=4, steps=2, negative="a square")
+    assert abs(np.asarray(alone, int) - np.asarray(images[2], int)).max() <= 1
+
+
+def test_what_generate_refuses(model):
+    loaded = load_model(model)
+    with pytest.raises(FuseDiTError, match="2 prompts but 1 seeds"):
+        sampling.generate(loaded, ["a star", "a circle"], [0])
+    with pytest.raises(FuseDiTError, match="width 7 is not a multiple of 2 pixels"):
+        sampling.generate(loaded, ["a star"], [0], width=7)
+    with pytest.raises(FuseDiTError, match="lower noise level comes first"):
+        sampling.generate(loaded, ["a star"], [0], guidance_span=(1, 0))
+    latents = load_model(PIPELINE)
+    with pytest.raises(FuseDiTError, match="pass it as vae="):
+        sampling.generate(latents, ["a star"], [0])
+    config = latents.config
+    vae = load_vae(config.vae, "cpu", torch.float32, config.in_channels)
+    images = sampling.generate(latents, ["a star"], [0], vae=vae, height=32, width=48, steps=1)
+    assert images[0].size == (48, 32)

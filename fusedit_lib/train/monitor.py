@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from fusedit import FuseDiTError
 from fusedit_lib.files import atomic_write, read_jsonl
-from fusedit_lib.sampling import sheet
+from fusedit_lib.sampling import image_grid
 from fusedit_lib.train import checkpoints, distributed, plan
 from fusedit_lib.train.schedule import on
 from fusedit_lib.train.validation import LEVELS, draw, validate, validation
@@ -200,7 +200,7 @@ class Watcher:
         if on(run, step, run.sample_every):
             images = draw(run, self.config, model, self.vae, self.one.sync, *self.share)
             if self.rank == 0:
-                page = sheet(images, math.ceil(math.sqrt(len(images))))
+                page = image_grid(images, math.ceil(math.sqrt(len(images))))
                 said = PngInfo()
                 said.add_text("prompts", "\n".join(run.prompts))
                 png = self.out / "samples" / f"step-{step:07d}.png"

@@ -7,7 +7,7 @@ import torch.distributed as dist
 import fusedit
 from fusedit import FuseDiTError
 from fusedit_lib.data.batches import Batches, tensors_only, to_device
-from fusedit_lib.sampling import text_length, to_images
+from fusedit_lib.sampling import padded_text_length, to_images
 
 LEVELS = [(i + 0.5) / 8 for i in range(8)]  # sigmas of the validation loss
 
@@ -21,7 +21,7 @@ def draw(run, config, model, vae, sync, rank, world):
     """
     n, side = len(run.prompts), config.image_size // (vae.factor if vae else 1)
     mine = [i % n for i in range(rank, -(-n // world) * world, world)]
-    length = text_length(model, [*run.prompts, ""])        # of all ranks' prompts
+    length = padded_text_length(model, [*run.prompts, ""])        # of all ranks' prompts
     texts = model.encode([run.prompts[i] for i in mine] + [""], length)
     noise = torch.stack([torch.randn(config.in_channels, side, side,
                                      generator=torch.Generator().manual_seed(run.seed + i))

@@ -1,185 +1,247 @@
-"""Distances against closed forms and SciPy; how sure scores are; extractors; fid as a command."""
+"""Distances against closed forms and SciPy; uncertainty; the networks; fid as a command."""
 import importlib.util
-import json
 
 import numpy as np
 import pytest
 import scipy.linalg
 import torch
 from PIL import Image, ImageFilter
-from test_evaluate import command
+from test_evaluate import command, read_json
 
 from fusedit import FuseDiTError
 from fusedit_lib.evaluation import metrics
 
+CPU = torch.device("cpu")
+
+
+def normal(*shape, seed=0):
+    """Standard normal numbers in float64."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(*shape, dtype=torch.float64, generator=generator)
+
+
+def constant(value, d):
+    return torch.full((d,), value, dtype=torch.float64)
+
 
 def gaussian(mean, covariance, n, seed=0):
     """n samples of exactly this mean and (n - 1) covariance."""
-    rng, root = torch.Generator().manual_seed(seed), torch.linalg.cholesky
-    x = torch.randn(n, len(mean), dtype=torch.float64, generator=rng)
+    x = normal(n, len(mean), seed=seed)
     x -= x.mean(0)
-    white = torch.linalg.solve_triangular(root(x.T @ x / (n - 1)), x.T, upper=False)
-    return (root(covariance) @ white).T + mean
+    root = torch.linalg.cholesky(x.T @ x / (n - 1))
+    white = torch.linalg.solve_triangular(root, x.T, upper=False)
+    return (torch.linalg.cholesky(covariance) @ white).T + mean
 
 
-def covariance(d, seed):
-    a = torch.randn(d, d, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+def random_covariance(d, seed):
+    a = normal(d, d, seed=seed)
     return a @ a.T / d + 0.1 * torch.eye(d, dtype=torch.float64)
 
 
-def by_scipy(x, y):
-    sx, sy = (np.cov(f.numpy(), rowvar=False) for f in (x, y))
-    root = scipy.linalg.sqrtm(sx @ sy).real
-    return float((x.mean(0) - y.mean(0)).square().sum()) + np.trace(sx + sy - 2 * root)
+def frechet_by_scipy(x, y):
+    """The textbook formula, with a matrix root."""
+    cov_x = np.cov(x.numpy(), rowvar=False)
+    cov_y = np.cov(y.numpy(), rowvar=False)
+    root = scipy.linalg.sqrtm(cov_x @ cov_y).real
+    shift = float((x.mean(0) - y.mean(0)).square().sum())
+    return shift + np.trace(cov_x + cov_y - 2 * root)
 
 
 # ------------------------------------------------------------------------------ distances
 
 def test_frechet_of_two_gaussians():
-    """On a line: (m1 - m2)^2 + (s1 - s2)^2; with commuting covariances the same a dimension."""
+    """In one dimension (m1 - m2)^2 + (s1 - s2)^2; with commuting covariances the sum of these."""
     one = torch.ones(1, 1, dtype=torch.float64)
-    x, y = gaussian(one[0] * 3, one * 4, 50), gaussian(one[0], one * 25, 70, 1)
-    assert metrics.frechet(x, y) == pytest.approx(2**2 + (2 - 5) ** 2, rel=1e-9)
-    q = torch.linalg.qr(covariance(6, 0)).Q
-    a, b = torch.arange(1., 7).double(), torch.tensor([3., 1, 4, 1, 5, 9]).double()
-    x = gaussian(torch.zeros(6).double(), q @ a.diag() @ q.T, 200)
-    y = gaussian(torch.ones(6).double(), q @ b.diag() @ q.T, 300, 1)
-    want = 6 + float((a.sqrt() - b.sqrt()).square().sum())
-    assert metrics.frechet(x, y) == pytest.approx(want, rel=1e-9)
+    x = gaussian(one[0] * 3, one * 4, 50)
+    y = gaussian(one[0], one * 25, 70, 1)
+    expected = 2**2 + (2 - 5) ** 2
+    assert metrics.frechet(x, y) == pytest.approx(expected, rel=1e-9)
+
+    q = torch.linalg.qr(random_covariance(6, 0)).Q
+    a = torch.arange(1., 7).double()
+    b = torch.tensor([3., 1, 4, 1, 5, 9]).double()
+    x = gaussian(constant(0, 6), q @ a.diag() @ q.T, 200)
+    y = gaussian(constant(1, 6), q @ b.diag() @ q.T, 300, 1)
+    spread = (a.sqrt() - b.sqrt()).square().sum()
+    expected = 6 + float(spread)
+    assert metrics.frechet(x, y) == pytest.approx(expected, rel=1e-9)
 
 
 @pytest.mark.parametrize("d, n, m", [(5, 40, 60), (64, 500, 300), (200, 1000, 1200)])
 def test_frechet_against_scipys_matrix_root(d, n, m):
-    x = gaussian(torch.zeros(d).double(), covariance(d, 1), n)
-    y = gaussian(torch.full([d], 0.1).double(), covariance(d, 2), m, 1)
-    assert metrics.frechet(x, y) == pytest.approx(by_scipy(x, y), rel=1e-6)
+    x = gaussian(constant(0, d), random_covariance(d, 1), n)
+    y = gaussian(constant(0.1, d), random_covariance(d, 2), m, 1)
+    assert metrics.frechet(x, y) == pytest.approx(frechet_by_scipy(x, y), rel=1e-6)
 
 
-def test_frechet_with_fewer_pictures_than_features():
-    """Turned into more dimensions, which changes no distance, covariances become singular."""
-    x = gaussian(torch.zeros(8).double(), covariance(8, 1), 30)
-    y = gaussian(torch.ones(8).double(), covariance(8, 2), 40, 1)
-    turn = torch.linalg.qr(torch.randn(300, 8, dtype=torch.float64)).Q.T       # [8, 300]
-    want = by_scipy(x, y)
-    assert metrics.frechet(x @ turn, y @ turn) == pytest.approx(want, rel=1e-6)
-    x = torch.randn(20, 300, dtype=torch.float64)
-    assert abs(metrics.frechet(x, x)) < 1e-6               # equal sets, in any order, and shifted
-    assert abs(metrics.frechet(x, x.flip(0))) < 1e-6
+def test_frechet_with_fewer_images_than_features():
+    """Embedded in more dimensions, which changes no distance, covariances become singular."""
+    x = gaussian(constant(0, 8), random_covariance(8, 1), 30)
+    y = gaussian(constant(1, 8), random_covariance(8, 2), 40, 1)
+    embed = torch.linalg.qr(normal(300, 8)).Q.T                        # [8,300]
+    expected = frechet_by_scipy(x, y)
+    assert metrics.frechet(x @ embed, y @ embed) == pytest.approx(expected, rel=1e-6)
+
+
+def test_frechet_of_a_set_with_itself_moved_and_stretched():
+    x = normal(20, 300)
+    assert abs(metrics.frechet(x, x)) < 1e-6
+    assert abs(metrics.frechet(x, x.flip(0))) < 1e-6       # the order does not count
     assert metrics.frechet(x, x + 2) == pytest.approx(4 * 300, rel=1e-9)
-    assert metrics.frechet(x, 3 * x) == pytest.approx(
-        4 * float(x.var(0).sum() + x.mean(0).square().sum()), rel=1e-9)
+    shift = float((2 * x.mean(0)).square().sum())
+    spread = float(4 * x.var(0).sum())      # (3 s - s)^2
+    assert metrics.frechet(x, 3 * x) == pytest.approx(shift + spread, rel=1e-9)
+
+
+def mean_kernel(a, b, same=False):
+    """The mean kernel over pairs of rows, by its definition; same: of different rows of a."""
+    values = []
+    for i, p in enumerate(a):
+        for j, q in enumerate(b):
+            if not (same and i == j):
+                values.append(float((p @ q / a.shape[1] + 1) ** 3))
+    return sum(values) / len(values)
 
 
 def test_kid_is_its_definition():
-    x, y = (torch.randn(n, 7, dtype=torch.float64, generator=torch.Generator().manual_seed(n))
-            for n in (23, 31))
-    k = [[[float((p @ q / 7 + 1) ** 3) for q in b] for p in a] for a, b in ((x, x), (y, y), (x, y))]
-    within = [sum(sum(row) - row[i] for i, row in enumerate(k[j])) / (n * (n - 1))
-              for j, n in ((0, 23), (1, 31))]
-    want = sum(within) - 2 * sum(map(sum, k[2])) / (23 * 31)
+    x = normal(23, 7, seed=23)
+    y = normal(31, 7, seed=31)
+    within = mean_kernel(x, x, True) + mean_kernel(y, y, True)
+    expected = within - 2 * mean_kernel(x, y)
     for block in (1, 5, 2048):
-        assert metrics.kid(x, y, block) == pytest.approx(want, rel=1e-9)
-    a, b = torch.randn(2, 7, dtype=torch.float64)          # all pictures alike, in either set
-    want = sum(float(p @ q / 7 + 1) ** 3 * s for p, q, s in ((a, a, 1), (b, b, 1), (a, b, -2)))
-    assert metrics.kid(a.expand(5, 7), b.expand(9, 7)) == pytest.approx(want, rel=1e-6)
+        assert metrics.kid(x, y, block) == pytest.approx(expected, rel=1e-9)
+
+    a, b = normal(2, 1, 7)                  # all images of a set are alike
+    within = mean_kernel(a, a) + mean_kernel(b, b)
+    expected = within - 2 * mean_kernel(a, b)
+    distance = metrics.kid(a.expand(5, 7), b.expand(9, 7))
+    assert distance == pytest.approx(expected, rel=1e-6)
 
 
 def test_kid_has_no_bias_where_frechets_distance_has():
-    def draw(n):
-        return torch.randn(n, 16, dtype=torch.float64, generator=rng)
-    rng = torch.Generator().manual_seed(0)
-    kids, frechets = zip(*((metrics.kid(x, y), metrics.frechet(x, y)) for x, y in (
-        (draw(20), draw(20)) for _ in range(400))), strict=True)
-    assert abs(np.mean(kids)) < 4 * np.std(kids) / 20 and min(kids) < 0
-    assert np.mean(frechets) > 5            # of equal distributions
+    generator = torch.Generator().manual_seed(0)
+    kids = []
+    frechets = []
+    for _ in range(400):                    # two sets of 20 from one distribution
+        x = torch.randn(20, 16, dtype=torch.float64, generator=generator)
+        y = torch.randn(20, 16, dtype=torch.float64, generator=generator)
+        kids.append(metrics.kid(x, y))
+        frechets.append(metrics.frechet(x, y))
+    assert abs(np.mean(kids)) < 4 * np.std(kids) / 20
+    assert min(kids) < 0
+    assert np.mean(frechets) > 5
 
 
-# ------------------------------------------------------------------------------ how sure
+# ------------------------------------------------------------------------------ uncertainty
 
 @pytest.mark.slow
 def test_bootstrap_intervals_hold_the_truth_nineteen_times_of_twenty():
-    rng, hits, sure = np.random.default_rng(0), 0, 0
+    rng = np.random.default_rng(0)
+    overall_hits = 0
+    b_hits = 0
     for _ in range(200):
-        found = metrics.intervals({c: rng.random(60) < p for c, p in (("a", 0.3), ("b", 0.98))})
-        hits += found["overall"][0] <= 0.64 <= found["overall"][1]
-        sure += found["b"][0] <= 0.98 <= found["b"][1]
-    assert 180 <= hits <= 198 and sure >= 180
+        groups = {"a": rng.random(60) < 0.3, "b": rng.random(60) < 0.98}
+        intervals = metrics.intervals(groups)
+        low, high = intervals["overall"]
+        overall_hits += low <= 0.64 <= high
+        low, high = intervals["b"]
+        b_hits += low <= 0.98 <= high
+    assert 180 <= overall_hits <= 198
+    assert b_hits >= 180
 
 
 def test_bootstrap_intervals_have_their_width():
-    """Of a mean 2 x 1.96 sd / sqrt(n)."""
-    rng = np.random.default_rng(0)
-    values = rng.random(400)
+    """That of a mean is 2 x 1.96 sd / sqrt(n)."""
+    values = np.random.default_rng(0).random(400)
     low, high = metrics.intervals(dict(a=values))["a"]
     assert high - low == pytest.approx(2 * 1.96 * values.std() / 20, rel=0.05)
     assert low < values.mean() < high
     low, high = metrics.intervals(dict(a=[1] * 100))["a"]  # not [1, 1]: Jeffreys, Beta(100.5, 0.5)
-    assert low == pytest.approx(0.9753, abs=0.002) and high > 0.999
+    assert low == pytest.approx(0.9753, abs=0.002)
+    assert high > 0.999
 
 
 @pytest.mark.slow
-def test_the_paired_test_is_as_often_wrong_as_it_says():
-    """Of equal models 5 % come out below 0.05."""
-    rng, wrong = np.random.default_rng(0), 0
+def test_the_paired_test_is_wrong_as_often_as_it_says():
+    """Of comparisons of equal models 5 % come out below 0.05."""
+    rng = np.random.default_rng(0)
+    wrong = 0
     for _ in range(300):
-        wrong += metrics.paired({c: rng.integers(-1, 2, 50) for c in "ab"})[2] < 0.05
+        groups = {"a": rng.integers(-1, 2, 50), "b": rng.integers(-1, 2, 50)}
+        wrong += metrics.paired_test(groups).p < 0.05
     assert 5 <= wrong <= 27
 
 
 def test_a_difference_that_is_there_is_found():
-    mean, (low, high), p = metrics.paired(dict(a=[1] * 30 + [0] * 60, b=[0] * 90))
-    assert mean == pytest.approx(1 / 6) and 0 < low < mean < high and p < 0.001
-    assert metrics.paired(dict(a=[0] * 50))[2] == 1
+    test = metrics.paired_test(dict(a=[1] * 30 + [0] * 60, b=[0] * 90))
+    low, high = test.interval
+    assert test.mean == pytest.approx(1 / 6)
+    assert 0 < low < test.mean < high
+    assert test.p < 0.001
+    assert metrics.paired_test(dict(a=[0] * 50)).p == 1
     # Four better, none worse: all signs alike come in 2 of 16, the sign test's p.
-    assert metrics.paired(dict(a=[1] * 4))[2] == pytest.approx(2 / 16, abs=0.015)
+    assert metrics.paired_test(dict(a=[1] * 4)).p == pytest.approx(2 / 16, abs=0.015)
 
 
-# ------------------------------------------------------------------------------ pictures
+# ------------------------------------------------------------------------------ images
 
 @pytest.fixture
 def folders(tmp_path):
-    """Two sets of drawn pictures, below each other in folders, and the first one blurred."""
+    """Folders a and b of 20 random images each, in folders below them; blurred: a, blurred."""
     rng = np.random.default_rng(0)
+    (tmp_path / "blurred").mkdir()
     for k in range(40):
-        base = Image.fromarray(rng.integers(0, 256, (6, 9, 3), np.uint8)).resize((48, 32))
+        pixels = rng.integers(0, 256, (6, 9, 3), np.uint8)
+        image = Image.fromarray(pixels).resize((48, 32))
         path = tmp_path / "ab"[k % 2] / str(k % 3) / f"{k}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
-        base.save(path)
+        image.save(path)
         if k % 2 == 0:
-            (tmp_path / "blurred").mkdir(exist_ok=True)
-            base.filter(ImageFilter.GaussianBlur(3)).save(tmp_path / "blurred" / f"{k}.webp",
-                                                          lossless=True)
+            blurred = image.filter(ImageFilter.GaussianBlur(3))
+            blurred.save(tmp_path / "blurred" / f"{k}.webp", lossless=True)
     (tmp_path / "a" / ".hidden.png").write_bytes(b"")
     return tmp_path
 
 
+def fid(folders, fake, *more):
+    """Run `evaluate.py fid` of the folder a and another one, with EfficientNet's features."""
+    command("fid", "--real", folders / "a", "--fake", folders / fake, "--features",
+            "efficientnet-lite0", "--device", "cpu", *more)
+
+
 def test_fid_as_a_command(folders, capsys):
-    command("fid", "--real", folders / "a", "--fake", folders / "b", "--features",
-            "efficientnet-lite0", "--device", "cpu", "--batch-size", 7)
-    near = json.loads((folders / "fd-efficientnet-lite0.json").read_text())
-    said = capsys.readouterr().out
-    assert "FD (efficientnet-lite0)" in said and "FID" not in said and "20 real, 20 drawn" in said
-    command("fid", "--real", folders / "a", "--fake", folders / "blurred", "--features",
-            "efficientnet-lite0", "--out", folders / "far.json", "--device", "cpu")
-    far = json.loads((folders / "far.json").read_text())
-    assert far["label"] == "FD (efficientnet-lite0)" and far["fake"] == 20
-    assert far["distance"] > near["distance"] > 0 and far["kid"] > near["kid"]
-    command("fid", "--real", folders / "a", "--fake", folders / "a", "--features",
-            "efficientnet-lite0", "--out", folders / "same.json", "--device", "cpu")
-    assert abs(json.loads((folders / "same.json").read_text())["distance"]) < 1e-4
+    fid(folders, "b", "--batch-size", 7)
+    near = read_json(folders / "fd-efficientnet-lite0.json")
+    output = capsys.readouterr().out
+    assert "FD (efficientnet-lite0)" in output
+    assert "FID" not in output
+    assert "20 real, 20 drawn" in output
+
+    fid(folders, "blurred", "--out", folders / "far.json")
+    far = read_json(folders / "far.json")
+    assert far["label"] == "FD (efficientnet-lite0)"
+    assert far["fake"] == 20
+    assert far["distance"] > near["distance"] > 0
+    assert far["kid"] > near["kid"]
+
+    fid(folders, "a", "--out", folders / "same.json")
+    assert abs(read_json(folders / "same.json")["distance"]) < 1e-4
 
 
-def test_lite0_gets_what_it_was_trained_on():
-    """(x - 127) / 128 at 224 pixels, of the TensorFlow lite models."""
-    _, prepare, network = metrics.extractor("efficientnet-lite0", torch.device("cpu"))
+def test_efficientnet_gets_what_it_was_trained_on():
+    """(x - 127) / 128 at 224 pixels, as the TensorFlow lite models."""
+    extractor = metrics.load_extractor("efficientnet-lite0", CPU)
     for value, number in ((127, 0), (255, 1), (0, -127 / 128)):
-        x = prepare(Image.new("RGB", (30, 20), (value,) * 3))
-        assert x.shape == (3, 224, 224) and (x == number).all()
-    assert network(x[None]).shape == (1, 1280)
+        x = extractor.prepare(Image.new("RGB", (30, 20), (value,) * 3))
+        assert x.shape == (3, 224, 224)
+        assert (x == number).all()
+    assert extractor.network(x[None]).shape == (1, 1280)
 
 
 class Layers(torch.nn.Module):
-    def forward(self, x):                   # [B,3,299,299] -> 2048 numbers that tell pictures apart
+    """In place of Inception's layers: 2048 numbers that tell images apart."""
+
+    def forward(self, x):                   # [B,3,299,299] -> [B,2048]
         return torch.nn.functional.adaptive_avg_pool2d(x, 27).flatten(1)[:, :2048]
 
 
@@ -192,45 +254,54 @@ class Inception(torch.nn.Module):
         return self.layers(x)
 
 
-def test_fid_prepares_pictures_as_clean_fid_does(folders):
-    """Bicubic a channel in float, clipped, (x - 128) / 128; Inception itself is not at hand."""
+def prepare_as_clean_fid(path):
+    """An image file [3,299,299]: bicubic, channel by channel in float, clipped."""
+    pixels = np.asarray(Image.open(path), np.float32)
+    planes = []
+    for channel in range(3):
+        plane = Image.fromarray(pixels[..., channel], "F")
+        planes.append(np.asarray(plane.resize((299, 299), Image.BICUBIC)))
+    return torch.from_numpy(np.stack(planes).clip(0, 255))
+
+
+def test_fid_prepares_images_as_clean_fid_does(folders):
+    """Inception then takes (x - 128) / 128. Its own weights are not at hand."""
     pytest.importorskip("cleanfid", reason="pip install --no-deps clean-fid")
     torch.jit.script(Inception()).save(folders / metrics.INCEPTION)
-    label, prepare, network = metrics.extractor("inception", torch.device("cpu"), folders)
-    paths = metrics.pictures(folders / "a")
-    found = metrics.features(paths, prepare, network, torch.device("cpu"), 7, 2)
-    want = []
-    for path in paths:
-        pixels = np.asarray(Image.open(path), np.float32)
-        planes = [np.asarray(Image.fromarray(pixels[..., c], "F").resize((299, 299), Image.BICUBIC))
-                  for c in range(3)]
-        want.append(torch.from_numpy(np.stack(planes).clip(0, 255)))
-    want = Layers()((torch.stack(want) - 128) / 128)
-    assert label == "FID" and found.shape == (20, 2048)
-    assert torch.allclose(found.float(), want, atol=1e-5)
+    extractor = metrics.load_extractor("inception", CPU, folders)
+    paths = metrics.image_files(folders / "a")
+    features = metrics.extract_features(paths, extractor, CPU, 7, 2)
+    images = torch.stack([prepare_as_clean_fid(path) for path in paths])
+    expected = Layers()((images - 128) / 128)
+    assert extractor.label == "FID"
+    assert features.shape == (20, 2048)
+    assert torch.allclose(features.float(), expected, atol=1e-5)
+
     command("fid", "--real", folders / "a", "--fake", folders / "b", "--inception", folders,
             "--device", "cpu")
-    result = json.loads((folders / "fid.json").read_text())
-    assert result["label"] == "FID" and result["distance"] > 0
+    result = read_json(folders / "fid.json")
+    assert result["label"] == "FID"
+    assert result["distance"] > 0
 
 
-def test_a_vision_model_of_transformers(folders, capsys):
+def test_a_vision_model_of_transformers(folders):
     from transformers import BitImageProcessor, Dinov2Config, Dinov2Model
     torch.manual_seed(0)
-    Dinov2Model(Dinov2Config(hidden_size=32, num_hidden_layers=2, num_attention_heads=2,
-                             image_size=28, patch_size=14)).save_pretrained(folders / "dino")
-    BitImageProcessor(size={"shortest_edge": 32}, crop_size={"height": 28, "width": 28}
-                      ).save_pretrained(folders / "dino")
+    config = Dinov2Config(hidden_size=32, num_hidden_layers=2, num_attention_heads=2,
+                          image_size=28, patch_size=14)
+    Dinov2Model(config).save_pretrained(folders / "dino")
+    processor = BitImageProcessor(size={"shortest_edge": 32}, crop_size={"height": 28, "width": 28})
+    processor.save_pretrained(folders / "dino")
     command("fid", "--real", folders / "a", "--fake", folders / "b", "--features",
             folders / "dino", "--device", "cpu")
-    assert json.loads((folders / "fd-dino.json").read_text())["label"] == "FD (dino)"
+    assert read_json(folders / "fd-dino.json")["label"] == "FD (dino)"
 
 
-def test_what_is_wrong_is_said(folders):
+def test_errors_say_what_is_wrong(folders):
     words = ["fid", "--real", folders / "a", "--device", "cpu", "--features"]
     with pytest.raises(FuseDiTError, match="no vision model of transformers"):
         command(*words, folders / "nothing", "--fake", folders / "b")
-    with pytest.raises(FuseDiTError, match="holds no pictures"):
+    with pytest.raises(FuseDiTError, match="holds no images"):
         command(*words, "efficientnet-lite0", "--fake", folders / "nothing")
     (folders / metrics.INCEPTION).write_bytes(b"half of it")
     if importlib.util.find_spec("cleanfid"):

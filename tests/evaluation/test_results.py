@@ -5,7 +5,7 @@ import random
 import numpy as np
 import pytest
 from PIL import Image
-from test_evaluate import METADATA, command
+from test_evaluate import METADATA, command, read_json
 
 from fusedit import FuseDiTError
 from fusedit_lib.evaluation import results
@@ -13,49 +13,74 @@ from fusedit_lib.evaluation import results
 TAGS = [row["tag"] for row in METADATA]
 
 
-def geneval_results(path, chances, n=20, images=4):
-    """A file as evaluate_images.py of djghosh13/geneval writes it, by pandas' to_json."""
-    rng, rows = random.Random(0), []
+# ------------------------------------------------------------------------------ official scorers
+
+def write_geneval_results(path, chances, n=20, images=4):
+    """A file as evaluate_images.py of djghosh13/geneval writes it, by pandas' to_json.
+
+    chances: {tag: how often an image is right}. Returns the rows.
+    """
+    rng = random.Random(0)
+    rows = []
     for k in rng.sample(range(6 * n), 6 * n):              # os.listdir has no order
         tag = TAGS[k % 6]
         if tag == "single_object" and k >= 3 * n:          # tags have other numbers of prompts
             continue
+        prompt = f"a {tag} {k}"
         for i in range(images):
             right = rng.random() < chances[tag]
-            prompt, why = f"a {tag} {k}", "" if right else "expected cup>=1, found 0"
+            reason = "expected cup>=1, found 0"
+            if right:
+                reason = ""
             rows.append(dict(
                 filename=f"out/{k:05}/samples/{i:04}.png", tag=tag, prompt=prompt, correct=right,
-                reason=why, metadata=json.dumps(dict(tag=tag, prompt=prompt)), details="{}"))
+                reason=reason, metadata=json.dumps(dict(tag=tag, prompt=prompt)), details="{}"))
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return rows
 
 
 def test_geneval_score_is_the_official_one(tmp_path, capsys):
     """evaluation/summary_scores.py: of each tag the mean of `correct`, and the mean of the tags."""
-    rows = geneval_results(tmp_path / "results.jsonl", dict(zip(TAGS, (1, .7, .5, .8, .2, .4))))
-    command("geneval-score", tmp_path / "results.jsonl")
-    result = json.loads((tmp_path / "geneval.json").read_text())
-    want = {tag: np.mean([row["correct"] for row in rows if row["tag"] == tag]) for tag in TAGS}
+    file = tmp_path / "results.jsonl"
+    chances = dict(zip(TAGS, (1, .7, .5, .8, .2, .4), strict=True))
+    rows = write_geneval_results(file, chances)
+    command("geneval-score", file)
+    result = read_json(tmp_path / "geneval.json")
+    expected = {}
+    for tag in TAGS:
+        expected[tag] = np.mean([row["correct"] for row in rows if row["tag"] == tag])
     assert list(result["categories"]) == TAGS              # the paper's order
-    assert result["categories"] == pytest.approx(want)
-    assert result["overall"] == pytest.approx(np.mean(list(want.values())))
-    said = capsys.readouterr().out
-    assert "110 prompts of GenEval's 553, 4 pictures of each" in said
-    assert f"{want['colors']:.3f}" in said
+    assert result["categories"] == pytest.approx(expected)
+    assert result["overall"] == pytest.approx(np.mean(list(expected.values())))
+    table = capsys.readouterr().out
+    assert "110 prompts of GenEval's 553, 4 images of each" in table
+    assert f"{expected['colors']:.3f}" in table
     low, high = result["intervals"]["overall"]
-    assert low < result["overall"] < high and high - low < 0.15
-    text = (tmp_path / "results.jsonl").read_text()
-    (tmp_path / "other.jsonl").write_text("".join(reversed(text.splitlines(keepends=True))))
+    assert low < result["overall"] < high
+    assert high - low < 0.15
+
+
+def test_geneval_results_in_any_order_compare(tmp_path, capsys):
+    file = tmp_path / "results.jsonl"
+    write_geneval_results(file, dict.fromkeys(TAGS, 0.5))
+    command("geneval-score", file)
+    lines = file.read_text().splitlines(keepends=True)
+    (tmp_path / "other.jsonl").write_text("".join(reversed(lines)))
     command("geneval-score", tmp_path / "other.jsonl", "--out", tmp_path / "other.json")
-    command("compare", tmp_path / "geneval.json", tmp_path / "other.json")     # any order will do
+    capsys.readouterr()
+    command("compare", tmp_path / "geneval.json", tmp_path / "other.json")
     assert "p = 1.0000" in capsys.readouterr().out
-    (tmp_path / "results.jsonl").write_text(text.split("\n", 1)[1])
-    with pytest.raises(FuseDiTError, match="3 to 4 pictures"):
-        command("geneval-score", tmp_path / "results.jsonl")
-    for bad, says in (("", "is empty"), ("{}\n", "line 1 is none of"), ("no\n", "line 1 is none")):
-        (tmp_path / "results.jsonl").write_text(bad)
-        with pytest.raises(FuseDiTError, match=says):
-            command("geneval-score", tmp_path / "results.jsonl")
+
+
+def test_geneval_results_that_are_incomplete_or_wrong(tmp_path):
+    file = tmp_path / "results.jsonl"
+    write_geneval_results(file, dict.fromkeys(TAGS, 0.5))
+    all_but_first = file.read_text().split("\n", 1)[1]
+    for text, message in ((all_but_first, "3 to 4 images"), ("", "is empty"),
+                          ("{}\n", "line 1 is not one of"), ("no\n", "line 1 is not one of")):
+        file.write_text(text)
+        with pytest.raises(FuseDiTError, match=message):
+            command("geneval-score", file)
 
 
 # As compute_dpg_bench.py of TencentQQGYLab/ELLA writes its --res-path.
@@ -77,93 +102,146 @@ DPG-Bench score: 62.5
 def test_dpg_score_reads_the_official_file(tmp_path, capsys):
     (tmp_path / "dpg.txt").write_text(DPG)
     command("dpg-score", tmp_path / "dpg.txt")
-    result = json.loads((tmp_path / "dpg.json").read_text())
+    result = read_json(tmp_path / "dpg.json")
     assert result["overall"] == 0.625
     assert result["categories"] == dict(entity=0.875, relation=0.9)
-    low, high = result["intervals"]["overall"]             # of two pictures' means
-    assert 0 < low < 0.5 and 0.75 < high < 1
-    said = capsys.readouterr().out
-    assert "62.50" in said and "2 prompts" in said
-    for bad in (DPG.rsplit("DPG", 1)[0], DPG.rsplit("\n", 2)[1], DPG.replace(", 0.75\n", ", x\n"),
-                DPG.split("\n", 2)[2]):
-        (tmp_path / "dpg.txt").write_text(bad)
-        with pytest.raises(FuseDiTError, match="no whole file of compute_dpg_bench.py"):
-            command("dpg-score", tmp_path / "dpg.txt")
+    low, high = result["intervals"]["overall"]             # of the means of two prompts
+    assert 0 < low < 0.5
+    assert 0.75 < high < 1
+    table = capsys.readouterr().out
+    assert "62.50" in table
+    assert "2 prompts" in table
 
 
-def shapes_result(path, rights, speed=5.0):
-    rows = [dict(category="ab"[k % 2], prompt=f"prompt {k}", right=right)
-            for k, right in enumerate(rights)]
-    path.write_text(json.dumps(results.scored("shapes", rows, dict(images_per_s=speed))))
+@pytest.mark.parametrize("text", [
+    DPG.rsplit("DPG", 1)[0],                # without its last line
+    DPG.rsplit("\n", 2)[1],                 # nothing but its last line
+    DPG.replace(", 0.75\n", ", x\n"),
+    DPG.split("\n", 2)[2]])                 # without the prompts
+def test_dpg_files_that_are_incomplete_or_wrong(tmp_path, text):
+    (tmp_path / "dpg.txt").write_text(text)
+    with pytest.raises(FuseDiTError, match="not a complete file of compute_dpg_bench.py"):
+        command("dpg-score", tmp_path / "dpg.txt")
 
 
-def test_compare_counts_prompts_and_says_how_sure(tmp_path, capsys):
-    rng = random.Random(0)
-    a = [int(rng.random() < 0.6) for _ in range(200)]
-    b = [1 if rng.random() < 0.3 else right for right in a]
-    shapes_result(tmp_path / "a.json", a)
-    shapes_result(tmp_path / "b.json", b)
+# ------------------------------------------------------------------------------ comparisons
+
+def write_result(path, rights, speed=5.0):
+    """A result of the shapes benchmark with these values, in two categories by turns."""
+    rows = []
+    for k, right in enumerate(rights):
+        rows.append(dict(category="ab"[k % 2], prompt=f"prompt {k}", right=right))
+    path.write_text(json.dumps(results.make_result("shapes", rows, dict(images_per_s=speed))))
+
+
+def compare_output(capsys, a, b):
     capsys.readouterr()
-    command("compare", tmp_path / "a.json", tmp_path / "b.json")
-    said = capsys.readouterr().out
-    better = sum(y > x for x, y in zip(a, b, strict=True))
-    assert f"{(sum(b) - sum(a)) / 200:+.3f}" in said and "B is better" in said
-    assert sum(int(line.split(" prompts better")[0].split()[-1]) for line in said.splitlines()
-               if "prompts better" in line) == better
-    command("compare", tmp_path / "b.json", tmp_path / "a.json")
-    assert "A is better" in capsys.readouterr().out
-    command("compare", tmp_path / "a.json", tmp_path / "a.json")
-    assert "p = 1.0000: may well be chance" in capsys.readouterr().out
-    shapes_result(tmp_path / "c.json", a[:-1])
+    command("compare", a, b)
+    return capsys.readouterr().out
+
+
+def test_compare_counts_prompts_and_says_how_sure_it_is(tmp_path, capsys):
+    rng = random.Random(0)
+    rights_a = [int(rng.random() < 0.6) for _ in range(200)]
+    rights_b = []
+    for right in rights_a:
+        if rng.random() < 0.3:
+            right = 1
+        rights_b.append(right)
+    a = tmp_path / "a.json"
+    b = tmp_path / "b.json"
+    write_result(a, rights_a)
+    write_result(b, rights_b)
+
+    output = compare_output(capsys, a, b)
+    assert f"{(sum(rights_b) - sum(rights_a)) / 200:+.3f}" in output
+    assert "B is better" in output
+    better = 0
+    for line in output.splitlines():
+        if "prompts better" in line:
+            better += int(line.split(" prompts better")[0].split()[-1])
+    assert better == sum(y > x for x, y in zip(rights_a, rights_b, strict=True))
+    assert "A is better" in compare_output(capsys, b, a)
+    assert "p = 1.0000: may well be chance" in compare_output(capsys, a, a)
+
+    write_result(tmp_path / "c.json", rights_a[:-1])
     with pytest.raises(FuseDiTError, match="not of the same prompts"):
-        command("compare", tmp_path / "a.json", tmp_path / "c.json")
+        command("compare", a, tmp_path / "c.json")
     (tmp_path / "c.json").write_text("[]")
-    with pytest.raises(FuseDiTError, match="no result of evaluate.py"):
-        command("compare", tmp_path / "a.json", tmp_path / "c.json")
+    with pytest.raises(FuseDiTError, match="not a result of evaluate.py"):
+        command("compare", a, tmp_path / "c.json")
 
 
-def test_the_report_has_all_of_all(tmp_path, capsys):
-    for name, rights in (("one", [1] * 9 + [0]), ("two", [1, 0] * 5)):
-        folder = tmp_path / name
-        folder.mkdir()
-        shapes_result(folder / "shapes.json", rights)
-        (folder / "fid.json").write_text(json.dumps(dict(
-            benchmark="distance", label="FID", distance=12.5 if name == "one" else 10.25, kid=0.004,
-            real=30, fake=30, folders=["photos/real", "fake"])))
-        (folder / "run.json").write_text(json.dumps(dict(benchmark="shapes", images_per_s=7.5)))
-        (folder / "other.json").write_text("{}")
-    run = tmp_path / "run"
-    run.mkdir()
-    (run / "metrics.jsonl").write_text(
+# ------------------------------------------------------------------------------ the report
+
+def write_model_folder(folder, rights, distance):
+    """A folder with a result, a distance, a run.json and a file that is none of these."""
+    folder.mkdir()
+    write_result(folder / "shapes.json", rights)
+    (folder / "fid.json").write_text(json.dumps(dict(
+        benchmark="distance", label="FID", distance=distance, kid=0.004, real=30, fake=30,
+        folders=["photos/real", "fake"])))
+    (folder / "run.json").write_text(json.dumps(dict(benchmark="shapes", images_per_s=7.5)))
+    (folder / "other.json").write_text("{}")
+
+
+@pytest.fixture
+def models(tmp_path):
+    """Two folders of results, a training run whose last line is half written, and GenEval's."""
+    write_model_folder(tmp_path / "one", [1] * 9 + [0], 12.5)
+    write_model_folder(tmp_path / "two", [1, 0] * 5, 10.25)
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "metrics.jsonl").write_text(
         '{"step": 1, "images_per_s": 90.0}\n{"step": 2, "val_loss": 0.5, "images_per_s": 110.0}\n'
         '{"step": 3, "val_loss": 0.25}\n{"st')
-    geneval_results(tmp_path / "results.jsonl", dict.fromkeys(TAGS, 0.5))
+    write_geneval_results(tmp_path / "results.jsonl", dict.fromkeys(TAGS, 0.5))
     command("geneval-score", tmp_path / "results.jsonl")
+    return tmp_path
+
+
+def read_table(text):
+    """{head of a column: its cells}, and the heads of the rows, of a Markdown table."""
+    rows = []
+    for line in text.splitlines():
+        rows.append([cell.strip() for cell in line.strip("|").split("|")])
+    head, _, *body = rows
+    columns = {}
+    for i, name in enumerate(head):
+        columns[name] = [row[i] for row in body]
+    models = columns.pop("")
+    return columns, models
+
+
+def test_the_report_has_all_results_of_all_models(models, capsys):
     capsys.readouterr()
-    command("report", f"first={tmp_path / 'one'}", f"first={run}", f"second={tmp_path / 'two'}",
-            f"second={tmp_path / 'geneval.json'}", "--out", tmp_path / "results.md")
-    text = (tmp_path / "results.md").read_text()
+    command("report", f"first={models / 'one'}", f"first={models / 'run'}",
+            f"second={models / 'two'}", f"second={models / 'geneval.json'}", "--out",
+            models / "results.md")
+    text = (models / "results.md").read_text()
     assert text in capsys.readouterr().out
-    rows = [[cell.strip() for cell in line.strip("|\n").split("|")] for line in text.splitlines()]
-    table = {rows[0][i]: (rows[2][i], rows[3][i]) for i in range(1, len(rows[0]))}
-    assert [row[0] for row in rows[2:]] == ["first", "second"] and len(rows) == 4
-    assert table["FID, real, 30 and 30 ↓"] == ("12.5", "**10.25**")
-    assert [cell.split(" [")[0] for cell in table["shapes, 10 prompts ↑"]] == ["**0.9", "0.5"]
-    assert table["validation loss ↓"] == ("0.25", "")
-    assert table["training, images/s ↑"] == ("110", "")
-    assert table["sampling, images/s (shapes) ↑"] == ("**7.5**",) * 2
+    table, names = read_table(text)
+    assert names == ["first", "second"]
+    assert table["FID, real, 30 and 30 ↓"] == ["12.5", "**10.25**"]
+    scores = [cell.split(" [")[0] for cell in table["shapes, 10 prompts ↑"]]
+    assert scores == ["**0.9", "0.5"]
+    assert table["validation loss ↓"] == ["0.25", ""]
+    assert table["training, images/s ↑"] == ["110", ""]
+    assert table["sampling, images/s (shapes) ↑"] == ["**7.5**"] * 2
     assert table["GenEval, 110 prompts ↑"][0] == ""
-    assert Image.open(tmp_path / "results.png").width > 1000
+    assert Image.open(models / "results.png").width > 1000
+
+
+def test_what_the_report_refuses(models):
+    out = models / "r.md"
     with pytest.raises(FuseDiTError, match="another 'FID, real, 30 and 30' already"):
-        command("report", f"x={tmp_path / 'one'}", f"x={tmp_path / 'two'}", "--out",
-                tmp_path / "r.md")
-    (tmp_path / "nothing").mkdir()
+        command("report", f"x={models / 'one'}", f"x={models / 'two'}", "--out", out)
+    (models / "nothing").mkdir()
     with pytest.raises(FuseDiTError, match="no results there"):
-        command("report", tmp_path / "nothing", "--out", tmp_path / "r.md")
+        command("report", models / "nothing", "--out", out)
     with pytest.raises(FuseDiTError, match="cannot read"):
-        command("report", tmp_path / "none.json", "--out", tmp_path / "r.md")
+        command("report", models / "none.json", "--out", out)
     with pytest.raises(FuseDiTError, match="the table is a .md file"):
-        command("report", tmp_path / "one", "--out", tmp_path / "r.png")
-    (tmp_path / "bad.json").write_text('{"benchmark": "shapes", "overall": 1}')
-    with pytest.raises(FuseDiTError, match="no result"):
-        command("report", tmp_path / "bad.json", "--out", tmp_path / "r.md")
+        command("report", models / "one", "--out", models / "r.png")
+    (models / "bad.json").write_text('{"benchmark": "shapes", "overall": 1}')
+    with pytest.raises(FuseDiTError, match="not a result"):
+        command("report", models / "bad.json", "--out", out)

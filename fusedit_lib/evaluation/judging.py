@@ -1,0 +1,68 @@
+"""Scores images by themselves: coloured shapes by the pixel detector, folders by their distance."""
+import random
+import re
+
+from PIL import Image
+from tqdm import tqdm
+
+from fusedit_lib.evaluation import figures, metrics, results
+from fusedit_lib.files import atomic_write
+from fusedit_lib.shapes import detector, render, scenes
+
+
+def score_shapes(folder, n, seed, settings):
+    """Judge the images of the shapes benchmark in folder/images; write shapes.json, shapes.png.
+
+    Both follow from the images, so they may be written again.
+    """
+    rows = []
+    images = []
+    for k, (category, described, prompt) in enumerate(scenes.evaluation_prompts(n, seed)):
+        image = Image.open(folder / "images" / f"{k:05}.png").convert("RGB")
+        mistake = detector.verdict(described, detector.read(image))
+        rows.append(dict(category=category, prompt=prompt, right=int(not mistake), why=mistake))
+        images.append(image)
+
+    result = results.make_result("shapes", rows, settings)
+    results.print_result(result)
+    results.write(result, folder / "shapes.json", overwrite=True)
+    with atomic_write(folder / "shapes.png") as tmp:
+        figures.verdict_grid(scenes.CATEGORIES, rows, images).save(tmp, "PNG")
+
+
+def score_detector(n, seed):
+    """Print the detector's own score: n exact renders of scenes of every kind, read back."""
+    wrong = 0
+    for i in tqdm(range(n), unit="image", desc="reading", disable=None):
+        rng = random.Random(f"ground truth {seed} {i}")
+        scene = scenes.draw_scene(rng)
+        image = render.render(scene, scenes.place(scene, rng))
+        mistake = detector.verdict(scene, detector.read(image))
+        if mistake:
+            wrong += 1
+            tqdm.write(f"wrong: {mistake}; drawn: {scenes.caption(scene, rng)}")
+    print(f"detector: {n - wrong} of {n} ground-truth renders read back right "
+          f"({1 - wrong / n:.2%})")
+
+
+def score_distance(real, fake, extractor, device, batch_size, workers, out=None):
+    """Write the Frechet and kernel distance between two folders of images.
+
+    out: by default fid.json beside the folder `fake`, or fd-NAME.json of another network.
+    """
+    real_paths = metrics.image_files(real)
+    fake_paths = metrics.image_files(fake)
+    x = metrics.extract_features(real_paths, extractor, device, batch_size, workers)
+    y = metrics.extract_features(fake_paths, extractor, device, batch_size, workers)
+    distance = metrics.frechet(x, y)
+    kid = metrics.kid(x, y)
+
+    label = extractor.label
+    print(f"{label:<26}{distance:10.4f}   {len(x)} real, {len(y)} drawn: compare with as many")
+    print(f"{'KID x 1000':<26}{1000 * kid:10.4f}   without bias, of any number")
+    result = dict(benchmark="distance", label=label, distance=distance, kid=kid, real=len(x),
+                  fake=len(y), folders=[str(real), str(fake)])
+    if out is None:
+        name = re.sub(r"[^a-z0-9]+", "-", label.lower()).strip("-")
+        out = fake.parent / f"{name}.json"
+    results.write(result, out)
