@@ -1,11 +1,11 @@
 """fusedit: text-to-image by deep fusion of a frozen Gemma and a Diffusion Transformer.
 
-Two transformers with the same attention heads run side by side. Gemma is frozen and encodes the
-prompt. The Diffusion Transformer (DiT) is trained from scratch and predicts the velocity of a noisy
-image. In layer i, every image token attends to all image tokens and, in the same softmax, to the
-keys and values that layer i of Gemma computed for the text. This is the method of "Exploring the
-Deep Fusion of Large Language Models and Diffusion Transformers for Text-to-Image Synthesis" (arXiv
-2505.10046), called "the paper" below.
+Two transformers whose attention heads have the same number and width run side by side. Gemma is
+frozen and encodes the prompt. The Diffusion Transformer (DiT) is trained from scratch and predicts
+the velocity of a noisy image. In layer i, every image token attends to all image tokens and, in the
+same softmax, to the keys and values that layer i of Gemma computed for the text. This is the method
+of "Exploring the Deep Fusion of Large Language Models and Diffusion Transformers for Text-to-Image
+Synthesis" (arXiv 2505.10046), called "the paper" below.
 
          prompt                                    noise
            |                                         |
@@ -20,13 +20,16 @@ Glossary
     B        batch size                           x        a clean image, or its VAE latents
     T        text tokens, padded on the right     eps      Gaussian noise
     N        image tokens, one per P x P patch    sigma    noise level: 0 is clean, 1 is pure noise
-    D        width of a token stream              x_t      noisy image, (1 - sigma) x + sigma eps
-    L        layers                               v        velocity d x_t / d sigma = eps - x
+    S        length of any token sequence         x_t      noisy image, (1 - sigma) x + sigma eps
+    D        width of a token stream; Gemma's     v        velocity d x_t / d sigma = eps - x; in
+             and the DiT's may differ                      attention also the values
+    L        Gemma's layers                       [B,C,H,W]  an image: C channels, height, width
     H, K     query heads, key/value heads (GQA)   h        width of one head
 
 Reading order: flow matching (loss and sampler), configuration, building blocks, Gemma, the DiT,
-both towers, presets. References such as models.py:394 are to the published implementation,
-github.com/tang-bd/fuse-dit at commit 5e6431a, folder diffusion/. Where it differs, we say so.
+both towers (Gemma is the text tower, the DiT the image tower), presets. A reference such as
+models.py:394 is to the published implementation, github.com/tang-bd/fuse-dit at commit 5e6431a,
+folder diffusion/. Where this file computes something differently, a comment says so.
 """
 import difflib
 import json
@@ -59,12 +62,12 @@ def training_sigmas(shift, device=None):
 
 
 def logit_normal_sigma(normal, shift):
-    """Noise levels [B] for training, from standard normal numbers [B] (trainers.py:231-243).
+    """Noise levels [B] for training, from standard normal draws [B] (trainers.py:231-243).
 
-    sigmoid(normal) is logit-normal: it favours the middle of the schedule, where the velocity is
-    hardest to predict (SD3, section 3.1).
+    sigmoid(normal) is logit-normal: it favours the middle of the list of noise levels, where the
+    velocity is hardest to predict (SD3, section 3.1).
     """
-    u = normal.sigmoid()
+    u = normal.sigmoid()                                # near 0: much noise; near 1: little
     index = (u * 1000).long().clamp(max=999)            # in low precision u can round up to 1
     return training_sigmas(shift, normal.device)[index]
 
@@ -76,13 +79,14 @@ def flow_loss(model, x, text, sigma, eps):
     sigma, and is what the model learns to predict from a single point x_t on the line. The loss is
     the mean squared error of that prediction.
 
-    x, eps: [B,C,H,W]; sigma: [B]. text is passed on to the model. A training step draws
+    x, eps: [B,C,H,W]; sigma: [B]. model(x_t, sigma, text) predicts the velocity: a DiT with
+    TextFeatures, or a FuseDiT with token ids. A training step draws the noise and its level:
 
         eps = torch.randn_like(x)
         sigma = logit_normal_sigma(torch.randn(B), shift)
 
-    (The launchers get the same numbers from their data loader, which draws them from the run's seed
-    and the sample's position in the data, so that a resumed run repeats them.)
+    (train_gpu.py and train_tpu.py take both from their data loader instead, which draws them from
+    the run's seed and the sample's position in the data, so that a resumed run repeats them.)
     """
     x = x.float()
     s = sigma[:, None, None, None]
@@ -93,8 +97,9 @@ def flow_loss(model, x, text, sigma, eps):
 
 def sampling_sigmas(steps, shift):
     """The noise levels [steps + 1] of the sampler, from 1 to 0."""
-    # The published sampler (diffusers' FlowMatchEulerDiscreteScheduler) spaces its steps evenly
-    # between 1 and the last training level, which is shifted already, and then shifts them again.
+    # The published sampler (diffusers' FlowMatchEulerDiscreteScheduler) shifts twice, and so do we:
+    # it spaces its steps evenly from 1 to the last training level, which is already shifted, and
+    # then shifts them all.
     last = float(training_sigmas(shift)[-1])
     sigmas = shift_sigma(torch.linspace(1, last, steps, dtype=torch.float64), shift)
     return torch.cat([sigmas, sigmas.new_zeros(1)]).float()
@@ -102,12 +107,14 @@ def sampling_sigmas(steps, shift):
 
 @torch.no_grad()
 def sample(dit, noise, text, uncond, steps, guidance, shift, guidance_span=(0, 1), callback=None):
-    """Euler integration of the velocity, from noise [B,C,H,W] at sigma = 1 to an image at 0.
+    """Euler integration of the velocity, from noise [B,C,H,W] at sigma 1 to an image at sigma 0.
 
-    text, uncond: TextFeatures of the B prompts and of B empty (or negative) prompts, with the same
-    T. Classifier-free guidance (arXiv 2207.12598; pipelines.py:264-280) computes both velocities
-    and moves away from the empty prompt's: v_uncond + guidance * (v - v_uncond). guidance = 1 turns
-    it off, and so does a sigma outside guidance_span. callback(i, x) is called after every step.
+    text, uncond: TextFeatures (below) of the B prompts and of B empty (or negative) prompts, with
+    the same T. Classifier-free guidance (arXiv 2207.12598; pipelines.py:264-280) computes both
+    velocities in one batch of 2B and extrapolates away from the empty prompt's:
+    v_uncond + guidance * (v - v_uncond). Where guidance is off, the empty prompt is not used: that
+    is if guidance = 1, or in steps whose sigma lies outside guidance_span.
+    callback(i, x) is called after every step.
     """
     x = noise.float()
     sigmas = sampling_sigmas(steps, shift).tolist()
@@ -142,11 +149,11 @@ class GemmaConfig:
     num_key_value_heads: int           # K
     head_dim: int                      # h
     rms_norm_eps: float
-    query_scale: float                 # attention scores are divided by its square root
+    query_pre_attn_scalar: float       # attention scores are divided by its square root
     rope_theta: float
-    rope_factor: float                 # Gemma 3 4B and up stretch positions by 8
+    rope_factor: float                 # positions are divided by it: by 8 in Gemma 3 4B and larger
     local_theta: float                 # rope_theta of layers with a sliding window (Gemma 3)
-    sliding_window: int                # tokens such a layer looks back, itself included
+    sliding_window: int                # length of that window in tokens, the current one included
     sliding_layers: tuple              # indices of these layers
 
     @staticmethod
@@ -155,45 +162,55 @@ class GemmaConfig:
 
         Raises FuseDiTError for another kind of model or a missing field.
         """
-        kind = d.get("model_type")
-        if kind not in ("gemma", "gemma2", "gemma3_text"):
-            raise FuseDiTError(f"model_type is {kind!r}, but the text tower must be a Gemma: "
+        model_type = d.get("model_type")
+        if model_type not in ("gemma", "gemma2", "gemma3_text"):
+            # (pretrained.py hands over the part of a PaliGemma's config that describes its Gemma.)
+            raise FuseDiTError(f"model_type is {model_type!r}, but the text tower must be a Gemma: "
                                "gemma, gemma2, gemma3_text or paligemma")
+        is_gemma3 = model_type == "gemma3_text"
 
-        # Published configs leave out what equals the defaults of their transformers class.
+        # Published configs omit fields that equal the defaults of their transformers class.
         values = {"head_dim": 256, "rms_norm_eps": 1e-6, "sliding_window": 4096}
-        if kind == "gemma3_text":
+        if is_gemma3:
             values |= {"vocab_size": 262208, "num_attention_heads": 8, "num_key_value_heads": 4}
         names = [f.name for f in fields(GemmaConfig)]
         values |= {k: v for k, v in d.items() if k in names and v is not None}
-        required = names[:names.index("head_dim")]
-        missing = [name for name in required if name not in values]
-        if missing:
-            raise FuseDiTError(f"the Gemma's config.json lacks {', '.join(missing)}")
-        values["query_scale"] = d.get("query_pre_attn_scalar") or values["head_dim"]
+        for name in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers",
+                     "num_attention_heads", "num_key_value_heads"):
+            if name not in values:
+                raise FuseDiTError(f"the config.json of the Gemma has no {name}")
+        values.setdefault("query_pre_attn_scalar", values["head_dim"])
 
-        # Rotary embedding. transformers 5 keeps in rope_parameters what 4 kept in three keys, and
-        # for Gemma 3 once for each kind of layer.
-        rope = d.get("rope_parameters") or {}
-        full = rope.get("full_attention", rope)
-        sliding = rope.get("sliding_attention", rope)
-        default_theta = 1e6 if kind == "gemma3_text" else 1e4
+        # Rotary embedding. transformers 4 has the keys rope_theta, rope_scaling and (Gemma 3)
+        # rope_local_base_freq. transformers 5 has {"rope_theta": ..., "factor": ...} under
+        # rope_parameters, for Gemma 3 one for "full_attention" and one for "sliding_attention".
+        parameters = d.get("rope_parameters") or {}
+        full = parameters.get("full_attention", parameters)
+        sliding = parameters.get("sliding_attention", parameters)
+        scaling = d.get("rope_scaling") or full
+        default_theta = 1e6 if is_gemma3 else 1e4
         values["rope_theta"] = full.get("rope_theta") or d.get("rope_theta") or default_theta
-        values["rope_factor"] = (d.get("rope_scaling") or full).get("factor") or 1.0
+        values["rope_factor"] = scaling.get("factor") or 1.0
         values["local_theta"] = values["rope_theta"]
-        if kind == "gemma3_text":
+        if is_gemma3:
             local_theta = sliding.get("rope_theta") or d.get("rope_local_base_freq")
             values["local_theta"] = local_theta or 1e4
 
-        # Sliding windows: every second layer of Gemma 2, five layers of six of Gemma 3.
-        layer_types = d.get("layer_types")
-        if layer_types is None:
-            period = {"gemma": 1, "gemma2": 2}.get(kind, d.get("sliding_window_pattern") or 6)
-            layer_types = ["full_attention" if (i + 1) % period == 0 else "sliding_attention"
-                           for i in range(values["num_hidden_layers"])]
-        values["sliding_layers"] = tuple(
-            i for i, layer_type in enumerate(layer_types) if layer_type == "sliding_attention")
+        values["sliding_layers"] = sliding_layers(d)
         return GemmaConfig(**values)
+
+
+def sliding_layers(d):
+    """Which layers have a sliding window: half of them in Gemma 2, five of every six in Gemma 3."""
+    layer_types = d.get("layer_types")
+    if layer_types is not None:
+        return tuple(i for i, name in enumerate(layer_types) if name == "sliding_attention")
+    period = 1                                                  # Gemma 1: no layer has one
+    if d["model_type"] == "gemma2":
+        period = 2
+    if d["model_type"] == "gemma3_text":
+        period = d.get("sliding_window_pattern") or 6
+    return tuple(i for i in range(d["num_hidden_layers"]) if (i + 1) % period != 0)
 
 
 @dataclass(frozen=True)
@@ -202,50 +219,50 @@ class FuseDiTConfig:
 
     # The text tower, and how the image reads it
     base: str = "google/gemma-2b"           # the frozen Gemma: a hub id or a folder
-    fusion: Literal["deep", "shallow"] = "deep"  # text of every Gemma layer; or one hidden state
-    attention: Literal["self", "cross"] = "self"  # text and image in one softmax; or one each
+    fusion: Literal["deep", "shallow"] = "deep"   # keys, values of each layer; one hidden state
+    attention: Literal["self", "cross"] = "self"  # one softmax over text and image; one over each
     initial_layers: int = 0                 # DiT block i reads Gemma layer i + initial_layers
     shared_attention_layers: Literal["all"] | tuple = "all"  # the Gemma layers that may be read
     text_hidden_states_index: int = -1      # the hidden state that shallow fusion reads
-    max_text_tokens: int = 256              # longer prompts are cut
-    instruction: str = ""                   # put before each prompt; its tokens come on top
+    max_text_tokens: int = 256              # longer prompts are truncated
+    instruction: str = ""                   # put before each prompt; does not count as its tokens
     apply_chat_template: bool = False       # wrap prompts as instruction-tuned Gemmas expect
 
     # The image tower
     pos_embed: Literal["ape", "1d-rope", "2d-rope", "m-rope"] = "ape"    # see image_rope
+    # None, as in the paper's final model: the DiT never sees sigma, and infers it from x_t.
     timestep_conditioning: Literal["adaln-zero", "adaln-single", "addition"] | None = "adaln-zero"
     sandwich_norm: bool = False             # norms before and after each branch, as in Gemma 2
     qk_norm: bool = True                    # RMSNorm on the image's queries and keys
     dit_hidden_size: int | None = None      # D of the image stream; None: as wide as Gemma
     dit_num_hidden_layers: int | None = None  # None: all of Gemma's, from initial_layers on
-    clip: str | None = None                 # CLIP text model whose pooled vector joins the time
+    clip: str | None = None                 # CLIP text model; its vector is added to the time's
     text_modulation_embeds_dim: int | None = None  # length of that vector
 
     # The image, the noise schedule and the sampler
-    in_channels: int = 16                   # C: channels of the latents, or 3 of pixels
+    in_channels: int = 16                   # C: latent channels, or 3 for pixels
     patch_size: int = 2                     # P
     image_size: int = 512                   # pixels, in training and by default in sampling
     vae: str | None = "stabilityai/stable-diffusion-3-medium-diffusers"  # None: x is the pixels
-    shift: float = 3.0                      # > 1 spends more of training and steps on high noise
-    guidance: float = 6.0                   # default of sampling
+    shift: float = 3.0                      # > 1: more training and sampling at high noise
+    guidance: float = 6.0                   # default guidance scale for sampling
 
     def __post_init__(self):
         for field in fields(self):
             value = getattr(self, field.name)
             allowed = allowed_by(field.type)
-            if float in allowed and type(value) is int:         # JSON's 3
+            if float in allowed and type(value) is int:         # JSON may write 3.0 as 3
                 value = float(value)
             if tuple in allowed and type(value) is list:        # JSON has no tuples
                 value = tuple(value)
-            object.__setattr__(self, field.name, value)
+            object.__setattr__(self, field.name, value)         # the way to set a frozen field
 
-            is_literal = value in allowed and (value is None or type(value) is str)
-            if not is_literal and type(value) not in allowed:
+            if value not in allowed and type(value) not in allowed:
                 names = ", ".join(getattr(option, "__name__", str(option)) for option in allowed)
                 raise FuseDiTError(f"config field {field.name} is {value!r}; allowed: {names}")
-            if type(value) in (int, float) and field.name != "text_hidden_states_index":
-                if value < 0 or (value == 0 and field.name != "initial_layers"):
-                    raise FuseDiTError(f"config field {field.name} is {value}; it must be positive")
+            if type(value) in (int, float) and value < MINIMUM.get(field.name, 1e-9):
+                raise FuseDiTError(f"config field {field.name} is {value}, which is too small: "
+                                   "it must be positive (initial_layers: 0 or more)")
 
         layers = self.shared_attention_layers
         if layers != "all" and not all(type(i) is int for i in layers):
@@ -254,15 +271,20 @@ class FuseDiTConfig:
         if self.clip and not self.text_modulation_embeds_dim:
             raise FuseDiTError("config field clip needs text_modulation_embeds_dim (ViT-L: 768)")
         if self.text_modulation_embeds_dim and not self.timestep_conditioning:
-            raise FuseDiTError("text_modulation_embeds_dim needs a timestep_conditioning to join")
+            raise FuseDiTError("text_modulation_embeds_dim needs a timestep_conditioning, to whose "
+                               "embedding it is added")
 
     @staticmethod
     def from_dict(d):
-        """From JSON. Unknown keys are errors: a typo must not become a default."""
+        """From JSON. Unknown keys are errors: a typo must not leave a default in place."""
         known = [f.name for f in fields(FuseDiTConfig)]
-        for key in set(d) - set(known):
-            raise FuseDiTError(f"unknown config field {key!r}; {suggest(key, known)}")
+        for key in d:
+            if key not in known:
+                raise FuseDiTError(f"unknown config field {key!r}; {suggest(key, known)}")
         return FuseDiTConfig(**d)
+
+
+MINIMUM = {"initial_layers": 0, "text_hidden_states_index": -math.inf}  # of all others: above 0
 
 
 def allowed_by(declared):
@@ -277,7 +299,7 @@ def allowed_by(declared):
 
 
 def suggest(word, known):
-    """A hint at what an unknown word may have been meant to be."""
+    """The known names that an unknown one resembles, as a hint for an error message."""
     close = [name for name in known if word in name]
     close = close or difflib.get_close_matches(word, known, n=4, cutoff=0.4)
     if close:
@@ -338,15 +360,16 @@ def timestep_features(sigma, width=256):
 def sincos_2d(rows, cols, width, device, table_size=64):
     """Absolute position embedding "ape" [1,N,D]: the centre of a fixed square table.
 
-    Neighbouring patches are 1/4 apart, since the table was made for 16 x 16 patches (256 pixels)
-    and stretched to 64 x 64 (diffusers' PatchEmbed, models.py:120-128). The first half of the width
-    encodes the column, the second the row.
+    The table is that of diffusers' PatchEmbed (models.py:120-128): 64 x 64 patches, whose positions
+    0, 1/4, 1/2, 3/4, 1, ... keep to the range 0 .. 16 of the 16 x 16 patches that it was designed
+    for. The first half of the width encodes the column, the second half the row.
     """
     if max(rows, cols) > table_size:
         raise FuseDiTError(f"pos_embed ape has {table_size} x {table_size} patches, not "
-                           f"{rows} x {cols}: draw a smaller image or use another pos_embed")
-    row = ((table_size - rows) // 2 + torch.arange(rows, device=device)) / 4
-    col = ((table_size - cols) // 2 + torch.arange(cols, device=device)) / 4
+                           f"{rows} x {cols}: use a smaller image or another pos_embed")
+    spacing = 16 / table_size
+    row = ((table_size - rows) // 2 + torch.arange(rows, device=device)) * spacing
+    col = ((table_size - cols) // 2 + torch.arange(cols, device=device)) * spacing
     by_col = sinusoidal(col, width // 2)[None, :].expand(rows, -1, -1)        # [rows,cols,D/2]
     by_row = sinusoidal(row, width // 2)[:, None].expand(-1, cols, -1)
     return torch.cat([by_col, by_row], dim=-1).reshape(1, rows * cols, width)
@@ -361,7 +384,7 @@ def apply_rope(x, rope):
     """Rotary embedding (arXiv 2104.09864) of queries or keys x [B,heads,S,h]; rope None: x itself.
 
     Channels j and j + h/2 form a pair, which is rotated by its angle. The product of a query and a
-    key then depends on the difference of their positions only.
+    key rotated with the same frequencies depends only on the difference of their positions.
     """
     if rope is None:
         return x
@@ -374,26 +397,37 @@ def apply_rope(x, rope):
 def image_rope(kind, rows, cols, offset, h, device):
     """Rotary table of a rows x cols grid of patches (models.py:627-684); "ape": None, no rotation.
 
-    A patch at (row, column) has the positions offset + row and offset + column, where offset [B] is
-    the number of text tokens in front of the image: the text has 0 .. offset - 1.
+    offset [B]: the position of the first patch. DiT.forward chooses it.
 
-    1d-rope   a single position, offset + index in reading order, as if the image were more text
-    2d-rope   half of the channel pairs encode the row, half the column, each with its own full
+    1d-rope   a patch has one position, its index in reading order, as if the image were more text;
+              all h/2 frequencies rotate by it
+    2d-rope   half of the channel pairs encode the row and half the column, each with its own full
               range of h/4 frequencies
     m-rope    the h/2 frequencies are split: the fast half encodes the row, the slow half the column
+
+    The base theta is 10000, as in Gemma 1 and 2, whatever the Gemma's own.
     """
     if kind == "ape":
         return None
 
     index = torch.arange(rows * cols, device=device)
-    row = index // cols
-    col = index % cols
+    all_freqs = inverse_frequencies(h // 2, device=device)
+    fast_freqs, slow_freqs = all_freqs.chunk(2)
     if kind == "1d-rope":
-        row = col = index
-
-    row_freqs, col_freqs = inverse_frequencies(h // 2, device=device).chunk(2)
-    if kind == "2d-rope":
-        row_freqs = col_freqs = inverse_frequencies(h // 4, device=device)
+        row = index
+        col = index
+        row_freqs = fast_freqs
+        col_freqs = slow_freqs
+    elif kind == "2d-rope":
+        row = index // cols
+        col = index % cols
+        row_freqs = inverse_frequencies(h // 4, device=device)
+        col_freqs = row_freqs
+    else:                                                                      # m-rope
+        row = index // cols
+        col = index % cols
+        row_freqs = fast_freqs
+        col_freqs = slow_freqs
 
     row_angles = (offset[:, None] + row)[..., None] * row_freqs                # [B,N,h/4]
     col_angles = (offset[:, None] + col)[..., None] * col_freqs
@@ -403,15 +437,16 @@ def image_rope(kind, rows, cols, offset, h, device):
 def attention(q, k, v, mask=None, scale=None):
     """Grouped-query attention of q [B,H,N,h] to k, v [B,K,S,h]; returns [B,H,N,h].
 
-    mask: boolean or additive, broadcastable to [B,1,N,S]. scale: of the scores; None: h^(-1/2).
+    mask: boolean or additive, [N,S] for all samples, or [B,1,1,S] for all queries of a sample.
+    scale multiplies the scores; None means h^(-1/2).
     """
     # H/K query heads share one key head. Instead of copying keys H/K times (as the published code
     # does, models.py:485), stack the queries of a group as extra rows of one head.
     B, K, S, h = k.shape
     group = q.shape[1] // K
     q_rows = q.reshape(B, K, -1, h)                                            # [B,K,H/K*N,h]
-    if mask is not None and mask.shape[-2] > 1:                                # a row per query
-        mask = mask.repeat(group, 1)
+    if mask is not None and mask.dim() == 2:
+        mask = mask.repeat(group, 1)                                           # [H/K*N,S]
     out = F.scaled_dot_product_attention(q_rows, k, v, attn_mask=mask, scale=scale)
     return out.reshape(q.shape)
 
@@ -420,9 +455,11 @@ class Attention(nn.Module):
     """Projections and per-head norms of one attention. Who attends to whom is up to the caller.
 
     Heads are always Gemma's, whatever the width, so that text and image keys fit into one softmax.
-    image_kv: has k_proj, v_proj. text_kv: has text_k_proj, text_v_proj (shallow fusion).
+    has_kv: with k_proj, v_proj for the tokens that ask. has_text_kv: with text_k_proj, text_v_proj
+    for the text of shallow fusion. In deep cross-attention there is neither: keys and values are
+    Gemma's own, and have no k_norm.
     """
-    def __init__(self, width, gemma: GemmaConfig, qk_norm, image_kv=True, text_kv=False):
+    def __init__(self, width, gemma: GemmaConfig, qk_norm, has_kv=True, has_text_kv=False):
         super().__init__()
         H = gemma.num_attention_heads
         K = gemma.num_key_value_heads
@@ -430,14 +467,14 @@ class Attention(nn.Module):
         self.head_dim = h
         self.q_proj = nn.Linear(width, H * h, bias=False)
         self.o_proj = nn.Linear(H * h, width, bias=False)
-        if image_kv:
+        if has_kv:
             self.k_proj = nn.Linear(width, K * h, bias=False)
             self.v_proj = nn.Linear(width, K * h, bias=False)
-        if text_kv:
+        if has_text_kv:
             self.text_k_proj = nn.Linear(width, K * h, bias=False)
             self.text_v_proj = nn.Linear(width, K * h, bias=False)
         self.q_norm = RMSNorm(h, gemma.rms_norm_eps) if qk_norm else nn.Identity()
-        if image_kv or text_kv:
+        if has_kv or has_text_kv:
             self.k_norm = RMSNorm(h, gemma.rms_norm_eps) if qk_norm else nn.Identity()
 
     def split_heads(self, x):                                   # [B,S,heads*h] -> [B,heads,S,h]
@@ -461,27 +498,32 @@ class Attention(nn.Module):
 
 
 class TransformerLayer(nn.Module):
-    """The weights and residual branches that a Gemma layer and a DiT block have in common."""
-    def __init__(self, width, gemma: GemmaConfig, sandwich_norm, qk_norm):
+    """The weights and residual branches that a Gemma layer and a DiT block have in common.
+
+    self_attn and input_layernorm are handed in, since they are what differs.
+    """
+    def __init__(self, width, gemma: GemmaConfig, sandwich_norm, self_attn, input_layernorm):
         super().__init__()
         eps = gemma.rms_norm_eps
         self.sandwich_norm = sandwich_norm
-        self.self_attn = Attention(width, gemma, qk_norm)
+        self.self_attn = self_attn
         self.mlp = MLP(width, gemma.intermediate_size)
         # Beware of the name: with sandwich norms (Gemma 2 and 3) post_attention_layernorm comes
         # after attention. Without them (Gemma 1) it is the norm *before the MLP*.
-        self.input_layernorm = RMSNorm(width, eps)
+        self.input_layernorm = input_layernorm
         self.post_attention_layernorm = RMSNorm(width, eps)
         if sandwich_norm:
             self.pre_feedforward_layernorm = RMSNorm(width, eps)
             self.post_feedforward_layernorm = RMSNorm(width, eps)
 
     def add_attention(self, x, attn, gate=1):
+        """x plus the output of an attention, which the caller has computed."""
         if self.sandwich_norm:
             attn = self.post_attention_layernorm(attn)
         return x + gate * attn
 
     def add_mlp(self, x, shift=0, scale=0, gate=1):
+        """x plus the whole branch of the MLP: norm, modulation, MLP."""
         if self.sandwich_norm:
             y = self.mlp(modulate(self.pre_feedforward_layernorm(x), shift, scale))
             y = self.post_feedforward_layernorm(y)
@@ -493,10 +535,13 @@ class TransformerLayer(nn.Module):
 class LayerStack(nn.ModuleList):
     """The layers of a tower, applied in order.
 
-    per_layer holds a tuple of inputs for each layer to apply, common the inputs that are the same
-    for all. On a TPU, a scan takes the place of this class: it compiles one layer instead of L.
+    per_layer holds a tuple of inputs for each layer to apply, which may be fewer than there are;
+    common holds the inputs that are the same for all. A layer is called with x, then the inputs of
+    its tuple, then the common ones. (On a TPU, a scan takes the place of this class: it compiles
+    one layer instead of all of them.)
     """
     def forward(self, x, per_layer, common):
+        assert len(per_layer) <= len(self), (len(per_layer), len(self))
         outputs = []
         for layer, inputs in zip(self, per_layer):
             x, output = layer(x, *inputs, *common)
@@ -510,8 +555,8 @@ class TextFeatures(NamedTuple):
     keys: tuple                         # one per DiT block: [B,K,T,h], or None if it reads no text
     values: tuple                       # likewise; all None in shallow fusion
     hidden: torch.Tensor | None         # [B,T,D] shallow fusion: the hidden state that is read
-    mask: torch.Tensor                  # [B,T] True at real tokens, False at padding
-    pooled: torch.Tensor | None = None  # [B,C] CLIP's pooled vector, for CLIP modulation
+    mask: torch.Tensor                  # [B,T] True at real tokens (at least <bos>), not at padding
+    pooled: torch.Tensor | None = None  # [B,text_modulation_embeds_dim] CLIP's pooled vector
 
     def map(self, f):
         """Apply f to every tensor."""
@@ -525,7 +570,7 @@ class TextFeatures(NamedTuple):
                             pooled=f_or_none(self.pooled))
 
     def concat(self, other):
-        """Both batches in one."""
+        """The two batches as one: this one's samples, then the other's."""
         def cat(a, b):
             return None if a is None else torch.cat([a, b])
 
@@ -537,7 +582,7 @@ class TextFeatures(NamedTuple):
 
 
 class LayerStates(NamedTuple):
-    """What a Gemma layer computed for the text, and a DiT block may read."""
+    """The tensors of a Gemma layer that a DiT block may read."""
     k: torch.Tensor                     # [B,K,T,h] keys
     v: torch.Tensor                     # [B,K,T,h] values
     hidden: torch.Tensor                # [B,T,D] the layer's input
@@ -545,7 +590,11 @@ class LayerStates(NamedTuple):
 
 class GemmaLayer(TransformerLayer):
     def forward(self, x, rope, mask, scale, rotate_keys):
-        """x [B,T,D] after this layer, and its LayerStates."""
+        """x [B,T,D] after this layer, and its LayerStates.
+
+        Of the last layer that is read, only the states are needed. If keep_layers has dropped the
+        rest of its weights, x is returned as it came.
+        """
         y = self.input_layernorm(x)
         k, v = self.self_attn.kv(y)                             # [B,K,T,h]
         rotated_k = apply_rope(k, rope)
@@ -553,7 +602,7 @@ class GemmaLayer(TransformerLayer):
             states = LayerStates(rotated_k, v, x)
         else:
             states = LayerStates(k, v, x)
-        if self.mlp is None:                # the last layer that is read: see keep_layers
+        if self.mlp is None:
             return x, states
 
         q = self.self_attn.q(y, rope)                           # [B,H,T,h]
@@ -566,24 +615,29 @@ class GemmaLayer(TransformerLayer):
 class Gemma(nn.Module):
     """Gemma 1, 2 or 3 as a text encoder: returns keys and values of its layers instead of logits.
 
-    Attention logits are not soft-capped, not even for Gemma 2: the published FuseDiT models were
-    trained without (models.py:488 calls scaled_dot_product_attention on Gemma 2's layers, too).
+    Gemma 2 was trained with soft-capping, which squashes large attention scores. We leave it out:
+    the published FuseDiT models were trained without it (models.py:488).
     """
     def __init__(self, config: GemmaConfig):
         super().__init__()
         self.config = config
+        D = config.hidden_size
+        eps = config.rms_norm_eps
         sandwich_norm = config.model_type != "gemma"
         qk_norm = config.model_type == "gemma3_text"
-        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
-        self.layers = LayerStack(GemmaLayer(config.hidden_size, config, sandwich_norm, qk_norm)
-                                 for _ in range(config.num_hidden_layers))
-        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.embed_tokens = nn.Embedding(config.vocab_size, D)
+        self.layers = LayerStack()
+        for _ in range(config.num_hidden_layers):
+            attn = Attention(D, config, qk_norm)
+            self.layers.append(GemmaLayer(D, config, sandwich_norm, attn, RMSNorm(D, eps)))
+        self.norm = RMSNorm(D, eps)
 
     def keep_layers(self, last_layer):
-        """Drop the weights that reading layers 0 .. last_layer does not need.
+        """Drop the weights that reading layers 0 .. last_layer does not need (to save memory).
 
-        Of layer last_layer only keys and values are read, so its queries and MLP go as well.
-        last_layer = L, the output of the final norm, needs everything.
+        Of layer last_layer only keys, values and the input are read, so its queries, its output
+        projection and its MLP go as well. last_layer = L, the output of the final norm, needs
+        everything.
         """
         if last_layer < len(self.layers):
             self.norm = None
@@ -596,10 +650,10 @@ class Gemma(nn.Module):
     def forward(self, ids, last_layer, rotate_keys=True):
         """Run layers 0 .. last_layer on ids [B,T]; last_layer = L also applies the final norm.
 
-        Returns three lists: keys and values [B,K,T,h] and inputs [B,T,D] of these layers, followed
-        by the output of the final norm if last_layer = L. A token only looks back, and padding is
-        on the right, so no real token ever sees any: padding needs no mask.
-        rotate_keys=False: keys before RoPE, which deep cross-attention reads (models.py:505-522).
+        Returns three lists: the keys and values [B,K,T,h] of these layers, and their inputs [B,T,D]
+        (hidden[i] is the input of layer i; hidden[L] is the output of the final norm). Attention is
+        causal and padding is on the right, so real tokens never see padding, which needs no mask.
+        rotate_keys=False: keys without RoPE, for deep cross-attention (models.py:505-522).
         """
         c = self.config
         T = ids.shape[1]
@@ -610,7 +664,7 @@ class Gemma(nn.Module):
 
         # who sees whom: all tokens so far, or those in the window
         position = torch.arange(T, device=device)
-        distance = position[:, None] - position                 # [T,T] how far a key lies back
+        distance = position[:, None] - position                 # [T,T] how far back the key lies
         causal = distance >= 0
         window = causal & (distance < c.sliding_window)
 
@@ -621,12 +675,13 @@ class Gemma(nn.Module):
         local_rope = cos_sin(position[None, :, None] * local_freqs)
 
         per_layer = []
-        for i in range(last_layer + 1):
+        for i in range(min(last_layer + 1, c.num_hidden_layers)):
             if i in c.sliding_layers:
                 per_layer.append((local_rope, window))
             else:
                 per_layer.append((global_rope, causal))
-        x, states = self.layers(x, per_layer, (c.query_scale ** -0.5, rotate_keys))
+        scale = c.query_pre_attn_scalar ** -0.5
+        x, states = self.layers(x, per_layer, (scale, rotate_keys))
 
         keys = [k for k, v, x_in in states]
         values = [v for k, v, x_in in states]
@@ -640,8 +695,8 @@ def load_gemma(folder, device="cpu", dtype=torch.float32):
     """A frozen Gemma from a folder that transformers saved: config.json and *.safetensors.
 
     Strict: a tensor that is missing, unexpected or of another shape is a FuseDiTError that names
-    it. fusedit_lib/pretrained.py adds hub ids, PaliGemma and the published FuseDiT's folders, and
-    reads no more of a Gemma than its layers 0 .. last_layer.
+    it. fusedit_lib/pretrained.py also handles hub ids, PaliGemma and folders of the published
+    FuseDiT, and reads no more of a Gemma than the DiT needs.
     """
     folder = Path(folder)
     tensors = {}
@@ -667,14 +722,14 @@ def load_gemma(folder, device="cpu", dtype=torch.float32):
 
 # ------------------------------------------------------------------------------ the DiT
 class AdaNorm(nn.Module):
-    """RMSNorm with, beside it, the Linear that computes its AdaLN-Zero modulation."""
+    """RMSNorm plus the Linear that computes its AdaLN-Zero modulation, which the caller applies."""
     def __init__(self, width, chunks, eps):
         super().__init__()
         self.norm = RMSNorm(width, eps)
         self.linear = nn.Linear(width, chunks * width)
         self.chunks = chunks
 
-    def forward(self, x):                   # the caller modulates, as with a plain RMSNorm
+    def forward(self, x):
         return self.norm(x)
 
     def modulation(self, temb):             # temb [B,D] -> chunks of [B,1,D]
@@ -684,36 +739,47 @@ class AdaNorm(nn.Module):
 class DiTBlock(TransformerLayer):
     """A Gemma layer whose tokens are image patches, which also attend to the text.
 
-    Where the text's keys and values come from, and how the image attends to them, are two choices:
+    Where the text's keys and values come from is config.fusion:
+        deep      from a Gemma layer, as Gemma computed them
+        shallow   projected by this block itself, from one hidden state of Gemma, which is the same
+                  for all blocks
 
-        deep      of a Gemma layer, as Gemma computed them        self    one softmax over both
-        shallow   this block's own projections of one hidden      cross   a second softmax, over
-                  state of Gemma, the same for all blocks                 the text alone
+    How the image attends to them is config.attention:
+        self      in one softmax over text and image
+        cross     in a second softmax, over the text alone
 
     Published: models.py:394-612 (deep), modules.py:218-306 (shallow). There, deep self-attention
-    computes text and image together, under one mask in which text does not see the image. Since it
-    does not, computing the text first gives the same result.
+    computes text and image together, under one mask in which text does not see the image. Because
+    text does not see the image, computing it first gives the same result.
     """
     def __init__(self, c: FuseDiTConfig, gemma: GemmaConfig, width, reads_text):
-        super().__init__(width, gemma, c.sandwich_norm, c.qk_norm)
+        eps = gemma.rms_norm_eps
+        shallow = c.fusion == "shallow"
+        joint = reads_text and c.attention == "self"
+        attn = Attention(width, gemma, c.qk_norm, has_text_kv=joint and shallow)
+        norm = RMSNorm(width, eps)
+        if c.timestep_conditioning == "adaln-zero":
+            norm = AdaNorm(width, 6, eps)
+        super().__init__(width, gemma, c.sandwich_norm, attn, norm)
         self.conditioning = c.timestep_conditioning
-        self.shallow = c.fusion == "shallow"
-        self.joint = reads_text and c.attention == "self"
+        self.shallow = shallow
+        self.joint = joint
+
         self.cross_attn = None
-        if self.joint and self.shallow:
-            self.self_attn = Attention(width, gemma, c.qk_norm, text_kv=True)
         if reads_text and c.attention == "cross":
-            self.cross_attn = Attention(width, gemma, c.qk_norm, image_kv=False,
-                                        text_kv=self.shallow)
+            self.cross_attn = Attention(width, gemma, c.qk_norm, has_kv=False, has_text_kv=shallow)
             if c.sandwich_norm:
-                self.post_cross_attention_layernorm = RMSNorm(width, gemma.rms_norm_eps)
-        if self.conditioning == "adaln-zero":
-            self.input_layernorm = AdaNorm(width, 6, gemma.rms_norm_eps)
-        if self.conditioning == "adaln-single":     # one Linear for all blocks, DiT.t_block, plus:
+                self.post_cross_attention_layernorm = RMSNorm(width, eps)
+        if self.conditioning == "adaln-single":     # its part of the modulation: see below
             self.scale_shift_table = nn.Parameter(torch.zeros(6 * width))
 
     def modulation(self, cond):
-        """shift, scale, gate of attention, then of the MLP, each [B,1,D] or a neutral number."""
+        """shift, scale, gate of attention, then of the MLP, each [B,1,D]; or numbers of no effect.
+
+        adaln-zero     each block has a Linear of its own; cond is the time embedding [B,D]
+        adaln-single   all blocks share one Linear, DiT.t_block, whose output cond is [B,6D]; each
+                       adds a table of its own (shift first, despite the table's published name)
+        """
         if self.conditioning == "adaln-zero":
             return self.input_layernorm.modulation(cond)
         if self.conditioning == "adaln-single":
@@ -721,12 +787,14 @@ class DiTBlock(TransformerLayer):
         return 0, 0, 1, 0, 0, 1
 
     def forward(self, img, text_k, text_v, cond, rope, text_hidden, text_mask, joint_mask):
-        """img [B,N,D] after this block.
+        """img [B,N,D] after this block (and None, since LayerStack wants a pair).
 
-        text_k, text_v: [B,K,T,h] of a Gemma layer (deep fusion), or None.
-        text_hidden: [B,T,D], the projected hidden state (shallow fusion), or None.
-        cond: input of the modulation: the time embedding [B,D] (adaln-zero), t_block's output
-        [B,6D] (adaln-single), or unused.
+        text_k, text_v   [B,K,T,h] of a Gemma layer (deep fusion), or None
+        cond             see modulation
+        rope             [2,B,1,N,h/2], of image_rope, or None
+        text_hidden      [B,T,D], the one hidden state (shallow fusion), or None
+        text_mask        [B,1,1,T], added to the scores: 0 at real tokens, -inf at padding
+        joint_mask       [B,1,1,T+N], the same for [text ; image]
         """
         shift_attn, scale_attn, gate_attn, shift_mlp, scale_mlp, gate_mlp = self.modulation(cond)
 
@@ -750,7 +818,7 @@ class DiTBlock(TransformerLayer):
             z = attention(q, k, v)
         img = self.add_attention(img, self.self_attn.out(z), gate_attn)
 
-        # cross-attention: a second softmax, over the text alone; neither normed before nor gated
+        # cross-attention: a second softmax, over the text alone, with no norm before and no gate
         if self.cross_attn is not None:
             z = attention(self.cross_attn.q(img), text_k, text_v, text_mask)
             z = self.cross_attn.out(z)
@@ -759,7 +827,7 @@ class DiTBlock(TransformerLayer):
             img = img + z
 
         img = self.add_mlp(img, shift_mlp, scale_mlp, gate_mlp)
-        return img, None                    # LayerStack expects an output; only GemmaLayer has one
+        return img, None
 
 
 def embedding_mlp(width_in, width):
@@ -777,12 +845,13 @@ class DiT(nn.Module):
         self.config = c
         self.width = D
         self.head_dim = gemma.head_dim
-        self.text_layers = text_layers(c, gemma.num_hidden_layers)
+        self.text_layers = layers_to_read(c, gemma.num_hidden_layers)
 
         self.patch_embed = nn.ModuleDict({"proj": nn.Conv2d(c.in_channels, D, P, stride=P)})
-        self.layers = LayerStack(
-            DiTBlock(c, gemma, D, reads_text=c.fusion == "shallow" or layer is not None)
-            for layer in self.text_layers)
+        self.layers = LayerStack()
+        for gemma_layer in self.text_layers:
+            reads_text = c.fusion == "shallow" or gemma_layer is not None
+            self.layers.append(DiTBlock(c, gemma, D, reads_text))
         if c.timestep_conditioning == "adaln-zero":
             self.norm_out = AdaNorm(D, 2, eps)
         else:
@@ -803,12 +872,16 @@ class DiT(nn.Module):
                                                   nn.Linear(gemma.hidden_size, D))
 
     def init_weights(self):
-        """Fresh weights (models.py:285-324). The first prediction is 0, and so are the gates of
-        AdaLN-Zero, so that every block starts as the identity."""
+        """Fresh weights, for training from scratch (models.py:285-324).
+
+        The first prediction is 0. So are the gates of AdaLN-Zero: but for cross-attention, which
+        has no gate, every block starts as the identity.
+        """
         for name, p in self.named_parameters():
             if "scale_shift_table" in name:
                 nn.init.normal_(p, std=self.width ** -0.5)
-            elif p.dim() < 2:                                   # biases; RMSNorm's w in (1 + w)
+            elif p.dim() < 2:                                   # biases; RMSNorm's weights, to
+                                                                # which it adds 1
                 nn.init.zeros_(p)
             elif "proj_out" in name or ".linear." in name:      # output and AdaLN-Zero projections
                 nn.init.zeros_(p)
@@ -825,13 +898,31 @@ class DiT(nn.Module):
         return temb
 
     def final_modulation(self, temb):
-        """shift, scale of the last norm, each [B,1,D] or a neutral number."""
+        """shift, scale of the last norm, each [B,1,D]; or numbers of no effect.
+
+        Beware of the order: adaln-zero stores scale first (modules.py:46), adaln-single shift first
+        (models.py:277).
+        """
         if self.config.timestep_conditioning == "adaln-zero":
-            scale, shift = self.norm_out.modulation(temb)       # in this order (modules.py:46)
+            scale, shift = self.norm_out.modulation(temb)
             return shift, scale
         if self.config.timestep_conditioning == "adaln-single":
-            return (self.scale_shift_table + temb.repeat(1, 2))[:, None].chunk(2, dim=-1)
+            both = self.scale_shift_table + temb.repeat(1, 2)   # [B,2D]
+            return both[:, None].chunk(2, dim=-1)
         return 0, 0
+
+    def rope(self, text, rows, cols):
+        """Rotary table of the image.
+
+        In deep self-attention the image comes after the text, whose positions are 0, 1, 2, ...: it
+        starts at the number of real (unpadded) text tokens of its sample. With cross-attention or
+        shallow fusion, where the text's keys are not rotated, it starts at 0.
+        """
+        c = self.config
+        offset = text.mask.sum(1)                                                    # [B]
+        if c.fusion == "shallow" or c.attention == "cross":
+            offset = torch.zeros_like(offset)
+        return image_rope(c.pos_embed, rows, cols, offset, self.head_dim, text.mask.device)
 
     def unpatchify(self, x, rows, cols):
         """[B,N,P*P*C] -> [B,C,rows*P,cols*P] (models.py:90-101)"""
@@ -841,7 +932,10 @@ class DiT(nn.Module):
         return x.reshape(-1, C, rows * P, cols * P)
 
     def forward(self, x_t, sigma, text: TextFeatures):
-        """Velocity [B,C,H,W] at x_t [B,C,H,W] (H, W: multiples of P) and sigma [B], given text."""
+        """Velocity [B,C,H,W] at x_t [B,C,H,W] (H, W: multiples of P) and sigma [B], given text.
+
+        Without timestep_conditioning sigma is not used.
+        """
         c = self.config
         P = c.patch_size
         dtype = self.proj_out.weight.dtype
@@ -850,26 +944,23 @@ class DiT(nn.Module):
         assert x_t.shape[1:] == (c.in_channels, rows * P, cols * P), x_t.shape
         assert len(x_t) == len(sigma) == len(text.mask), (x_t.shape, sigma.shape, text.mask.shape)
 
-        # image tokens, and their conditioning on the noise level
+        # image tokens
         img = self.patch_embed["proj"](x_t.to(dtype)).flatten(2).mT.contiguous()     # [B,N,D]
-        temb = cond = None                                      # the final model: no time embedding
+        if c.pos_embed == "ape":
+            img = img + sincos_2d(rows, cols, self.width, x_t.device).to(dtype)
+
+        # how the noise level conditions them
+        temb = None
         if c.timestep_conditioning:
-            temb = cond = self.embed_time(sigma, text.pooled, dtype)                 # [B,D]
+            temb = self.embed_time(sigma, text.pooled, dtype)                        # [B,D]
+        cond = temb
+        if c.timestep_conditioning == "addition":
+            img = img + temb[:, None]
         if c.timestep_conditioning == "adaln-single":
             cond = self.t_block(temb)                                                # [B,6D]
 
-        # positions: where text and image share one softmax of deep fusion, image positions start
-        # where the sample's real text tokens end; everywhere else they start at 0
-        if c.pos_embed == "ape":
-            img = img + sincos_2d(rows, cols, self.width, x_t.device).to(dtype)
-        if c.timestep_conditioning == "addition":
-            img = img + temb[:, None]
-        offset = text.mask.sum(1)                                                    # [B]
-        if c.fusion == "shallow" or c.attention == "cross":
-            offset = torch.zeros_like(offset)
-        rope = image_rope(c.pos_embed, rows, cols, offset, self.head_dim, x_t.device)
-
-        # masks: 0 at real tokens, -inf at padding; the image part is always visible
+        # positions; masks: 0 at real tokens, -inf at padding; the image part is always visible
+        rope = self.rope(text, rows, cols)
         text_mask = torch.where(text.mask, 0.0, -math.inf).to(dtype)[:, None, None]  # [B,1,1,T]
         joint_mask = F.pad(text_mask, (0, rows * cols))                              # [B,1,1,T+N]
 
@@ -877,32 +968,37 @@ class DiT(nn.Module):
         text_hidden = None
         if c.fusion == "shallow":
             text_hidden = self.context_embedder(text.hidden.to(dtype))               # [B,T,D]
-        per_layer = list(zip(text.keys, text.values, strict=True))
-        img, _ = self.layers(img, per_layer, (cond, rope, text_hidden, text_mask, joint_mask))
+        per_block = list(zip(text.keys, text.values, strict=True))
+        assert len(per_block) == len(self.layers), (len(per_block), len(self.layers))
+        img, _ = self.layers(img, per_block, (cond, rope, text_hidden, text_mask, joint_mask))
 
         shift, scale = self.final_modulation(temb)
         out = self.proj_out(modulate(self.norm_out(img), shift, scale))              # [B,N,P*P*C]
         return self.unpatchify(out, rows, cols).to(x_t.dtype)
 
 
-def text_layers(c: FuseDiTConfig, L):
+def layers_to_read(c: FuseDiTConfig, L):
     """For every DiT block, the index of the Gemma layer whose keys and values it reads, or None.
 
     DiT block i reads Gemma layer i + initial_layers, if shared_attention_layers allows it
-    (models.py:782-800). L: how many layers the Gemma has.
+    (models.py:782-800). In shallow fusion only the length of the list counts. L: how many layers
+    the Gemma has. Raises FuseDiTError if that is too few.
     """
-    count = c.dit_num_hidden_layers or L - c.initial_layers
-    wanted = range(c.initial_layers, c.initial_layers + count)
+    count = c.dit_num_hidden_layers
+    if count is None:
+        count = L - c.initial_layers
+    counterparts = range(c.initial_layers, c.initial_layers + count)
     allowed = c.shared_attention_layers
     if allowed == "all":
-        allowed = wanted
-    layers = [i if i in allowed else None for i in wanted]
+        allowed = counterparts
+    layers = [i if i in allowed else None for i in counterparts]
 
-    fits = count > 0
+    problem = count < 1
     if c.fusion == "deep":
-        in_range = all(0 <= i < L for i in (*wanted, *allowed))
-        fits = in_range and any(i is not None for i in layers)
-    if not fits:
+        nothing_to_read = all(i is None for i in layers)
+        not_there = [i for i in [*counterparts, *allowed] if not 0 <= i < L]
+        problem = nothing_to_read or not_there
+    if problem:
         raise FuseDiTError(f"config fields initial_layers {c.initial_layers}, "
                            f"dit_num_hidden_layers {count} or shared_attention_layers do not fit "
                            f"a Gemma of {L} layers")
@@ -911,12 +1007,12 @@ def text_layers(c: FuseDiTConfig, L):
 
 # ------------------------------------------------------------------------------ both towers
 class FuseDiT(nn.Module):
-    """Both towers. pretrained.build_model loads their weights and adds what turns words into ids.
+    """Both towers. pretrained.build_model loads their weights and attaches the tokenizer.
 
     llm             the text tower, frozen
     dit             the image tower, which is trained
     tokenizer       of the text tower
-    clip_encoder    for CLIP modulation: prompts or CLIP's token ids -> pooled vectors [B,C]
+    clip_encoder    for CLIP modulation: prompts or CLIP's token ids -> pooled vectors
     llm_is_trained  whether llm's weights differ from those of config.base (--train-llm)
     """
     def __init__(self, config: FuseDiTConfig, gemma: GemmaConfig):
@@ -935,23 +1031,23 @@ class FuseDiT(nn.Module):
             raise FuseDiTError(f"text_hidden_states_index {index}: "
                                f"this Gemma has {-(L + 1)} to {L}")
         if config.fusion == "shallow":
-            self.last_layer = index % (L + 1)                   # -1 is the last hidden state, L
+            self.last_layer = index % (L + 1)                   # -1 becomes L
         else:
             self.last_layer = max(i for i in self.dit.text_layers if i is not None)
 
     def encode_ids(self, ids, mask, pooled=None):
         """TextFeatures of ids [B,T], padded on the right, with mask [B,T] (True: a real token).
 
-        pooled: [B,C] of clip_encoder, for CLIP modulation. Gemma is frozen, so no graph is
-        recorded. Set requires_grad on its weights, and gradients reach them through the keys and
-        values with no other change.
+        pooled: of clip_encoder, for CLIP modulation. Gemma is frozen, so autograd records nothing
+        here. If requires_grad is set on its weights, gradients reach them through the keys and
+        values, with no other change.
         """
-        rotate_keys = self.config.attention == "self"           # cross-attention reads k as it is
+        rotate_keys = self.config.attention == "self"           # cross: keys without positions
         keys, values, hidden = self.llm(ids, self.last_layer, rotate_keys)
         layers = self.dit.text_layers
         if self.config.fusion == "shallow":
-            nothing = (None,) * len(layers)
-            return TextFeatures(nothing, nothing, hidden[-1], mask, pooled)
+            no_text = (None,) * len(layers)
+            return TextFeatures(no_text, no_text, hidden[self.last_layer], mask, pooled)
         keys = tuple(None if i is None else keys[i] for i in layers)
         values = tuple(None if i is None else values[i] for i in layers)
         return TextFeatures(keys, values, None, mask, pooled)
@@ -971,10 +1067,10 @@ class FuseDiT(nn.Module):
 
 
 def token_ids(tokenizer, prompts, config):
-    """Token ids of each prompt, not cut yet, and the number of tokens at which they will be.
+    """The token ids of each prompt, not truncated, and the length to truncate them to.
 
     The instruction and the chat template go around every prompt but the empty one, which means
-    "no prompt" in training and guidance. Their tokens come on top of max_text_tokens
+    "no prompt" in training and guidance. Their tokens do not count towards max_text_tokens
     (pipelines.py:220-234).
     """
     def wrap(text):
@@ -988,34 +1084,39 @@ def token_ids(tokenizer, prompts, config):
     bos = tokenizer.bos_token_id
     ids = []
     for prompt_ids in tokenizer(texts)["input_ids"]:
-        if prompt_ids[:1] != [bos]:         # without <bos> Gemma's outputs are far off
+        if prompt_ids[:1] != [bos]:         # without <bos> Gemma's outputs are badly off
             prompt_ids = [bos, *prompt_ids]
         ids.append(prompt_ids)
 
-    around = tokenizer(wrap(config.instruction.rstrip()))["input_ids"]
-    limit = config.max_text_tokens + sum(i != bos for i in around)
+    # Without its last space, which becomes part of the prompt's first token. <bos> is not counted:
+    # max_text_tokens includes it.
+    overhead = tokenizer(wrap(config.instruction.rstrip()))["input_ids"]
+    limit = config.max_text_tokens + len(overhead) - overhead.count(bos)
     return ids, limit
 
 
 def tokenize(tokenizer, prompts, config, pad_to=None):
-    """ids [B,T] and mask [B,T] of prompts: cut at the model's limit, padded on the right."""
-    ids, limit = token_ids(tokenizer, prompts, config)
-    lengths = torch.tensor([min(len(row), limit) for row in ids])
+    """ids [B,T] and mask [B,T] of prompts: truncated to the model's limit, padded on the right."""
+    all_ids, limit = token_ids(tokenizer, prompts, config)
+    all_ids = [ids[:limit] for ids in all_ids]
+    lengths = torch.tensor([len(ids) for ids in all_ids])
     T = pad_to or int(lengths.max())
     assert lengths.max() <= T, f"a prompt has {lengths.max()} tokens, more than pad_to = {T}"
-    padding = [tokenizer.pad_token_id or 0] * T
-    padded = torch.tensor([(row[:limit] + padding)[:T] for row in ids])
+    pad_id = tokenizer.pad_token_id or 0
+    padded = torch.tensor([ids + [pad_id] * (T - len(ids)) for ids in all_ids])
     return padded, torch.arange(T) < lengths[:, None]
 
 
 # ------------------------------------------------------------------------------ presets
 GEMMA_2 = {"base": "google/gemma-2-2b", "sandwich_norm": True}
 FINAL_MODEL = GEMMA_2 | {"pos_embed": "2d-rope", "timestep_conditioning": None}
-PRESETS = {  # name -> what differs from the baseline; the names are those of the paper's runs
+PRESETS = {  # name -> what differs from the baseline
     "fusedit": FINAL_MODEL,
+    # the model in demo/: pixels instead of latents, and a small Gemma of our own
     "demo": {"base": "demo/gemma", "pos_embed": "2d-rope", "timestep_conditioning": "addition",
              "vae": None, "image_size": 32, "patch_size": 4, "in_channels": 3,
              "dit_hidden_size": 256, "shift": 4.0, "guidance": 3.0, "max_text_tokens": 32},
+    # the paper's runs, under their own names
     "baselinedit/self-attention": {"fusion": "shallow"},
     "baselinedit/cross-attention": {"fusion": "shallow", "attention": "cross"},
     "fusedit/baseline": {},

@@ -170,7 +170,7 @@ def test_gemma3_windows_and_bases(tmp_path):
     """What the comparison above relies on is really there."""
     theirs = tiny_gemma(tmp_path, "gemma3")
     g = gemma_config(theirs.config.to_dict())
-    assert g.sliding_layers == (0, 1, 2, 3, 4) and g.sliding_window == 3 and g.query_scale == 24
+    assert g.sliding_layers == (0, 1, 2, 3, 4) and g.sliding_window == 3 and g.query_pre_attn_scalar == 24
     assert (g.rope_theta, g.local_theta) == (1e6, 1e4)
     # The keys of transformers 4, as on the hub.
     old = dict(model_type="gemma3", text_config=dict(
@@ -216,7 +216,7 @@ def joint_attention_forward(model, ids, mask, x_t, sigma):
             q.append(fusedit.apply_rope(attn.q_norm(attn.split_heads(attn.q_proj(y))), turn))
             k.append(fusedit.apply_rope(attn.k_norm(attn.split_heads(attn.k_proj(y))), turn))
             v.append(attn.split_heads(attn.v_proj(y)))
-        q[0] = q[0] * math.sqrt(h / g.query_scale)                 # Gemma's own scale
+        q[0] = q[0] * math.sqrt(h / g.query_pre_attn_scalar)                 # Gemma's own scale
         q, k, v = (torch.cat(z, dim=2) for z in (q, k, v))
         k, v = (z.repeat_interleave(q.shape[1] // z.shape[1], 1) for z in (k, v))
         scores = (q @ k.transpose(2, 3) / math.sqrt(h)).masked_fill(~see[:, None], -torch.inf)

@@ -79,7 +79,7 @@ def test_its_config_and_tensors(folder):
     c = gemma_config(read_json(folder / "config.json"))
     assert (c.model_type, c.num_hidden_layers, c.hidden_size, c.head_dim, c.vocab_size) == (
         "gemma3_text", 18, 640, 256, 262144)
-    assert (c.num_attention_heads, c.num_key_value_heads, c.query_scale) == (4, 1, 256)
+    assert (c.num_attention_heads, c.num_key_value_heads, c.query_pre_attn_scalar) == (4, 1, 256)
     assert (c.rope_theta, c.local_theta, c.rope_factor, c.sliding_window) == (1e6, 1e4, 1, 512)
     assert set(range(18)) - set(c.sliding_layers) == {5, 11, 17}
     assert len(gemma_tensors(folder)) == 2 + 13 * 18
