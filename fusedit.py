@@ -7,13 +7,16 @@ same softmax, to the keys and values that layer i of Gemma computed for the text
 of "Exploring the Deep Fusion of Large Language Models and Diffusion Transformers for Text-to-Image
 Synthesis" (arXiv 2505.10046), called "the paper" below.
 
+Neither the image nor the noise level enters Gemma. So it runs once per prompt, before the DiT, and
+its keys and values serve at every step of the sampler:
+
          prompt                                    noise
            |                                         |
-    [ Gemma layer 0 ] --- keys, values ----> [ DiT block 0 ]      Text never attends to the image,
-    [ Gemma layer 1 ] --- keys, values ----> [ DiT block 1 ]      so Gemma runs once per prompt
-          ...                                       ...           and the DiT once per step:
-    [Gemma layer L-1] --- keys, values ----> [DiT block L-1]        text = model.encode(prompts)
-                                                     |              v = model.dit(x_t, sigma, text)
+    [ Gemma layer 0 ] --- keys, values ----> [ DiT block 0 ]
+    [ Gemma layer 1 ] --- keys, values ----> [ DiT block 1 ]       once per prompt:
+          ...                                       ...              text = model.encode(prompts)
+    [Gemma layer L-1] --- keys, values ----> [DiT block L-1]       once per step:
+                                                     |               v = model.dit(x_t, sigma, text)
                                                   velocity
 
 Glossary
@@ -64,8 +67,8 @@ def training_sigmas(shift, device=None):
 def logit_normal_sigma(normal, shift):
     """Noise levels [B] for training, from standard normal draws [B] (trainers.py:231-243).
 
-    sigmoid(normal) is logit-normal: it favours the middle of the list of noise levels, where the
-    velocity is hardest to predict (SD3, section 3.1).
+    sigmoid(normal) is logit-normal: it favours the middle of the list of noise levels (0.75, if
+    shift = 3), where the velocity is hardest to predict (SD3, section 3.1).
     """
     u = normal.sigmoid()                                # near 0: much noise; near 1: little
     index = (u * 1000).long().clamp(max=999)            # in low precision u can round up to 1
@@ -76,17 +79,18 @@ def flow_loss(model, x, text, sigma, eps):
     """Rectified-flow loss per sample [B] (arXiv 2209.03003; trainers.py:225-273).
 
     A straight line joins the image x to the noise eps. Its direction, eps - x, is the same at every
-    sigma, and is what the model learns to predict from a single point x_t on the line. The loss is
-    the mean squared error of that prediction.
+    sigma, and is what the model is asked to predict from a single point x_t on the line. Many lines
+    pass through one x_t, so what minimises the squared error is the mean direction of them all,
+    given x_t and the text. That mean is the velocity which the sampler follows.
 
-    x, eps: [B,C,H,W]; sigma: [B]. model(x_t, sigma, text) predicts the velocity: a DiT with
-    TextFeatures, or a FuseDiT with token ids. A training step draws the noise and its level:
+    x, eps: [B,C,H,W]; sigma: [B]. model(x_t, sigma, text) is a DiT, with TextFeatures as text, or a
+    FuseDiT, with the tuple (ids, mask). The caller draws the noise and its level:
 
         eps = torch.randn_like(x)
-        sigma = logit_normal_sigma(torch.randn(B), shift)
+        sigma = logit_normal_sigma(torch.randn(len(x), device=x.device), shift)
 
-    (train_gpu.py and train_tpu.py take both from their data loader instead, which draws them from
-    the run's seed and the sample's position in the data, so that a resumed run repeats them.)
+    (In train_gpu.py and train_tpu.py the data loader does so, from the run's seed and the sample's
+    position in the data, so that a resumed run repeats the same numbers.)
     """
     x = x.float()
     s = sigma[:, None, None, None]
@@ -97,9 +101,9 @@ def flow_loss(model, x, text, sigma, eps):
 
 def sampling_sigmas(steps, shift):
     """The noise levels [steps + 1] of the sampler, from 1 to 0."""
-    # The published sampler (diffusers' FlowMatchEulerDiscreteScheduler) shifts twice, and so do we:
-    # it spaces its steps evenly from 1 to the last training level, which is already shifted, and
-    # then shifts them all.
+    # As the published sampler (diffusers' FlowMatchEulerDiscreteScheduler) does, we space the steps
+    # evenly from 1 to the last training level, and then shift them all. Since that level is shifted
+    # already, the last step is shifted twice.
     last = float(training_sigmas(shift)[-1])
     sigmas = shift_sigma(torch.linspace(1, last, steps, dtype=torch.float64), shift)
     return torch.cat([sigmas, sigmas.new_zeros(1)]).float()
@@ -112,13 +116,14 @@ def sample(dit, noise, text, uncond, steps, guidance, shift, guidance_span=(0, 1
     text, uncond: TextFeatures (below) of the B prompts and of B empty (or negative) prompts, with
     the same T. Classifier-free guidance (arXiv 2207.12598; pipelines.py:264-280) computes both
     velocities in one batch of 2B and extrapolates away from the empty prompt's:
-    v_uncond + guidance * (v - v_uncond). Where guidance is off, the empty prompt is not used: that
-    is if guidance = 1, or in steps whose sigma lies outside guidance_span.
+    v_uncond + guidance * (v - v_uncond). Guidance is off if it is 1, and in steps whose sigma lies
+    outside guidance_span; then the DiT does not see the empty prompt.
     callback(i, x) is called after every step.
     """
     x = noise.float()
     sigmas = sampling_sigmas(steps, shift).tolist()
-    text_and_uncond = text.concat(uncond)
+    if guidance != 1:
+        text_and_uncond = text.concat(uncond)
     for i in range(steps):
         sigma = sigmas[i]
         next_sigma = sigmas[i + 1]
@@ -164,13 +169,15 @@ class GemmaConfig:
         """
         model_type = d.get("model_type")
         if model_type not in ("gemma", "gemma2", "gemma3_text"):
-            # (pretrained.py hands over the part of a PaliGemma's config that describes its Gemma.)
+            # (Of a multimodal model, pretrained.py hands over the part on its text model.)
             raise FuseDiTError(f"model_type is {model_type!r}, but the text tower must be a Gemma: "
                                "gemma, gemma2, gemma3_text or paligemma")
         is_gemma3 = model_type == "gemma3_text"
 
         # Published configs omit fields that equal the defaults of their transformers class.
         values = {"head_dim": 256, "rms_norm_eps": 1e-6, "sliding_window": 4096}
+        if model_type != "gemma":
+            values["query_pre_attn_scalar"] = 256
         if is_gemma3:
             values |= {"vocab_size": 262208, "num_attention_heads": 8, "num_key_value_heads": 4}
         names = [f.name for f in fields(GemmaConfig)]
@@ -219,24 +226,28 @@ class FuseDiTConfig:
 
     # The text tower, and how the image reads it
     base: str = "google/gemma-2b"           # the frozen Gemma: a hub id or a folder
-    fusion: Literal["deep", "shallow"] = "deep"   # keys, values of each layer; one hidden state
-    attention: Literal["self", "cross"] = "self"  # one softmax over text and image; one over each
+    fusion: Literal["deep", "shallow"] = "deep"   # deep: block i reads the keys and values of a
+                                            # Gemma layer; shallow: all blocks read a hidden state
+    attention: Literal["self", "cross"] = "self"  # self: one softmax over text and image; cross: a
+                                            # second one for the text
     initial_layers: int = 0                 # DiT block i reads Gemma layer i + initial_layers
     shared_attention_layers: Literal["all"] | tuple = "all"  # the Gemma layers that may be read
-    text_hidden_states_index: int = -1      # the hidden state that shallow fusion reads
+    text_hidden_states_index: int = -1      # the hidden state that shallow fusion reads: i is the
+                                            # input of layer i, -1 the output of the final norm
     max_text_tokens: int = 256              # longer prompts are truncated
-    instruction: str = ""                   # put before each prompt; does not count as its tokens
+    instruction: str = ""                   # put before each prompt but the empty one
     apply_chat_template: bool = False       # wrap prompts as instruction-tuned Gemmas expect
 
     # The image tower
     pos_embed: Literal["ape", "1d-rope", "2d-rope", "m-rope"] = "ape"    # see image_rope
-    # None, as in the paper's final model: the DiT never sees sigma, and infers it from x_t.
+    # The value None, as in the final model: the DiT never sees sigma, but infers it from x_t.
     timestep_conditioning: Literal["adaln-zero", "adaln-single", "addition"] | None = "adaln-zero"
     sandwich_norm: bool = False             # norms before and after each branch, as in Gemma 2
-    qk_norm: bool = True                    # RMSNorm on the image's queries and keys
+    qk_norm: bool = True                    # RMSNorm on queries, and on keys that the DiT computes
     dit_hidden_size: int | None = None      # D of the image stream; None: as wide as Gemma
     dit_num_hidden_layers: int | None = None  # None: all of Gemma's, from initial_layers on
-    clip: str | None = None                 # CLIP text model; its vector is added to the time's
+    clip: str | None = None                 # CLIP text model; its pooled vector is embedded and
+                                            # added to the time embedding
     text_modulation_embeds_dim: int | None = None  # length of that vector
 
     # The image, the noise schedule and the sampler
@@ -284,7 +295,7 @@ class FuseDiTConfig:
         return FuseDiTConfig(**d)
 
 
-MINIMUM = {"initial_layers": 0, "text_hidden_states_index": -math.inf}  # of all others: above 0
+MINIMUM = {"initial_layers": 0, "text_hidden_states_index": -math.inf}  # others: above 0
 
 
 def allowed_by(declared):
@@ -360,8 +371,8 @@ def timestep_features(sigma, width=256):
 def sincos_2d(rows, cols, width, device, table_size=64):
     """Absolute position embedding "ape" [1,N,D]: the centre of a fixed square table.
 
-    The table is that of diffusers' PatchEmbed (models.py:120-128): 64 x 64 patches, whose positions
-    0, 1/4, 1/2, 3/4, 1, ... keep to the range 0 .. 16 of the 16 x 16 patches that it was designed
+    The table is that of diffusers' PatchEmbed (models.py:120-128). Positions are scaled by 16/64,
+    so that its 64 x 64 patches span 0 .. 16, the range of the 16 x 16 patches that it was designed
     for. The first half of the width encodes the column, the second half the row.
     """
     if max(rows, cols) > table_size:
@@ -405,33 +416,27 @@ def image_rope(kind, rows, cols, offset, h, device):
               range of h/4 frequencies
     m-rope    the h/2 frequencies are split: the fast half encodes the row, the slow half the column
 
-    The base theta is 10000, as in Gemma 1 and 2, whatever the Gemma's own.
+    The base theta is 10000, whatever the Gemma's own. So scores between text and image depend on
+    the difference of their positions only where both rotate with the same frequencies: with 1d-rope
+    or m-rope, and Gemma 1 or 2.
     """
     if kind == "ape":
         return None
 
     index = torch.arange(rows * cols, device=device)
     all_freqs = inverse_frequencies(h // 2, device=device)
-    fast_freqs, slow_freqs = all_freqs.chunk(2)
     if kind == "1d-rope":
-        row = index
-        col = index
-        row_freqs = fast_freqs
-        col_freqs = slow_freqs
-    elif kind == "2d-rope":
-        row = index // cols
-        col = index % cols
+        return cos_sin((offset[:, None] + index)[..., None] * all_freqs)       # angles [B,N,h/2]
+
+    if kind == "2d-rope":
         row_freqs = inverse_frequencies(h // 4, device=device)
         col_freqs = row_freqs
     else:                                                                      # m-rope
-        row = index // cols
-        col = index % cols
-        row_freqs = fast_freqs
-        col_freqs = slow_freqs
-
-    row_angles = (offset[:, None] + row)[..., None] * row_freqs                # [B,N,h/4]
-    col_angles = (offset[:, None] + col)[..., None] * col_freqs
-    return cos_sin(torch.cat([row_angles, col_angles], dim=-1))
+        row_freqs, col_freqs = all_freqs.chunk(2)
+    row = offset[:, None] + index // cols                                      # [B,N]
+    col = offset[:, None] + index % cols
+    angles = torch.cat([row[..., None] * row_freqs, col[..., None] * col_freqs], dim=-1)
+    return cos_sin(angles)
 
 
 def attention(q, k, v, mask=None, scale=None):
@@ -452,12 +457,12 @@ def attention(q, k, v, mask=None, scale=None):
 
 
 class Attention(nn.Module):
-    """Projections and per-head norms of one attention. Who attends to whom is up to the caller.
+    """Projections and per-head norms of one attention module. Its user decides who attends to whom.
 
-    Heads are always Gemma's, whatever the width, so that text and image keys fit into one softmax.
-    has_kv: with k_proj, v_proj for the tokens that ask. has_text_kv: with text_k_proj, text_v_proj
-    for the text of shallow fusion. In deep cross-attention there is neither: keys and values are
-    Gemma's own, and have no k_norm.
+    Number and width of the heads are always Gemma's, whatever the width of the stream, so that keys
+    of text and image fit into one softmax. has_kv: has k_proj and v_proj, for the stream itself.
+    has_text_kv: has text_k_proj and text_v_proj, for the text in shallow fusion. The
+    cross-attention of deep fusion has neither, since its keys and values are Gemma's.
     """
     def __init__(self, width, gemma: GemmaConfig, qk_norm, has_kv=True, has_text_kv=False):
         super().__init__()
@@ -517,7 +522,7 @@ class TransformerLayer(nn.Module):
             self.post_feedforward_layernorm = RMSNorm(width, eps)
 
     def add_attention(self, x, attn, gate=1):
-        """x plus the output of an attention, which the caller has computed."""
+        """x plus an attention output, which the caller has computed."""
         if self.sandwich_norm:
             attn = self.post_attention_layernorm(attn)
         return x + gate * attn
@@ -559,7 +564,7 @@ class TextFeatures(NamedTuple):
     pooled: torch.Tensor | None = None  # [B,text_modulation_embeds_dim] CLIP's pooled vector
 
     def map(self, f):
-        """Apply f to every tensor."""
+        """Apply f to every tensor, as in text.map(lambda t: t[:2])."""
         def f_or_none(t):
             return None if t is None else f(t)
 
@@ -590,10 +595,10 @@ class LayerStates(NamedTuple):
 
 class GemmaLayer(TransformerLayer):
     def forward(self, x, rope, mask, scale, rotate_keys):
-        """x [B,T,D] after this layer, and its LayerStates.
+        """Returns x [B,T,D] after this layer, and the LayerStates.
 
-        Of the last layer that is read, only the states are needed. If keep_layers has dropped the
-        rest of its weights, x is returned as it came.
+        The last layer only has to give its states: keep_layers drops the rest of its weights, and
+        then it returns x unchanged.
         """
         y = self.input_layernorm(x)
         k, v = self.self_attn.kv(y)                             # [B,K,T,h]
@@ -652,7 +657,7 @@ class Gemma(nn.Module):
 
         Returns three lists: the keys and values [B,K,T,h] of these layers, and their inputs [B,T,D]
         (hidden[i] is the input of layer i; hidden[L] is the output of the final norm). Attention is
-        causal and padding is on the right, so real tokens never see padding, which needs no mask.
+        causal and padding is on the right, so real tokens never see padding: no mask is needed.
         rotate_keys=False: keys without RoPE, for deep cross-attention (models.py:505-522).
         """
         c = self.config
@@ -741,8 +746,8 @@ class DiTBlock(TransformerLayer):
 
     Where the text's keys and values come from is config.fusion:
         deep      from a Gemma layer, as Gemma computed them
-        shallow   projected by this block itself, from one hidden state of Gemma, which is the same
-                  for all blocks
+        shallow   projected by this block itself, from one hidden state of Gemma, which all blocks
+                  share (after DiT.context_embedder has brought it to the DiT's width)
 
     How the image attends to them is config.attention:
         self      in one softmax over text and image
@@ -750,7 +755,8 @@ class DiTBlock(TransformerLayer):
 
     Published: models.py:394-612 (deep), modules.py:218-306 (shallow). There, deep self-attention
     computes text and image together, under one mask in which text does not see the image. Because
-    text does not see the image, computing it first gives the same result.
+    text does not see the image, computing it first gives the same result. A block whose Gemma layer
+    is not in shared_attention_layers reads no text: its image attends to itself alone.
     """
     def __init__(self, c: FuseDiTConfig, gemma: GemmaConfig, width, reads_text):
         eps = gemma.rms_norm_eps
@@ -787,12 +793,12 @@ class DiTBlock(TransformerLayer):
         return 0, 0, 1, 0, 0, 1
 
     def forward(self, img, text_k, text_v, cond, rope, text_hidden, text_mask, joint_mask):
-        """img [B,N,D] after this block (and None, since LayerStack wants a pair).
+        """Returns img [B,N,D] after this block (and None, since LayerStack wants a pair).
 
         text_k, text_v   [B,K,T,h] of a Gemma layer (deep fusion), or None
         cond             see modulation
         rope             [2,B,1,N,h/2], of image_rope, or None
-        text_hidden      [B,T,D], the one hidden state (shallow fusion), or None
+        text_hidden      [B,T,D], the embedded hidden state (shallow fusion), or None
         text_mask        [B,1,1,T], added to the scores: 0 at real tokens, -inf at padding
         joint_mask       [B,1,1,T+N], the same for [text ; image]
         """
@@ -809,7 +815,8 @@ class DiTBlock(TransformerLayer):
         q = self.self_attn.q(y, rope)                           # [B,H,N,h]
         k, v = self.self_attn.kv(y, rope)                       # [B,K,N,h]
 
-        # self-attention: one softmax over [text ; image], or over the image alone
+        # self-attention: one softmax over [text ; image], or over the image alone. (Scores are
+        # scaled by h^(-1/2) also where the Gemma has another scale for its own.)
         if self.joint:
             k = torch.cat([text_k, k], dim=2)                   # [B,K,T+N,h]
             v = torch.cat([text_v, v], dim=2)
@@ -836,7 +843,7 @@ def embedding_mlp(width_in, width):
 
 
 class DiT(nn.Module):
-    """Velocity of a noisy image, given text. Module names are the released checkpoints'."""
+    """Velocity of a noisy image, given text. Module names match the released checkpoints."""
     def __init__(self, c: FuseDiTConfig, gemma: GemmaConfig):
         super().__init__()
         eps = gemma.rms_norm_eps
@@ -874,14 +881,13 @@ class DiT(nn.Module):
     def init_weights(self):
         """Fresh weights, for training from scratch (models.py:285-324).
 
-        The first prediction is 0. So are the gates of AdaLN-Zero: but for cross-attention, which
-        has no gate, every block starts as the identity.
+        The first prediction is 0. With adaln-zero the gates are 0, too, so that every block starts
+        as the identity, except for cross-attention, which has no gate.
         """
         for name, p in self.named_parameters():
             if "scale_shift_table" in name:
                 nn.init.normal_(p, std=self.width ** -0.5)
-            elif p.dim() < 2:                                   # biases; RMSNorm's weights, to
-                                                                # which it adds 1
+            elif p.dim() < 2:                                   # biases; RMSNorm uses 1 + weight
                 nn.init.zeros_(p)
             elif "proj_out" in name or ".linear." in name:      # output and AdaLN-Zero projections
                 nn.init.zeros_(p)
@@ -914,9 +920,10 @@ class DiT(nn.Module):
     def rope(self, text, rows, cols):
         """Rotary table of the image.
 
-        In deep self-attention the image comes after the text, whose positions are 0, 1, 2, ...: it
-        starts at the number of real (unpadded) text tokens of its sample. With cross-attention or
-        shallow fusion, where the text's keys are not rotated, it starts at 0.
+        In deep self-attention the image comes after the text, whose positions are 0, 1, 2, ...: its
+        rows and columns start at the number of real (unpadded) text tokens of its sample. With
+        cross-attention or shallow fusion, where the text's keys are not rotated, they start at 0.
+        With pos_embed "ape" the image is not rotated at all (but Gemma's keys are).
         """
         c = self.config
         offset = text.mask.sum(1)                                                    # [B]
@@ -949,7 +956,7 @@ class DiT(nn.Module):
         if c.pos_embed == "ape":
             img = img + sincos_2d(rows, cols, self.width, x_t.device).to(dtype)
 
-        # how the noise level conditions them
+        # how the noise level conditions the image tokens
         temb = None
         if c.timestep_conditioning:
             temb = self.embed_time(sigma, text.pooled, dtype)                        # [B,D]
@@ -1069,9 +1076,9 @@ class FuseDiT(nn.Module):
 def token_ids(tokenizer, prompts, config):
     """The token ids of each prompt, not truncated, and the length to truncate them to.
 
-    The instruction and the chat template go around every prompt but the empty one, which means
-    "no prompt" in training and guidance. Their tokens do not count towards max_text_tokens
-    (pipelines.py:220-234).
+    The instruction and the chat template go around every prompt except the empty one, which means
+    "no prompt": some captions are dropped in training, so that guidance has something to move away
+    from. Their tokens do not count towards max_text_tokens (pipelines.py:220-234).
     """
     def wrap(text):
         if not config.apply_chat_template:
@@ -1088,8 +1095,8 @@ def token_ids(tokenizer, prompts, config):
             prompt_ids = [bos, *prompt_ids]
         ids.append(prompt_ids)
 
-    # Without its last space, which becomes part of the prompt's first token. <bos> is not counted:
-    # max_text_tokens includes it.
+    # Count the tokens of instruction and template. A space at the end of the instruction merges
+    # into the prompt's first token, so it is stripped; max_text_tokens counts <bos> already.
     overhead = tokenizer(wrap(config.instruction.rstrip()))["input_ids"]
     limit = config.max_text_tokens + len(overhead) - overhead.count(bos)
     return ids, limit
