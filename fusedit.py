@@ -176,8 +176,6 @@ class GemmaConfig:
 
         # Published configs omit fields that equal the defaults of their transformers class.
         values = {"head_dim": 256, "rms_norm_eps": 1e-6, "sliding_window": 4096}
-        if model_type != "gemma":
-            values["query_pre_attn_scalar"] = 256
         if is_gemma3:
             values |= {"vocab_size": 262208, "num_attention_heads": 8, "num_key_value_heads": 4}
         names = [f.name for f in fields(GemmaConfig)]
