@@ -22,7 +22,7 @@ from fusedit_lib import backend, cli
 from fusedit_lib.data.batches import text_length
 from fusedit_lib.files import atomic_write
 from fusedit_lib.pretrained import gemma_config, trim
-from fusedit_lib.train import plan
+from fusedit_lib.train import costs
 from fusedit_lib.vae import VAE
 
 SMALL = dict(model_type="gemma2", vocab_size=8192, hidden_size=512, intermediate_size=2048,
@@ -92,12 +92,12 @@ class Case:
 
 
 def case(name, image_size=0):
-    """The issue's small model, or a preset whose Gemma's shape plan.py knows."""
+    """The issue's small model, or a preset whose Gemma's shape train/costs.py knows."""
     if name == "small":                     # 31.5 M, 256 image tokens
         config = fusedit.preset("fusedit", vae=None, image_size=image_size or 32)
         return Case(config, gemma_config(SMALL), 64, (16, 32))
     config = fusedit.preset(name, **dict(image_size=image_size) if image_size else {})
-    return Case(config, gemma_config(plan.GEMMAS[config.base]), 256, (40, 120))
+    return Case(config, gemma_config(costs.GEMMAS[config.base]), 256, (40, 120))
 
 
 # ---- two formulations ---------------------------------------------------------------------------

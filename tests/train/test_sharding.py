@@ -7,7 +7,7 @@ from torch.utils._pytree import tree_map
 
 from fusedit import Blocks, FuseDiTConfig, FuseDiTError, preset
 from fusedit_lib import files, pretrained
-from fusedit_lib.train import plan, sharding, xla
+from fusedit_lib.train import costs, plan, sharding, xla
 
 SIZES = dict(fsdp=4, tensor=2)
 
@@ -47,7 +47,7 @@ def test_heads_and_mlp_lie_along_tensor():
 def test_what_stays_whole_is_small(name):
     """Of every tensor of the paper's models on 64 x 4 chips, a 256th; norms and biases aside."""
     sizes, whole, total = dict(fsdp=64, tensor=4), 0, 0
-    for key, p in plan.abstract(preset(name)).named_parameters():
+    for key, p in costs.abstract_model(preset(name)).named_parameters():
         total += p.numel()
         if plan.chip(key, p.shape, sizes) * 256 != p.numel():
             whole += p.numel()
@@ -236,7 +236,7 @@ def share():
     for key in ("weight.", "exp_avg.", "exp_avg_sq."):
         state |= sharding.pieces(key, name, mine, whole.shape)
     return sharding.pieces("", name, mine, whole.shape), state
-saver = checkpoints.Saver(run, model_config(run), None, "data")
+saver = checkpoints.CheckpointWriter(run, model_config(run), None, "data")
 saver.save(3, share, dict(adam_step=3, seen=0, skipped=0, skipped_steps=0))
 assert saver.close(3, 0) == 0
 dist.barrier()
