@@ -305,6 +305,15 @@ def check_json(path):
         raise FuseDiTError(f"--deepspeed-config {path}: not JSON ({e})") from None
 
 
+def multiples_around(number, unit):
+    """The multiples of unit below and above a number, as text for a message: "28 or 32"."""
+    below = number // unit * unit
+    above = below + unit
+    if below == 0:
+        return f"{above}"
+    return f"{below} or {above}"
+
+
 # ------------------------------------------------------------------------------ the model
 
 def parse_overrides(words):
@@ -347,10 +356,8 @@ def model_config(run):
     if config.vae:
         patch *= 8
     if config.image_size % patch:
-        below = config.image_size // patch * patch
-        nearest = max(below, patch)
         raise FuseDiTError(f"image_size {config.image_size} does not divide into patches of "
-                           f"{patch} pixels; nearest: {nearest} or {below + patch}")
+                           f"{patch} pixels; nearest: {multiples_around(config.image_size, patch)}")
 
     paths = {}
     for name in ("base", "vae", "clip"):
@@ -376,8 +383,6 @@ def split_batch(run, devices):
         return BatchSplit(micro_batch, run.batch // (micro_batch * devices))
 
     # what would divide
-    below = run.batch // unit * unit
-    near = f"{below} or {below + unit}" if below else f"{below + unit}"
     each = ""
     remedy = ""
     if run.micro_batch:
@@ -387,7 +392,7 @@ def split_batch(run, devices):
         if fitting:
             remedy = f", or --micro-batch {fitting[-1]}"
     raise FuseDiTError(f"--batch {run.batch} does not divide into {devices} devices{each}; "
-                       f"--batch {near} would{remedy}")
+                       f"--batch {multiples_around(run.batch, unit)} would{remedy}")
 
 
 def data_workers(run):
