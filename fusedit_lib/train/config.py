@@ -263,14 +263,14 @@ def parse_run(argv, description, engine="gpu"):
         argv = sys.argv[1:]
     args = vars(parser.parse_args(join_mesh(argv)))
     del args["local_rank"]
-    given = {name: value for name, value in args.items() if value is not None}
+    provided = {name: value for name, value in args.items() if value is not None}
 
     # what argparse cannot check
     for setting in fields(RunConfig):
-        if setting.name in given:
-            check_range(parser, setting, given[setting.name])
-    given["data_weights"] = read_weights(parser, given.get("data_weights", ()))
-    run = RunConfig(**given)
+        if setting.name in provided:
+            check_range(parser, setting, provided[setting.name])
+    provided["data_weights"] = read_weights(parser, provided.get("data_weights", ()))
+    run = RunConfig(**provided)
 
     # prompts of files, and the default folder
     prompts = []

@@ -264,14 +264,14 @@ def activations(model, config, batch, dtype, train_llm=False, attention=FusedAtt
 def compiled_bytes(block_inputs, budget):
     """Bytes that each compiled block saves; block_inputs: [(block, its arguments)]."""
     known = {}                              # blocks with the same kinds of arguments save alike
-    found = []
+    sizes = []
     for block, args in block_inputs:
         leaves, _ = tree_flatten(args)
         kinds = tuple(leaf.shape if isinstance(leaf, torch.Tensor) else leaf for leaf in leaves)
         if kinds not in known:
             known[kinds] = compiled_block_bytes(block, args, budget)
-        found.append(known[kinds])
-    return found
+        sizes.append(known[kinds])
+    return sizes
 
 
 def compiled_block_bytes(block, args, budget):

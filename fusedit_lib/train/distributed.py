@@ -13,12 +13,12 @@ def catch_signals():
     signal: a terminal sends Ctrl-C to all processes, and launchers pass it on to them again.
     """
     caught = []
-    times = []
+    received = []                           # when
 
     def catch(number, _):
         caught.append(number)
-        times.append(time.monotonic())
-        if number == signal.SIGINT and times[-1] - times[0] > 3:
+        received.append(time.monotonic())
+        if number == signal.SIGINT and received[-1] - received[0] > 3:
             raise KeyboardInterrupt
     signal.signal(signal.SIGINT, catch)
     signal.signal(signal.SIGTERM, catch)
