@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 from fusedit import FuseDiTError
 from fusedit_lib.cli import DTYPE, SPAN, announce, open_model, positive, read_prompts, run, uint32
-from fusedit_lib.files import atomic_write, untaken
+from fusedit_lib.files import atomic_write, unused_path
 from fusedit_lib.pretrained import export
 from fusedit_lib.sampling import draw, notes, sheet
 
@@ -58,7 +58,7 @@ def arguments():
 def save(prompt, seed, image, frames, args):
     """Write the PNG (and GIF), over nothing that is there."""
     slug = re.sub(r"[^a-z0-9]+", "-", prompt.lower()).strip("-")[:60] or "empty"
-    path = untaken(args.out / f"{slug}-{seed}.png", ".gif")
+    path = unused_path(args.out / f"{slug}-{seed}.png", ".gif")
     with atomic_write(path) as tmp:
         image.save(tmp, "PNG", pnginfo=notes(prompt, seed, args))
     if frames:
@@ -91,7 +91,7 @@ def main():
         save(prompt, seed, image, frames, args)
         images.append(image)
     if args.grid:
-        with atomic_write(path := untaken(args.out / "grid.png")) as tmp:
+        with atomic_write(path := unused_path(args.out / "grid.png")) as tmp:
             sheet(images, args.num_images if args.num_images > 1 else 4).save(tmp, "PNG")
         print(path)
 

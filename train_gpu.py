@@ -50,7 +50,7 @@ def start(run):
     os.environ.setdefault("DS_ACCELERATOR", device.type)  # DeepSpeed would guess
     torch.set_float32_matmul_precision("high")
     run = checkpoints.settle_dtype(run, device)
-    backend.settings(device, backend.dtype_of(run.dtype))
+    backend.configure(device, backend.torch_dtype(run.dtype))
     # Several ranks also talk through their CPUs, in distributed.largest_of_all_ranks().
     comm = "gloo" if device.type == "cpu" else "nccl" if world == 1 else "cpu:gloo,cuda:nccl"
     dist.init_process_group(comm, timeout=timedelta(minutes=30),
@@ -62,11 +62,11 @@ def start(run):
 
 def blocks(run, model, vae):
     """Try attention's kernel; compile and recompute the blocks, if asked to."""
-    kernel = backend.check_attention(model, backend.dtype_of(run.dtype))
+    kernel = backend.check_attention(model, backend.torch_dtype(run.dtype))
     if kernel and dist.get_rank() == 0:
         print(kernel, flush=True)
     if run.float8:
-        backend.float8(model.dit)
+        backend.use_float8(model.dit)
     if run.compile:                         # ZeRO 3: there the Gemma's weights come one by one
         backend.compile_model(model, vae, run.zero[0] != "3", run.memory_budget)
     for layer in model.dit.layers if run.remat else ():
@@ -139,8 +139,8 @@ def train(run, config):
             if vae:
                 with torch.no_grad():
                     x = vae.encode(x, noise[1])                            # [B,16,H/8,W/8]
-            words = ids, mask, model.pool and model.pool(clip)
-            sigma = fusedit.random_sigma(normal, config.shift)             # [B]
+            words = ids, mask, model.clip_encoder and model.clip_encoder(clip)
+            sigma = fusedit.logit_normal_sigma(normal, config.shift)             # [B]
             loss = fusedit.flow_loss(engine, x, words, sigma, noise[0]).mean()
             engine.backward(loss)
             engine.step()                   # changes weights every `times` micro-batches

@@ -74,7 +74,7 @@ class Engine:
     def __init__(self, run, model, vae, saved, times, device, mesh):
         self.run, self.model, self.times, self.micro = run, model, times, 0
         self.device, self.mesh, self.state = device, mesh, {}
-        self.dtype = backend.dtype_of(run.dtype)
+        self.dtype = backend.torch_dtype(run.dtype)
         # What scan does there needs JAX, and is said by the marks of weights and of x as well.
         scan._backward_shard_alike = lambda carry, x, backward, init, xs: backward(carry, x)
         torch._functorch.config.activation_memory_budget = 0 if run.remat else 1
@@ -85,7 +85,7 @@ class Engine:
             return xs.mark_sharding_with_gradients(t, mesh, axes)
         for tower in (model.dit, model.llm):
             tower.layers = xla.Stack(tower.layers, scanned, shard)
-        for small in filter(None, (vae, model.pool and model.pool.model)):
+        for small in filter(None, (vae, model.clip_encoder and model.clip_encoder.model)):
             small.to(device)                # whole on every chip
         for name, p in list(model.named_parameters()):
             weight = torch.nn.Parameter(self.place(name, p.detach()), p.requires_grad)
@@ -182,8 +182,8 @@ def train(run, config):
             if vae:
                 with torch.no_grad():
                     x = vae.encode(x, noise[1])                            # [B,16,H/8,W/8]
-            words = ids, mask, model.pool and model.pool(clip)
-            sigma = fusedit.random_sigma(normal, config.shift)             # [B]
+            words = ids, mask, model.clip_encoder and model.clip_encoder(clip)
+            sigma = fusedit.logit_normal_sigma(normal, config.shift)             # [B]
             loss = fusedit.flow_loss(engine, x, words, sigma, noise[0]).mean()
             engine.backward(loss)
             engine.step(lr, ema_decay(run, step + 1))

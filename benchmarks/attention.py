@@ -3,7 +3,7 @@
     python benchmarks/attention.py                                  the small model's shape
     python benchmarks/attention.py --heads 8 --kv-heads 4 --image 1024 --text 128      Gemma 2 2B's
 
-Head size 256, as Gemma's. "rows" is fusedit.attend: query heads of one key head become rows of it;
+Head size 256, as Gemma's. "rows" is fusedit.attention: query heads of one key head become rows of it;
 "repeat" copies keys for each head. The mask hides padding of text: bool, or added to the scores.
 PyTorch's fused kernels are asked for one by one; what a machine does not have is named, with why.
 """
@@ -35,13 +35,13 @@ def candidates(args, lengths, device):
     sees = (torch.arange(S, device=device) < lengths[:, None]) | (
         torch.arange(S, device=device) >= args.text)
     sees = sees[:, None, None]                             # [B,1,1,S]
-    added = torch.where(sees, 0.0, -torch.inf).to(backend.dtype_of(args.dtype))
+    added = torch.where(sees, 0.0, -torch.inf).to(backend.torch_dtype(args.dtype))
     found = {}
     for kernel, sdpa in KERNELS.items():
         for title, form, mask in (("repeat, bool mask", repeat, sees),
-                                  ("rows, bool mask", fusedit.attend, sees),
-                                  ("rows, added mask", fusedit.attend, added),
-                                  ("rows, no mask", fusedit.attend, None)):
+                                  ("rows, bool mask", fusedit.attention, sees),
+                                  ("rows, added mask", fusedit.attention, added),
+                                  ("rows, no mask", fusedit.attention, None)):
             def run(q, k, v, form=form, mask=mask, sdpa=sdpa):
                 with sdpa_kernel(sdpa):
                     return form(q, k, v, mask)
@@ -66,7 +66,7 @@ def main():
     p.add_argument("--out", type=Path, metavar="FILE.json", help="also write the figures there")
     args = p.parse_args()
     device, dtype = cli.pick_dtype(args)
-    backend.settings(device, dtype)
+    backend.configure(device, dtype)
     torch.manual_seed(0)
     shapes = ((args.heads, args.image), *[(args.kv_heads, args.text + args.image)] * 2)
     q, k, v = (torch.randn(args.batch, n, s, 256, device=device, dtype=dtype, requires_grad=True)

@@ -21,7 +21,7 @@ import fusedit
 from fusedit_lib import backend, cli
 from fusedit_lib.data.batches import text_length
 from fusedit_lib.files import atomic_write
-from fusedit_lib.pretrained import gemma_config, trim
+from fusedit_lib.pretrained import gemma_config
 from fusedit_lib.train import costs
 from fusedit_lib.vae import VAE
 
@@ -46,7 +46,7 @@ class Case:
     def abstract(self):
         with torch.device("meta"):
             model = fusedit.FuseDiT(self.config, self.gemma)
-        trim(model)
+        model.llm.keep_layers(model.last_layer)
         return model
 
     def build(self, device, dtype):
@@ -114,8 +114,8 @@ def joint(model, x_t, sigma, ids, mask):
     txt = txt * torch.full((), llm.config.hidden_size ** 0.5, dtype=dtype, device=txt.device)
     img = dit.patch_embed["proj"](x_t.to(dtype)).flatten(2).transpose(1, 2)
     N, h, place = img.shape[1], dit.h, torch.arange(T, device=txt.device)
-    by_word = fusedit.turns((place[:, None] * fusedit.frequencies(h // 2, device=txt.device))[None])
-    by_patch = fusedit.image_turns(c.pos_embed, side, side, mask.sum(1), h, txt.device)
+    by_word = fusedit.cos_sin((place[:, None] * fusedit.inverse_frequencies(h // 2, device=txt.device))[None])
+    by_patch = fusedit.image_rope(c.pos_embed, side, side, mask.sum(1), h, txt.device)
     sees = torch.zeros(B, T + N, T + N, dtype=torch.bool, device=txt.device)
     sees[:, :T, :T] = place[:, None] >= place
     sees[:, T:] = F.pad(mask, (0, N), value=True)[:, None]
@@ -137,7 +137,7 @@ def joint(model, x_t, sigma, ids, mask):
 
 def read(model, batch):
     """Gemma's keys and values of a batch's words, as long as train_gpu.py would have them."""
-    return model.read(batch["short_ids"], batch["short_mask"])
+    return model.encode_ids(batch["short_ids"], batch["short_mask"])
 
 
 def defaults():
@@ -165,7 +165,7 @@ def useful(case, mode):
         counts.append(counter.get_total_flops())
         return out
     with torch.no_grad():
-        text = count(lambda: model.read(ids, ids > 0))
+        text = count(lambda: model.encode_ids(ids, ids > 0))
         x = batch["eps"]
         count(lambda: model.dit(x, batch["normal"], text))
         vae = case.vae(meta, torch.float32, False)
@@ -329,6 +329,6 @@ def start(args):
     os.environ.setdefault("TORCHINDUCTOR_FX_GRAPH_CACHE", "1")
     device, dtype = cli.pick_dtype(args)
     torch.set_float32_matmul_precision("high")
-    backend.settings(device, dtype)
+    backend.configure(device, dtype)
     made = case(args.preset, args.image_size)
     return device, dtype, made, made.build(device, dtype)

@@ -22,7 +22,7 @@ from fusedit import FuseDiTError
 from fusedit_lib.backend import pick_device
 from fusedit_lib.cli import Help, run
 from fusedit_lib.evaluation import figures, metrics
-from fusedit_lib.files import untaken
+from fusedit_lib.files import unused_path
 
 
 def emoji(folder):
@@ -79,7 +79,7 @@ def main():
     def features(pictures):
         return torch.cat([network(torch.stack([prepare(p) for p in pictures[i:i + 64]]).to(device))
                           .double().cpu() for i in range(0, len(pictures), 64)])
-    args.out = untaken(args.out)
+    args.out = unused_path(args.out)
     reference, changed = sets(emoji(args.shards), np.random.default_rng(0))
     x, rows = features(reference), {}
     for name, pictures in tqdm(changed.items(), desc="features", unit="set"):

@@ -41,8 +41,8 @@ def draw(model, vae, batch, steps, guidance, fast, dtype=None):
         return torch.cat([ids, torch.zeros_like(ids)]), torch.cat([mask, first])
     with torch.no_grad():
         if fast:
-            text = model.read(*with_empty(batch["short_ids"], batch["short_mask"]))
-            halves = (text.apply(lambda t: t[:n]), text.apply(lambda t: t[n:]))
+            text = model.encode_ids(*with_empty(batch["short_ids"], batch["short_mask"]))
+            halves = (text.map(lambda t: t[:n]), text.map(lambda t: t[n:]))
             x = fusedit.sample(model.dit, batch["eps"], *halves, steps, guidance,
                                model.config.shift)
             return torch.cat([vae.decode(z) for z in x.split(1)]) if vae else x
@@ -70,7 +70,7 @@ def main():
             defaults()
         x = draw(model, fast_vae if fast else slow_vae, batches[i % 4], args.steps, args.guidance,
                  fast)
-        backend.settings(device, dtype)
+        backend.configure(device, dtype)
         return x
     exact = case.build(device, torch.float32)
     exact.load_state_dict(model.state_dict())

@@ -40,7 +40,7 @@ def inputs(model, image, batch, text, device):
 def measure(model, made, device, dtype, size, seconds=4):
     """Medians of (forward, training), and the share of the matrix rate that each reaches."""
     x, sigma, ids, mask = inputs(model, **size, device=device)
-    text = model.read(ids, mask)
+    text = model.encode_ids(ids, mask)
 
     def forward():
         with torch.no_grad():
@@ -69,7 +69,7 @@ def measure(model, made, device, dtype, size, seconds=4):
 def sweep(args):
     device, dtype = cli.pick_dtype(args)
     made = case("small")
-    backend.settings(device, dtype)
+    backend.configure(device, dtype)
     model = made.build(device, dtype)
     backend.compile_model(model, None)
     cells = [(what, n) for what, many in SIZES.items() for n in many]

@@ -54,7 +54,7 @@ class Adam:
 
 def loss(model, vae, batch, fast):
     """Of a batch, by either formulation."""
-    x, sigma = batch["x"], fusedit.random_sigma(batch["normal"], model.config.shift)
+    x, sigma = batch["x"], fusedit.logit_normal_sigma(batch["normal"], model.config.shift)
     if vae:
         with torch.no_grad():
             x = vae.encode(x, torch.zeros_like(batch["eps"]))
@@ -110,7 +110,7 @@ def main():
     device, dtype, case, model = start(args)
     fast_vae, slow_vae = (case.vae(device, dtype, fast) for fast in (True, False))
     if args.float8:
-        backend.float8(model.dit)
+        backend.use_float8(model.dit)
     if args.compile:
         backend.compile_model(model, fast_vae)
     batches, result = [*case.batches(8, args.batch, device)], {}
@@ -123,7 +123,7 @@ def main():
             defaults()
         loss(model, vae, batches[i % len(batches)], fast).backward()
         adam.step()
-        backend.settings(device, dtype)
+        backend.configure(device, dtype)
     tokens = (case.config.image_size // (8 if case.config.vae else 1) // case.config.patch_size)**2
     work, flops = product(case, device, dtype, args.batch * tokens, train=True)
     works = {"two phases": lambda i: step(i, fast_vae, True),

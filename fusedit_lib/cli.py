@@ -69,7 +69,7 @@ def pick_dtype(args):
     """(torch.device, torch.dtype) of --device and --dtype; args.dtype is never auto after it."""
     device = pick_device(args.device)
     args.dtype = backend.dtype_name(args.dtype, device)
-    return device, backend.dtype_of(args.dtype)
+    return device, backend.torch_dtype(args.dtype)
 
 
 def open_model(args):
@@ -78,7 +78,7 @@ def open_model(args):
         raise FuseDiTError("--guidance-span: the lower noise level comes first, as in 0 0.9")
     device, dtype = pick_dtype(args)
     args.model = str(last_checkpoint(args.model))  # a run goes on, but a picture names what drew it
-    backend.settings(device, dtype)
+    backend.configure(device, dtype)
     c = (model := load_model(args.model, device, dtype, not args.no_ema)).config
     args.guidance = c.guidance if args.guidance is None else args.guidance
     vae = load_vae(c.vae, device, dtype, c.in_channels) if c.vae else None
@@ -92,7 +92,7 @@ def open_model(args):
 def announce(args, model, prompts):
     """Say on stderr what draws; which words the model cannot read, and where a prompt is cut."""
     device = model.llm.embed_tokens.weight.device
-    slow = backend.slow_dtype(args.dtype, device)
+    slow = backend.emulation_note(args.dtype, device)
     print(f"drawing in {args.dtype} on {device}" + (f" ({slow})" if slow else ""), file=sys.stderr)
     tok = model.tokenizer
     rows, limit = fusedit.token_ids(tok, prompts, model.config)

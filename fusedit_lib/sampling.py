@@ -30,7 +30,7 @@ def text_length(model, prompts):
     """How many tokens to pad prompts to: as many as the longest has, or what suits a GPU."""
     rows, limit = fusedit.token_ids(model.tokenizer, prompts, model.config)
     device = model.llm.embed_tokens.weight.device
-    return backend.on_tiles(min(max(map(len, rows)), limit), limit, device)
+    return backend.round_up_to_tile(min(max(map(len, rows)), limit), limit, device)
 
 
 def draw(batches, model, vae, size, args, device, done=0, quiet=False):
@@ -51,7 +51,7 @@ def draw(batches, model, vae, size, args, device, done=0, quiet=False):
             noise = [torch.randn(c.in_channels, *size, generator=rng) for rng in rngs]
             rows, last = [prompts.index(prompt) for prompt, _ in part], [-1] * len(part)
             x = fusedit.sample(model.dit, torch.stack(noise).to(device),
-                               texts.apply(lambda t: t[rows]), texts.apply(lambda t: t[last]),
+                               texts.map(lambda t: t[rows]), texts.map(lambda t: t[last]),
                                args.steps, args.guidance, c.shift, args.guidance_span, step)
             for i, one in enumerate(x.split(1)):            # decoding takes memory
                 yield *part[i], *to_images(one, vae), [f[i] for f in frames]

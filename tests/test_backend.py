@@ -99,7 +99,7 @@ def test_compiled_bf16_is_as_near_to_float32_as_bf16_can_be(small, kernels):
     model = case.build(CPU, torch.bfloat16)
     common.defaults()
     plain = [common.norm(a, b) for a, b in zip(of(model), want, strict=True)]
-    backend.settings(CPU, torch.bfloat16)
+    backend.configure(CPU, torch.bfloat16)
     assert not torch.backends.cuda.flash_sdp_enabled()
     backend.compile_model(model, None)
     fast = [common.norm(a, b) for a, b in zip(of(model), want, strict=True)]
@@ -108,7 +108,7 @@ def test_compiled_bf16_is_as_near_to_float32_as_bf16_can_be(small, kernels):
 
 
 def test_float32_keeps_the_kernel_that_needs_little_memory(kernels):
-    backend.settings(CPU, torch.float32)
+    backend.configure(CPU, torch.float32)
     assert torch.backends.cuda.flash_sdp_enabled()
 
 
@@ -116,7 +116,7 @@ def test_float8_changes_little_and_no_weight(small):
     pytest.importorskip("torchao")
     case, exact, batch = small
     model = case.build(CPU, torch.float32)
-    backend.float8(model.dit)
+    backend.use_float8(model.dit)
     kinds = {type(m).__name__ for m in model.dit.layers.modules()}
     assert "Float8Linear" in kinds and type(model.dit.proj_out) is torch.nn.Linear
     for (a, p), (b, q) in zip(model.named_parameters(), exact.named_parameters(), strict=True):
@@ -180,14 +180,14 @@ def cudnn():
 def test_cudnns_attention_is_switched_off_where_it_fails(monkeypatch, cudnn, fault):
     """attend as it would be on a GPU whose cuDNN has no plan for it, or a wrong gradient."""
     def attend(q, k, v, mask):
-        out = fusedit.attend(q, k, v, mask)
+        out = fusedit.attention(q, k, v, mask)
         if torch.backends.cuda.cudnn_sdp_enabled():
             if fault == "raises":
                 raise RuntimeError("No execution plans support the graph.\nat line 1")
             out = out / 0
         return out
-    monkeypatch.setattr(backend, "attend", attend)
-    said = backend.without_what_fails(*attention_inputs())
+    monkeypatch.setattr(backend, "attention", attend)
+    said = backend.avoid_broken_cudnn(*attention_inputs())
     assert not torch.backends.cuda.cudnn_sdp_enabled()
     assert said == "; cuDNN's is switched off (" + (
         "No execution plans support the graph.)" if fault == "raises" else
@@ -196,14 +196,14 @@ def test_cudnns_attention_is_switched_off_where_it_fails(monkeypatch, cudnn, fau
 
 def test_attention_that_fails_altogether_is_said(monkeypatch, cudnn):
     with torch.no_grad():                   # as in sampling
-        assert backend.without_what_fails(*attention_inputs()) == ""
+        assert backend.avoid_broken_cudnn(*attention_inputs()) == ""
     assert torch.backends.cuda.cudnn_sdp_enabled()         # nothing failed: all as it was
 
     def attend(q, k, v, mask):
         raise RuntimeError("no kernel")
-    monkeypatch.setattr(backend, "attend", attend)
+    monkeypatch.setattr(backend, "attention", attend)
     with pytest.raises(fusedit.FuseDiTError, match="and without: no kernel"):
-        backend.without_what_fails(*attention_inputs())
+        backend.avoid_broken_cudnn(*attention_inputs())
 
 
 def test_a_compilers_kernel_is_no_product():
@@ -225,7 +225,7 @@ def test_guidance_only_in_a_span_of_noise_levels():
     def dit(x_t, sigma, t):
         seen.append((round(float(sigma[0]), 4), len(x_t)))
         return t.hidden[..., None].expand_as(x_t)
-    x, levels = torch.zeros(1, 1, 2, 2), fusedit.sample_sigmas(5, 3.0).tolist()
+    x, levels = torch.zeros(1, 1, 2, 2), fusedit.sampling_sigmas(5, 3.0).tolist()
     low, high = levels[3] + 1e-3, levels[1] + 1e-3         # the second and the third of 5 steps
     got = fusedit.sample(dit, x, text, empty, 5, 6.0, 3.0, (low, high))
     assert seen == [(round(s, 4), 1 + (low <= s <= high)) for s in levels[:-1]]

@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 
 import fusedit
 from fusedit import FuseDiT, FuseDiTConfig, FuseDiTError, preset
-from fusedit_lib.pretrained import build_model, gemma_config, load_model, trim
+from fusedit_lib.pretrained import build_model, gemma_config, load_model
 from fusedit_lib.vae import load_vae
 
 CASES = sorted(p.name for p in (REFERENCE / "cases").iterdir())
@@ -32,21 +32,21 @@ def run_case(name):
     model.load_state_dict(tensors)          # strict
     case = load_file(folder / "case.safetensors")
     with torch.no_grad():
-        text = model.read(case["input_ids"], case["attention_mask"].bool(),
+        text = model.encode_ids(case["input_ids"], case["attention_mask"].bool(),
                           case.get("text_modulation_embeds"))
         out = model.dit(case["latents"], case["timestep"].double() / 1000, text)
     return out, case["output"]
 
 
 def exact_frequencies(count, theta=10000.0, device=None):
-    """fusedit.frequencies with exp in float64, rounded once: the same bits on every machine."""
+    """fusedit.inverse_frequencies with exp in float64, rounded once: the same bits on every machine."""
     return torch.exp((-math.log(theta) * torch.arange(count) / count).double()).float()
 
 
 def test_frequencies():
     for count, theta in ((128, 1e4), (64, 1e6), (8, 1e4)):
         want = torch.tensor([theta ** (-k / count) for k in range(count)], dtype=torch.float64)
-        assert (fusedit.frequencies(count, theta) / want - 1).abs().max() < 2e-6
+        assert (fusedit.inverse_frequencies(count, theta) / want - 1).abs().max() < 2e-6
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -54,7 +54,7 @@ def test_design_space(name, monkeypatch):
     # float32's exp differs in its last bit from one CPU to the next, which timestep 731 turns into
     # up to 5e-5 of the largest output. Rounded exactly it is 6e-6 from what the published code had
     # on its machine, on any machine of ours.
-    monkeypatch.setattr(fusedit, "frequencies", exact_frequencies)
+    monkeypatch.setattr(fusedit, "inverse_frequencies", exact_frequencies)
     assert_near(*run_case(name), 1e-5)
 
 
@@ -67,9 +67,9 @@ def test_sigmas():
     for name, want in tables.items():
         kind, shift, *steps = name.replace("shift", "").split("_")
         if kind == "train":
-            got = fusedit.train_sigmas(float(shift))
+            got = fusedit.training_sigmas(float(shift))
         else:
-            got = fusedit.sample_sigmas(int(steps[0][1:]), float(shift))
+            got = fusedit.sampling_sigmas(int(steps[0][1:]), float(shift))
             got = got[:-1] * 1000 if kind == "timesteps" else got
         assert torch.allclose(got, want, atol=1e-6 * (1000 if kind == "timesteps" else 1)), name
 
@@ -88,8 +88,8 @@ def test_released_checkpoint_draws_the_published_pictures(released, name, steps,
                                                           negative):
     model, vae, golden, prompts = released
     texts = model.encode([*prompts, negative])
-    x = fusedit.sample(model.dit, golden["noise"], texts.apply(lambda t: t[:2]),
-                       texts.apply(lambda t: t[[2, 2]]), steps, guidance, model.config.shift)
+    x = fusedit.sample(model.dit, golden["noise"], texts.map(lambda t: t[:2]),
+                       texts.map(lambda t: t[[2, 2]]), steps, guidance, model.config.shift)
     want = golden[f"latents_{name}"]
     assert (x - want).norm() / want.norm() < 1e-4
     with torch.no_grad():
@@ -124,8 +124,8 @@ def test_presets_are_the_papers_runs(name):
     for key in set(run) & set(fields) - {"dit_num_hidden_layers", "shared_attention_layers"}:
         assert fields[key] == run[key], key
     if run.get("shared_attention_layers", "all") != "all":         # ours follow from the offset
-        assert model.dit.reads == run["shared_attention_layers"]
-    trim(model)
+        assert model.dit.text_layers == run["shared_attention_layers"]
+    model.llm.keep_layers(model.last_layer)
     assert len(model.llm.layers) == run["llm_layers"]
 
 
@@ -161,7 +161,7 @@ def test_gemma_equals_transformers(kind, tmp_path):
         # Reading stops early with the same keys, and unrotated keys are the same, turned back.
         early, _, _ = model.llm(ids, 1)
         assert len(early) == 2 and torch.equal(early[1], keys[1])
-        plain, _, _ = model.llm(ids, 1, rotated=False)
+        plain, _, _ = model.llm(ids, 1, rotate_keys=False)
         assert_near(plain[1][:, :, 0], keys[1][:, :, 0], 1e-5)                   # position 0
         assert (plain[1] - keys[1])[:, :, 1:].norm() > 0.1 * keys[1].norm()
 
@@ -207,14 +207,14 @@ def joint_attention_forward(model, ids, mask, x_t, sigma):
     see[:, T:, :T] = mask[:, None]
     see[:, T:, T:] = True
     angles = torch.outer(torch.arange(T), 1e4 ** (-torch.arange(h // 2) / (h // 2)))[None]
-    by_word = fusedit.turns(angles)
-    by_patch = fusedit.image_turns("2d-rope", rows, cols, mask.sum(1), h, None)
+    by_word = fusedit.cos_sin(angles)
+    by_patch = fusedit.image_rope("2d-rope", rows, cols, mask.sum(1), h, None)
     for a, b in zip(llm.layers, dit.layers, strict=True):
         s, n = a.input_layernorm(txt), b.input_layernorm(img)
         q, k, v = [], [], []
         for attn, y, turn in ((a.self_attn, s, by_word), (b.self_attn, n, by_patch)):
-            q.append(fusedit.rotate(attn.q_norm(attn.heads(attn.q_proj(y))), turn))
-            k.append(fusedit.rotate(attn.k_norm(attn.heads(attn.k_proj(y))), turn))
+            q.append(fusedit.apply_rope(attn.q_norm(attn.heads(attn.q_proj(y))), turn))
+            k.append(fusedit.apply_rope(attn.k_norm(attn.heads(attn.k_proj(y))), turn))
             v.append(attn.heads(attn.v_proj(y)))
         q[0] = q[0] * math.sqrt(h / g.query_scale)                 # Gemma's own scale
         q, k, v = (torch.cat(z, dim=2) for z in (q, k, v))
@@ -271,7 +271,7 @@ def test_gradients_show_who_sees_whom(gemma_folder, point):
     model.llm.embed_tokens.register_forward_hook(
         lambda m, i, out: embedded.append(out.retain_grad() or out))
     x_t = torch.randn(2, 4, 4, 6, requires_grad=True)
-    text = model.read(ids, mask)
+    text = model.encode_ids(ids, mask)
     features = text.hidden if text.hidden is not None else sum(
         k.sum() + v.sum() for k, v in zip(text.keys, text.values, strict=True))
     grad, = torch.autograd.grad(features.sum(), x_t, allow_unused=True, retain_graph=True)
@@ -315,19 +315,19 @@ def test_flow_loss_is_the_velocity_error(float64):
 
 
 def test_noise_levels_of_training_are_logit_normal_and_shifted():
-    sigma = fusedit.random_sigma(torch.randn(20_000), 3.0)
+    sigma = fusedit.logit_normal_sigma(torch.randn(20_000), 3.0)
     u = sigma / (3 - 2 * sigma)                                    # the shift undone
     assert abs(torch.logit(u.double(), 1e-4).mean()) < 0.05
     assert abs(torch.logit(u.double(), 1e-4).std() - 1) < 0.05
-    ends = fusedit.random_sigma(torch.tensor([-100.0, 0.0, 100.0]), 3.0)
-    assert ends.equal(fusedit.train_sigmas(3.0)[[0, 500, 999]])
+    ends = fusedit.logit_normal_sigma(torch.tensor([-100.0, 0.0, 100.0]), 3.0)
+    assert ends.equal(fusedit.training_sigmas(3.0)[[0, 500, 999]])
 
 
 def test_one_call_of_both_towers_is_two(gemma_folder):
     model = small_model(gemma_folder)
     ids, mask = fusedit.tokenize(model.tokenizer, ["a red circle", "a star"], model.config)
     x, sigma = torch.randn(2, 4, 4, 4), torch.tensor([0.3, 0.8])
-    assert model(x, sigma, (ids, mask)).equal(model.dit(x, sigma, model.read(ids, mask)))
+    assert model(x, sigma, (ids, mask)).equal(model.dit(x, sigma, model.encode_ids(ids, mask)))
 
 
 def test_sampler_is_exact_on_straight_paths(float64):
@@ -337,7 +337,7 @@ def test_sampler_is_exact_on_straight_paths(float64):
     for steps in (1, 3):
         seen = []
         got = fusedit.sample(lambda x_t, s, t: noise - x, noise, text, text, steps, 1.0, 3.0,
-                             after=lambda i, x_t: seen.append(i))
+                             callback=lambda i, x_t: seen.append(i))
         assert_near(got, x, 1e-9)
         assert seen == list(range(steps))
 

@@ -1,7 +1,7 @@
 """Attention at the shapes of the 2B model, by every kernel of this torch: speed and exactness.
 
 The DiT's: queries of 1024 image tokens over [text ; image], 8 heads on 4 of keys, head size 256,
-padding of text hidden. "rows" is fusedit.attend, where the heads of one key head become rows of it;
+padding of text hidden. "rows" is fusedit.attention, where the heads of one key head become rows of it;
 "gqa" is PyTorch's own way, "repeat" copies keys. The mask is added to the scores, bool, or not
 there. Gemma's is causal over the text; the VAE's has 4096 places of 512 numbers. Fails if the
 kernel that PyTorch takes by itself is wrong by more than bfloat16's rounding.
@@ -45,7 +45,7 @@ def repeat(q, k, v, mask):
 
 
 def written_out(q, k, v, mask):
-    """fusedit.attend with a mask that has all rows in memory, not one that stands for them."""
+    """fusedit.attention with a mask that has all rows in memory, not one that stands for them."""
     return SDPA(q.reshape(B, K, -1, SIZE), k, v, attn_mask=mask).reshape(q.shape)
 
 
@@ -83,13 +83,13 @@ class Joint:
 
     def forms(self):
         """{name: attention of (q, k, v)}; what has "no mask" in its name sees the padding."""
-        found = {"the default: rows, added": lambda q, k, v: fusedit.attend(q, k, v, self.added),
-                 "the default: rows, no mask": lambda q, k, v: fusedit.attend(q, k, v, None)}
+        found = {"the default: rows, added": lambda q, k, v: fusedit.attention(q, k, v, self.added),
+                 "the default: rows, no mask": lambda q, k, v: fusedit.attention(q, k, v, None)}
         for kernel, sdpa in KERNELS.items():
             for title, form, mask in (
-                    ("rows, added", fusedit.attend, self.added),
-                    ("rows, bool", fusedit.attend, self.bool),
-                    ("rows, no mask", fusedit.attend, None),
+                    ("rows, added", fusedit.attention, self.added),
+                    ("rows, bool", fusedit.attention, self.bool),
+                    ("rows, no mask", fusedit.attention, None),
                     ("gqa, added", gqa, self.added), ("gqa, no mask", gqa, None),
                     ("repeat, added", repeat, self.added)):
                 found[f"{kernel}: {title}"] = partial(by, sdpa, form, mask)
@@ -163,7 +163,7 @@ def joint(text, *wanted):
         except Exception as e:
             row = dict(error=why(e), off=float("inf"))
         record("attention", text=text, name=name, **row)
-        trained = text % 128 == 0           # the others are avoided: backend.on_tiles
+        trained = text % 128 == 0           # the others are avoided: backend.round_up_to_tile
         if trained and not row["off"] < WRONG and name.startswith(USUAL):
             bad.append(f"{name}, {text} tokens of text")
         say(name, row)
@@ -229,7 +229,7 @@ def gemma(text):
     q, k, v = (torch.randn(B, n, text, SIZE, device=DEVICE, dtype=DTYPE) for n in (H, K, K))
     place = torch.arange(text, device=DEVICE)
     causal = place[:, None] >= place
-    forms = {"rows, bool": lambda: fusedit.attend(q, k, v, causal),
+    forms = {"rows, bool": lambda: fusedit.attention(q, k, v, causal),
              "gqa, is_causal": lambda: SDPA(q, k, v, is_causal=True, enable_gqa=True)}
     timed("Gemma", forms)
 

@@ -199,7 +199,7 @@ def variant(case, model, name, batch):
     if name == "tuned":
         extra = torch._inductor.config.patch(coordinate_descent_tuning=True)
     if name == "float8":
-        backend.float8(model.dit)
+        backend.use_float8(model.dit)
     budget = int(name[6:]) / 100 if name.startswith("budget") else 1.0
     with extra:
         if name != "eager":
@@ -314,7 +314,7 @@ def main():
     p.add_argument("--variants", default="")
     args = p.parse_args()
     torch.set_float32_matmul_precision("high")
-    backend.settings(DEVICE, DTYPE)
+    backend.configure(DEVICE, DTYPE)
     case = small_case() if SMALL else common.case("fusedit/large-scale")
     model, failed = case.build(DEVICE, DTYPE), []
     print(f"DiT of {sum(p.numel() for p in model.dit.parameters()):,} weights", flush=True)

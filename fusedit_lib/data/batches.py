@@ -199,13 +199,13 @@ def text_length(mask, device):
     """How many tokens a batch's text needs: its longest caption, in quarters of the full length.
 
     Few lengths, since a compiled model compiles anew for some of them; XLA would for all. On a GPU
-    as backend.on_tiles says.
+    as backend.round_up_to_tile says.
 
     mask: [B,T] of all tokens, on the CPU, so that nothing waits for the device.
     """
     full, most = mask.shape[1], int(mask.sum(1).max())
     if device.type == "cuda":
-        return backend.on_tiles(most, full, device)
+        return backend.round_up_to_tile(most, full, device)
     unit = -(-full // 32) * 8               # attention kernels like multiples of 8
     return min(full, -(-most // unit) * unit)
 

@@ -24,7 +24,7 @@ from fusedit_lib.data import check, packing
 from fusedit_lib.data.images import read_square
 from fusedit_lib.data.shards import LATENTS, read_index, read_sample
 from fusedit_lib.files import atomic_write, save_file
-from fusedit_lib.pretrained import fingerprint
+from fusedit_lib.pretrained import vae_fingerprint
 from fusedit_lib.vae import load_vae
 
 
@@ -89,11 +89,11 @@ def encode(args):
     if args.compile:
         backend.compile_vae(vae)
     if rank == 0:
-        slow = backend.slow_dtype(args.dtype, device)
+        slow = backend.emulation_note(args.dtype, device)
         print(f"encoding in {args.dtype} on {device}", slow, file=sys.stderr)
     if args.image_size % vae.factor:
         raise FuseDiTError(f"--image-size {args.image_size} is not a multiple of {vae.factor}")
-    of = dict(vae=fingerprint(args.vae), image_size=args.image_size)
+    of = dict(vae=vae_fingerprint(args.vae), image_size=args.image_size)
     said = {t: of | dict(shard=t.stat().st_size) for t in tars}
     other = [t.name for t in tars if stored(t) not in ({}, said[t])]
     if other and not args.overwrite:

@@ -22,7 +22,7 @@ from webdataset.gopen import gopen
 
 from fusedit import FuseDiTError
 from fusedit_lib.files import atomic_write
-from fusedit_lib.pretrained import fingerprint
+from fusedit_lib.pretrained import vae_fingerprint
 
 LATENTS = ".latents.safetensors"            # of a shard, in place of its .tar
 
@@ -75,7 +75,7 @@ def encoded(shards, run, config, rank):
     known = [latents for _, count, _, latents, _ in shards if count]
     if not config.vae or not run.latents or not any(known):
         return False
-    want = dict(vae=fingerprint(config.vae), image_size=config.image_size)
+    want = dict(vae=vae_fingerprint(config.vae), image_size=config.image_size)
     why = "--crop random needs the pictures" if run.crop == "random" else (
         "some shards have none" if not all(known) else next((
             f"they are of {k} {latents.get(k)}, not {want[k]}" for latents in known for k in want

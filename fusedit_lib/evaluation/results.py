@@ -11,7 +11,7 @@ from fusedit import FuseDiTError
 from fusedit_lib import files
 from fusedit_lib.evaluation import metrics
 from fusedit_lib.evaluation.figures import figure
-from fusedit_lib.files import atomic_write, untaken
+from fusedit_lib.files import atomic_write, unused_path
 
 GENEVAL = "single_object", "two_object", "counting", "colors", "position", "color_attr"
 
@@ -46,7 +46,7 @@ def write(result, path, over=False):
     """As JSON, over or beside another result that has the name already."""
     text = json.dumps(result, indent=1) + "\n"
     if not path.exists() or path.read_text() != text:
-        path = path if over else untaken(path)
+        path = path if over else unused_path(path)
         path.parent.mkdir(parents=True, exist_ok=True)
         with atomic_write(path) as tmp:
             tmp.write_text(text)
@@ -148,7 +148,7 @@ def compare(args):
 def measures(path):
     """(name, value, interval or None, is more better) of all that a result or a run says."""
     if path.name == "metrics.jsonl":
-        rows = files.rows(path)
+        rows = files.read_jsonl(path)
         losses = [row["val_loss"] for row in rows if row.get("val_loss") is not None]
         speeds = sorted(row["images_per_s"] for row in rows if row.get("images_per_s"))
         return [("validation loss", losses[-1], None, False)] * bool(losses) + [
@@ -201,7 +201,7 @@ def report(args):
     rows = [head, ["---"] * len(head), *([model, *(cell(m, model) for m in table)]
                                          for model in models)]
     text = "".join(f"| {' | '.join(row)} |\n" for row in rows)
-    with atomic_write(path := untaken(args.out, ".png")) as tmp:
+    with atomic_write(path := unused_path(args.out, ".png")) as tmp:
         tmp.write_text(text, "utf-8")
     figure(table, better, models, path.with_suffix(".png"))
     print(f"{text}{path} and {path.with_suffix('.png').name}")

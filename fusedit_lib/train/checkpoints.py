@@ -25,7 +25,7 @@ from safetensors import SafetensorError, safe_open
 
 from fusedit import FuseDiTError
 from fusedit_lib import backend
-from fusedit_lib.files import atomic_write, read_json, save_file, sync, tensor_files
+from fusedit_lib.files import atomic_write, read_json, save_file, fsync, open_tensors
 from fusedit_lib.train import distributed
 
 
@@ -170,7 +170,7 @@ def settle_dtype(run, device):
         started_in = stored.get("run", {}).get("dtype", "auto")
     name = backend.dtype_name(started_in or run.dtype, device)
 
-    slow = backend.slow_dtype(name, device)
+    slow = backend.emulation_note(name, device)
     if slow and is_first_rank():
         if started_in:
             slow = f"{run.out} was started in bf16 and is resumed in it; {slow}"
@@ -179,7 +179,7 @@ def settle_dtype(run, device):
 
 
 class Checkpoint(NamedTuple):
-    """A checkpoint that is still on disk: its tensors are as files.tensor_files gives them."""
+    """A checkpoint that is still on disk: its tensors are as files.open_tensors gives them."""
     step: int
     data: str                               # digest of the shards that it was trained on
     adam_step: int                          # steps that Adam has made: less than step if some
@@ -197,8 +197,8 @@ def load_checkpoint(folder):
         return None
     stored = read_json(folder / "train_state" / "state.json")
     numbers = {name: value for name, value in stored.items() if name in Checkpoint._fields}
-    return Checkpoint(**numbers, state=tensor_files(folder / "train_state", "state"),
-                      ema=tensor_files(folder))
+    return Checkpoint(**numbers, state=open_tensors(folder / "train_state", "state"),
+                      ema=open_tensors(folder))
 
 
 # ------------------------------------------------------------------------------ writing
@@ -270,7 +270,7 @@ class CheckpointWriter:
     def write_latest(self, step):
         with atomic_write(self.out / "latest") as tmp:
             tmp.write_text(f"{checkpoint_name(step)}\n")
-        sync(self.out)
+        fsync(self.out)
 
     def temporary_folder(self, step):
         return self.out / f".{checkpoint_name(step)}.tmp"
@@ -337,7 +337,7 @@ class CheckpointWriter:
                 path.write_text(config + "\n")
                 written.append(path)
             for path in written:
-                sync(path)
+                fsync(path)
         except BaseException as e:          # of any kind: the checkpoint is not complete
             self.problem = e
 
@@ -394,8 +394,8 @@ class CheckpointWriter:
                 sizes[str(path.relative_to(tmp))] = path.stat().st_size
         with atomic_write(tmp / "train_state" / "state.json") as state:
             state.write_text(json.dumps(self.state | {"files": sizes}, indent=2) + "\n")
-        sync(tmp / "train_state")
-        sync(tmp)
+        fsync(tmp / "train_state")
+        fsync(tmp)
 
         folder = self.out / checkpoint_name(step)
         shutil.rmtree(folder, ignore_errors=True)

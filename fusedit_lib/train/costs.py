@@ -12,7 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from fusedit import FuseDiT
 from fusedit_lib.files import read_json
-from fusedit_lib.pretrained import gemma_config, resolve, trim
+from fusedit_lib.pretrained import gemma_config, resolve
 from fusedit_lib.vae import VAE
 
 # Shapes of the paper's Gemmas, so that nothing has to be downloaded for them.
@@ -36,7 +36,7 @@ def abstract_model(config):
         shape = read_json(resolve(config.base) / "config.json")
     with torch.device("meta"):
         model = FuseDiT(config, gemma_config(shape))
-    trim(model)
+    model.llm.keep_layers(model.last_layer)
     return model
 
 
@@ -242,7 +242,7 @@ def activations(model, config, batch, dtype, train_llm=False, attention=FusedAtt
     blocks = BlockRecorder(saved)
     blocks.attach(model.dit.layers)
     with attention(), saved.record():
-        text = model.read(ids, mask, pooled)
+        text = model.encode_ids(ids, mask, pooled)
         for tensor in (*text.keys, *text.values, text.hidden):
             if tensor is not None:
                 saved.add(tensor)

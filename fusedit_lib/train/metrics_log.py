@@ -5,7 +5,7 @@ import json
 import sys
 from pathlib import Path
 
-from fusedit_lib.files import atomic_write, rows
+from fusedit_lib.files import atomic_write, read_jsonl
 from fusedit_lib.train import checkpoints
 
 

@@ -13,7 +13,7 @@ def build_models(run, config, device, checkpoint):
     checkpoint: the Checkpoint that holds the trained weights; None: they are initialized, as
     run.seed says.
     """
-    dtype = backend.dtype_of(run.dtype)
+    dtype = backend.torch_dtype(run.dtype)
     torch.manual_seed(run.seed)
     model = build_model(config, device, dtype)
     vae = None

@@ -4,7 +4,7 @@ from pathlib import Path
 
 from fusedit import FuseDiTError
 from fusedit_lib import cli
-from fusedit_lib.files import atomic_write, rows
+from fusedit_lib.files import atomic_write, read_jsonl
 from fusedit_lib.train.validation import VALIDATION_SIGMAS
 
 
@@ -13,7 +13,7 @@ def read_metrics(folder):
     path = Path(folder) / "metrics.jsonl"
     if not path.exists():
         raise FuseDiTError(f"{folder} has no metrics.jsonl: give the folder of a run, as runs/demo")
-    table = rows(path)
+    table = read_jsonl(path)
     if not table:
         raise FuseDiTError(f"{path} is empty: the run has not logged yet")
     return table

@@ -33,11 +33,11 @@ def sample_images(run, config, model, vae, indices, sync):
 
     length = text_length(model, [*run.prompts, ""])        # the same on all ranks
     texts = model.encode([run.prompts[i] for i in indices] + [""], length)
-    prompts = texts.apply(lambda t: t[:-1])
-    uncond = texts.apply(lambda t: t[[-1] * len(indices)])
+    prompts = texts.map(lambda t: t[:-1])
+    uncond = texts.map(lambda t: t[[-1] * len(indices)])
     x = fusedit.sample(model.dit, torch.stack(noise).to(texts.mask.device), prompts, uncond,
                        run.sample_steps, config.guidance, config.shift,
-                       after=lambda i, x: sync())
+                       callback=lambda i, x: sync())
     return to_images(x, vae)
 
 
@@ -95,9 +95,9 @@ def validation_losses(batches, model, vae, device, sync):
         if vae:
             x = vae.encode(x, noise[1])
         pooled = None
-        if model.pool is not None:
-            pooled = model.pool(clip_ids)
-        text = model.read(ids, mask, pooled)
+        if model.clip_encoder is not None:
+            pooled = model.clip_encoder(clip_ids)
+        text = model.encode_ids(ids, mask, pooled)
         counts = batch["counts"]
         sync()
         for k, level in enumerate(VALIDATION_SIGMAS):

@@ -15,7 +15,7 @@ from torch.func import functional_call
 # ------------------------------------------------------------------------------ which block
 
 class Stack(nn.Module):
-    """fusedit.Blocks as one block in a scan, whose weights have a first dimension of layers.
+    """fusedit.LayerStack as one block in a scan, whose weights have a first dimension of layers.
 
     scan(step, carry, rows) -> carry, outs is JAX's and torch_xla's: carry, out = step(carry, row)
     for each row of rows. shard(t, name="") tells how a block's weight, or x [B,S,D], and its
@@ -36,7 +36,7 @@ class Stack(nn.Module):
             self.add_module(str(i), blocks[i])
 
     def forward(self, x, own, shared):
-        """As Blocks.forward. What has a gradient is carried along; the rest has a row a layer."""
+        """As LayerStack.forward. What has a gradient is carried along; the rest has a row a layer."""
         k, weights = len(own[0]), dict(self.block.named_parameters())
         args = [c[0] if c[0] is None else torch.stack(c) for c in zip(*own[:self.n])] + [*shared]
         are = {i for i, a in enumerate(args) if torch.is_tensor(a)}

@@ -17,7 +17,7 @@ from fusedit import FuseDiTError
 from fusedit_lib import backend
 from fusedit_lib.data import images
 from fusedit_lib.data.shards import Tars, encoded, expand_shards
-from fusedit_lib.pretrained import fingerprint
+from fusedit_lib.pretrained import vae_fingerprint
 from fusedit_lib.train.config import RunConfig
 from fusedit_lib.vae import load_vae
 
@@ -62,7 +62,7 @@ def test_latents_are_the_posterior_of_the_central_square(pictures):
             assert torch.allclose(vae.encode(sample["latents"].float()[None], noise),
                                   vae.encode(pixels, noise), atol=0.05)
     entry = json.loads((pictures / "index.json").read_text())["shards"][1]
-    assert entry["latents"] == dict(vae=fingerprint(VAE), image_size=32, bytes=(
+    assert entry["latents"] == dict(vae=vae_fingerprint(VAE), image_size=32, bytes=(
         pictures / "s-000001.latents.safetensors").stat().st_size)
     assert load_file(pictures / "s-000001.latents.safetensors")["whole"].tolist() == [1] * 3 + [
         0] + [1] * 4

@@ -32,8 +32,8 @@ def test_a_cpu_has_bf16_if_it_may_use_avx512_with_it(monkeypatch, capability, ha
     assert backend.dtype_name("auto", CPU) == auto
     assert backend.dtype_name("bf16", CPU) == "bf16"
     assert backend.dtype_name("float32", CPU) == "float32"
-    assert bool(backend.slow_dtype("bf16", CPU)) == (not want)
-    assert not backend.slow_dtype("float32", CPU)
+    assert bool(backend.emulation_note("bf16", CPU)) == (not want)
+    assert not backend.emulation_note("float32", CPU)
 
 
 @pytest.mark.parametrize("has, pjrt_device", [(True, "TPU"), (False, "CPU")])

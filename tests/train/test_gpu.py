@@ -144,7 +144,7 @@ for words in (8, 120, 200):
     mask = torch.zeros(2, 1, 1, tokens, device=device, dtype=torch.bfloat16)
     mask[..., words:text_tokens] = -torch.inf
     grad = torch.randn_like(q)
-    out = fusedit.attend(q, k, v, mask)
+    out = fusedit.attention(q, k, v, mask)
     got = [out, *torch.autograd.grad(out, (q, k, v), grad)]
 
     q, k, v = (t.detach().double().requires_grad_() for t in (q, k, v))

@@ -14,7 +14,7 @@ from fusedit_lib.train.config import model_config, parse_run
 
 # Noise levels of the steps BAD are not numbers, and so is the loss.
 POISON = """
-real_sigma = fusedit.random_sigma
+real_sigma = fusedit.logit_normal_sigma
 step = -1
 def poisoned(normal, shift):
     global step
@@ -23,7 +23,7 @@ def poisoned(normal, shift):
     if step in BAD:
         sigma = sigma * float("nan")
     return sigma
-fusedit.random_sigma = poisoned
+fusedit.logit_normal_sigma = poisoned
 """
 
 

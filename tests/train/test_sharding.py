@@ -5,7 +5,7 @@ from conftest import assert_near, tiny_gemma
 from launching import finish, ranks
 from torch.utils._pytree import tree_map
 
-from fusedit import Blocks, FuseDiTConfig, FuseDiTError, preset
+from fusedit import LayerStack, FuseDiTConfig, FuseDiTError, preset
 from fusedit_lib import files, pretrained
 from fusedit_lib.train import costs, plan, sharding, xla
 
@@ -180,7 +180,7 @@ HOSTS = {                                   # the devices of each host, of 2 x 4
 
 @pytest.mark.parametrize("name", HOSTS)
 def test_hosts_write_what_one_reads(tmp_path, name):
-    """Pieces of a stack and of a single tensor, in as many files as hosts; whole with one host."""
+    """SlicedTensor of a stack and of a single tensor, in as many files as hosts; whole with one host."""
     stack, single, small = torch.randn(3, 6, 8), torch.randn(4, 8), torch.randn(5)
     hosts = HOSTS[name]
     for host, devices in enumerate(hosts):
@@ -200,7 +200,7 @@ def test_hosts_write_what_one_reads(tmp_path, name):
                  for i in range(len(hosts))}
         (tmp_path / "model.safetensors.index.json").write_text(
             '{"weight_map": %s}' % str(index).replace("'", '"'))
-    read = files.tensor_files(tmp_path)
+    read = files.open_tensors(tmp_path)
     want = {"a.0.w": stack[0], "a.1.w": stack[1], "a.2.w": stack[2], "b": single, "c": small,
             "one.0.w": single}
     assert read.keys() == want.keys()
@@ -215,7 +215,7 @@ def test_a_missing_piece_is_named(tmp_path):
     shards = shards_of(torch.randn(4, 8), (2, 4))
     files.save_file(sharding.pieces("", "b", shards[:2] + shards[3:], (4, 8)),
                       tmp_path / "model.safetensors", {})
-    file, stored = files.tensor_files(tmp_path)["b"]
+    file, stored = files.open_tensors(tmp_path)["b"]
     with pytest.raises(FuseDiTError, match="b lacks some of its pieces"):
         file.get_tensor(stored)
 

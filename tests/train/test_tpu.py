@@ -312,12 +312,12 @@ def test_a_signal_ends_the_step_and_saves(gemma, data, tmp_path):
 # ------------------------------------------------------------------------------ what else
 
 POISON = """
-real, count = fusedit.random_sigma, -1
+real, count = fusedit.logit_normal_sigma, -1
 def poisoned(normal, shift):
     global count
     count += 1
     return real(normal, shift) * (float("nan") if count == 2 else 1)
-fusedit.random_sigma = poisoned
+fusedit.logit_normal_sigma = poisoned
 """
 
 

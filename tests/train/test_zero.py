@@ -87,9 +87,9 @@ def plain_torch(argv):
         batch = source[step]
         x = batch["pixels"] / 127.5 - 1
         eps = batch["noise"][:, 0]
-        sigma = fusedit.random_sigma(batch["normal"], model.config.shift)
+        sigma = fusedit.logit_normal_sigma(batch["normal"], model.config.shift)
         s = sigma[:, None, None, None]
-        text = model.read(batch["ids"], batch["mask"])
+        text = model.encode_ids(batch["ids"], batch["mask"])
         v = model.dit((1 - s) * x + s * eps, sigma, text)
         loss = torch.nn.functional.mse_loss(v, eps - x)
         found.append(loss.item())
