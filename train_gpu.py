@@ -26,9 +26,9 @@ import fusedit
 from fusedit_lib import backend, cli
 from fusedit_lib.data.batches import Batches, load_batches, to_device
 from fusedit_lib.train import checkpoints, distributed, monitor, plan, zero
-from fusedit_lib.train.config import check, data_workers, model_config, parse_run, split_batch
-from fusedit_lib.train.models import adam_steps, build
-from fusedit_lib.train.schedule import due, ema_decay, learning_rate
+from fusedit_lib.train.config import check_run, data_workers, model_config, parse_run, split_batch
+from fusedit_lib.train.models import adam_steps, build_models
+from fusedit_lib.train.schedule import due_after, ema_decay, learning_rate
 
 # ------------------------------------------------------------------------------ start
 
@@ -51,7 +51,7 @@ def start(run):
     torch.set_float32_matmul_precision("high")
     run = checkpoints.settle_dtype(run, device)
     backend.configure(device, backend.torch_dtype(run.dtype))
-    # Several ranks also talk through their CPUs, in distributed.agree().
+    # Several ranks also talk through their CPUs, in distributed.largest_of_all_ranks().
     comm = "gloo" if device.type == "cpu" else "nccl" if world == 1 else "cpu:gloo,cuda:nccl"
     dist.init_process_group(comm, timeout=timedelta(minutes=30),
                             device_id=device if gpu else None)
@@ -119,12 +119,12 @@ def train(run, config):
     run, device, rank, world = start(run)
     micro, times = split_batch(run, world)
     saved = checkpoints.load_checkpoint(checkpoints.open_run(run, config))
-    model, vae = build(run, config, device, saved)
+    model, vae = build_models(run, config, device, saved)
     owner, ema = zero.averages(model, saved, rank, world, run.ema_offload)
     first, stop = saved.step if saved else 0, 0
     source = Batches(run, config, model.tokenizer, micro, times, rank, world)
-    saver = checkpoints.Saver(run, config, saved, source.digest)
-    watcher = monitor.Watcher(run, config, model, vae, saved, micro, source)
+    saver = checkpoints.CheckpointWriter(run, config, saved, source.digest)
+    watcher = monitor.Monitor(run, config, model, vae, saved, micro, source)
     coming = range(first * times, run.steps * times)
     batches = load_batches(source, coming, data_workers(run), device)
     engine, saved = build_engine(run, model, vae, saved, micro, times), None     # files closed
@@ -135,32 +135,32 @@ def train(run, config):
             group["lr"] = learning_rate(run, step)
         for _ in range(times):
             batch = next(batches)                                          # pixels [B,3,H,W]
-            x, ids, mask, clip, normal, eps, vae_noise = to_device(batch, device, cut_text=True)
+            x, ids, mask, clip, normal, noise = to_device(batch, device, cut_text=True)
             if vae:
                 with torch.no_grad():
-                    x = vae.encode(x, vae_noise)                          # [B,16,H/8,W/8]
+                    x = vae.encode(x, noise[1])                            # [B,16,H/8,W/8]
             words = ids, mask, model.clip_encoder and model.clip_encoder(clip)
             sigma = fusedit.logit_normal_sigma(normal, config.shift)             # [B]
-            loss = fusedit.flow_loss(engine, x, words, sigma, eps).mean()
+            loss = fusedit.flow_loss(engine, x, words, sigma, noise[0]).mean()
             engine.backward(loss)
             engine.step()                   # changes weights every `times` micro-batches
-            watcher.saw(loss, batch["bad"], int(batch["mask"].sum()))  # no wait for the device
+            watcher.log_micro_batch(loss, batch["bad"], int(batch["mask"].sum()))
         step += 1
-        watcher.stepped(zero.grad_norm(engine))
+        watcher.log_step(zero.grad_norm(engine))
         if (decay := ema_decay(run, step)) < 1:
             zero.update_ema(engine, ema, decay)
         # -------------------------------------------------------------------------------
         stop, now = saver.poll(max(signals, default=0))
-        logs, looks, saves = due(run, step, first, stop, now)
+        logs, looks, saves = due_after(run, step, first, stop, now)
         if logs:
             watcher.log(step, group["lr"])
         if looks:
             with zero.averaged(engine, ema, owner) as average:
-                watcher.look(step, average)
+                watcher.validate(step, average)
         if saves:
             counts = watcher.counts | dict(adam_step=adam_steps(engine.basic_optimizer))
             saver.save(step, lambda: zero.shares(engine, ema, owner), counts)
-        watcher.resume(looks or saves)      # leaves their time out of the images/s
+        watcher.restart_clock(looks or saves)               # leaves their time out of the images/s
         if stop:
             break
     return saver.close(step, stop)
@@ -171,7 +171,7 @@ def main():
     config = model_config(run)
     if run.plan:
         return plan.show(run, config)
-    check(run)                     # what can be wrong should be so before the model loads
+    check_run(run)                     # what can be wrong should be so before the model loads
     code = train(run, config)
     dist.barrier()                          # who leaves first breaks the others' connections
     dist.destroy_process_group()

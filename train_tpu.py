@@ -25,11 +25,11 @@ from torch.func import functional_call
 
 import fusedit
 from fusedit_lib import backend, cli
-from fusedit_lib.data.batches import Batches, load_batches, tensors_only, to_device
+from fusedit_lib.data.batches import Batches, load_batches, tensors, to_device
 from fusedit_lib.train import checkpoints, distributed, monitor, plan, sharding, xla
-from fusedit_lib.train.config import check, data_workers, model_config, parse_run, split_batch
-from fusedit_lib.train.models import adam_steps, build
-from fusedit_lib.train.schedule import due, ema_decay, learning_rate
+from fusedit_lib.train.config import check_run, data_workers, model_config, parse_run, split_batch
+from fusedit_lib.train.models import adam_steps, build_models
+from fusedit_lib.train.schedule import due_after, ema_decay, learning_rate
 
 # Unless told otherwise. NPROC: threads, of which virtual devices hold some while they wait.
 os.environ |= dict(PJRT_DEVICE="TPU", PJRT_NPROC="64", TF_CPP_MIN_LOG_LEVEL="2",
@@ -161,47 +161,47 @@ def train(run, config):
     micro, times = split_batch(run, mesh.size())
     micro *= mesh.size() // world           # of a host
     saved = checkpoints.load_checkpoint(checkpoints.open_run(run, config))
-    model, vae = build(run, config, "cpu", saved)
+    model, vae = build_models(run, config, "cpu", saved)
     first, stop, bad = saved.step if saved else 0, 0, []
     source = Batches(run, config, model.tokenizer, micro, times, rank, world)
-    saver = checkpoints.Saver(run, config, saved, source.digest)
+    saver = checkpoints.CheckpointWriter(run, config, saved, source.digest)
     coming = range(first * times, run.steps * times)
     onto = partial(feed, device=device, mesh=mesh)
     batches = load_batches(source, coming, data_workers(run))
-    batches = onto(tensors_only(batches, bad))
+    batches = onto(tensors(batches, bad))
     engine = Engine(run, model, vae, saved, times, device, mesh)
-    watcher, saved = monitor.Watcher(run, config, model, vae, saved, micro, source, monitor.One(
-        onto, torch_xla.sync, mesh.size())), None                  # and its files are closed
+    watcher, saved = monitor.Monitor(run, config, model, vae, saved, micro, source,
+        monitor.SpmdHost(onto, torch_xla.sync, mesh.size())), None     # and its files are closed
     signals, step = distributed.catch_signals(), first
     for step in range(first, run.steps):
         # ------------------------------------------------------------ the training step
         lr = learning_rate(run, step)
         for _ in range(times):
             batch = next(batches)
-            x, ids, mask, clip, normal, eps, vae_noise = to_device(batch, device)
+            x, ids, mask, clip, normal, noise = to_device(batch, device)  # x [B,3,H,W]
             if vae:
                 with torch.no_grad():
-                    x = vae.encode(x, vae_noise)                          # [B,16,H/8,W/8]
+                    x = vae.encode(x, noise[1])                            # [B,16,H/8,W/8]
             words = ids, mask, model.clip_encoder and model.clip_encoder(clip)
             sigma = fusedit.logit_normal_sigma(normal, config.shift)             # [B]
-            loss = fusedit.flow_loss(engine, x, words, sigma, eps).mean()
+            loss = fusedit.flow_loss(engine, x, words, sigma, noise[0]).mean()
             engine.backward(loss)
             engine.step(lr, ema_decay(run, step + 1))
-            watcher.saw(loss, bad.pop(0))                                  # no wait for the device
+            watcher.log_micro_batch(loss, bad.pop(0))                      # no wait for the device
         step += 1
-        watcher.stepped(engine.norm)
+        watcher.log_step(engine.norm)
         # -------------------------------------------------------------------------------
         stop, now = saver.poll(max(signals, default=0))
-        logs, looks, saves = due(run, step, first, stop, now)
+        logs, looks, saves = due_after(run, step, first, stop, now)
         if logs:
             watcher.log(step, lr)
         if looks:
             with xla.lent(model, engine.lower(0)):
-                watcher.look(step, model)
+                watcher.validate(step, model)
         if saves:
             counts = watcher.counts | dict(adam_step=adam_steps(engine.adam))
             saver.save(step, engine.shares, counts)
-        watcher.resume(looks or saves)      # leaves their time out of the images/s
+        watcher.restart_clock(looks or saves)      # leaves their time out of the images/s
         if stop:
             break
     return saver.close(step, stop)
@@ -212,7 +212,7 @@ def main():
     config = model_config(run)
     if run.plan:
         return plan.show(run, config)
-    check(run)                     # what can be wrong should be so before the model loads
+    check_run(run)                     # what can be wrong should be so before the model loads
     if "torch_xla" not in globals():
         raise ModuleNotFoundError("torch_xla", name="torch_xla")
     code = train(run, config)

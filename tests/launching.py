@@ -1,4 +1,4 @@
-"""The real launchers as processes: one, many, or the ranks that torchrun would start."""
+"""The real launchers as processes: one, several, or the ranks that torchrun would start."""
 import json
 import os
 import socket
@@ -12,15 +12,18 @@ from conftest import ROOT
 from safetensors.torch import load_file
 from tiny_shards import SHAPE
 
+ENV = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": f"{ROOT}:{ROOT}/tests:{ROOT}/tests/train"}
+
 
 def flags(gemma, data, out, *more):
+    """Flags of a small run in float32 that logs every step; later flags replace earlier ones."""
     return ["--data", str(data), "--base", str(gemma), "--out", str(out), "--set", *SHAPE,
-            "--batch", "8", "--lr", "3e-3", "--workers", "0", "--log-every", "1", "--prompts",
-            "a blue square", "a star", "a red circle", "--sample-steps", "2", "--dtype", "float32",
-            *more]
+            "--batch", "8", "--lr", "3e-3", "--workers", "0", "--log-every", "1",
+            "--prompts", "a blue square", "a star", "a red circle", "--sample-steps", "2",
+            "--dtype", "float32", *more]
 
 
-ENV = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": f"{ROOT}:{ROOT}/tests:{ROOT}/tests/train"}
+# ------------------------------------------------------------------------------ processes
 
 # A launcher in which something is replaced first.
 PATCHED = """
@@ -35,7 +38,7 @@ cli.run(launcher.main, "")
 
 
 def command(argv, before="", engine="gpu"):
-    """A launcher's command line; before: code that runs in it ahead of its main()."""
+    """The arguments of Python that run a launcher; before: code to run in it before its main()."""
     if before:
         return ["-c", PATCHED.format(before=before, engine=engine), *argv]
     return [ROOT / f"train_{engine}.py", *argv]
@@ -48,57 +51,136 @@ def free_port():
 
 
 def ranks(argv, n, env=ENV, live=False):
-    """Start n processes with what torchrun would tell each of them."""
-    port = free_port()
-    return [warm.start(argv, env | dict(RANK=str(i), LOCAL_RANK=str(i), WORLD_SIZE=str(n),
-                                        MASTER_ADDR="127.0.0.1", MASTER_PORT=port),
-                       live=live and i == 0)
-            for i in range(n)]
+    """Start n processes with the variables that torchrun would set for each of them.
+
+    live: whether rank 0's output can be read while it runs.
+    """
+    shared = dict(WORLD_SIZE=str(n), MASTER_ADDR="127.0.0.1", MASTER_PORT=free_port())
+    processes = []
+    for i in range(n):
+        rank_env = env | shared | dict(RANK=str(i), LOCAL_RANK=str(i))
+        processes.append(warm.start(argv, rank_env, live=live and i == 0))
+    return processes
 
 
 def finish(processes):
-    """Their end as one subprocess.CompletedProcess; if one fails, the others are killed."""
-    while any(p.poll() is None for p in processes):
-        if any(p.poll() for p in processes):
-            for p in processes:
-                p.kill()
+    """Wait for processes; returns one CompletedProcess. If one fails, the others are killed."""
+    while any(process.poll() is None for process in processes):
+        if any(process.poll() for process in processes):
+            for process in processes:
+                process.kill()
         time.sleep(0.01)
-    ends = [p.communicate() for p in processes]
-    code = next((p.returncode for p in processes if p.returncode > 0), processes[0].returncode)
-    return subprocess.CompletedProcess(processes[0].args, code, *map("".join, zip(*ends)))
+    ends = [process.communicate() for process in processes]
+    stdout = "".join(out for out, _ in ends)
+    stderr = "".join(err for _, err in ends)
+
+    # the exit code of one that failed by itself, if there is one
+    codes = [process.returncode for process in processes if process.returncode > 0]
+    codes.append(processes[0].returncode)
+    return subprocess.CompletedProcess(processes[0].args, codes[0], stdout, stderr)
 
 
 def launch(argv, before="", n=1, engine="gpu", env=ENV, check=True):
-    """Run a launcher to its end, as one process or as n ranks."""
+    """Run a launcher to its end, as one process or as n ranks; returns a CompletedProcess."""
     words = command(argv, before, engine)
-    done = warm.run(words, env) if n == 1 else finish(ranks(words, n, env))
-    assert not check or done.returncode == 0, done.stderr[-3000:]
+    if n == 1:
+        done = warm.run(words, env)
+    else:
+        done = finish(ranks(words, n, env))
+    if check:
+        assert done.returncode == 0, done.stderr[-3000:]
     return done
 
 
 def launch_all(jobs, n=1, engine="gpu", env=ENV, check=True):
-    """Run one after the other; jobs: flags, or (flags, code to run before). Returns a list."""
-    jobs = [job if isinstance(job, tuple) else (job, "") for job in jobs]
-    return [launch(argv, before, n, engine, env, check) for argv, before in jobs]
+    """Launch one after the other; jobs: flags, or (flags, code to run before). Returns a list."""
+    ends = []
+    for job in jobs:
+        argv = job
+        before = ""
+        if isinstance(job, tuple):
+            argv, before = job
+        ends.append(launch(argv, before, n, engine, env, check))
+    return ends
 
+
+def read_until(process, begin):
+    """Read a process's stdout up to the line that begins so."""
+    for line in process.stdout:
+        if line.startswith(begin):
+            return
+    raise AssertionError(process.communicate())
+
+
+# Print when a file of a checkpoint is being written, slowly, and which samples each micro-batch
+# has. With AFTER in the environment the process kills its group: in the AFTER-th step from now, a
+# moment later, or (WRITING) when a checkpoint's file is half written after that step.
+WATCHED = """
+import random, signal, threading
+save_file = checkpoints.save_file
+load_batches = launcher.load_batches
+steps_left = int(os.environ.get("AFTER", 10**9))
+while_writing = "WRITING" in os.environ
+
+def kill():
+    os.killpg(0, signal.SIGKILL)
+
+def save_slowly(tensors, path, metadata):
+    save_file(tensors, path, metadata)
+    os.write(1, f"WRITING {path}\\n".encode())     # whole lines, also from two threads at once
+    if while_writing and steps_left <= 0:
+        os.truncate(path, path.stat().st_size // 2)
+        kill()
+    time.sleep(0.1)
+
+def print_keys(which, batches):
+    global steps_left
+    for m, batch in zip(which, batches):
+        keys = []
+        for caption in batch["captions"]:
+            keys += caption.split()[-1:]
+        os.write(1, f"KEYS {m} {' '.join(keys)}\\n".encode())
+        steps_left -= 1
+        if steps_left == 0 and not while_writing:
+            threading.Timer(random.random() * 0.02, kill).start()
+        yield batch
+
+def load_and_print(batches, which, *args, **kwargs):
+    return print_keys(which, load_batches(batches, which, *args, **kwargs))
+
+checkpoints.save_file = save_slowly
+launcher.load_batches = load_and_print
+"""
+
+
+# ------------------------------------------------------------------------------ what a run leaves
 
 def metrics(out):
+    """The rows of a run's metrics.jsonl."""
     return [json.loads(line) for line in (Path(out) / "metrics.jsonl").read_text().splitlines()]
 
 
 def losses(out):
-    return [r["loss"] for r in metrics(out) if "loss" in r]
+    return [row["loss"] for row in metrics(out) if "loss" in row]
 
 
 def state(out, step):
-    """All tensors of a checkpoint, whoever wrote them."""
-    where = Path(out) / f"step-{step:07d}"
-    return {f"{folder.name}/{k}": v for folder in (where, where / "train_state")
-            for path in folder.glob("*.safetensors") for k, v in load_file(path).items()}
+    """All tensors of a checkpoint, by whatever number of ranks it was written."""
+    checkpoint = Path(out) / f"step-{step:07d}"
+    tensors = {}
+    for folder in (checkpoint, checkpoint / "train_state"):
+        for path in folder.glob("*.safetensors"):
+            for name, tensor in load_file(path).items():
+                tensors[f"{folder.name}/{name}"] = tensor
+    return tensors
 
 
 def assert_equal(a, b, atol=None):
+    """Two {name: tensor} are equal, to the bit or within atol."""
     assert a.keys() == b.keys()
-    for k in a:
-        assert a[k].shape == b[k].shape, k  # allclose would broadcast
-        assert torch.equal(a[k], b[k]) if atol is None else torch.allclose(a[k], b[k], atol=atol), k
+    for name in a:
+        assert a[name].shape == b[name].shape, name        # allclose would broadcast
+        if atol is None:
+            assert torch.equal(a[name], b[name]), name
+        else:
+            assert torch.allclose(a[name], b[name], atol=atol), name

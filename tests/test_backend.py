@@ -15,7 +15,7 @@ import fusedit
 from fusedit_lib import backend
 from fusedit_lib.data.batches import padded_text_length, to_device
 from fusedit_lib.pretrained import build_model
-from fusedit_lib.train import plan
+from fusedit_lib.train import costs
 from fusedit_lib.vae import load_vae
 
 CPU = torch.device("cpu")
@@ -74,9 +74,9 @@ def test_the_readmes_benchmark_fits_a_gpu_of_80_gb():
     line = re.search(r"benchmarks/train.py --preset (\S+) --batch (\d+)",
                      (ROOT / "README.md").read_text())
     config, batch = fusedit.preset(line[1]), int(line[2])
-    model = plan.abstract(config)
+    model = costs.abstract_model(config)
     dit, gemma = (sum(p.numel() for p in m.parameters()) for m in (model.dit, model.llm))
-    low, high = (plan.activations(plan.abstract(config), config, n, dtype)[0]
+    low, high = (costs.activations(costs.abstract_model(config), config, n, dtype)[0]
                  for n, dtype in ((batch, torch.bfloat16), (1, torch.float32)))
     keys = 2 * 26 * batch * 1280 * 8 * 256 * 2             # repeated for each head: joint's own
     # In training; and in exactness(), where there is a float32 copy with gradients beside it.
@@ -240,8 +240,8 @@ TINY = """
 import runpy, sys
 sys.path[:0] = sys.argv[2:4]
 import common
-from fusedit_lib.train import plan
-plan.GEMMAS["google/gemma-2-2b"] = common.SMALL | dict(num_hidden_layers=2)
+from fusedit_lib.train import costs
+costs.GEMMAS["google/gemma-2-2b"] = common.SMALL | dict(num_hidden_layers=2)
 sys.argv = sys.argv[1:2] + sys.argv[4:]
 runpy.run_path(sys.argv[0], run_name="__main__")
 """

@@ -1,6 +1,7 @@
-"""One cold start of each program, each by a Python of its own.
+"""One cold start of each program, each in a Python of its own.
 
-Everywhere else the programs are forked from a process that has imported everything (tests/warm.py).
+In all other tests the programs are forked from a process that has imported everything
+(tests/warm.py).
 """
 import json
 import shutil
@@ -8,6 +9,7 @@ import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 from conftest import ROOT, tiny_gemma
@@ -15,57 +17,85 @@ from launching import flags, free_port, losses
 from PIL import Image
 from tiny_shards import numbered
 
-DEEPSPEED = [shutil.which("deepspeed", path=Path(sys.executable).parent), "--num_gpus", "2",
-             "--master_port"]
+
+class ColdStarts(NamedTuple):
+    folder: Path                            # the working directory of all
+    done: dict                              # {name: CompletedProcess}
+
+
+def trainings(folder):
+    """{name: command line} of one run: begun by the deepspeed launcher, resumed without it."""
+    tiny_gemma(folder / "gemma", num_hidden_layers=2)
+    argv = flags(folder / "gemma", numbered(folder / "data"), folder / "run", "--device", "cpu")
+    deepspeed = shutil.which("deepspeed", path=Path(sys.executable).parent)
+    program = ROOT / "train_gpu.py"
+    return dict(
+        deepspeed=[deepspeed, "--num_gpus", "2", "--master_port", free_port(), program, *argv,
+                   "--steps", "2"],
+        python=[sys.executable, program, *argv, "--steps", "4"])
+
+
+def other_programs(folder):
+    """{name: command line} of the programs that need no training."""
+    argv = dict(
+        sample=["sample.py", "--prompt", "a large red circle above a small blue square", "--out",
+                folder / "samples", "--device", "cpu"],
+        prepare_data=["prepare_data.py", "shapes", folder / "shards", "-n", "10"],
+        evaluate=["evaluate.py", "shapes", "-n", "6", "--steps", "2", "--out", folder / "shapes",
+                  "--device", "cpu"],
+        train_tpu=["train_tpu.py", "--preset", "demo", "--plan", "v4-8", "--batch", "32"])
+    return {name: [sys.executable, ROOT / program, *words]
+            for name, (program, *words) in argv.items()}
 
 
 @pytest.fixture(scope="module")
-def ends(tmp_path_factory):
-    """(folder, {name: CompletedProcess}): the trainings in a row, the others beside them."""
-    tmp = tmp_path_factory.mktemp("cold")
-    tiny_gemma(tmp / "gemma", num_hidden_layers=2)
-    train = flags(tmp / "gemma", numbered(tmp / "data"), tmp / "run", "--device", "cpu")
-    trainings = dict(
-        deepspeed=[*DEEPSPEED, free_port(), ROOT / "train_gpu.py", *train, "--steps", "2"],
-        python=[sys.executable, ROOT / "train_gpu.py", *train, "--steps", "4"])
-    others = dict(
-        sample=["sample.py", "--prompt", "a large red circle above a small blue square", "--out",
-                tmp / "samples", "--device", "cpu"],
-        prepare_data=["prepare_data.py", "shapes", tmp / "shards", "-n", "10"],
-        evaluate=["evaluate.py", "shapes", "-n", "6", "--steps", "2", "--out", tmp / "shapes",
-                  "--device", "cpu"],
-        train_tpu=["train_tpu.py", "--preset", "demo", "--plan", "v4-8", "--batch", "32"])
-    others = {name: [sys.executable, ROOT / words[0], *words[1:]] for name, words in others.items()}
+def cold(tmp_path_factory):
+    """ColdStarts of all programs: the trainings one after the other, the others beside them."""
+    folder = tmp_path_factory.mktemp("cold")
 
-    def run(programs):
-        return {name: subprocess.run(list(map(str, words)), capture_output=True, text=True, cwd=tmp)
-                for name, words in programs.items()}
+    def run(commands):
+        done = {}
+        for name, words in commands.items():
+            done[name] = subprocess.run([str(word) for word in words], capture_output=True,
+                                        text=True, cwd=folder)
+        return done
     with ThreadPoolExecutor(2) as pool:
-        one, other = pool.map(run, (trainings, others))
-    return tmp, one | other
+        trained, others = pool.map(run, [trainings(folder), other_programs(folder)])
+    return ColdStarts(folder, trained | others)
 
 
 @pytest.mark.parametrize("name", ["deepspeed", "python", "sample", "prepare_data", "evaluate",
                                   "train_tpu"])
-def test_it_ends_well(ends, name):
-    done = ends[1][name]
+def test_it_ends_well(cold, name):
+    done = cold.done[name]
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
     assert "Traceback" not in done.stderr
 
 
-def test_the_launchers_go_on_with_each_others_run(ends):
-    folder, done = ends
-    assert len(losses(folder / "run")) == 4
-    assert "from step 0 to 2; a step is 2 x cpu" in done["deepspeed"].stdout
-    assert "from step 2 to 4; a step is 1 x cpu" in done["python"].stdout
+def test_the_launchers_resume_each_others_run(cold):
+    assert len(losses(cold.folder / "run")) == 4
+    assert "from step 0 to 2; batch 8 = 2 x cpu" in cold.done["deepspeed"].stdout
+    assert "from step 2 to 4; batch 8 = 1 x cpu" in cold.done["python"].stdout
 
 
-def test_they_leave_what_they_say(ends):
-    folder, done = ends
-    picture = Path(done["sample"].stdout.strip())
-    assert Image.open(picture).text["seed"] == "0" and picture.parent == folder / "samples"
-    assert len(Image.open(picture).convert("RGB").getcolors(10**6)) > 3
-    assert json.loads((folder / "shards" / "index.json").read_text())["samples"] == 10
-    (scores,) = (folder / "shapes").rglob("shapes.json")
-    assert json.loads(scores.read_text())["settings"]["dtype"] in ("float32", "bfloat16")
-    assert "4 v4" in done["train_tpu"].stdout
+def test_sample_writes_an_image(cold):
+    path = Path(cold.done["sample"].stdout.strip())
+    assert path.parent == cold.folder / "samples"
+    with Image.open(path) as image:
+        assert image.text["seed"] == "0"
+        assert len(image.convert("RGB").getcolors(10**6)) > 3
+
+
+def test_prepare_data_writes_shards(cold):
+    index = json.loads((cold.folder / "shards" / "index.json").read_text())
+    assert index["samples"] == 10
+
+
+def test_evaluate_writes_scores(cold):
+    (path,) = (cold.folder / "shapes").rglob("shapes.json")
+    settings = json.loads(path.read_text())["settings"]
+    assert settings["dtype"] in ("float32", "bfloat16")
+
+
+def test_train_tpu_prints_a_plan(cold):
+    assert "4 v4" in cold.done["train_tpu"].stdout

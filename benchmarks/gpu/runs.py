@@ -196,7 +196,8 @@ def steps(kit, folder, name, more):
     late = rows[1:] or rows                 # the first one compiles
     row = dict(steps=len(rows), losses=[r["loss"] for r in rows], memory_gb=rows[-1]["memory_gb"],
                images_per_s=statistics.median(r["images_per_s"] for r in late),
-               utilisation=rows[-1].get("utilisation"), seconds=time.monotonic() - begin)
+               utilisation=rows[-1].get("mfu", rows[-1].get("utilisation")),
+               seconds=time.monotonic() - begin)
     kit.record("large", name=name, **row)
     print(f"{name}: {row}", flush=True)
     return code is None and all(x is not None and math.isfinite(x) for x in row["losses"])

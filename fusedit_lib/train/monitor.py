@@ -1,7 +1,4 @@
-"""What a run shows of itself: log lines, metrics.jsonl, validation loss, sample grids, a plot."""
-import contextlib
-import errno
-import json
+"""What a run reports: log lines, metrics, skipped steps and samples, validation, sample grids."""
 import math
 import resource
 import sys
@@ -16,221 +13,307 @@ from PIL.PngImagePlugin import PngInfo
 from tqdm import tqdm
 
 from fusedit import FuseDiTError
-from fusedit_lib.files import atomic_write, read_jsonl
-from fusedit_lib.sampling import image_grid
-from fusedit_lib.train import checkpoints, distributed, plan
-from fusedit_lib.train.schedule import on
-from fusedit_lib.train.validation import LEVELS, draw, validate, validation
+from fusedit_lib.files import atomic_write
+from fusedit_lib.train import costs, distributed, plan
+from fusedit_lib.train.metrics_log import MetricsLog, warn_if_unwritable
+from fusedit_lib.train.schedule import sample_grid_is_due, validation_is_due
+from fusedit_lib.train.validation import (
+    VALIDATION_SIGMAS,
+    held_out_batches,
+    sample_grid,
+    validation_losses,
+)
 
-BAD_STEPS = 10                              # skipped one after the other: the run has diverged
-
-
-class One(NamedTuple):
-    """Where the ranks are hosts, and all their devices together seem one to each of them."""
-    place: Callable                         # batches -> batches there
-    sync: Callable                          # runs what was only noted down
-    devices: int
+MAX_SKIPPED_IN_A_ROW = 10                   # skipped steps, after which the run has diverged
 
 
-class Watcher:
-    """A launcher's eyes: it is told of each micro-batch and step, and speaks when asked.
+class SpmdHost(NamedTuple):
+    """For XLA SPMD, where each rank is a host, and all devices together act as one for it."""
+    place: Callable                         # batches -> the same batches on the devices
+    sync: Callable                          # runs the operations that have been recorded
+    devices: int                            # of all hosts
 
-    All ranks have one, since sums and pictures take all of them; rank 0's writes.
+
+class StepResults(NamedTuple):
+    """What all ranks have recorded since the last line of the log."""
+    losses: list                            # mean loss of each step
+    grad_norms: list                        # of each step; NaN: not known
+    bad: list                               # samples that could not be read, by name
+
+
+class Monitor:
+    """Records micro-batches and steps; writes the log, validation losses and sample grids.
+
+    All ranks have one, since sums and sample grids need all of them. Rank 0 writes.
     """
 
-    def __init__(self, run, config, model, vae, saved, micro, source, one=None):
-        """source: the training data, a Batches."""
-        first = saved.step if saved else 0
-        self.run, self.config, self.model, self.vae, self.step = run, config, model, vae, first
-        self.samples = max(len(source), 1000)              # a share of which may be unreadable
-        self.counts = {k: getattr(saved, k, 0) for k in ("seen", "skipped", "skipped_steps")}
-        self.micro, self.rank, self.world = micro, dist.get_rank(), dist.get_world_size()
-        self.out, self.device = Path(run.out), model.llm.embed_tokens.weight.device
-        self.losses, self.norms, self.bad = [], [], []
-        self.in_a_row, self.val = 0, None
-        self.one = one or One(iter, lambda: None, self.world)
-        self.share = (0, 1) if one else (self.rank, self.world)    # of what is drawn
-        self.words, self.peak = 0, plan.peak(self.device, self.world)
-        if self.peak:
-            self.flops = plan.useful_flops(config, source.latents, run.train_llm)
+    def __init__(self, run, config, model, vae, checkpoint, micro_batch, source, host=None):
+        """checkpoint: what the run is resumed from, or None.
+
+        micro_batch: images of a rank in one forward pass. source: the training data, a Batches.
+        host: SpmdHost, if the ranks are hosts of one mesh.
+        """
+        self.run = run
+        self.config = config
+        self.model = model
+        self.vae = vae
+        self.micro_batch = micro_batch
+        self.out = Path(run.out)
+        self.rank = dist.get_rank()
+        self.world = dist.get_world_size()
+        self.device = model.llm.embed_tokens.weight.device
+
+        # where sample grids and validation run: on every rank for itself, or on all hosts as one
+        self.host = host or SpmdHost(place=iter, sync=lambda: None, devices=self.world)
+        self.grid_rank = 0 if host else self.rank
+        self.grid_world = 1 if host else self.world
+        self.held_out = None                # validation batches, read when first needed
+
+        # since the last line of the log; tensors stay on the device
+        self.losses = []                    # of each micro-batch
+        self.grad_norms = []                # of each step
+        self.bad = []
+        self.text_tokens = 0                # without padding
+
+        # since the run began
+        self.step = 0
+        self.counts = dict(seen=0, skipped=0, skipped_steps=0)
+        self.skipped_in_a_row = 0
+        self.least_samples = max(len(source), 1000)        # that --max-skipped is a share of
+        if checkpoint is not None:
+            self.step = checkpoint.step
+            self.counts = {name: getattr(checkpoint, name) for name in self.counts}
+
+        self.peak_flops = plan.peak_flops(self.device, self.world)
+        if self.peak_flops:
+            self.useful_flops = costs.useful_flops(config, source.latents, run.train_llm)
         if self.rank == 0:
-            self.open(first)
-        self.resume(True)
+            self.open_log()
+        self.restart_clock(True)
 
-    def open(self, first):
-        """Rank 0's files; what they say of steps after the checkpoint is set aside."""
-        run, path = self.run, self.out / "metrics.jsonl"
-        (self.out / "samples").mkdir(parents=True, exist_ok=True)
-        with atomic_write(self.out / "config.json") as tmp:
-            tmp.write_text(checkpoints.settings(run, self.config))
-        done = read_jsonl(path) if path.exists() else []
-        for keep, name in ((True, "metrics.jsonl"), (False, "metrics-aside.jsonl")):
-            part = [row for row in done if (row["step"] <= first) == keep]
-            if keep or part:
-                old = (self.out / name).read_text() if not keep and (
-                    self.out / name).exists() else ""
-                with atomic_write(self.out / name) as tmp:
-                    tmp.write_text(old + "".join(json.dumps(row) + "\n" for row in part))
-        self.boards = []
-        if run.tensorboard:
-            from torch.utils.tensorboard import SummaryWriter
-            board = SummaryWriter(self.out / "tensorboard", purge_step=first + 1)
-            self.boards.append(lambda row: [board.add_scalar(k, v, row["step"])
-                                            for k, v in row.items()])
-        if run.wandb:
-            import wandb
-            job = wandb.init(project=run.wandb, dir=self.out, name=self.out.name,
-                             id=f"{self.out.resolve().name}-{run.seed}", resume="allow",
-                             config=json.loads(checkpoints.settings(run, self.config)))
-            self.boards.append(lambda row: job.log(row, step=row["step"]))
-        count = sum(p.numel() for p in self.model.parameters() if p.requires_grad)
-        times, n = run.batch // (self.micro * self.world), self.one.devices
-        print(f"{self.out}: {count:,} weights, from step {first} to {run.steps}; a step is {n} x "
-              f"{self.device.type} x {times} x {run.batch // (times * n)} pictures in {run.dtype}",
-              flush=True)
-        self.bar = tqdm(total=run.steps, initial=first, unit="step", disable=None, leave=False)
+    def open_log(self):
+        """Rank 0: open the log, and print what is about to be trained."""
+        run = self.run
+        self.metrics = MetricsLog(run, self.config, self.step)
+        (self.out / "samples").mkdir(exist_ok=True)
+        trainable = sum(p.numel() for p in self.model.parameters() if p.requires_grad)
+        devices = self.host.devices
+        accumulation = run.batch // (self.micro_batch * self.world)
+        images = run.batch // (accumulation * devices)
+        print(f"{self.out}: {trainable:,} trainable parameters, from step {self.step} to "
+              f"{run.steps}; batch {run.batch} = {devices} x {self.device.type} x {accumulation} "
+              f"x {images} images in {run.dtype}", flush=True)
+        self.bar = tqdm(total=run.steps, initial=self.step, unit="step", disable=None, leave=False)
 
-    def resume(self, paused):
-        """Start the clock of the images/s, again if the training paused for something else."""
-        if paused:
-            self.clock, self.from_step, self.words = time.perf_counter(), self.step, 0
+    # ------------------------------------------------------------------------------ recording
 
-    def saw(self, loss, bad, words=0):
-        """Of a micro-batch: its loss, names of bad samples, and tokens of text without padding."""
+    def log_micro_batch(self, loss, bad, text_tokens=0):
+        """Record a micro-batch.
+
+        loss: a scalar on the device. bad: names of samples that could not be read.
+        text_tokens: number of text tokens without padding, for the MFU.
+        """
         self.losses.append(loss.detach())   # read later, so that nothing waits for the device
         self.bad += bad
-        self.words += words
+        self.text_tokens += text_tokens
 
-    def stepped(self, norm):
-        self.norms.append(torch.as_tensor(math.nan if norm is None else norm, dtype=torch.float32,
-                                          device=self.device))
+    def log_step(self, grad_norm):
+        """Record an optimizer step; grad_norm: before clipping; None: not known."""
+        if grad_norm is None:
+            grad_norm = math.nan
+        norm = torch.as_tensor(grad_norm, dtype=torch.float32, device=self.device)
+        self.grad_norms.append(norm)
         self.step += 1
         if self.rank == 0:
             self.bar.update()
 
-    # ------------------------------------------------------------------------------ the log
+    def restart_clock(self, paused):
+        """Measure images/s from now on, if the training was paused for something else."""
+        if paused:
+            self.start_clock(time.perf_counter())
+
+    def start_clock(self, now):
+        self.clock = now
+        self.clock_step = self.step
+        self.text_tokens = 0
 
     def gather(self):
-        """(loss of each step since the last time, gradient norms, names of bad samples)."""
-        steps = len(self.norms)
-        losses, norms = (torch.stack([x.cpu() for x in seen]) for seen in (self.losses, self.norms))
-        losses, norms, bad = losses.view(steps, -1).mean(1), norms.tolist(), self.bad
-        self.losses, self.norms, self.bad = [], [], []
+        """StepResults of all ranks since the last time."""
+        steps = len(self.grad_norms)
+        losses = torch.stack([loss.cpu() for loss in self.losses])
+        losses = losses.view(steps, -1).mean(1)            # over a step's micro-batches
+        grad_norms = torch.stack([norm.cpu() for norm in self.grad_norms]).tolist()
+        bad = self.bad
+        self.losses = []
+        self.grad_norms = []
+        self.bad = []
         if self.world > 1:
             dist.all_reduce(losses)
-            if distributed.agree(len(bad))[0]:
-                dist.all_gather_object(box := [None] * self.world, bad)
-                bad = sum(box, [])
-        return (losses / self.world).tolist(), norms, bad
+            (most_bad,) = distributed.largest_of_all_ranks(len(bad))
+            if most_bad:
+                bad = sum(distributed.gather_from_all_ranks(bad), [])
+        return StepResults((losses / self.world).tolist(), grad_norms, bad)
+
+    # ------------------------------------------------------------------------------ the log
 
     def log(self, step, lr):
-        """A line and a row. Raises, on every rank alike, if the run cannot go on."""
-        losses, norms, bad = self.gather()
-        self.check(step, losses, norms, bad)
-        if self.rank:
+        """Write a line of the log and a row of metrics.jsonl.
+
+        Raises FuseDiTError, on all ranks alike, if the run has diverged or too many samples
+        cannot be read.
+        """
+        results = self.gather()
+        self.count_samples(results)
+        self.count_skipped_steps(step, results)
+        self.stop_if_hopeless(step, results)
+        if self.rank != 0:
             return
-        now, good = time.perf_counter(), [x for x in losses if math.isfinite(x)]
-        speed = (step - self.from_step) * self.run.batch / max(now - self.clock, 1e-9)
-        left = int((self.run.steps - step) * self.run.batch / max(speed, 1e-9))
-        row = dict(step=step, loss=sum(good) / len(good) if good else None, lr=lr,
-                   grad_norm=norms[-1] if math.isfinite(norms[-1]) else None,
-                   images_per_s=round(speed, 1), memory_gb=round(memory(self.device), 3))
-        if self.peak:
-            image, token = self.flops
-            seen = max(1, (step - self.from_step) * self.run.batch // self.world)
-            useful = image + token * self.words / seen
-            row["utilisation"] = round(speed * useful / self.peak, 3)
-        skipped, skipped_steps = self.counts["skipped"], self.counts["skipped_steps"]
-        row |= dict(skipped=skipped, skipped_steps=skipped_steps, time=round(time.time(), 1))
-        self.write(row, dict(bad=bad) if bad else {})
-        self.clock, self.from_step, self.words = now, step, 0
-        text = (f"step {step}/{self.run.steps}  loss {row['loss'] or math.nan:.4f}  lr {lr:.1e}  "
-                f"grad {norms[-1]:.2f}  {speed:,.0f} images/s  {row['memory_gb']:.1f} GB  left "
-                f"{left // 3600}:{left // 60 % 60:02d}:{left % 60:02d}")
-        text += f"  {row['utilisation']:.0%} of peak" if self.peak else ""
-        text += f"  skipped {skipped}" if skipped else ""
-        text += f"  skipped steps {skipped_steps}" if skipped_steps else ""
-        self.bar.set_postfix_str(f"loss {row['loss'] or math.nan:.4f}, {speed:,.0f} images/s")
-        self.bar.write(text)
+
+        now = time.perf_counter()
+        images = (step - self.clock_step) * self.run.batch
+        speed = images / max(now - self.clock, 1e-9)
+        row = self.metrics_row(step, lr, results, speed)
+        extra = {}
+        if results.bad:
+            extra = dict(bad=results.bad)
+        self.metrics.write(row, extra)
+        self.print_row(row, results.grad_norms[-1], speed)
+        self.start_clock(now)
+
+    def metrics_row(self, step, lr, results, speed):
+        """A row of metrics.jsonl; the loss is the mean of the steps that were not skipped.
+
+        speed: in images/s, since the clock was started.
+        """
+        finite = [loss for loss in results.losses if math.isfinite(loss)]
+        loss = None
+        if finite:
+            loss = sum(finite) / len(finite)
+        grad_norm = results.grad_norms[-1]
+        if not math.isfinite(grad_norm):
+            grad_norm = None
+        row = dict(step=step, loss=loss, lr=lr, grad_norm=grad_norm,
+                   images_per_s=round(speed, 1), memory_gb=round(peak_memory_gb(self.device), 3))
+
+        # model FLOPs utilization: what the model needs, as a share of what the GPUs could do
+        if self.peak_flops:
+            per_image, per_token = self.useful_flops
+            images = (step - self.clock_step) * self.run.batch // self.world
+            tokens = self.text_tokens / max(1, images)     # of an image of this rank
+            mfu = speed * (per_image + per_token * tokens) / self.peak_flops
+            row["mfu"] = round(mfu, 3)
+        return row | dict(skipped=self.counts["skipped"],
+                          skipped_steps=self.counts["skipped_steps"], time=round(time.time(), 1))
+
+    def print_row(self, row, grad_norm, speed):
+        """Print a row of metrics.jsonl as a line of the log."""
+        images_left = (self.run.steps - row["step"]) * self.run.batch
+        seconds = int(images_left / max(speed, 1e-9))
+        loss = math.nan
+        if row["loss"] is not None:
+            loss = row["loss"]
+        parts = [f"step {row['step']}/{self.run.steps}", f"loss {loss:.4f}", f"lr {row['lr']:.1e}",
+                 f"grad norm {grad_norm:.2f}", f"{speed:,.0f} images/s",
+                 f"memory {row['memory_gb']:.1f} GB"]
+        if "mfu" in row:
+            parts.append(f"MFU {row['mfu']:.0%}")
+        parts.append(f"remaining {seconds // 3600}:{seconds // 60 % 60:02d}:{seconds % 60:02d}")
+        if row["skipped"]:
+            parts.append(f"skipped samples {row['skipped']}")
+        if row["skipped_steps"]:
+            parts.append(f"skipped steps {row['skipped_steps']}")
+        self.bar.set_postfix_str(f"loss {loss:.4f}, {speed:,.0f} images/s")
+        self.bar.write("  ".join(parts))
         sys.stdout.flush()
 
-    def check(self, step, losses, norms, bad):
-        """Count what was skipped; stop when it is too much."""
-        run, latest, counts = self.run, self.out / "latest", self.counts
-        for name in bad[:3] if self.rank == 0 and counts["skipped"] < 30 else ():
-            print(f"skipped {name}", file=sys.stderr, flush=True)
-        counts["skipped"] += len(bad)
-        counts["seen"] += len(losses) * run.batch
-        for i, (loss, norm) in enumerate(zip(losses, norms, strict=True)):
-            good = math.isfinite(loss) and (math.isfinite(norm) or norm != norm)
-            self.in_a_row = 0 if good else self.in_a_row + 1
-            counts["skipped_steps"] += not good
-            if not good and self.rank == 0 and counts["skipped_steps"] <= 10:
-                print(f"skipped step {step - len(losses) + i + 1}: loss {loss}, gradient {norm}",
+    # ------------------------------------------------------------------------------ skipped
+
+    def count_samples(self, results):
+        """Count the samples, and name some of those that could not be read."""
+        if self.rank == 0 and self.counts["skipped"] < 30:
+            for name in results.bad[:3]:
+                print(f"skipped {name}", file=sys.stderr, flush=True)
+        self.counts["skipped"] += len(results.bad)
+        self.counts["seen"] += len(results.losses) * self.run.batch
+
+    def count_skipped_steps(self, step, results):
+        """Count the steps whose loss or gradient is not finite, and name the first ones."""
+        number = step - len(results.losses)
+        for loss, norm in zip(results.losses, results.grad_norms, strict=True):
+            number += 1
+            is_finite = math.isfinite(loss) and (math.isfinite(norm) or math.isnan(norm))
+            if is_finite:
+                self.skipped_in_a_row = 0
+                continue
+            self.skipped_in_a_row += 1
+            self.counts["skipped_steps"] += 1
+            if self.rank == 0 and self.counts["skipped_steps"] <= 10:
+                print(f"skipped step {number}: loss {loss}, gradient norm {norm}",
                       file=sys.stderr, flush=True)
-        if self.in_a_row >= BAD_STEPS:
-            kept = latest.read_text().strip() if latest.exists() else "none"
+
+    def stop_if_hopeless(self, step, results):
+        """Raise FuseDiTError if too many steps or samples have been skipped."""
+        if self.skipped_in_a_row >= MAX_SKIPPED_IN_A_ROW:
+            latest = self.out / "latest"
+            last_good = "none"
+            if latest.exists():
+                last_good = latest.read_text().strip()
             raise FuseDiTError(
-                f"the loss or gradient of {self.in_a_row} steps in a row, up to step {step}, is "
-                f"not finite: the run has diverged. The last good checkpoint is {kept}. Lower "
-                "--lr, or start again with --warmup-steps")
-        if counts["skipped"] > run.max_skipped * max(counts["seen"], self.samples):
+                f"the loss or gradient of {self.skipped_in_a_row} steps in a row, up to step "
+                f"{step}, is not finite: the run has diverged. The last good checkpoint is "
+                f"{last_good}. Lower --lr, or start again with --warmup-steps")
+        skipped = self.counts["skipped"]
+        seen = self.counts["seen"]
+        if skipped > self.run.max_skipped * max(seen, self.least_samples):
+            last_bad = "none"
+            if results.bad:
+                last_bad = results.bad[-1]
             raise FuseDiTError(
-                f"{counts['skipped']} of {counts['seen']} samples could not be read, more than "
-                f"--max-skipped {run.max_skipped:g} of the data; the last is "
-                f"{(bad or ['none'])[-1]}. {self.out}/metrics.jsonl names the others")
+                f"{skipped} of {seen} samples could not be read, more than --max-skipped "
+                f"{self.run.max_skipped:g} of the data; the last is {last_bad}. "
+                f"{self.out}/metrics.jsonl names the others")
 
-    def write(self, row, more=()):
-        """A row of metrics.jsonl, and of the boards; more: what is no number."""
-        line = f"{json.dumps(row | dict(more))}\n".encode()
-        with unless_full(), open(self.out / "metrics.jsonl", "ab", buffering=0) as f:
-            at = f.tell()
-            if f.write(line) < len(line):   # the disk is full: no half a line stays
-                f.truncate(at)
-                raise OSError(errno.ENOSPC, f"no room for it in {f.name}")
-        for board in self.boards:
-            with unless_full():
-                board({k: v for k, v in row.items() if v is not None})
+    # ------------------------------------------------------------------------------ validation
 
-    # ------------------------------------------------------------------------------ looks
+    def validate(self, step, model):
+        """Write the sample grid and the validation loss of a model, if they are due."""
+        if sample_grid_is_due(self.run, step):
+            self.write_grid(step, model)
+        if validation_is_due(self.run, step):
+            self.write_validation(step, model)
 
-    def look(self, step, model):
-        """Sample grid and validation loss of the model with its averaged weights, when due."""
-        run = self.run
-        if on(run, step, run.sample_every):
-            images = draw(run, self.config, model, self.vae, self.one.sync, *self.share)
-            if self.rank == 0:
-                page = image_grid(images, math.ceil(math.sqrt(len(images))))
-                said = PngInfo()
-                said.add_text("prompts", "\n".join(run.prompts))
-                png = self.out / "samples" / f"step-{step:07d}.png"
-                with unless_full(), atomic_write(png) as tmp:
-                    page.save(tmp, "PNG", pnginfo=said)
-        if on(run, step, run.val_data and run.val_every):
-            self.val = self.val or validation(run, self.config, model, self.micro, self.rank,
-                                              self.world)
-            losses = validate(self.one.place(self.val), model, self.vae, self.device,
-                              self.one.sync)
-            if self.rank == 0:
-                mean = sum(losses) / len(losses)
-                self.write(dict(step=step, val_loss=mean) | {
-                    f"val_{sigma:.4f}": loss for sigma, loss in zip(LEVELS, losses, strict=True)})
-                self.bar.write(f"step {step}/{run.steps}  validation loss {mean:.4f}; from clean "
-                               "to noise " + " ".join(f"{loss:.3f}" for loss in losses))
+    def write_grid(self, step, model):
+        grid = sample_grid(self.run, self.config, model, self.vae, self.host.sync,
+                           self.grid_rank, self.grid_world)
+        if self.rank == 0:
+            info = PngInfo()
+            info.add_text("prompts", "\n".join(self.run.prompts))
+            path = self.out / "samples" / f"step-{step:07d}.png"
+            with warn_if_unwritable(), atomic_write(path) as tmp:
+                grid.save(tmp, "PNG", pnginfo=info)
+
+    def write_validation(self, step, model):
+        if self.held_out is None:
+            self.held_out = held_out_batches(self.run, self.config, model, self.micro_batch,
+                                             self.rank, self.world)
+        batches = self.host.place(self.held_out)
+        losses = validation_losses(batches, model, self.vae, self.device, self.host.sync)
+        if self.rank == 0:
+            mean = sum(losses) / len(losses)
+            row = dict(step=step, val_loss=mean)
+            for sigma, loss in zip(VALIDATION_SIGMAS, losses, strict=True):
+                row[f"val_{sigma:.4f}"] = loss
+            self.metrics.write(row)
+            by_sigma = " ".join(f"{loss:.3f}" for loss in losses)
+            self.bar.write(f"step {step}/{self.run.steps}  validation loss {mean:.4f}; from low "
+                           f"to high noise levels {by_sigma}")
 
 
-@contextlib.contextmanager
-def unless_full():
-    """What cannot be written is said and left out: a log is no reason to end a run."""
-    try:
-        yield
-    except OSError as e:
-        print(f"WARNING: not written: {e}", file=sys.stderr, flush=True)
-
-
-def memory(device):
-    """The most that was allocated, in GB: of the GPU, or of this process."""
+def peak_memory_gb(device):
+    """The most memory allocated so far in GB: on the GPU, or by this process."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 1e9
-    unit = 1 if sys.platform == "darwin" else 1024
+    unit = 1024                             # bytes, of what getrusage counts
+    if sys.platform == "darwin":
+        unit = 1
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9

@@ -1,55 +1,90 @@
-"""Draw a run's loss, validation and throughput: python -m fusedit_lib.train.plot runs/demo"""
+"""Plot a run's loss, validation loss and throughput: python -m fusedit_lib.train.plot runs/demo"""
 import argparse
 from pathlib import Path
 
 from fusedit import FuseDiTError
 from fusedit_lib import cli
 from fusedit_lib.files import atomic_write, read_jsonl
-from fusedit_lib.train.validation import LEVELS
+from fusedit_lib.train.validation import VALIDATION_SIGMAS
 
-# ------------------------------------------------------------------------------ plot
 
-def plot(folder):
-    """Loss, validation and throughput of a run to plot.png in its folder; returns its path."""
+def read_metrics(folder):
+    """The rows of a run folder's metrics.jsonl; raises FuseDiTError if there are none."""
     path = Path(folder) / "metrics.jsonl"
     if not path.exists():
-        raise FuseDiTError(f"{folder} has no metrics.jsonl: name a run's folder, as runs/demo")
-    if not (table := read_jsonl(path)):
+        raise FuseDiTError(f"{folder} has no metrics.jsonl: give the folder of a run, as runs/demo")
+    table = read_jsonl(path)
+    if not table:
         raise FuseDiTError(f"{path} is empty: the run has not logged yet")
+    return table
+
+
+def draw_curve(axis, table, name, **style):
+    """Draw one of the metrics by step, if any row has it."""
+    points = [(row["step"], row[name]) for row in table if row.get(name) is not None]
+    if points:
+        steps, values = zip(*points, strict=True)
+        axis.plot(steps, values, **style)
+
+
+def log_tick(value, _):
+    """A tick label of a logarithmic axis, at 1, 2, 3 and 5 times a power of ten."""
+    leading_digit = f"{value:e}"[0]
+    if leading_digit in "1235":
+        return f"{value:g}"
+    return ""
+
+
+def finish_loss_axis(axis):
+    axis.set_yscale("log")
+    axis.yaxis.set_major_formatter(log_tick)
+    axis.yaxis.set_minor_formatter(log_tick)
+    if axis.get_legend_handles_labels()[0]:
+        axis.legend(fontsize="small", ncols=2)
+    else:
+        axis.text(0.5, 0.5, "no --val-data", transform=axis.transAxes, ha="center")
+
+
+def plot(folder):
+    """Plot a run's metrics to plot.png in its folder; returns the path of the image.
+
+    Raises FuseDiTError if the folder has no metrics.
+    """
+    table = read_metrics(folder)
     import matplotlib
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
-
-    def curve(axis, key, **style):
-        xy = [(r["step"], r[key]) for r in table if r.get(key) is not None]
-        axis.plot(*zip(*xy, strict=True), **style) if xy else None
     figure, (loss, val, speed) = plt.subplots(3, 1, figsize=(8, 10), sharex=True,
                                               layout="constrained")
-    curve(loss, "loss", lw=0.8, label="training")
-    curve(loss, "val_loss", marker=".", label="validation, averaged weights")
-    loss.set(ylabel="loss", yscale="log", title=str(folder))
-    for sigma in LEVELS:
-        curve(val, f"val_{sigma:.4f}", marker=".", label=f"$\\sigma$ {sigma:.2f}")
-    val.set(ylabel="validation loss at a noise level", yscale="log")
-    curve(speed, "images_per_s", lw=0.8)
-    speed.set(ylabel="images/s", xlabel="step", ylim=(0, None))
-    for axis in (loss, val):
-        for which in (axis.yaxis.set_major_formatter, axis.yaxis.set_minor_formatter):
-            which(lambda y, _: f"{y:g}" if f"{y:e}"[0] in "1235" else "")
-        if axis.get_legend_handles_labels()[0]:
-            axis.legend(fontsize="small", ncols=2)
-        else:
-            axis.text(0.5, 0.5, "no --val-data", transform=axis.transAxes, ha="center")
+
+    draw_curve(loss, table, "loss", lw=0.8, label="training")
+    draw_curve(loss, table, "val_loss", marker=".", label="validation, EMA weights")
+    loss.set_title(str(folder))
+    loss.set_ylabel("loss")
+    finish_loss_axis(loss)
+
+    for sigma in VALIDATION_SIGMAS:
+        label = f"$\\sigma$ {sigma:.2f}"
+        draw_curve(val, table, f"val_{sigma:.4f}", marker=".", label=label)
+    val.set_ylabel("validation loss at a noise level")
+    finish_loss_axis(val)
+
+    draw_curve(speed, table, "images_per_s", lw=0.8)
+    speed.set_ylabel("images/s")
+    speed.set_xlabel("step")
+    speed.set_ylim(0, None)
+
     for axis in (loss, val, speed):
         axis.grid(alpha=0.3)
-    with atomic_write(png := Path(folder) / "plot.png") as tmp:
+    path = Path(folder) / "plot.png"
+    with atomic_write(path) as tmp:
         figure.savefig(tmp, format="png", dpi=120)
-    return png
+    return path
 
 
 def main():
-    parser = argparse.ArgumentParser(description="Look at a run.")
-    parser.add_argument("run", type=Path, help="the run's folder")
+    parser = argparse.ArgumentParser(description="Plot a run's metrics to plot.png in its folder.")
+    parser.add_argument("run", type=Path, help="folder of the run")
     print(plot(parser.parse_args().run))
 
 

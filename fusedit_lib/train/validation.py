@@ -1,4 +1,5 @@
-"""TODO."""
+"""Sample grids and the validation loss of a model in training."""
+import math
 from dataclasses import replace
 
 import torch
@@ -6,65 +7,109 @@ import torch.distributed as dist
 
 import fusedit
 from fusedit import FuseDiTError
-from fusedit_lib.data.batches import Batches, tensors_only, to_device
-from fusedit_lib.sampling import padded_text_length, to_images
+from fusedit_lib.data.batches import Batches, tensors, to_device
+from fusedit_lib.sampling import sheet, text_length, to_images
+from fusedit_lib.train import distributed
 
-LEVELS = [(i + 0.5) / 8 for i in range(8)]  # sigmas of the validation loss
+VALIDATION_SIGMAS = [(i + 0.5) / 8 for i in range(8)]      # noise levels of the validation loss
 
+
+# ------------------------------------------------------------------------------ sample grids
 
 @torch.no_grad()
-def draw(run, config, model, vae, sync, rank, world):
-    """The run's prompts, always from the same noise, as images. sync: after each sampler step.
+def sample_images(run, config, model, vae, indices, sync):
+    """Images of run.prompts[i], for i in indices, as a list of PIL images.
 
-    Each rank draws its part, all of them the same number: ZeRO 3 fetches weights from all ranks
-    at once.
+    Prompt i always starts from the same noise, that of seed run.seed + i.
+    sync: called after each sampler step.
     """
-    n, side = len(run.prompts), config.image_size // (vae.factor if vae else 1)
-    mine = [i % n for i in range(rank, -(-n // world) * world, world)]
-    length = padded_text_length(model, [*run.prompts, ""])        # of all ranks' prompts
-    texts = model.encode([run.prompts[i] for i in mine] + [""], length)
-    noise = torch.stack([torch.randn(config.in_channels, side, side,
-                                     generator=torch.Generator().manual_seed(run.seed + i))
-                         for i in mine]).to(texts.mask.device)
-    x = fusedit.sample(model.dit, noise, texts.map(lambda t: t[:-1]),
-                       texts.map(lambda t: t[[-1] * len(mine)]), run.sample_steps,
-                       config.guidance, config.shift, callback=lambda i, x: sync())
-    images = to_images(x, vae)
-    if world == 1:
-        return images
-    dist.all_gather_object(box := [None] * world, images)
-    return [box[i % world][i // world] for i in range(n)]
+    side = config.image_size
+    if vae:
+        side //= vae.factor
+    noise = []
+    for i in indices:
+        generator = torch.Generator().manual_seed(run.seed + i)
+        noise.append(torch.randn(config.in_channels, side, side, generator=generator))
+
+    length = text_length(model, [*run.prompts, ""])        # the same on all ranks
+    texts = model.encode([run.prompts[i] for i in indices] + [""], length)
+    prompts = texts.map(lambda t: t[:-1])
+    uncond = texts.map(lambda t: t[[-1] * len(indices)])
+    x = fusedit.sample(model.dit, torch.stack(noise).to(texts.mask.device), prompts, uncond,
+                       run.sample_steps, config.guidance, config.shift,
+                       callback=lambda i, x: sync())
+    return to_images(x, vae)
 
 
-def validation(run, config, model, micro, rank, world):
-    """This rank's batches of the held-out samples, kept in memory; counts [B]: 1, or 0 if extra."""
-    held = replace(run, data=run.val_data, data_weights=[], caption_drop=0.0, seed=0,
-                            original_caption_rate=0.0, crop="center", batch=micro * world)
-    source = Batches(held, config, model.tokenizer, micro, 1, rank, world)
-    n = min(run.val_samples, sum(s[1] for s in source.shards))
-    batches = [source[m] for m in range(-(-n // held.batch))]
-    for m, batch in enumerate(batches):
+def sample_grid(run, config, model, vae, sync, rank, world):
+    """The run's prompts as one PIL image, a grid.
+
+    Each of `world` ranks generates its share of the images. All have the same number, and some
+    prompts are repeated for it, since ZeRO 3 gathers weights from all ranks at the same time.
+    """
+    count = len(run.prompts)
+    padded = math.ceil(count / world) * world
+    indices = [i % count for i in range(rank, padded, world)]
+    images = sample_images(run, config, model, vae, indices, sync)
+    if world > 1:
+        of_ranks = distributed.gather_from_all_ranks(images)
+        images = [of_ranks[i % world][i // world] for i in range(count)]
+    return sheet(images, math.ceil(math.sqrt(count)))
+
+
+# ------------------------------------------------------------------------------ validation loss
+
+def held_out_batches(run, config, model, micro_batch, rank, world):
+    """This rank's batches of the held-out samples, as a list that is kept in memory.
+
+    Captions are never dropped, images are cropped at the center, and the noise is always the same.
+    batch["counts"] [B] is 1, or 0 for samples that only fill the last batch.
+    """
+    held_out = replace(run, data=run.val_data, data_weights=[], caption_drop=0.0, seed=0,
+                       original_caption_rate=0.0, crop="center", batch=micro_batch * world)
+    source = Batches(held_out, config, model.tokenizer, micro_batch, 1, rank, world)
+    samples = min(run.val_samples, len(source))
+    batches = []
+    for index in range(math.ceil(samples / held_out.batch)):
+        batch = source[index]
         if "error" in batch:
             raise FuseDiTError(batch["error"])
-        place = m * held.batch + rank * micro + torch.arange(micro)
-        batch["counts"] = (place < n).float()
-    return list(tensors_only(batches, []))
+        first = index * held_out.batch + rank * micro_batch
+        batch["counts"] = (first + torch.arange(micro_batch) < samples).float()
+        batches.append(batch)
+    return list(tensors(batches, []))
 
 
 @torch.no_grad()
-def validate(batches, model, vae, device, sync=lambda: None):
-    """Mean loss at each of LEVELS over all held-out samples, with the same noise each time."""
-    sums = torch.zeros(len(LEVELS) + 1, dtype=torch.float64)
+def validation_losses(batches, model, vae, device, sync):
+    """Mean loss over all held-out samples at each of VALIDATION_SIGMAS, as a list.
+
+    batches: of held_out_batches, on a mesh if there is one.
+    sync: called when a batch's latents and text features are there. XLA needs it: it would compute
+    them again at every noise level.
+    """
+    sums = torch.zeros(len(VALIDATION_SIGMAS), dtype=torch.float64)
+    samples = torch.zeros(1, dtype=torch.float64)
     for batch in batches:
-        x, ids, mask, clip, _, eps, vae_noise = to_device(batch, device)
-        x = vae.encode(x, vae_noise) if vae else x
-        text, counts = model.encode_ids(ids, mask, model.clip_encoder and model.clip_encoder(clip)), batch["counts"]
-        sync()                              # else all of the above again at every level
-        for k, level in enumerate(LEVELS):
+        x, ids, mask, clip_ids, _, noise = to_device(batch, device)
+        if vae:
+            x = vae.encode(x, noise[1])
+        pooled = None
+        if model.clip_encoder is not None:
+            pooled = model.clip_encoder(clip_ids)
+        text = model.encode_ids(ids, mask, pooled)
+        counts = batch["counts"]
+        sync()
+        for k, level in enumerate(VALIDATION_SIGMAS):
             sigma = torch.full((len(x),), level, device=device)
-            loss = fusedit.flow_loss(model.dit, x, text, sigma, eps)
+            loss = fusedit.flow_loss(model.dit, x, text, sigma, noise[0])
             sums[k] += (loss * counts.to(device)).sum().cpu()
-        sums[-1] += counts.sum().cpu()
-    if dist.is_initialized() and dist.get_world_size() > 1:
-        dist.all_reduce(sums)               # where all ranks are one device, so many times the sum
-    return (sums[:-1] / sums[-1]).tolist()
+        samples += counts.sum().cpu()
+
+    # Where all hosts act as one, this multiplies both sums by the number of hosts.
+    if distributed.several_ranks():
+        both = torch.cat([sums, samples])
+        dist.all_reduce(both)
+        sums = both[:-1]
+        samples = both[-1:]
+    return (sums / samples).tolist()

@@ -36,7 +36,7 @@ class Stack(nn.Module):
             self.add_module(str(i), blocks[i])
 
     def forward(self, x, own, shared):
-        """As LayerStack.forward. What has a gradient is carried; the rest has a row a layer."""
+        """As LayerStack.forward. What has a gradient is carried along; the rest has a row a layer."""
         k, weights = len(own[0]), dict(self.block.named_parameters())
         args = [c[0] if c[0] is None else torch.stack(c) for c in zip(*own[:self.n])] + [*shared]
         are = {i for i, a in enumerate(args) if torch.is_tensor(a)}

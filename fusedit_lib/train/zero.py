@@ -9,7 +9,7 @@ import torch.distributed as dist
 
 from fusedit import FuseDiTError
 from fusedit_lib.files import read_json
-from fusedit_lib.train.models import trained
+from fusedit_lib.train.models import trainable
 
 
 def merge(ours, path, usual):
@@ -69,7 +69,7 @@ def cells(engine, keys=("weight", "exp_avg", "exp_avg_sq")):
     """(key, name, get, put) of float32 weights and moments; get() gathers, so on all ranks."""
     from deepspeed import utils as ds
     adam = engine.basic_optimizer
-    for i, (name, p) in enumerate(trained(engine.module)):
+    for i, (name, p) in enumerate(trainable(engine.module)):
         for key in keys:
             if engine.zero_optimization_stage() == 0:
                 share = adam.param_groups[0]["params"][i]
@@ -90,7 +90,7 @@ def averages(model, saved, rank, world, offload=False):
     Ranks hold about the same: the largest tensor comes first, to who has least. offload: they
     lie in the CPU's memory, and an update takes the weights there.
     """
-    weights, load, owner = dict(trained(model)), [0] * world, {}
+    weights, load, owner = dict(trainable(model)), [0] * world, {}
     for name in sorted(weights, key=lambda name: (-weights[name].numel(), name)):
         owner[name] = least = load.index(min(load))
         load[least] += weights[name].numel()
@@ -137,7 +137,7 @@ def fill(engine, saved):
                              exp_avg_sq=torch.zeros_like(p))
     if zero in (1, 2):                      # it would look for them after the first step
         engine.optimizer._lazy_init_hp_params_optimizer_state()
-    weights = dict(trained(engine.module))
+    weights = dict(trainable(engine.module))
     for key, name, _, put in cells(engine) if saved else ():
         file, stored = saved.state[f"{key}.{name}"]
         value, p = file.get_tensor(stored).to(engine.device), weights[name]
@@ -166,7 +166,7 @@ def averaged(engine, ema, owner):
 
     @torch.no_grad()
     def exchange(new, old=None):
-        for name, p in trained(engine.module):
+        for name, p in trainable(engine.module):
             with GatheredParameters([p], modifier_rank=owner[name]):
                 if owner[name] == rank:
                     if old is not None:

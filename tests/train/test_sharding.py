@@ -7,7 +7,7 @@ from torch.utils._pytree import tree_map
 
 from fusedit import LayerStack, FuseDiTConfig, FuseDiTError, preset
 from fusedit_lib import files, pretrained
-from fusedit_lib.train import plan, sharding, xla
+from fusedit_lib.train import costs, plan, sharding, xla
 
 SIZES = dict(fsdp=4, tensor=2)
 
@@ -47,7 +47,7 @@ def test_heads_and_mlp_lie_along_tensor():
 def test_what_stays_whole_is_small(name):
     """Of every tensor of the paper's models on 64 x 4 chips, a 256th; norms and biases aside."""
     sizes, whole, total = dict(fsdp=64, tensor=4), 0, 0
-    for key, p in plan.abstract(preset(name)).named_parameters():
+    for key, p in costs.abstract_model(preset(name)).named_parameters():
         total += p.numel()
         if plan.chip(key, p.shape, sizes) * 256 != p.numel():
             whole += p.numel()
@@ -105,7 +105,7 @@ def test_a_stack_is_its_blocks(gemma_folder, changes, train_llm, float64):
     assert want.abs().max() > 0.1
     assert_near(got, want, 1e-9)
     assert {"", "mlp.up_proj.weight"} <= set(marked)
-    assert not any(isinstance(m, LayerStack) for m in model.modules())
+    assert not any(isinstance(m, Blocks) for m in model.modules())
     for name, grad in grads.items():
         assert_near(same[name], grad, 1e-9)
     assert all(not same[name].any() for name in same.keys() - grads.keys())
@@ -180,7 +180,7 @@ HOSTS = {                                   # the devices of each host, of 2 x 4
 
 @pytest.mark.parametrize("name", HOSTS)
 def test_hosts_write_what_one_reads(tmp_path, name):
-    """Slices of a stack and of a single tensor, in as many files as hosts; whole with one host."""
+    """SlicedTensor of a stack and of a single tensor, in as many files as hosts; whole with one host."""
     stack, single, small = torch.randn(3, 6, 8), torch.randn(4, 8), torch.randn(5)
     hosts = HOSTS[name]
     for host, devices in enumerate(hosts):
@@ -216,7 +216,7 @@ def test_a_missing_piece_is_named(tmp_path):
     files.save_file(sharding.pieces("", "b", shards[:2] + shards[3:], (4, 8)),
                       tmp_path / "model.safetensors", {})
     file, stored = files.open_tensors(tmp_path)["b"]
-    with pytest.raises(FuseDiTError, match="b lacks some of its slices"):
+    with pytest.raises(FuseDiTError, match="b lacks some of its pieces"):
         file.get_tensor(stored)
 
 
@@ -236,7 +236,7 @@ def share():
     for key in ("weight.", "exp_avg.", "exp_avg_sq."):
         state |= sharding.pieces(key, name, mine, whole.shape)
     return sharding.pieces("", name, mine, whole.shape), state
-saver = checkpoints.Saver(run, model_config(run), None, "data")
+saver = checkpoints.CheckpointWriter(run, model_config(run), None, "data")
 saver.save(3, share, dict(adam_step=3, seen=0, skipped=0, skipped_steps=0))
 assert saver.close(3, 0) == 0
 dist.barrier()

@@ -17,7 +17,7 @@ from launching import ENV, assert_equal, command, flags, launch, launch_all, los
 from PIL import Image
 from tiny_shards import numbered
 
-from fusedit_lib.train import checkpoints, plan
+from fusedit_lib.train import checkpoints, costs
 from fusedit_lib.train.config import model_config, parse_run
 
 pytestmark = [
@@ -220,8 +220,8 @@ def test_remat_takes_the_memory_that_the_plan_says(data, tmp_path, monkeypatch):
         done = on_devices(2, [argv])[0]
         sizes = re.findall(r"Intermediate tensor size: ([\d.]+) GB", done.stdout + done.stderr)
         config = model_config(parse_run(argv, "", "tpu"))
-        planned = plan.activations(plan.abstract(config), config, 4, torch.float32, False,
-                                   plan.Unfused)
+        planned = costs.activations(costs.abstract_model(config), config, 4, torch.float32, False,
+                                    costs.UnfusedAttention)
         found[remat] = max(map(float, sizes)), planned[remat] / 1e9
     assert found[True][0] == pytest.approx(found[True][1], rel=0.3)
     assert 3 * found[True][0] < found[False][0] < found[False][1]

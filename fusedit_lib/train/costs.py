@@ -1,0 +1,352 @@
+"""FLOPs and activation memory of a model, counted on the meta device, where tensors have no data.
+
+Both are counted while the model itself runs, and not by formulas, which could drift from it.
+"""
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_flatten, tree_unflatten
+from torch.utils.flop_counter import FlopCounterMode
+
+from fusedit import FuseDiT
+from fusedit_lib.files import read_json
+from fusedit_lib.pretrained import gemma_config, resolve
+from fusedit_lib.vae import VAE
+
+# Shapes of the paper's Gemmas, so that nothing has to be downloaded for them.
+_GEMMA_2B = dict(model_type="gemma", vocab_size=256000, hidden_size=2048, intermediate_size=16384,
+                 num_hidden_layers=18, num_attention_heads=8, num_key_value_heads=1)
+_GEMMA2_2B = dict(model_type="gemma2", vocab_size=256000, hidden_size=2304, intermediate_size=9216,
+                  num_hidden_layers=26, num_attention_heads=8, num_key_value_heads=4)
+GEMMAS = {
+    "google/gemma-2b": _GEMMA_2B,
+    "google/gemma-2b-it": _GEMMA_2B,
+    "google/paligemma-3b-pt-448": _GEMMA_2B | dict(vocab_size=257216),
+    "google/gemma-2-2b": _GEMMA2_2B,
+}
+
+
+def abstract_model(config):
+    """FuseDiT of a FuseDiTConfig on the meta device: its tensors take no memory."""
+    if config.base in GEMMAS:
+        shape = GEMMAS[config.base]
+    else:
+        shape = read_json(resolve(config.base) / "config.json")
+    with torch.device("meta"):
+        model = FuseDiT(config, gemma_config(shape))
+    model.llm.keep_layers(model.last_layer)
+    return model
+
+
+class Inputs(NamedTuple):
+    """Arguments of the model, on the meta device."""
+    x_t: torch.Tensor                       # [B,C,H,W]
+    sigma: torch.Tensor                     # [B]
+    ids: torch.Tensor                       # [B,T]
+    mask: torch.Tensor                      # [B,T]
+    pooled: torch.Tensor | None             # CLIP's vector [B,D] if the model has it
+
+
+def example_inputs(config, batch, dtype, text_tokens=None):
+    """Inputs of a micro-batch; text_tokens: length of its captions, by default the longest."""
+    side = config.image_size
+    if config.vae:
+        side //= 8
+    if text_tokens is None:
+        text_tokens = config.max_text_tokens
+    with torch.device("meta"):
+        x_t = torch.empty(batch, config.in_channels, side, side)
+        ids = torch.empty(batch, text_tokens, dtype=torch.long)
+        pooled = None
+        if config.text_modulation_embeds_dim:
+            pooled = torch.empty(batch, config.text_modulation_embeds_dim, dtype=dtype)
+        return Inputs(x_t, torch.empty(batch), ids, ids > 0, pooled)
+
+
+# ------------------------------------------------------------------------------ FLOPs
+
+class ForwardFlops(NamedTuple):
+    """FLOPs for one image."""
+    gemma: int                              # forward pass
+    dit: int                                # forward pass
+    vae: int                                # the encoder; 0 without a VAE
+
+
+def count_flops(function, *args):
+    """(FLOPs of function(*args), what it returns)."""
+    with FlopCounterMode(display=False) as counter:
+        result = function(*args)
+    return counter.get_total_flops(), result
+
+
+@torch.no_grad()
+def flops(model, config, text_tokens=None):
+    """ForwardFlops of an abstract_model; text_tokens: of the caption, by default the most."""
+    x_t, sigma, ids, mask, pooled = example_inputs(config, 1, torch.float32, text_tokens)
+    gemma, text = count_flops(model.read, ids, mask, pooled)
+    dit, _ = count_flops(model.dit, x_t, sigma, text)
+    encoder = 0
+    if config.vae:
+        with torch.device("meta"):
+            vae = VAE()
+            pixels = torch.empty(1, 3, config.image_size, config.image_size)
+        encoder, _ = count_flops(vae.moments, pixels)
+    return ForwardFlops(gemma, dit, encoder)
+
+
+def step_flops(forward, train_llm=False):
+    """FLOPs of training on one image, from its ForwardFlops.
+
+    Where there is a backward pass, it costs twice as much as the forward pass.
+    """
+    gemma, dit, vae = forward
+    if train_llm:
+        gemma *= 3
+    return gemma + 3 * dit + vae
+
+
+class UsefulFlops(NamedTuple):
+    """FLOPs that training on one image needs, as a linear function of its caption's length."""
+    per_image: float
+    per_token: float                        # for each text token
+
+
+def useful_flops(config, latents, train_llm):
+    """UsefulFlops of a FuseDiTConfig, for the model FLOPs utilization (MFU).
+
+    Padding is not counted, nor the VAE if latents are read. (Attention in Gemma, quadratic in the
+    caption's length, is below 1 % and treated as linear.)
+    """
+    model = abstract_model(config)
+    longest = config.max_text_tokens
+
+    def cost(text_tokens):
+        forward = flops(model, config, text_tokens)
+        if latents:
+            forward = forward._replace(vae=0)
+        return step_flops(forward, train_llm)
+    per_token = (cost(longest) - cost(1)) / (longest - 1)
+    return UsefulFlops(cost(1) - per_token, per_token)
+
+
+# ------------------------------------------------------------------------------ attention
+
+class SavesLikeFused(torch.autograd.Function):
+    """Saves for the backward pass what a GPU's fused attention does.
+
+    That is its inputs, its output and, for each query, the logarithm of the softmax's sum.
+    """
+    @staticmethod
+    def forward(ctx, q, k, v):
+        out = q.new_empty((*q.shape[:-1], v.shape[-1]))
+        logsumexp = q.new_empty(q.shape[:-1], dtype=torch.float32)
+        ctx.save_for_backward(q, k, v, out, logsumexp)
+        return out
+
+
+class FusedAttention(TorchFunctionMode):
+    """Within it attention saves as much as a GPU's fused kernel does."""
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        if function is F.scaled_dot_product_attention:
+            q, k, v = args[:3]
+            return self.attention(q, k, v)
+        return function(*args, **(kwargs or {}))
+
+    def attention(self, q, k, v):
+        return SavesLikeFused.apply(q, k, v)
+
+
+class UnfusedAttention(FusedAttention):
+    """Within it attention saves as much as XLA's does: the softmax too, [B,H,N,S]."""
+
+    def attention(self, q, k, v):
+        return (q @ k.transpose(2, 3)).softmax(-1) @ v
+
+
+# ------------------------------------------------------------------------------ activations
+
+class Activations(NamedTuple):
+    """Bytes that a forward pass keeps for the backward pass."""
+    kept: int                               # without --remat
+    remat: int                              # with --remat
+
+
+class SavedTensors:
+    """Adds up the bytes of saved tensors: each storage once, and no weights."""
+
+    def __init__(self, model):
+        self.weights = {storage_id(p) for p in model.parameters()}
+        self.storages = {}                  # id -> tensor; kept, so that no id is used again
+        self.bytes = 0
+
+    def add(self, tensor):
+        """Count a tensor, and return it."""
+        key = storage_id(tensor)
+        if key not in self.weights and key not in self.storages:
+            self.storages[key] = tensor
+            self.bytes += tensor.untyped_storage().nbytes()
+        return tensor
+
+    def record(self):
+        """A context within which all that autograd saves is counted."""
+        return torch.autograd.graph.saved_tensors_hooks(self.add, lambda tensor: tensor)
+
+
+def storage_id(tensor):
+    return tensor.untyped_storage()._cdata
+
+
+class BlockRecorder:
+    """Records each DiT block's inputs and how many bytes it saves, while it is attached."""
+
+    def __init__(self, saved):
+        self.saved = saved
+        self.inputs = []                    # (block, its arguments)
+        self.bytes = []                     # that a block has saved
+        self.before = 0
+        self.hooks = []
+
+    def attach(self, layers):
+        for block in layers:
+            self.hooks.append(block.register_forward_pre_hook(self.enter))
+            self.hooks.append(block.register_forward_hook(self.leave))
+
+    def detach(self):
+        for hook in self.hooks:
+            hook.remove()
+
+    def enter(self, block, args):
+        self.inputs.append((block, args))
+        self.before = self.saved.bytes
+
+    def leave(self, block, args, output):
+        self.bytes.append(self.saved.bytes - self.before)
+
+
+def activations(model, config, batch, dtype, train_llm=False, attention=FusedAttention,
+                budget=None):
+    """Activations of a micro-batch, the text's keys and values included.
+
+    With remat a block keeps only its input, but one block at a time has everything again.
+
+    model: an abstract_model, which is changed. attention: FusedAttention or UnfusedAttention.
+    budget: --memory-budget, if the blocks are compiled.
+    """
+    model.to(dtype)
+    model.llm.requires_grad_(train_llm)
+    x_t, sigma, ids, mask, pooled = example_inputs(config, batch, dtype)
+    saved = SavedTensors(model)
+    blocks = BlockRecorder(saved)
+    blocks.attach(model.dit.layers)
+    with attention(), saved.record():
+        text = model.encode_ids(ids, mask, pooled)
+        for tensor in (*text.keys, *text.values, text.hidden):
+            if tensor is not None:
+                saved.add(tensor)
+        model.dit(x_t, sigma, text)
+    blocks.detach()
+
+    outside = saved.bytes - sum(blocks.bytes)
+    inside = blocks.bytes
+    if budget is not None:
+        inside = compiled_bytes(blocks.inputs, budget)
+    tokens = (x_t.shape[2] // config.patch_size) * (x_t.shape[3] // config.patch_size)
+    block_input = batch * tokens * model.dit.width * dtype.itemsize
+    return Activations(kept=outside + sum(inside),
+                       remat=outside + len(inside) * block_input + max(inside))
+
+
+# ------------------------------------------------------------------------------ compiled blocks
+
+def compiled_bytes(block_inputs, budget):
+    """Bytes that each compiled block saves; block_inputs: [(block, its arguments)]."""
+    known = {}                              # blocks with the same kinds of arguments save alike
+    sizes = []
+    for block, args in block_inputs:
+        leaves, _ = tree_flatten(args)
+        kinds = tuple(leaf.shape if isinstance(leaf, torch.Tensor) else leaf for leaf in leaves)
+        if kinds not in known:
+            known[kinds] = compiled_block_bytes(block, args, budget)
+        sizes.append(known[kinds])
+    return sizes
+
+
+def compiled_block_bytes(block, args, budget):
+    """Bytes that torch.compile lets a DiT block save for its backward pass, its input included.
+
+    This asks the compiler's own partitioner, with the block's graph. It recomputes what costs less
+    than reading it from memory, and with a budget below 1 also what costs more.
+    """
+    import torch._functorch.config as functorch
+    from torch._functorch.aot_autograd import aot_function
+    from torch._functorch.partitioners import min_cut_rematerialization_partition
+    from torch._inductor.decomposition import select_decomp_table
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+    parameters = dict(block.named_parameters())
+    leaves, structure = tree_flatten((args, parameters))
+    leaves = fake_tensors(leaves)
+    places = [i for i, leaf in enumerate(leaves) if isinstance(leaf, torch.Tensor)]
+    saved_bytes = []
+
+    def run(*tensors):
+        filled = list(leaves)
+        for i, tensor in zip(places, tensors, strict=True):
+            filled[i] = tensor
+        filled_args, weights = tree_unflatten(filled, structure)
+        return torch.func.functional_call(block, weights, filled_args)[0]
+
+    def partition(joint, inputs, **options):
+        # weights stay in memory anyway
+        count = len(places)
+        options["static_lifetime_input_indices"] = list(range(count - len(parameters), count))
+        return min_cut_rematerialization_partition(joint, inputs, **options)
+
+    def compile_forward(graph, _):
+        saved_bytes.append(outputs_bytes(graph))
+        return graph
+
+    def compile_backward(graph, _):
+        return graph
+
+    with sdpa_kernel(SDPBackend.FLASH_ATTENTION), functorch.patch(activation_memory_budget=budget):
+        compiled = aot_function(run, compile_forward, compile_backward, partition,
+                                select_decomp_table())
+        compiled(*[leaves[i] for i in places])
+    return saved_bytes[0]
+
+
+def fake_tensors(leaves):
+    """The leaves with each tensor replaced by one without memory that claims to be on the CPU.
+
+    The compiler keeps attention in one piece for these, and would not for meta tensors.
+    """
+    from torch._subclasses import FakeTensorMode
+    fake = []
+    with FakeTensorMode():
+        for leaf in leaves:
+            if isinstance(leaf, torch.Tensor):
+                leaf = torch.empty(leaf.shape, dtype=leaf.dtype, requires_grad=leaf.requires_grad)
+            fake.append(leaf)
+    return fake
+
+
+def outputs_bytes(graph):
+    """Bytes of the storages that a partitioned forward graph returns for the backward pass.
+
+    Its first output is the block's own. Its first input is the block's, which keeps it; other
+    inputs, such as weights and text keys, are kept elsewhere.
+    """
+    (output,) = graph.graph.find_nodes(op="output")
+    _, *saved = output.args[0]
+    _, *other_inputs = graph.graph.find_nodes(op="placeholder")
+    sizes = {}
+    for node in saved:
+        value = node.meta["val"]
+        if isinstance(value, torch.Tensor):
+            sizes[storage_id(value)] = value.untyped_storage().nbytes()
+    for node in other_inputs:
+        sizes.pop(storage_id(node.meta["val"]), None)
+    return sum(sizes.values())

@@ -1,0 +1,99 @@
+"""metrics.jsonl of a run folder, and the same numbers in TensorBoard and Weights & Biases."""
+import contextlib
+import errno
+import json
+import sys
+from pathlib import Path
+
+from fusedit_lib.files import atomic_write, read_jsonl
+from fusedit_lib.train import checkpoints
+
+
+@contextlib.contextmanager
+def warn_if_unwritable():
+    """Within it an OSError is only a warning: a log that cannot be written must not end a run."""
+    try:
+        yield
+    except OSError as e:
+        print(f"WARNING: not written: {e}", file=sys.stderr, flush=True)
+
+
+class MetricsLog:
+    """Rank 0's log of numbers, a row for each line of the log and each validation."""
+
+    def __init__(self, run, config, first):
+        """first: the step that the run begins or is resumed at."""
+        self.out = Path(run.out)
+        self.path = self.out / "metrics.jsonl"
+        self.out.mkdir(parents=True, exist_ok=True)
+        settings = checkpoints.run_settings_json(run, config)
+        with atomic_write(self.out / "config.json") as tmp:
+            tmp.write_text(settings)
+        self.set_aside_after(first)
+
+        self.boards = []                    # functions that take a row of numbers
+        if run.tensorboard:
+            self.boards.append(open_tensorboard(self.out, first))
+        if run.wandb:
+            self.boards.append(open_wandb(run, self.out, json.loads(settings)))
+
+    def set_aside_after(self, first):
+        """Move the rows after step `first`, which the run will write again, to another file."""
+        stored = []
+        if self.path.exists():
+            stored = read_jsonl(self.path)
+        kept = [row for row in stored if row["step"] <= first]
+        later = [row for row in stored if row["step"] > first]
+        with atomic_write(self.path) as tmp:
+            tmp.write_text(json_lines(kept))
+        if later:
+            aside = self.out / "metrics-aside.jsonl"
+            earlier = ""
+            if aside.exists():
+                earlier = aside.read_text()
+            with atomic_write(aside) as tmp:
+                tmp.write_text(earlier + json_lines(later))
+
+    def write(self, row, extra=None):
+        """Append a row of numbers, which may be None; extra: values that are not numbers."""
+        line = json.dumps(row | (extra or {})) + "\n"
+        with warn_if_unwritable():
+            self.append(line.encode())
+        numbers = {name: value for name, value in row.items() if value is not None}
+        for board in self.boards:
+            with warn_if_unwritable():
+                board(numbers)
+
+    def append(self, line):
+        """Append a line of bytes to metrics.jsonl, whole or not at all."""
+        with open(self.path, "ab", buffering=0) as file:
+            end = file.tell()
+            if file.write(line) < len(line):               # the disk is full
+                file.truncate(end)
+                raise OSError(errno.ENOSPC, f"no room for it in {file.name}")
+
+
+def json_lines(table):
+    return "".join(json.dumps(row) + "\n" for row in table)
+
+
+def open_tensorboard(out, first):
+    """A function that logs a row to TensorBoard, which hides what it had after step `first`."""
+    from torch.utils.tensorboard import SummaryWriter
+    writer = SummaryWriter(out / "tensorboard", purge_step=first + 1)
+
+    def log(row):
+        for name, value in row.items():
+            writer.add_scalar(name, value, row["step"])
+    return log
+
+
+def open_wandb(run, out, settings):
+    """A function that logs a row to Weights & Biases; a resumed run continues the same job."""
+    import wandb
+    job = wandb.init(project=run.wandb, dir=out, name=out.name,
+                     id=f"{out.resolve().name}-{run.seed}", resume="allow", config=settings)
+
+    def log(row):
+        job.log(row, step=row["step"])
+    return log

@@ -1,0 +1,143 @@
+"""Run settings: flags and --help, usage errors, the model they describe, batch arithmetic."""
+import os
+import re
+from dataclasses import fields
+
+import pytest
+from launching import flags, launch
+
+from fusedit import FuseDiTError
+from fusedit_lib.train.config import (
+    RunConfig,
+    data_workers,
+    model_config,
+    parse_run,
+    split_batch,
+)
+
+
+def squeeze(text):
+    """Text without white space: --help wraps its lines."""
+    return re.sub(r"\s", "", text)
+
+
+@pytest.mark.parametrize("engine", ["gpu", "tpu"])
+def test_every_setting_is_a_flag_with_its_help_and_default(engine):
+    """train_tpu.py, too, without torch_xla."""
+    out = launch(["--help"], engine=engine).stdout
+    for setting in fields(RunConfig):
+        name = "--" + setting.name.replace("_", "-")
+        about = setting.metadata["about"]
+        if setting.metadata["only"] not in ("", engine):
+            assert name not in out
+            continue
+        assert re.search(rf"^  {name}[ ,]", out, re.M), name
+        assert squeeze(about) in squeeze(out)
+        if type(setting.default) in (int, float):
+            assert squeeze(f"{about} (default: {setting.default})") in squeeze(out)
+
+
+@pytest.mark.parametrize("engine", ["gpu", "tpu"])
+def test_help_has_groups(engine):
+    """Every flag stands below the title of its subject."""
+    out = launch(["--help"], engine=engine).stdout
+    titles = [f.metadata["group"] for f in fields(RunConfig) if f.metadata["group"]]
+    assert titles[0] == "model" and len(titles) == 8
+    assert re.findall(r"^(\w.*):$", out, re.M)[-8:] == titles
+    options = out[out.index("\noptions:"):out.index("\nmodel:")]
+    assert re.findall(r"--[\w-]+", options) == ["--help"]
+
+
+@pytest.mark.parametrize("argv, message", [
+    (["--steps", "0"], "at least 1"),
+    (["--caption-drop", "1.5"], "from 0 to 1"),
+    (["--crop", "left"], "invalid choice"),
+    (["--lr", "fast"], "invalid float"),
+    (["--lr", "nan"], "at least 0"),
+    (["--fast"], "unrecognized"),
+    (["--zero", "4"], "3-offload"),
+    (["--data-weights", "1", "x"], "positive"),
+    (["--data-weights", "0"], "positive")])
+def test_bad_flags_are_usage_errors(argv, message, capsys):
+    with pytest.raises(SystemExit) as stop:
+        parse_run(argv, "")
+    assert stop.value.code == 2
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("argv, message", [
+    (["--preset", "fusedit/2d-ropes"], "2d-rope"),
+    (["--set", "patch_size"], "field=value"),
+    (["--set", "patchsize=2"], "patch_size"),
+    (["--set", "patch_size=two"], "patch_size"),
+    (["--set", "patch_size=4", "--image-size", "30"], "28 or 32"),
+    (["--set", "patch_size=4", "--image-size", "3"], "nearest: 4")])
+def test_bad_models_are_named(argv, message):
+    with pytest.raises(FuseDiTError, match=re.escape(message)):
+        model_config(parse_run(argv, ""))
+
+
+def test_overrides_reach_the_model(tmp_path, monkeypatch):
+    (tmp_path / "gemma").mkdir()
+    monkeypatch.chdir(tmp_path)
+    run = parse_run(["--set", "patch_size=2", "pos_embed=ape", "shift=3", "--set",
+                     "qk_norm=false", "--image-size", "32", "--base", "gemma"], "")
+    config = model_config(run)
+    assert config.patch_size == 2
+    assert config.pos_embed == "ape"
+    assert config.shift == 3
+    assert config.qk_norm is False
+    assert config.image_size == 32
+    assert config.base == str(tmp_path / "gemma")          # absolute: sample.py may run anywhere
+    hub = model_config(parse_run(["--preset", "fusedit"], ""))
+    assert hub.base == "google/gemma-2-2b"
+
+
+def test_prompts_come_from_flags_and_files(tmp_path):
+    path = tmp_path / "p.txt"
+    path.write_text("a red circle\n\na star\n")
+    run = parse_run(["--prompts", "a square", str(path)], "")
+    assert run.prompts == ["a square", "a red circle", "a star"]
+    path.write_bytes(b"\xff\xfe")
+    with pytest.raises(FuseDiTError, match="UTF-8"):
+        parse_run(["--prompts", str(path)], "")
+
+
+def test_a_mesh_may_begin_with_a_minus():
+    assert parse_run(["--mesh", "-1,2", "--steps", "3"], "", "tpu").mesh == "-1,2"
+
+
+def split(batch, micro_batch, devices):
+    return split_batch(RunConfig(batch=batch, micro_batch=micro_batch), devices)
+
+
+def test_batch_arithmetic():
+    assert split(512, 0, 8) == (64, 1)
+    assert split(512, 16, 8) == (16, 4)
+    assert split(6, 2, 3) == (2, 1)
+    with pytest.raises(FuseDiTError, match=r"--batch 504 or 528 would, or --micro-batch 2"):
+        split(512, 3, 8)
+    with pytest.raises(FuseDiTError, match=r"--batch 9 or 12 would$"):
+        split(10, 0, 3)
+    with pytest.raises(FuseDiTError, match=r"--batch 4 would$"):
+        split(2, 0, 4)
+
+
+@pytest.mark.parametrize("variable, cores, ranks_here, workers", [
+    ("LOCAL_WORLD_SIZE", 16, 1, 15),
+    ("LOCAL_SIZE", 128, 8, 15),
+    ("LOCAL_SIZE", 224, 8, 16),
+    ("LOCAL_WORLD_SIZE", 2, 1, 1),
+    ("LOCAL_WORLD_SIZE", 4, 8, 1)])
+def test_data_processes_are_by_the_cores(monkeypatch, variable, cores, ranks_here, workers):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(cores)))
+    monkeypatch.setattr(os, "cpu_count", lambda: cores)
+    monkeypatch.setenv(variable, str(ranks_here))
+    assert data_workers(parse_run([], "")) == workers
+    assert data_workers(parse_run(["--workers", "0"], "")) == 0
+
+
+def test_a_budget_needs_the_compiler(gemma, data, tmp_path):
+    done = launch(flags(gemma, data, tmp_path / "run", "--memory-budget", "0.5"), check=False)
+    assert done.returncode == 1
+    assert "--memory-budget is a setting of the compiler: add --compile" in done.stderr

@@ -1,0 +1,160 @@
+"""What a run counts and reports: skipped steps and samples, model FLOPs utilization."""
+import json
+import re
+
+import numpy as np
+import pytest
+from launching import assert_equal, flags, launch, launch_all, metrics, state
+from tiny_shards import numbered
+
+from fusedit_lib import pretrained
+from fusedit_lib.data.batches import Batches
+from fusedit_lib.train import costs
+from fusedit_lib.train.config import model_config, parse_run
+
+# Noise levels of the steps BAD are not numbers, and so is the loss.
+POISON = """
+real_sigma = fusedit.logit_normal_sigma
+step = -1
+def poisoned(normal, shift):
+    global step
+    step += 1
+    sigma = real_sigma(normal, shift)
+    if step in BAD:
+        sigma = sigma * float("nan")
+    return sigma
+fusedit.logit_normal_sigma = poisoned
+"""
+
+
+def poison(*steps):
+    """Code that makes the loss of these steps, counted from 0, not a number."""
+    return POISON.replace("BAD", str(steps))
+
+
+# A finite loss whose gradient's norm is not.
+HUGE = """
+real_loss = fusedit.flow_loss
+step = -1
+def huge(*args):
+    global step
+    step += 1
+    loss = real_loss(*args)
+    if step == 2:
+        loss = loss * 1e37
+    return loss
+fusedit.flow_loss = huge
+"""
+
+BF16_STAGES = ("0", "1", "2", "3", "1-offload", "2-offload", "3-offload")
+ALL_MODES = [*((zero, "float32") for zero in "023"), *((zero, "bf16") for zero in BF16_STAGES)]
+
+
+@pytest.mark.parametrize("modes", [
+    [("1", "float32")], pytest.param(ALL_MODES, marks=pytest.mark.slow)], ids=["quick", "all"])
+def test_a_step_that_is_not_finite_is_skipped_and_counted(gemma, data, tmp_path, modes):
+    """And leaves no trace: after it the run is one that was stopped there and resumed."""
+    def job(name, steps, zero, dtype):
+        return flags(gemma, data, tmp_path / name, "--steps", str(steps), "--ema-every", "1",
+                     "--zero", zero, "--dtype", dtype, "--save-every", "3")
+    jobs = []
+    for mode in modes:
+        name = "-".join(mode)
+        jobs += [(job(f"a{name}", 6, *mode), poison(2)), (job(f"b{name}", 3, *mode), poison(2)),
+                 job(f"b{name}", 6, *mode)]
+    launch_all(jobs)
+    for mode in modes:
+        name = "-".join(mode)
+        table = metrics(tmp_path / f"a{name}")
+        assert [row["skipped_steps"] for row in table] == [0, 0, 1, 1, 1, 1], name
+        assert table[2]["loss"] is None and table[2]["grad_norm"] is None
+        assert all(np.isfinite(row["loss"]) for i, row in enumerate(table) if i != 2)
+        assert adam_step(tmp_path / f"a{name}", 3) == 2    # Adam has not seen it
+        assert adam_step(tmp_path / f"a{name}", 6) == 5
+        assert_equal(state(tmp_path / f"a{name}", 6), state(tmp_path / f"b{name}", 6))
+
+
+def adam_step(out, step):
+    """The number of Adam's steps at a checkpoint."""
+    path = out / f"step-{step:07d}" / "train_state" / "state.json"
+    return json.loads(path.read_text())["adam_step"]
+
+
+def test_gradients_that_are_not_finite_are_skipped_and_ten_in_a_row_end_the_run(gemma, data,
+                                                                                tmp_path):
+    def job(name, steps, *more):
+        return flags(gemma, data, tmp_path / name, "--steps", str(steps), "--ema-every", "1",
+                     *more)
+    jobs = [(job("dead", 40, "--save-every", "4", "--log-every", "2"), poison(*range(5, 99))),
+            (job("lives", 14), poison(0, 1, 2, 3, 4, 5, 6, 7, 8, 10, 11)),
+            (job("huge", 4, "--zero", "0", "--save-every", "3"), HUGE)]
+    dead, _, _ = launch_all(jobs, check=False)
+    assert [row["skipped_steps"] for row in metrics(tmp_path / "huge")] == [0, 0, 1, 1]
+    assert all(tensor.isfinite().all() for tensor in state(tmp_path / "huge", 4).values())
+    assert dead.returncode == 1
+    assert re.search(r"error: the loss or gradient of 1[01] steps in a row, up to step 1[67], is "
+                     r"not finite.*last good checkpoint is step-00000(12|16)", dead.stderr)
+    assert all(tensor.isfinite().all() for tensor in state(tmp_path / "dead", 12).values())
+    assert metrics(tmp_path / "lives")[-1]["skipped_steps"] == 11
+
+
+def damage_samples(tar, first, last):
+    """Overwrite the images of these samples in a shard."""
+    content = bytearray(tar.read_bytes())
+    for i in range(first, last + 1):
+        header = content.index(f"n{i}.image".encode())
+        content[header + 512:header + 520] = b"no image"
+    tar.write_bytes(content)
+
+
+def test_too_many_bad_samples_stop_the_run_and_are_named(gemma, tmp_path):
+    data = numbered(tmp_path / "data", 4, 50)
+    damage_samples(tmp_path / "data" / "s-2.tar", 100, 114)
+    stops, lives = launch_all([
+        flags(gemma, data, tmp_path / "stops", "--steps", "200"),
+        flags(gemma, data, tmp_path / "lives", "--steps", "50", "--max-skipped", "0.1")],
+        check=False)
+    assert stops.returncode == 1
+    assert re.search(r"error: 1[1-9] of \d+ samples could not be read, more than --max-skipped "
+                     "0.01", stops.stderr)
+
+    assert lives.returncode == 0
+    table = metrics(tmp_path / "lives")     # 400 samples: two epochs
+    named = []
+    for row in table:
+        named += row.get("bad", [])
+    assert table[-1]["skipped"] == len(named) == 30
+    assert len(set(named)) == 15
+    assert all("s-2.tar" in name for name in named)
+    assert "skipped sample" in lives.stderr
+    assert "skipped samples 30" in lives.stdout
+
+
+# A machine whose peak is known.
+PEAK = """
+from fusedit_lib.train import plan
+plan.peak_flops = lambda device, world: 1e6
+"""
+
+
+def test_the_mfu_counts_what_is_useful(gemma, data, tmp_path):
+    """Text tokens without padding."""
+    argv = flags(gemma, data, tmp_path / "run", "--steps", "3", "--sample-every", "9",
+                 "--log-every", "3")
+    done = launch(argv, PEAK)
+    run = parse_run(argv, "")
+    config = model_config(run)
+    useful = costs.useful_flops(config, latents=False, train_llm=False)
+    source = Batches(run, config, pretrained.load_tokenizer(config.base), 8)
+    tokens = 0
+    for m in (1, 2):                        # of the log's second line
+        tokens += int(source[m]["mask"].sum())
+    tokens /= 2 * 8                         # of an image
+
+    row = metrics(tmp_path / "run")[-1]
+    assert 0 < tokens < config.max_text_tokens
+    assert row["step"] == 3
+    flops = useful.per_image + useful.per_token * tokens
+    assert row["mfu"] == pytest.approx(row["images_per_s"] * flops / 1e6, rel=0.01)
+    assert re.search(r"step 3/3  loss \S+  lr 3.0e-03  grad norm \S+  \S+ images/s  memory \S+ GB  "
+                     r"MFU \S+%  remaining 0:00:00\n", done.stdout)

@@ -1,0 +1,88 @@
+"""Ctrl-C, SIGTERM and dead ranks: how a run of the real launcher ends."""
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import warm
+from conftest import ROOT
+from launching import (
+    ENV,
+    WATCHED,
+    command,
+    flags,
+    free_port,
+    metrics,
+    ranks,
+    read_until,
+)
+
+from fusedit_lib.train import checkpoints
+
+
+@pytest.mark.parametrize("number, while_saving", [(signal.SIGTERM, True), (signal.SIGINT, False)])
+def test_a_signal_ends_the_step_and_saves(gemma, data, tmp_path, number, while_saving):
+    argv = flags(gemma, data, tmp_path / "run", "--steps", "100000", "--log-every", "5",
+                 "--workers", "1", "--save-every", "7")
+    process = warm.start(command(argv, WATCHED), ENV)
+    line = "step 5/"
+    if while_saving:
+        line = "WRITING"
+    read_until(process, line)
+    os.killpg(process.pid, number)          # as a terminal or a launcher does, workers included
+    out, err = process.communicate()
+    latest = (tmp_path / "run" / "latest").read_text().strip()
+    step = int(latest.removeprefix("step-"))
+    assert process.returncode == 0 and "Traceback" not in err
+    assert f"stopped by {number.name}; step {step} is saved. To resume:" in out
+    assert "--steps 100000" in out
+    assert checkpoints.damage(tmp_path / "run" / latest) is None
+    assert metrics(tmp_path / "run")[-1]["step"] == step
+
+
+def test_a_signal_to_one_rank_stops_all(gemma, data, tmp_path):
+    argv = flags(gemma, data, tmp_path / "run", "--steps", "1000000")
+    processes = ranks(command(argv), 2, live=True)
+    read_until(processes[0], "step 5/")
+    os.kill(processes[1].pid, signal.SIGTERM)
+    ends = [process.communicate() for process in processes]
+    latest = (tmp_path / "run" / "latest").read_text().strip()
+    step = int(latest.removeprefix("step-"))
+    assert [process.returncode for process in processes] == [0, 0], ends
+    assert f"stopped by SIGTERM; step {step} is saved" in ends[0][0]
+    assert checkpoints.damage(tmp_path / "run" / latest) is None
+
+
+def two_ranks(launcher):
+    """The command line of a launcher that starts two processes."""
+    if launcher == "torchrun":
+        return [sys.executable, "-m", "torch.distributed.run", "--standalone",
+                "--nproc-per-node", "2"]
+    deepspeed = shutil.which("deepspeed", path=Path(sys.executable).parent)
+    return [deepspeed, "--num_gpus", "2", "--master_port", free_port()]
+
+
+def running(out):
+    """Ids of the processes with the run's folder in their command line."""
+    done = subprocess.run(["pgrep", "-f", str(out)], text=True, capture_output=True)
+    return [int(line) for line in done.stdout.split()]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("launcher", ["torchrun", "deepspeed"])
+def test_a_dead_rank_ends_the_others(gemma, data, tmp_path, launcher):
+    out = tmp_path / "run"
+    argv = flags(gemma, data, out, "--steps", "1000000")
+    process = subprocess.Popen([*two_ranks(launcher), ROOT / "train_gpu.py", *argv], text=True,
+                               env=ENV, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+                               start_new_session=True)
+    next(line for line in process.stdout if "step 5/" in line)
+    second = [pid for pid in running(out)
+              if b"LOCAL_RANK=1" in Path(f"/proc/{pid}/environ").read_bytes()]
+    os.kill(second[-1], signal.SIGKILL)
+    process.communicate(timeout=500)        # and not the half hour of a collective
+    assert process.returncode != 0
+    assert not running(out)
