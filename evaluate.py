@@ -84,7 +84,7 @@ def score_shapes(args, settings):
     rows, pictures = [], []
     for k, (category, said, prompt) in enumerate(scenes.evaluation_prompts(args.n, args.seed)):
         pictures.append(Image.open(args.out / "images" / f"{k:05}.png").convert("RGB"))
-        why = detector.verdict(said, detector.read(pictures[-1]))
+        why = detector.mismatch(said, detector.detect(pictures[-1]))
         rows.append(dict(category=category, prompt=prompt, right=int(not why), why=why))
     results.write(results.scored("shapes", rows, settings), args.out / "shapes.json", over=True)
     with atomic_write(args.out / "shapes.png") as tmp:
@@ -96,9 +96,9 @@ def ground_truth(args):
     wrong = 0
     for i in tqdm(range(args.n), unit="picture", desc="reading", disable=None):
         rng = random.Random(f"ground truth {args.seed} {i}")
-        scene = scenes.draw_scene(rng)
-        picture = render.render(scene, scenes.place(scene, rng))
-        if why := detector.verdict(scene, detector.read(picture)):
+        scene = scenes.random_scene(rng)
+        picture = render.render(scene, scenes.layout(scene, rng))
+        if why := detector.mismatch(scene, detector.detect(picture)):
             wrong += 1
             tqdm.write(f"wrong: {why}; drawn: {scenes.caption(scene, rng)}")
     print(f"detector: {args.n - wrong} of {args.n} ground-truth renders read back right "

@@ -13,8 +13,8 @@ def shapes_sample(seed: int, image_size: int, i: int) -> dict:
     from fusedit_lib.shapes import render, scenes
     rng = random.Random(f"shapes {seed} {i}")
     scene = scenes.training_scene(rng)
-    picture = render.render(scene, scenes.place(scene, rng), image_size)
-    captions = [scenes.caption(scenes.forget(scene, rng), rng) for _ in range(2)]
+    picture = render.render(scene, scenes.layout(scene, rng), image_size)
+    captions = [scenes.caption(scenes.omit_defaults(scene, rng), rng) for _ in range(2)]
     return {"__key__": f"{i:09d}", "image.png": png(picture),
             "synthetic_caption.txt": captions[0].encode(),
             "original_caption.txt": captions[1].encode()}

@@ -113,10 +113,10 @@ def test_shapes_pictures_show_their_captions(tmp_path):
         assert image.size == (64, 64) and int(key) == i
         rng = random.Random(f"shapes 0 {i}")
         scene = scenes.training_scene(rng)
-        assert detector.verdict(scene, detector.read(image)) == ""
-        scenes.place(scene, rng)
+        assert detector.mismatch(scene, detector.detect(image)) == ""
+        scenes.layout(scene, rng)
         assert sample["synthetic_caption.txt"].decode() == scenes.caption(
-            scenes.forget(scene, rng), rng)
+            scenes.omit_defaults(scene, rng), rng)
 
 
 def test_a_folder_in_use_is_refused_and_overwrite_replaces_only_shards(tmp_path):

@@ -44,7 +44,7 @@ def draw_with(change):
         assert [prompt for prompt, _ in said] == [p for *_, p in wanted]
         for (category, scene, _), (prompt, seed) in zip(wanted, said, strict=True):
             scene = complete(change(category, scene), rng)
-            yield prompt, seed, render(scene, scenes.place(scene, rng)), []
+            yield prompt, seed, render(scene, scenes.layout(scene, rng)), []
     return draw
 
 
