@@ -14,19 +14,19 @@ import statistics
 import torch
 from common import (
     alternate,
-    defaults,
+    encode_text,
     finish,
-    joint,
+    joint_velocity,
     machine,
-    norm,
     parser,
     peak_memory,
     product,
-    read,
+    pytorch_defaults,
+    relative_distance,
     shares,
     start,
     table,
-    useful,
+    useful_flops,
 )
 
 import fusedit
@@ -49,7 +49,7 @@ def draw(model, vae, batch, steps, guidance, fast, dtype=None):
         ids, mask = with_empty(batch["ids"], batch["mask"])
         halves = [fusedit.TextFeatures((), (), None, m, i) for i, m in zip(
             ids.chunk(2), mask.chunk(2), strict=True)]
-        x = fusedit.sample(lambda x, s, text: joint(model, x, s, text.pooled, text.mask),
+        x = fusedit.sample(lambda x, s, text: joint_velocity(model, x, s, text.pooled, text.mask),
                            batch["eps"], *halves, steps, guidance, model.config.shift)
         return vae.decode(x) if vae else x
 
@@ -67,7 +67,7 @@ def main():
 
     def work(i, fast):
         if not fast:
-            defaults()
+            pytorch_defaults()
         x = draw(model, fast_vae if fast else slow_vae, batches[i % 4], args.steps, args.guidance,
                  fast)
         backend.settings(device, dtype)
@@ -78,7 +78,8 @@ def main():
     want = draw(exact, None, few, args.steps, args.guidance, True)
     found = {}
     for name, fast in (("two phases", True), ("joint mask", False)):
-        found[name] = norm(draw(model, None, few, args.steps, args.guidance, fast), want)
+        x = draw(model, None, few, args.steps, args.guidance, fast)
+        found[name] = relative_distance(x, want)
         print(f"{name} against float32, after {args.steps} steps: {found[name]:.1e} of the norm")
     del exact
     tokens = (case.config.image_size // (8 if case.config.vae else 1) // case.config.patch_size)**2
@@ -88,7 +89,7 @@ def main():
     seconds = alternate(works, device, args.rounds, 1)
     rate = 10 * flops / statistics.median(seconds.pop("product"))
     peak = {name: peak_memory(lambda name=name: works[name](0), device) for name in seconds}
-    counted = {k: args.batch * n for k, n in useful(case, args.steps).items()}
+    counted = {k: args.batch * n for k, n in useful_flops(case, args.steps).items()}
     print(f"{machine(device)}, torch {torch.__version__}, {args.dtype}, {tokens} image tokens, "
           f"{args.batch} images, {args.steps} steps; the MLP's product: {rate / 1e9:,.0f} GFLOP/s")
     rows = table(seconds, sum(counted.values()), rate, args.batch, peak)
@@ -96,13 +97,13 @@ def main():
     print(f"two phases are {ratio:.2f} times as fast")
     batch, sigma = batches[0], torch.full([2 * args.batch], 0.7, device=device)
     double = {k: torch.cat([v, v]) for k, v in batch.items()}
-    text = read(model, double)
+    text = encode_text(model, double)
 
     @torch.no_grad()
     def dit():
         for _ in range(args.steps):
             model.dit(double["eps"], sigma, text)
-    parts = {"Gemma": (lambda: read(model, double), "Gemma"), "DiT": (dit, None)}
+    parts = {"Gemma": (lambda: encode_text(model, double), "Gemma"), "DiT": (dit, None)}
     if fast_vae:
         decode = torch.no_grad()(lambda: [fast_vae.decode(z) for z in batch["eps"].split(1)])
         parts["VAE"] = decode, "VAE"
