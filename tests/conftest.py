@@ -8,9 +8,9 @@ ROOT = Path(__file__).parents[1]
 REFERENCE = Path(__file__).parent / "reference"
 sys.path.insert(0, str(ROOT))
 
-# Tests use the CPU, also where there is a GPU: their tolerances (1e-5) and their two ranks are meant
-# for it. So no process of theirs sees a GPU, except those of tests/train/test_gpu.py, which read
-# GPUS_OF_TESTS. (The processes of pytest-xdist inherit both variables.)
+# Tests use the CPU, also where there is a GPU: their tolerances (1e-5) and their two ranks are for
+# a CPU. So none of their processes sees a GPU, except those of tests/train/test_gpu.py, which use
+# GPUS. (The processes of pytest-xdist inherit both variables.)
 GPUS = os.environ.setdefault("GPUS_OF_TESTS", os.environ.get("CUDA_VISIBLE_DEVICES", "all"))
 os.environ["CUDA_VISIBLE_DEVICES"] = ""
 

@@ -252,7 +252,7 @@ def serve(path):
             request = receive(connection)
             pid = os.fork()
             if pid == 0:
-                signal.set_wakeup_fd(-1)
+                os.close(signal.set_wakeup_fd(-1))
                 return request, connection
             running[pid] = connection
             for descriptor in request.streams:
@@ -320,7 +320,9 @@ def set_up_process(request):
     os.chdir(request.cwd)
     os.environ.clear()
     os.environ.update(request.env)
-    import torch                            # has read the environment already
+    import torch
+
+    # torch has read the environment already, when the server imported it
     torch.set_num_threads(int(request.env.get("OMP_NUM_THREADS", os.cpu_count())))
     random.seed()
 
