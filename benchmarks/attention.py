@@ -1,20 +1,22 @@
-"""Which attention kernel is fast where captions differ in length: images over [text ; image].
+"""Speed and accuracy of attention kernels at the DiT's shapes: image tokens over [text ; image].
 
     python benchmarks/attention.py                                  the small model's shape
     python benchmarks/attention.py --heads 8 --kv-heads 4 --image 1024 --text 128      Gemma 2 2B's
 
-Head size 256, as Gemma's. "rows" is fusedit.attention: query heads of one key head become rows of it;
-"repeat" copies keys for each head. The mask hides padding of text: bool, or added to the scores.
-PyTorch's fused kernels are asked for one by one; what a machine does not have is named, with why.
+Captions differ in length, so a mask hides the padding of the text. It is boolean, or added to the
+scores. "rows" is fusedit.attention, which stacks the query heads of one key head as rows of one head;
+"repeat" copies the keys for each query head. The head size is 256, as Gemma's. Each of PyTorch's
+fused kernels is requested by name. If a machine does not have one, the line says why.
 """
 import argparse
 import statistics
 import warnings
+from functools import partial
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from common import clock, finish, machine, norm
+from common import clock, finish, machine, relative_distance
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import fusedit
@@ -22,83 +24,142 @@ from fusedit_lib import backend, cli
 
 KERNELS = dict(math=SDPBackend.MATH, flash=SDPBackend.FLASH_ATTENTION,
                efficient=SDPBackend.EFFICIENT_ATTENTION, cudnn=SDPBackend.CUDNN_ATTENTION)
+HEAD_SIZE = 256
+WARMUP_ROUNDS = 3
 
 
-def repeat(q, k, v, mask):
-    k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], 1) for x in (k, v))
+def repeat_attention(q, k, v, mask):
+    """Attention with keys and values copied for each query head."""
+    group = q.shape[1] // k.shape[1]
+    k = k.repeat_interleave(group, 1)
+    v = v.repeat_interleave(group, 1)
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
 
 
-def candidates(args, lengths, device):
-    """{name: attention of (q, k, v)}; flex skips padding by blocks of 128 keys."""
-    S = args.text + args.image
-    sees = (torch.arange(S, device=device) < lengths[:, None]) | (
-        torch.arange(S, device=device) >= args.text)
-    sees = sees[:, None, None]                             # [B,1,1,S]
-    added = torch.where(sees, 0.0, -torch.inf).to(backend.torch_dtype(args.dtype))
+def with_kernel(kernel, attention, mask, q, k, v):
+    """Attention by one of PyTorch's kernels."""
+    with sdpa_kernel(kernel):
+        return attention(q, k, v, mask)
+
+
+def padding_mask(lengths, text, image):
+    """[B,1,1,S], True at image tokens and at the first `lengths` [B] of `text` text tokens."""
+    index = torch.arange(text + image, device=lengths.device)
+    visible = (index < lengths[:, None]) | (index >= text)
+    return visible[:, None, None]
+
+
+def candidates(visible, dtype):
+    """{name: attention of (q, k, v)} for every kernel. visible: [B,1,1,S]."""
+    added = torch.where(visible, 0.0, -torch.inf).to(dtype)
     found = {}
-    for kernel, sdpa in KERNELS.items():
-        for title, form, mask in (("repeat, bool mask", repeat, sees),
-                                  ("rows, bool mask", fusedit.attention, sees),
-                                  ("rows, added mask", fusedit.attention, added),
-                                  ("rows, no mask", fusedit.attention, None)):
-            def run(q, k, v, form=form, mask=mask, sdpa=sdpa):
-                with sdpa_kernel(sdpa):
-                    return form(q, k, v, mask)
-            found[f"{kernel}: {title}"] = run
-
-    def flex():
-        from torch.nn.attention.flex_attention import create_block_mask, flex_attention
-        blocks = create_block_mask(lambda b, h, q, kv: (kv < lengths[b]) | (kv >= args.text),
-                                   args.batch, None, args.image, S, device=device)
-        compiled = torch.compile(flex_attention)
-        return lambda q, k, v: compiled(q, k, v, block_mask=blocks, enable_gqa=True)
-    return found, flex
+    for name, kernel in KERNELS.items():
+        variants = {
+            "repeat, bool mask": (repeat_attention, visible),
+            "rows, bool mask": (fusedit.attention, visible),
+            "rows, added mask": (fusedit.attention, added),
+            "rows, no mask": (fusedit.attention, None),
+        }
+        for variant, (attention, mask) in variants.items():
+            found[f"{name}: {variant}"] = partial(with_kernel, kernel, attention, mask)
+    return found
 
 
-def main():
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=cli.HelpFormatter)
-    for name, default in (("batch", 8), ("heads", 2), ("kv-heads", 1), ("image", 256),
-                          ("text", 32), ("rounds", 15)):
-        p.add_argument(f"--{name}", type=cli.positive, default=default)
+def flex_attention(lengths, text, image):
+    """Compiled FlexAttention, which skips blocks of 128 keys that are only padding."""
+    from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+
+    def visible(b, _, query, key):
+        return (key < lengths[b]) | (key >= text)
+
+    blocks = create_block_mask(visible, len(lengths), None, image, text + image,
+                               device=lengths.device)
+    compiled = torch.compile(flex_attention)
+    return partial(compiled, block_mask=blocks, enable_gqa=True)
+
+
+class Inputs:
+    """Random queries, keys and values, and the gradient of the output."""
+
+    def __init__(self, args, device, dtype):
+        keys = args.text + args.image
+        self.q = self.random(args.batch, args.heads, args.image, device, dtype)
+        self.k = self.random(args.batch, args.kv_heads, keys, device, dtype)
+        self.v = self.random(args.batch, args.kv_heads, keys, device, dtype)
+        self.grad = torch.randn_like(self.q)
+
+    @staticmethod
+    def random(batch, heads, tokens, device, dtype):
+        return torch.randn(batch, heads, tokens, HEAD_SIZE, device=device, dtype=dtype,
+                           requires_grad=True)
+
+    def float32(self):
+        return [x.detach().float() for x in (self.q, self.k, self.v)]
+
+
+def measure(attention, inputs, exact, rounds, device):
+    """Median seconds of the forward pass, and of forward and backward; distance from `exact`."""
+    def forward():
+        with torch.no_grad():
+            return attention(inputs.q, inputs.k, inputs.v)
+
+    def both():
+        attention(inputs.q, inputs.k, inputs.v).backward(inputs.grad)
+
+    def median_seconds(work):
+        seconds = [clock(work, device) for _ in range(WARMUP_ROUNDS + rounds)]
+        return statistics.median(seconds[WARMUP_ROUNDS:])
+
+    return dict(forward=median_seconds(forward), both=median_seconds(both),
+                distance=relative_distance(forward(), exact))
+
+
+def arguments():
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=cli.Help)
+    p.add_argument("--batch", type=cli.positive, default=8, help="samples")
+    p.add_argument("--heads", type=cli.positive, default=2, help="query heads")
+    p.add_argument("--kv-heads", type=cli.positive, default=1, help="key and value heads")
+    p.add_argument("--image", type=cli.positive, default=256, help="image tokens")
+    p.add_argument("--text", type=cli.positive, default=32,
+                   help="text tokens; the shortest caption has half as many")
+    p.add_argument("--rounds", type=cli.positive, default=15,
+                   help="timed runs of each kernel; their median counts")
     p.add_argument("--dtype", **cli.DTYPE, help="auto: bf16 where the device has it, else float32")
     p.add_argument("--device", default="auto", help="auto, cpu, cuda, ...")
     p.add_argument("--out", type=Path, metavar="FILE.json", help="also write the figures there")
-    args = p.parse_args()
+    return p.parse_args()
+
+
+def main():
+    args = arguments()
     device, dtype = cli.pick_dtype(args)
     backend.configure(device, dtype)
     torch.manual_seed(0)
-    shapes = ((args.heads, args.image), *[(args.kv_heads, args.text + args.image)] * 2)
-    q, k, v = (torch.randn(args.batch, n, s, 256, device=device, dtype=dtype, requires_grad=True)
-               for n, s in shapes)
-    grad = torch.randn_like(q)
+    inputs = Inputs(args, device, dtype)
     lengths = torch.linspace(args.text, args.text // 2, args.batch, device=device).long()
-    found, flex = candidates(args, lengths, device)
-    exact = found["math: rows, bool mask"](*(x.detach().float() for x in (q, k, v)))
-    rows = {}
+    visible = padding_mask(lengths, args.text, args.image)
+    found = candidates(visible, dtype)
+    exact = found["math: rows, bool mask"](*inputs.float32())
+
     print(f"{machine(device)}, torch {torch.__version__}, {args.dtype}: ms of forward, and of "
           "forward and backward; distance from float32")
-    for name, run in [*found.items(), ("flex", None)]:
+    rows = {}
+    for name in [*found, "flex"]:
         try:
             with warnings.catch_warnings():
-                warnings.simplefilter("ignore")            # PyTorch says why not, at length
-                run = run or flex()
-
-                def forward(run=run):
-                    with torch.no_grad():
-                        return run(q, k, v)
-
-                def both(run=run):
-                    run(q, k, v).backward(grad)
-                took = [statistics.median([clock(work, device) for _ in range(3 + args.rounds)][3:])
-                        for work in (forward, both)]
-                far = norm(forward(), exact)
+                warnings.simplefilter("ignore")            # PyTorch explains at length why not
+                if name == "flex":
+                    attention = flex_attention(lengths, args.text, args.image)
+                else:
+                    attention = found[name]
+                row = measure(attention, inputs, exact, args.rounds, device)
         except Exception as e:
-            why = str(e).strip() or type(e).__name__
-            print(f"{name:<28} not here: {why.splitlines()[0][:80]}")
+            reason = str(e).strip() or type(e).__name__
+            print(f"{name:<28} not available: {reason.splitlines()[0][:80]}")
             continue
-        rows[name] = dict(forward=took[0], both=took[1], distance=far)
-        print(f"{name:<28}{1000 * took[0]:9.2f}{1000 * took[1]:9.2f}   {far:.1e}")
+        rows[name] = row
+        print(f"{name:<28}{1000 * row['forward']:9.2f}{1000 * row['both']:9.2f}   "
+              f"{row['distance']:.1e}")
     finish(args, dict(machine=machine(device), kernels=rows))
 
 

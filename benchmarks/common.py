@@ -1,4 +1,8 @@
-"""What benchmarks share: models of random weights, the published formulation, clocks, tables."""
+"""What the benchmarks share: models with random weights, the published formulation, timing, tables.
+
+All models have random weights, so nothing is downloaded. The published formulation of the model is
+written out in joint_velocity(), as the baseline of the comparisons.
+"""
 import argparse
 import ctypes
 import json
@@ -10,6 +14,7 @@ import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 import torch
@@ -19,7 +24,7 @@ from tqdm import tqdm
 
 import fusedit
 from fusedit_lib import backend, cli
-from fusedit_lib.data.batches import padded_text_length
+from fusedit_lib.data.batches import text_length
 from fusedit_lib.files import atomic_write
 from fusedit_lib.pretrained import gemma_config
 from fusedit_lib.train import plan
@@ -28,29 +33,41 @@ from fusedit_lib.vae import VAE
 SMALL = dict(model_type="gemma2", vocab_size=8192, hidden_size=512, intermediate_size=2048,
              num_hidden_layers=8, num_attention_heads=2, num_key_value_heads=1, head_dim=256)
 
-# ---- models ------------------------------------------------------------------------------------
 
-
+# ---------------------------------------------------------------------------- models
 @dataclass
 class Case:
-    """A model of the paper's final design, and the captions that it is fed."""
+    """A model of the paper's final design, and the lengths of the captions it is given."""
     config: fusedit.FuseDiTConfig
     gemma: fusedit.GemmaConfig
-    pad: int                                # tokens, of which so many are real:
-    lengths: tuple                          # least and most, evenly spread
+    padded_length: int                  # text tokens with padding
+    caption_lengths: tuple              # least and most real tokens; lengths are evenly distributed
 
     @property
-    def mean(self):
-        return sum(self.lengths) // 2
+    def mean_length(self):
+        """Real text tokens of an average caption."""
+        return sum(self.caption_lengths) // 2
+
+    @property
+    def latent_size(self):
+        """Height and width of the latents, or of the pixels if the model has no VAE."""
+        if self.config.vae:
+            return self.config.image_size // 8
+        return self.config.image_size
+
+    @property
+    def image_tokens(self):
+        return (self.latent_size // self.config.patch_size) ** 2
 
     def abstract(self):
+        """The model without memory for its weights, to count FLOPs with."""
         with torch.device("meta"):
             model = fusedit.FuseDiT(self.config, self.gemma)
         model.llm.keep_layers(model.last_layer)
         return model
 
     def build(self, device, dtype):
-        """The model with random weights, none of them zero, or a fault would not show."""
+        """The model with random weights. No matrix is zero, or faults would have no effect."""
         torch.manual_seed(0)
         with torch.device(device):
             model = fusedit.FuseDiT(self.config, self.gemma)
@@ -61,128 +78,199 @@ class Case:
         return model.to(dtype)
 
     def batches(self, n, batch, device):
-        """n of dict(x: latents or pixels, ids, mask, normal, eps), text padded to `pad`.
+        """Yields n dictionaries of random tensors, each a batch of `batch` samples:
 
-        And short_ids, short_mask: the same, as long as train_gpu.py would have them.
+        x: pixels (of latents' size if there is no VAE) [B,C,H,W]; normal: of the noise level [B];
+        eps: noise [B,C,H,W]; ids, mask: text, padded to padded_length [B,T]; short_ids, short_mask:
+        the same text, padded only as far as train_gpu.py would.
         """
-        rng, c = torch.Generator().manual_seed(1), self.config
-        side = c.image_size // (8 if c.vae else 1)
+        rng = torch.Generator().manual_seed(1)
+        c = self.config
+        least, most = self.caption_lengths
+        noise_shape = (c.in_channels, self.latent_size, self.latent_size)
+        image_shape = noise_shape
+        if c.vae:
+            image_shape = (3, c.image_size, c.image_size)
         for _ in range(n):
-            least, most = self.lengths
-            mask = torch.arange(self.pad) < torch.randint(least, most + 1, (batch, 1),
-                                                          generator=rng)
-            ids = torch.randint(1, self.gemma.vocab_size, (batch, self.pad), generator=rng) * mask
-            eps = torch.randn(batch, c.in_channels, side, side, generator=rng)
-            size = (3, c.image_size, c.image_size) if c.vae else eps.shape[1:]
-            x = torch.randn(batch, *size, generator=rng)
+            lengths = torch.randint(least, most + 1, (batch, 1), generator=rng)
+            mask = torch.arange(self.padded_length) < lengths
+            ids = torch.randint(1, self.gemma.vocab_size, mask.shape, generator=rng)
+            ids = ids.masked_fill(~mask, 0)
+            eps = torch.randn(batch, *noise_shape, generator=rng)
+            x = torch.randn(batch, *image_shape, generator=rng)
             normal = torch.randn(batch, generator=rng)
-            short = padded_text_length(mask, device)
-            yield {k: v.to(device) for k, v in dict(
-                x=x, ids=ids, mask=mask, normal=normal, eps=eps, short_ids=ids[:, :short],
-                short_mask=mask[:, :short]).items()}
+            short = text_length(mask, device)
+            tensors = dict(x=x, ids=ids, mask=mask, normal=normal, eps=eps,
+                           short_ids=ids[:, :short], short_mask=mask[:, :short])
+            yield {name: tensor.to(device) for name, tensor in tensors.items()}
 
     def vae(self, device, dtype, fast):
-        """SD3's autoencoder with random weights, or None; fast: as vae.load_vae lays it out."""
+        """SD3's autoencoder with random weights, or None if the model has no VAE.
+
+        fast: in the memory format that vae.load_vae uses.
+        """
         if not self.config.vae:
             return None
         torch.manual_seed(0)
         with torch.device(device):
             vae = VAE().requires_grad_(False).to(dtype)
-        return vae.to(memory_format=torch.channels_last) if fast else vae
+        if fast:
+            vae = vae.to(memory_format=torch.channels_last)
+        return vae
 
 
 def case(name, image_size=0):
-    """The issue's small model, or a preset whose Gemma's shape plan.py knows."""
+    """The case "small", or that of a preset whose Gemma's shape plan.py knows.
+
+    image_size: instead of the usual one; 0 or None: the usual one.
+    """
     if name == "small":                     # 31.5 M, 256 image tokens
         config = fusedit.preset("fusedit", vae=None, image_size=image_size or 32)
         return Case(config, gemma_config(SMALL), 64, (16, 32))
-    config = fusedit.preset(name, **dict(image_size=image_size) if image_size else {})
+    changes = {}
+    if image_size:
+        changes["image_size"] = image_size
+    config = fusedit.preset(name, **changes)
     return Case(config, gemma_config(plan.GEMMAS[config.base]), 256, (40, 120))
 
 
-# ---- two formulations ---------------------------------------------------------------------------
-
-
-def joint(model, x_t, sigma, ids, mask):
-    """Velocity by the published formulation: [text ; image] in every layer under one dense mask.
-
-    Written out for the final design: 2d-rope, no time embedding, norms around each branch.
-    """
-    llm, dit, c = model.llm, model.dit, model.config
-    B, T, side, dtype = *ids.shape, x_t.shape[2] // c.patch_size, dit.proj_out.weight.dtype
-    txt = llm.embed_tokens(ids)
-    txt = txt * torch.full((), llm.config.hidden_size ** 0.5, dtype=dtype, device=txt.device)
-    img = dit.patch_embed["proj"](x_t.to(dtype)).flatten(2).transpose(1, 2)
-    N, h, place = img.shape[1], dit.head_dim, torch.arange(T, device=txt.device)
-    frequencies = fusedit.inverse_frequencies(h // 2, device=txt.device)
-    by_word = fusedit.cos_sin((place[:, None] * frequencies)[None])
-    by_patch = fusedit.image_rope(c.pos_embed, side, side, mask.sum(1), h, txt.device)
-    sees = torch.zeros(B, T + N, T + N, dtype=torch.bool, device=txt.device)
-    sees[:, :T, :T] = place[:, None] >= place
-    sees[:, T:] = F.pad(mask, (0, N), value=True)[:, None]
-    bias = torch.zeros(B, 1, T + N, T + N, dtype=dtype, device=txt.device)
-    bias = bias.masked_fill(~sees[:, None], torch.finfo(dtype).min)
-    for word, patch in zip(llm.layers, dit.layers, strict=True):
-        one, other = word.input_layernorm(txt), patch.input_layernorm(img)
-        q = torch.cat([word.self_attn.q(one, by_word), patch.self_attn.q(other, by_patch)], 2)
-        k, v = (torch.cat(pair, 2).repeat_interleave(q.shape[1] // pair[0].shape[1], 1)
-                for pair in zip(word.self_attn.kv(one, by_word),
-                                patch.self_attn.kv(other, by_patch), strict=True))
-        z = F.scaled_dot_product_attention(q, k, v, attn_mask=bias)
-        txt = word.add_mlp(word.add_attention(txt, word.self_attn.out(z[:, :, :T])))
-        img = patch.add_mlp(patch.add_attention(img, patch.self_attn.out(z[:, :, T:])))
-    x, P = dit.proj_out(dit.norm_out(img)), c.patch_size
-    x = x.view(B, side, side, P, P, -1).permute(0, 5, 1, 3, 2, 4)
-    return x.reshape(x_t.shape).to(x_t.dtype)
-
-
-def read(model, batch):
-    """Gemma's keys and values of a batch's words, as long as train_gpu.py would have them."""
+# ---------------------------------------------------------------------------- two formulations
+def encode_text(model, batch):
+    """The keys and values of a batch's text, padded only as far as train_gpu.py would."""
     return model.encode_ids(batch["short_ids"], batch["short_mask"])
 
 
-def defaults():
-    """PyTorch's own settings, which the published code runs with."""
+def joint_mask(mask, image_tokens, dtype):
+    """The additive mask [B,1,T+N,T+N] of the published formulation, for text with mask [B,T].
+
+    Text tokens see text up to themselves (causal). Image tokens see all real text and all of the
+    image.
+    """
+    B, T = mask.shape
+    S = T + image_tokens
+    index = torch.arange(T, device=mask.device)
+    visible = torch.zeros(B, S, S, dtype=torch.bool, device=mask.device)
+    visible[:, :T, :T] = index[:, None] >= index
+    visible[:, T:] = F.pad(mask, (0, image_tokens), value=True)[:, None]
+    bias = torch.zeros(B, 1, S, S, dtype=dtype, device=mask.device)
+    return bias.masked_fill(~visible[:, None], torch.finfo(dtype).min)
+
+
+def joint_layer(gemma_layer, dit_layer, txt, img, text_rope, image_rope, bias):
+    """One layer of both towers [B,T,D], [B,N,D] with one attention over [text ; image]."""
+    T = txt.shape[1]
+    txt_normed = gemma_layer.input_layernorm(txt)
+    img_normed = dit_layer.input_layernorm(img)
+
+    # queries, keys and values of both streams, [B,heads,T+N,h]
+    txt_q = gemma_layer.self_attn.q(txt_normed, text_rope)
+    img_q = dit_layer.self_attn.q(img_normed, image_rope)
+    txt_k, txt_v = gemma_layer.self_attn.kv(txt_normed, text_rope)
+    img_k, img_v = dit_layer.self_attn.kv(img_normed, image_rope)
+    q = torch.cat([txt_q, img_q], dim=2)
+    k = torch.cat([txt_k, img_k], dim=2)
+    v = torch.cat([txt_v, img_v], dim=2)
+
+    # keys and values are repeated for each query head
+    group = q.shape[1] // k.shape[1]
+    k = k.repeat_interleave(group, dim=1)
+    v = v.repeat_interleave(group, dim=1)
+    out = F.scaled_dot_product_attention(q, k, v, attn_mask=bias)
+
+    txt = gemma_layer.add_attention(txt, gemma_layer.self_attn.out(out[:, :, :T]))
+    txt = gemma_layer.add_mlp(txt)
+    img = dit_layer.add_attention(img, dit_layer.self_attn.out(out[:, :, T:]))
+    img = dit_layer.add_mlp(img)
+    return txt, img
+
+
+def joint_velocity(model, x_t, sigma, ids, mask):
+    """The velocity [B,C,H,W] of x_t by the published formulation: [text ; image] in every layer,
+    under one dense mask.
+
+    Written out for the final design: 2d-rope, no time embedding (so sigma is not used), norms
+    before and after each branch. ids, mask: [B,T].
+    """
+    llm = model.llm
+    dit = model.dit
+    c = model.config
+    dtype = dit.proj_out.weight.dtype
+    device = ids.device
+    B, T = ids.shape
+    h = dit.h
+
+    # embeddings
+    txt = llm.embed_tokens(ids)
+    txt = txt * torch.full((), llm.config.hidden_size ** 0.5, dtype=dtype, device=device)
+    img = dit.patch_embed["proj"](x_t.to(dtype)).flatten(2).transpose(1, 2)
+
+    # positions and mask
+    side = x_t.shape[2] // c.patch_size
+    positions = torch.arange(T, device=device)
+    angles = positions[:, None] * fusedit.inverse_frequencies(h // 2, device=device)
+    text_rope = fusedit.cos_sin(angles[None])
+    image_rope = fusedit.image_rope(c.pos_embed, side, side, mask.sum(1), h, device)
+    bias = joint_mask(mask, img.shape[1], dtype)
+
+    for gemma_layer, dit_layer in zip(llm.layers, dit.layers, strict=True):
+        txt, img = joint_layer(gemma_layer, dit_layer, txt, img, text_rope, image_rope, bias)
+
+    # patches back to an image
+    P = c.patch_size
+    patches = dit.proj_out(dit.norm_out(img))                            # [B,N,P*P*C]
+    patches = patches.view(B, side, side, P, P, -1)
+    return patches.permute(0, 5, 1, 3, 2, 4).reshape(x_t.shape).to(x_t.dtype)
+
+
+def pytorch_defaults():
+    """Restore PyTorch's own choice of attention kernels, which the published code runs with."""
     torch.backends.cuda.enable_flash_sdp(True)
     torch.backends.cuda.allow_fp16_bf16_reduction_math_sdp(False)
 
 
-# ---- measuring ----------------------------------------------------------------------------------
+# ---------------------------------------------------------------------------- FLOPs
+def count_flops(work):
+    """The result of work(), and the FLOPs that it took."""
+    with FlopCounterMode(display=False) as counter:
+        result = work()
+    return result, counter.get_total_flops()
 
 
-def useful(case, mode):
-    """FLOPs that one image cannot do without, of text that is not padded: Gemma, DiT, VAE.
+@torch.no_grad()
+def useful_flops(case, mode):
+    """FLOPs that one image requires, without any padding of text: {"gemma", "dit", "vae"}.
 
-    mode "train": one step; a number: so many sampling steps with guidance.
+    mode: "train" for one training step, or a number of sampling steps with guidance.
     """
-    model, meta = case.abstract(), torch.device("meta")
+    model = case.abstract()
+    meta = torch.device("meta")
     batch = next(case.batches(1, 1, meta))
-    ids = torch.empty(1, case.mean, dtype=torch.long, device=meta)
-    counts = []
+    ids = torch.empty(1, case.mean_length, dtype=torch.long, device=meta)
+    text, gemma_flops = count_flops(lambda: model.encode_ids(ids, ids > 0))
+    _, dit_flops = count_flops(lambda: model.dit(batch["eps"], batch["normal"], text))
 
-    def count(work):
-        with FlopCounterMode(display=False) as counter:
-            out = work()
-        counts.append(counter.get_total_flops())
-        return out
-    with torch.no_grad():
-        text = count(lambda: model.encode_ids(ids, ids > 0))
-        x = batch["eps"]
-        count(lambda: model.dit(x, batch["normal"], text))
-        vae = case.vae(meta, torch.float32, False)
-        count(lambda: vae and (vae.moments(batch["x"]) if mode == "train" else vae.decode(x)))
-    words, dit, vae = counts
-    if mode == "train":
-        return dict(gemma=words, dit=3 * dit, vae=vae)
-    return dict(gemma=words, dit=2 * mode * dit, vae=vae)  # the empty prompt has but one token
+    vae = case.vae(meta, torch.float32, False)
+    vae_flops = 0
+    if vae and mode == "train":
+        _, vae_flops = count_flops(lambda: vae.moments(batch["x"]))
+    elif vae:
+        _, vae_flops = count_flops(lambda: vae.decode(batch["eps"]))
+
+    if mode == "train":                     # the backward pass costs twice the forward pass
+        return dict(gemma=gemma_flops, dit=3 * dit_flops, vae=vae_flops)
+    # Guidance doubles the calls. The empty prompt has one token, so Gemma counts but once.
+    return dict(gemma=gemma_flops, dit=2 * mode * dit_flops, vae=vae_flops)
 
 
+# ---------------------------------------------------------------------------- measuring
 def wait(device):
+    """Wait until the device has finished all work."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 
 
 def clock(work, device):
+    """Seconds that work() takes."""
     wait(device)
     begin = time.perf_counter()
     work()
@@ -191,25 +279,42 @@ def clock(work, device):
 
 
 def product(case, device, dtype, rows, train):
-    """(work, its FLOPs): the MLP's product of so many tokens; train: with both of its gradients."""
-    D, wide = case.config.dit_hidden_size or case.gemma.hidden_size, case.gemma.intermediate_size
+    """The matrix product of the MLP, which the speed of the model is compared with.
+
+    Returns work, a function of no arguments, and its FLOPs. rows: tokens. train: the product and
+    the gradients of both factors.
+    """
+    width = case.config.dit_hidden_size or case.gemma.hidden_size
+    hidden = case.gemma.intermediate_size
     rows = min(rows, 2**16)
-    x, g = (torch.randn(rows, n, device=device, dtype=dtype) for n in (D, wide))
-    w = torch.randn(wide, D, device=device, dtype=dtype)
-    # 50 ms of an H100, so that launching and waiting do not count; half a second of two cores.
-    times = max(1, int((4e13 if device.type == "cuda" else 2e11) // (6 * rows * w.numel())))
+    x = torch.randn(rows, width, device=device, dtype=dtype)
+    grad = torch.randn(rows, hidden, device=device, dtype=dtype)
+    weight = torch.randn(hidden, width, device=device, dtype=dtype)
+
+    # 50 ms of an H100, so that launching and waiting do not count; half a second of two cores
+    budget = 2e11
+    if device.type == "cuda":
+        budget = 4e13
+    repeats = max(1, int(budget // (6 * rows * weight.numel())))
 
     def work():
-        for _ in range(times):
-            F.linear(x, w)
+        for _ in range(repeats):
+            F.linear(x, weight)
             if train:
-                g @ w
-                g.mT @ x
-    return work, times * (6 if train else 2) * rows * w.numel()
+                grad @ weight
+                grad.mT @ x
+
+    products = 1
+    if train:
+        products = 3
+    return work, repeats * products * 2 * rows * weight.numel()
 
 
 def alternate(works, device, rounds, warm=3):
-    """{name: seconds of each round} of {name: work}, which take turns; warm: rounds not counted."""
+    """Time functions in turns: {name: seconds of each round} for works {name: function of i}.
+
+    i is the number of the round. The first `warm` rounds are not counted.
+    """
     seconds = {name: [] for name in works}
     for i in tqdm(range(warm + rounds), unit="round", disable=None):
         for name, work in works.items():
@@ -220,7 +325,7 @@ def alternate(works, device, rounds, warm=3):
 
 
 def peak_memory(work, device):
-    """Bytes, at most, that are held while work runs."""
+    """The largest number of bytes in use while work() runs; None where it cannot be measured."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
         work()
@@ -228,54 +333,82 @@ def peak_memory(work, device):
     if not Path("/proc/self/clear_refs").exists():
         return None
     ctypes.CDLL(None).malloc_trim(0)
-    Path("/proc/self/clear_refs").write_text("5")          # Linux forgets the peak before
+    Path("/proc/self/clear_refs").write_text("5")          # makes Linux forget the earlier peak
     work()
-    return 1024 * int(re.search(r"VmHWM:\s+(\d+)", Path("/proc/self/status").read_text())[1])
+    status = Path("/proc/self/status").read_text()
+    return 1024 * int(re.search(r"VmHWM:\s+(\d+)", status)[1])
 
 
 REST = "the rest: norms, gates, rotations, copies"
-KINDS = (                                   # of a kernel, by its name: the first that is found
-    (REST, r"^triton_"),                    # whose names list all that was fused, products too
+KINDS = (                                   # kind of a kernel, pattern of its name; first match
+    # Names of Triton's kernels list all that was fused, products too.
+    (REST, r"^triton_"),
     ("attention's products", r"bmm|attention|flash|fmha|sdpa|softmax"),
     ("linear layers' products", r"aten::(mm|addmm|linear|mkldnn_convolution|convolution)|gemm|nvjet"
                                 r"|cutlass|cudnn|conv"),
-    (REST, ""))
+    (REST, ""),
+)
 
 
 def kind_of(kernel):
-    return next(kind for kind, pattern in KINDS if re.search(pattern, kernel))
+    """What a kernel of this name is for."""
+    for kind, pattern in KINDS:
+        if re.search(pattern, kernel):
+            return kind
+
+
+class Kernel(NamedTuple):
+    """A kernel of a GPU, or an operation of a CPU, in all rounds of a profile."""
+    name: str
+    seconds: float
+    calls: int
+
+
+def profile(work, device, rounds):
+    """The kernels that run in some rounds of work()."""
+    from torch.autograd import DeviceType
+    from torch.profiler import ProfilerActivity
+    on_gpu = device.type == "cuda"
+    activity = ProfilerActivity.CPU
+    if on_gpu:
+        activity = ProfilerActivity.CUDA
+    with torch.profiler.profile(activities=[activity]) as profiler:
+        for _ in range(rounds):
+            work()
+        wait(device)
+
+    kernels = []
+    for event in profiler.key_averages():
+        if not on_gpu:
+            kernels.append(Kernel(event.key, event.self_cpu_time_total / 1e6, event.count))
+        elif event.device_type == DeviceType.CUDA and not event.is_user_annotation:
+            # (an annotation, as of AdamW's step, spans kernels that are counted as well)
+            kernels.append(Kernel(event.key, event.self_device_time_total / 1e6, event.count))
+    return kernels
 
 
 def shares(parts, device, rounds=3):
-    """{kind: seconds} of a round of {name: (work, kind or None: by its kernels)}."""
-    from torch.autograd import DeviceType
-    from torch.profiler import ProfilerActivity, profile
-    gpu, found = device.type == "cuda", {}
-    activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * gpu
+    """Seconds of one round by kind of kernel: {kind: seconds}.
+
+    parts: {name: (work, kind)}; kind None: by the names of the kernels.
+    """
+    found = {}
     for work, kind in parts.values():
         work()
-        with profile(activities=activities) as seen:
-            for _ in range(rounds):
-                work()
-            wait(device)
-        for event in seen.key_averages():
-            if gpu and (event.device_type != DeviceType.CUDA or event.is_user_annotation):
-                continue                    # an annotation, as of AdamW's step, spans its kernels
-            name = kind or kind_of(event.key)
-            took = event.self_device_time_total if gpu else event.self_cpu_time_total
-            found[name] = found.get(name, 0) + took / 1e6 / rounds
+        for kernel in profile(work, device, rounds):
+            key = kind or kind_of(kernel.name)
+            found[key] = found.get(key, 0) + kernel.seconds / rounds
     return found
 
 
-def norm(a, b):
-    """How far a is from b, of b's norm."""
+def relative_distance(a, b):
+    """The norm of a - b, relative to the norm of b."""
     return float((a.float() - b.float()).norm() / b.float().norm())
 
 
-# ---- what is printed ----------------------------------------------------------------------------
-
-
+# ---------------------------------------------------------------------------- output
 def machine(device):
+    """The name of the GPU, or of the CPU with its number of threads."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     try:
@@ -287,49 +420,64 @@ def machine(device):
 
 
 def table(seconds, flops, rate, images, peak=None):
-    """Rows {name: figures} of medians, printed: rate is the matrix rate in FLOP/s."""
+    """Print a line for each entry of seconds {name: seconds of each round}; returns its figures.
+
+    flops: useful FLOPs of a round. rate: the matrix rate in FLOP/s. images: per round.
+    peak: {name: bytes}, if memory was measured.
+    """
     rows = {}
     for name, took in seconds.items():
-        middle = statistics.median(took)
-        rows[name] = dict(seconds=middle, images_per_s=images / middle,
-                          utilisation=flops / middle / rate, peak_bytes=(peak or {}).get(name))
-        memory = f"{rows[name]['peak_bytes'] / 1e9:8.2f} GB" if rows[name]["peak_bytes"] else ""
-        print(f"{name:<14}{1000 * middle:11.1f} ms{images / middle:10.2f} images/s"
-              f"{flops / middle / rate:8.1%} of the matrix rate{memory}")
+        median = statistics.median(took)
+        peak_bytes = (peak or {}).get(name)
+        memory = ""
+        if peak_bytes:
+            memory = f"{peak_bytes / 1e9:8.2f} GB"
+        rows[name] = dict(seconds=median, images_per_s=images / median,
+                          utilisation=flops / median / rate, peak_bytes=peak_bytes)
+        print(f"{name:<14}{1000 * median:11.1f} ms{images / median:10.2f} images/s"
+              f"{flops / median / rate:8.1%} of the matrix rate{memory}")
     return rows
 
 
 def finish(args, result):
-    """The JSON, printed and, if asked to, written."""
-    said = {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items() if k != "out"}
-    result = dict(said, torch=torch.__version__, **result)
+    """Print the result as JSON, with the arguments, and write it to args.out if that is given."""
+    settings = {}
+    for name, value in vars(args).items():
+        if isinstance(value, Path):
+            value = str(value)
+        if name != "out":
+            settings[name] = value
+    result = dict(settings, torch=torch.__version__, **result)
     print(json.dumps(result))
     if args.out:
         with atomic_write(args.out) as tmp:
             tmp.write_text(json.dumps(result, indent=1) + "\n")
 
 
-def parser(about, batch, rounds):
-    """Flags that the benchmarks share."""
-    p = argparse.ArgumentParser(description=about, formatter_class=cli.HelpFormatter)
-    p.add_argument("--preset", default="small", help="small: 31.5 M, 256 image tokens, for CPUs; "
-                   "or a preset of the final design, as fusedit/large-scale")
-    p.add_argument("--image-size", type=cli.positive, help="pixels (small: of its latents)")
+def parser(description, batch, rounds):
+    """An argument parser with the flags that the benchmarks share, and their defaults."""
+    p = argparse.ArgumentParser(description=description, formatter_class=cli.Help)
+    p.add_argument("--preset", default="small",
+                   help="small: 31.5 M parameters, 256 image tokens, for CPUs; or a preset of the "
+                        "final design, such as fusedit/large-scale")
+    p.add_argument("--image-size", type=cli.positive,
+                   help="pixels instead of the preset's (small: of its latents)")
     p.add_argument("--batch", type=cli.positive, default=batch, help="images at once")
-    p.add_argument("--rounds", type=cli.positive, default=rounds, help="of each; medians count")
+    p.add_argument("--rounds", type=cli.positive, default=rounds,
+                   help="timed runs of each formulation; their median counts")
     p.add_argument("--dtype", **cli.DTYPE, help="auto: bf16 where the device has it, else float32")
     p.add_argument("--compile", action=argparse.BooleanOptionalAction, default=True,
-                   help="the blocks, of the fast path alone")
+                   help="compile the blocks of the two-phase formulation")
     p.add_argument("--device", default="auto", help="auto, cpu, cuda, ...")
     p.add_argument("--out", type=Path, metavar="FILE.json", help="also write the figures there")
     return p
 
 
 def start(args):
-    """(device, dtype, case, model), set up as the launchers are."""
+    """Set up PyTorch as the launchers do; returns device, dtype, case and model."""
     os.environ.setdefault("TORCHINDUCTOR_FX_GRAPH_CACHE", "1")
     device, dtype = cli.pick_dtype(args)
     torch.set_float32_matmul_precision("high")
     backend.configure(device, dtype)
-    made = case(args.preset, args.image_size)
-    return device, dtype, made, made.build(device, dtype)
+    chosen = case(args.preset, args.image_size)
+    return device, dtype, chosen, chosen.build(device, dtype)

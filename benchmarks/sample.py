@@ -14,19 +14,19 @@ import statistics
 import torch
 from common import (
     alternate,
-    defaults,
+    encode_text,
     finish,
-    joint,
+    joint_velocity,
     machine,
-    norm,
     parser,
     peak_memory,
     product,
-    read,
+    pytorch_defaults,
+    relative_distance,
     shares,
     start,
     table,
-    useful,
+    useful_flops,
 )
 
 import fusedit
@@ -69,7 +69,7 @@ def draw_with_joint_mask(model, vae, batch, steps, guidance):
     prompts, empty = texts
 
     def velocity(x, sigma, text):
-        return joint(model, x, sigma, text.pooled, text.mask)
+        return joint_velocity(model, x, sigma, text.pooled, text.mask)
     x = fusedit.sample(velocity, batch["eps"], prompts, empty, steps, guidance,
                        model.config.shift)
     if vae is None:
@@ -98,7 +98,7 @@ class Bench:
     def joint_mask(self, i):
         """Draw the i-th batch with PyTorch's own settings."""
         args = self.args
-        defaults()
+        pytorch_defaults()
         x = draw_with_joint_mask(self.model, self.slow_vae, self.batches[i % 4], args.steps,
                                  args.guidance)
         backend.configure(self.device, self.dtype)
@@ -125,7 +125,7 @@ def exactness(bench):
     errors = {}
     for name, draw in (("two phases", draw_in_two_phases), ("joint mask", draw_with_joint_mask)):
         drawn = draw(bench.model, None, two, args.steps, args.guidance)
-        errors[name] = norm(drawn, expected)
+        errors[name] = relative_distance(drawn, expected)
         print(f"{name} against float32, after {args.steps} steps: {errors[name]:.1e} of the norm")
     return errors
 
@@ -150,10 +150,10 @@ def time_shares(bench):
     batch = bench.batches[0]
     sigma = torch.full([2 * bench.args.batch], 0.7, device=bench.device)
     double = {name: torch.cat([value, value]) for name, value in batch.items()}
-    text = read(bench.model, double)
+    text = encode_text(bench.model, double)
 
     def encode():
-        read(bench.model, double)
+        encode_text(bench.model, double)
 
     @torch.no_grad()
     def denoise():
@@ -182,7 +182,7 @@ def main():
     seconds, rate = time_formulations(bench)
     peak = {"two phases": peak_memory(lambda: bench.two_phases(0), bench.device),
             "joint mask": peak_memory(lambda: bench.joint_mask(0), bench.device)}
-    flops = {name: args.batch * count for name, count in useful(bench.case, args.steps).items()}
+    flops = {name: args.batch * count for name, count in useful_flops(bench.case, args.steps).items()}
 
     name = machine(bench.device)
     print(f"{name}, torch {torch.__version__}, {args.dtype}, {bench.image_tokens()} image tokens, "

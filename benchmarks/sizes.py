@@ -1,11 +1,13 @@
-"""Cost against size: is there a cliff? And where the time of a step goes. Both as figures.
+"""Cost against size, and the shares of the parts of a step, as figures.
 
     python benchmarks/sizes.py sizes.json docs/sizes.png        measures; two CPU cores: 15 minutes
-    python benchmarks/sizes.py --shares train.json sample.json docs/shares.png      what these wrote
+    python benchmarks/sizes.py --shares train.json sample.json docs/shares.png
+                                            draws what the other benchmarks wrote with --out
 
-One size at a time: image tokens, batch, or text tokens (of the batch's longest caption; the
-shortest has half), the others as in the middle. Compiled blocks, the DiT alone: a call of it
-("forward"), or also its backward pass ("training"). A matrix product takes turns with each.
+The first shows whether cost jumps anywhere. One size varies at a time: image tokens, batch, or text
+tokens (of the longest caption of the batch; the shortest has half as many). The other two keep
+their usual values. It measures the DiT alone, with compiled blocks: one call ("forward"), or a call
+and its backward pass ("training"). A matrix product takes turns with each.
 """
 import argparse
 import json
@@ -13,114 +15,167 @@ import statistics
 from pathlib import Path
 
 import torch
-from common import case, clock, machine, product
-from torch.utils.flop_counter import FlopCounterMode
+from common import case, clock, count_flops, machine, product
 from tqdm import tqdm
 
 from fusedit_lib import backend, cli
 from fusedit_lib.files import atomic_write
 
-MIDDLE = dict(image=256, batch=8, text=32)
+USUAL = dict(image=256, batch=8, text=32)
 SIZES = dict(image=(256, 512, 1024, 2048, 4096), batch=(1, 2, 4, 8, 16, 32, 64),
              text=(16, 32, 64, 128, 256))
+AXIS_LABELS = dict(image="image tokens", batch="batch", text="text tokens")
 COLORS = dict(forward="#3a6fb0", training="#d0703a")
 
 
-def inputs(model, image, batch, text, device):
-    """x, sigma, ids and mask of a size."""
-    c = model.config
-    rows = 2 ** (image.bit_length() // 2)                  # 256 tokens: 16 x 16; 512: 32 x 16
-    x = torch.randn(batch, c.in_channels, rows * c.patch_size, image // rows * c.patch_size)
-    lengths = torch.linspace(text, text // 2, batch).long()
-    mask = torch.arange(text) < lengths[:, None]
-    ids = torch.randint(1, model.llm.config.vocab_size, (batch, text)) * mask
-    return [t.to(device) for t in (x, torch.full([batch], 0.7), ids, mask)]
+# ---------------------------------------------------------------------------- measuring
+class Inputs:
+    """Random inputs of the DiT: x [B,C,H,W], sigma [B], ids and mask of the text [B,T]."""
+
+    def __init__(self, config, vocab_size, image, batch, text, device):
+        """image, text: tokens. 256 image tokens are 16 x 16 patches, 512 are 32 x 16, and so on."""
+        P = config.patch_size
+        rows = 2 ** (image.bit_length() // 2)
+        columns = image // rows
+        lengths = torch.linspace(text, text // 2, batch).long()
+        x = torch.randn(batch, config.in_channels, rows * P, columns * P)
+        mask = torch.arange(text) < lengths[:, None]
+        ids = torch.randint(1, vocab_size, (batch, text)).masked_fill(~mask, 0)
+        self.x = x.to(device)
+        self.sigma = torch.full([batch], 0.7, device=device)
+        self.ids = ids.to(device)
+        self.mask = mask.to(device)
 
 
-def measure(model, made, device, dtype, size, seconds=4):
-    """Medians of (forward, training), and the share of the matrix rate that each reaches."""
-    x, sigma, ids, mask = inputs(model, **size, device=device)
-    text = model.encode_ids(ids, mask)
+def forward_flops(case, inputs):
+    """FLOPs of one call of the DiT."""
+    model = case.abstract()
+    text = model.encode_ids(inputs.ids.to("meta"), inputs.mask.to("meta"))
+    x = inputs.x.to("meta")
+    sigma = inputs.sigma.to("meta")
+    with torch.no_grad():
+        _, flops = count_flops(lambda: model.dit(x, sigma, text))
+    return flops
+
+
+def measure(model, case, device, dtype, size, seconds=4):
+    """{"forward", "training"}: median seconds, and the share of the matrix rate that they reach.
+
+    size: {"image", "batch", "text"}. seconds: how long to measure.
+    """
+    inputs = Inputs(model.config, model.llm.config.vocab_size, **size, device=device)
+    text = model.encode_ids(inputs.ids, inputs.mask)
 
     def forward():
         with torch.no_grad():
-            model.dit(x, sigma, text)
+            model.dit(inputs.x, inputs.sigma, text)
 
     def training():
-        model.dit(x, sigma, text).sum().backward()
-    multiply, flops = product(made, device, dtype, size["batch"] * size["image"], train=False)
-    works, took = dict(forward=forward, training=training, rate=multiply), {}
-    for work in [*works.values()] * 2:      # compiles
-        work()
-    while sum(map(sum, took.values())) < seconds or len(took["rate"]) < 3:
+        model.dit(inputs.x, inputs.sigma, text).sum().backward()
+
+    multiply, product_flops = product(case, device, dtype, size["batch"] * size["image"],
+                                      train=False)
+    works = dict(forward=forward, training=training, product=multiply)
+    for _ in range(2):                      # compiles
+        for work in works.values():
+            work()
+
+    took = {name: [] for name in works}
+    while sum(map(sum, took.values())) < seconds or len(took["product"]) < 3:
         for name, work in works.items():
-            took.setdefault(name, []).append(clock(work, device))
-    meta = made.abstract()
-    x, sigma, ids, mask = (t.to("meta") for t in (x, sigma, ids, mask))
-    text = meta.encode_ids(ids, mask)
-    with FlopCounterMode(display=False) as count, torch.no_grad():
-        meta.dit(x, sigma, text)
-    took = {name: statistics.median(times) for name, times in took.items()}
-    rate = flops / took.pop("rate")
-    cost = dict(forward=count.get_total_flops(), training=3 * count.get_total_flops())
-    return {name: dict(seconds=s, used=cost[name] / s / rate) for name, s in took.items()}
+            took[name].append(clock(work, device))
+    medians = {name: statistics.median(times) for name, times in took.items()}
+
+    rate = product_flops / medians["product"]
+    flops = forward_flops(case, inputs)
+    costs = dict(forward=flops, training=3 * flops)        # backward costs twice as much as forward
+    found = {}
+    for name, cost in costs.items():
+        found[name] = dict(seconds=medians[name], used=cost / medians[name] / rate)
+    return found
+
+
+def print_row(row):
+    text = f"{row['varied']:>6} {row[row['varied']]:5}"
+    for name in COLORS:
+        ms = 1000 * row[name]["seconds"] / row["batch"]
+        text += f"   {name} {ms:8.1f} ms an image, {row[name]['used']:4.0%} of the matrix rate"
+    tqdm.write(text)
 
 
 def sweep(args):
+    """Measure all sizes, and write the result to the first file."""
     device, dtype = cli.pick_dtype(args)
-    made = case("small")
+    small = case("small")
     backend.configure(device, dtype)
-    model = made.build(device, dtype)
+    model = small.build(device, dtype)
     backend.compile_model(model, None)
-    cells = [(what, n) for what, many in SIZES.items() for n in many]
+    points = [(varied, value) for varied, values in SIZES.items() for value in values]
     rows = []
-    for what, n in tqdm(cells, unit="size", disable=None):
-        size = MIDDLE | {what: n}
-        rows.append(dict(size, varied=what, **measure(model, made, device, dtype, size)))
-        tqdm.write(f"{what:>6} {n:5}" + "".join(
-            f"   {name} {1000 * rows[-1][name]['seconds'] / size['batch']:8.1f} ms an image, "
-            f"{rows[-1][name]['used']:4.0%} of the matrix rate" for name in COLORS))
+    for varied, value in tqdm(points, unit="size", disable=None):
+        size = USUAL | {varied: value}
+        figures = measure(model, small, device, dtype, size)
+        row = dict(size, varied=varied, **figures)
+        print_row(row)
+        rows.append(row)
     found = dict(machine=machine(device), dtype=args.dtype, torch=torch.__version__, rows=rows)
     with atomic_write(args.files[0]) as tmp:
         tmp.write_text(json.dumps(found, indent=1) + "\n")
     return found
 
 
-def draw(found):
-    """Above, the time of an image; below, the share of the matrix rate."""
+# ---------------------------------------------------------------------------- figures
+def draw_sweep(found):
+    """Above, the time per image; below, the share of the matrix rate."""
     from matplotlib import pyplot as plt
     figure, axes = plt.subplots(2, 3, figsize=(9, 5), sharex="col", sharey="row")
-    about = dict(image="image tokens", batch="batch", text="text tokens")
-    for column, what in zip(axes.T, SIZES, strict=True):
-        rows = [r for r in found["rows"] if r["varied"] == what]
-        sizes = [r[what] for r in rows]
+    for column, varied in zip(axes.T, SIZES, strict=True):
+        above, below = column
+        rows = [row for row in found["rows"] if row["varied"] == varied]
+        sizes = [row[varied] for row in rows]
         for name, color in COLORS.items():
-            each = [1000 * r[name]["seconds"] / r["batch"] for r in rows]
-            column[0].loglog(sizes, each, "o-", color=color, label=name, markersize=4)
-            column[1].semilogx(sizes, [100 * r[name]["used"] for r in rows], "o-", color=color,
-                               markersize=4)
-        column[1].set_xticks(sizes, sizes)
-        column[1].minorticks_off()
-        column[1].set(xlabel=about[what], ylim=(0, 110))
+            ms = [1000 * row[name]["seconds"] / row["batch"] for row in rows]
+            percent = [100 * row[name]["used"] for row in rows]
+            above.loglog(sizes, ms, "o-", color=color, label=name, markersize=4)
+            below.semilogx(sizes, percent, "o-", color=color, markersize=4)
+        below.set_xticks(sizes, sizes)
+        below.minorticks_off()
+        below.set(xlabel=AXIS_LABELS[varied], ylim=(0, 110))
     axes[0, 0].set_ylabel("ms an image")
     axes[1, 0].set_ylabel("% of the matrix rate")
     axes[0, 0].legend(frameon=False)
     return figure
 
 
+def percentages(path):
+    """{kind: percent of the time} of a file that a benchmark wrote."""
+    seconds = json.loads(path.read_text())["shares"]
+    total = sum(seconds.values())
+    return {kind: 100 * value / total for kind, value in seconds.items()}
+
+
 def draw_shares(files):
     """A bar for each benchmark: which part takes how much of its time."""
     from matplotlib import pyplot as plt
     figure, axis = plt.subplots(figsize=(9, 0.8 * len(files) + 1.2))
-    found = {path.stem: json.loads(path.read_text())["shares"] for path in files}
-    kinds = sorted({k for s in found.values() for k in s}, key=lambda k: -max(
-        s.get(k, 0) / sum(s.values()) for s in found.values()))
+    found = {path.stem: percentages(path) for path in files}
+
+    # kinds in the order of their largest share
+    largest = {}
+    for shares in found.values():
+        for kind, percent in shares.items():
+            largest[kind] = max(percent, largest.get(kind, 0))
+    kinds = sorted(sorted(largest), key=largest.get, reverse=True)
+
     colors = plt.get_cmap("tab10").colors
-    for y, (name, parts) in enumerate(found.items()):
+    for y, shares in enumerate(found.values()):
         left = 0
         for kind, color in zip(kinds, colors, strict=False):
-            width = 100 * parts.get(kind, 0) / sum(parts.values())
-            axis.barh(y, width, left=left, color=color, label=kind if y == 0 else None)
+            width = shares.get(kind, 0)
+            label = None
+            if y == 0:                      # one entry of the legend for each kind
+                label = kind
+            axis.barh(y, width, left=left, color=color, label=label)
             if width > 2.5:
                 axis.text(left + width / 2, y, f"{width:.0f} %", ha="center", va="center",
                           color="white", fontsize=9)
@@ -133,19 +188,25 @@ def draw_shares(files):
 
 
 def main():
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=cli.HelpFormatter)
-    p.add_argument("files", nargs="+", type=Path, metavar="FILE", help=".json files, and a .png")
-    p.add_argument("--shares", action="store_true", help="draw what the other benchmarks wrote")
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=cli.Help)
+    p.add_argument("files", nargs="+", type=Path, metavar="FILE",
+                   help=".json files, and last the .png to draw")
+    p.add_argument("--shares", action="store_true",
+                   help="draw the shares of the parts from .json files of other benchmarks")
     p.add_argument("--device", default="auto", help="auto, cpu, cuda, ...")
     p.add_argument("--dtype", **cli.DTYPE, help="auto: bf16 where the device has it, else float32")
     args = p.parse_args()
-    *data, picture = args.files
-    if picture.suffix != ".png" or not data:
+    *data, image = args.files
+    if image.suffix != ".png" or not data:
         p.error("name .json files and, last, the .png to draw")
+
     import matplotlib
     matplotlib.use("Agg")
-    figure = draw_shares(data) if args.shares else draw(sweep(args))
-    with atomic_write(picture) as tmp:
+    if args.shares:
+        figure = draw_shares(data)
+    else:
+        figure = draw_sweep(sweep(args))
+    with atomic_write(image) as tmp:
         figure.savefig(tmp, format="png", dpi=110, bbox_inches="tight")
 
 

@@ -3,48 +3,53 @@
     python benchmarks/train.py                                      31.5 M parameters, on a CPU
     python benchmarks/train.py --preset fusedit/large-scale --batch 4       on a GPU of 80 GB
 
-"two phases" is what train_gpu.py computes: Gemma without a graph on text as long as the batch's
-longest, then the DiT, with compiled blocks. "joint mask" (common.py) is written out as the
+"two phases" is what train_gpu.py computes: Gemma without a graph on text padded to the longest of
+the batch, then the DiT, with compiled blocks. "joint mask" (common.py) is written out as the
 published code does it: text padded to its full length runs through Gemma inside every forward, both
 streams are concatenated in every layer under one dense additive mask, keys are repeated for each
 head, and nothing is compiled. Both have the same weights and the same AdamW, take turns in one
 process with a matrix product, and count with their medians. Useful FLOPs are of unpadded text.
 """
 import statistics
+from typing import NamedTuple
 
 import torch
 from common import (
     alternate,
-    defaults,
+    encode_text,
     finish,
-    joint,
+    joint_velocity,
     machine,
-    norm,
     parser,
     peak_memory,
     product,
-    read,
+    pytorch_defaults,
+    relative_distance,
     shares,
     start,
     table,
-    useful,
+    useful_flops,
 )
 
 import fusedit
 from fusedit_lib import backend, cli
 
+SIGMA = 0.7                                 # the noise level, where one is needed
+PARAMETER = "dit.layers.0.mlp.down_proj.weight"            # whose gradient is compared
+
 
 class Adam:
-    """AdamW on float32 copies of the weights, after clipping, as DeepSpeed's bf16 has it."""
+    """AdamW on float32 copies of the weights, after clipping, as with DeepSpeed's bf16."""
 
     def __init__(self, weights):
-        self.low = [*weights]
+        self.low = list(weights)            # in the dtype of the model
         self.high = [p.detach().float().requires_grad_() for p in self.low]
         self.adam = torch.optim.AdamW(self.high, 1e-4, weight_decay=1e-4, fused=True)
 
     def step(self):
         for high, low in zip(self.high, self.low, strict=True):
-            high.grad, low.grad = low.grad.float(), None
+            high.grad = low.grad.float()
+            low.grad = None
         torch.nn.utils.clip_grad_norm_(self.high, 1.0, foreach=True)
         self.adam.step()
         self.adam.zero_grad()
@@ -52,108 +57,155 @@ class Adam:
             torch._foreach_copy_(self.low, self.high)
 
 
-def loss(model, vae, batch, fast):
-    """Of a batch, by either formulation."""
-    x, sigma = batch["x"], fusedit.logit_normal_sigma(batch["normal"], model.config.shift)
+def training_loss(model, vae, batch, fast):
+    """The loss of a batch, by two phases (fast) or the joint mask. vae: None if x are latents."""
+    x = batch["x"]
+    eps = batch["eps"]
+    sigma = fusedit.logit_normal_sigma(batch["normal"], model.config.shift)
     if vae:
         with torch.no_grad():
-            x = vae.encode(x, torch.zeros_like(batch["eps"]))
+            x = vae.encode(x, torch.zeros_like(eps))
     if fast:
-        return fusedit.flow_loss(model.dit, x, read(model, batch), sigma, batch["eps"]).mean()
+        return fusedit.flow_loss(model.dit, x, encode_text(model, batch), sigma, eps).mean()
 
-    def dit(x_t, sigma, words):
-        return joint(model, x_t, sigma, *words)
-    return fusedit.flow_loss(dit, x, (batch["ids"], batch["mask"]), sigma, batch["eps"]).mean()
+    def dit(x_t, sigma, text):
+        return joint_velocity(model, x_t, sigma, *text)
+    return fusedit.flow_loss(dit, x, (batch["ids"], batch["mask"]), sigma, eps).mean()
+
+
+# ---------------------------------------------------------------------------- exactness
+class Outcome(NamedTuple):
+    loss: float
+    velocity: torch.Tensor
+    gradient: torch.Tensor                  # of PARAMETER
+
+
+def outcome(model, batch, fast):
+    """Loss, velocity and gradient of a batch by two phases (fast) or the joint mask."""
+    model.dit.zero_grad()
+    latents = batch["eps"].flip(-1)
+    loss = training_loss(model, None, batch | dict(x=latents), fast)
+    loss.backward()
+    x_t = batch["eps"]
+    sigma = torch.full([len(x_t)], SIGMA, device=x_t.device)
+    with torch.no_grad():
+        if fast:
+            velocity = model.dit(x_t, sigma, encode_text(model, batch))
+        else:
+            velocity = joint_velocity(model, x_t, sigma, batch["ids"], batch["mask"])
+    gradient = model.get_parameter(PARAMETER).grad.clone()
+    model.dit.zero_grad()
+    return Outcome(float(loss.detach()), velocity, gradient)
 
 
 def exactness(case, model, device, batch):
-    """Distances of losses and of the velocity's and gradient's norms from float32, uncompiled.
+    """Distances of loss, velocity and gradient from those in float32, uncompiled.
 
-    Of one image: in float32 it takes 10 GB of the 2B model's activations, 20 by the joint mask.
+    Of one image: in float32 this takes 10 GB of the 2B model's activations, and 20 GB with the
+    joint mask.
     """
-    batch = {k: v[:1] for k, v in batch.items()}
-    torch.set_float32_matmul_precision("highest")          # else a GPU's products are TF32's
+    batch = {name: tensor[:1] for name, tensor in batch.items()}
+    torch.set_float32_matmul_precision("highest")          # otherwise a GPU's products are in TF32
     exact = case.build(device, torch.float32)
     exact.load_state_dict(model.state_dict())
-    sigma, words = torch.full([len(batch["x"])], 0.7, device=device), (batch["ids"], batch["mask"])
-    name = "dit.layers.0.mlp.down_proj.weight"
-    found = {}
+    want = outcome(exact, batch, fast=True)
 
-    def of(model, fast):
-        model.dit.zero_grad()
-        value = loss(model, None, batch | dict(x=batch["eps"].flip(-1)), fast)
-        value.backward()
-        with torch.no_grad():
-            v = model.dit(batch["eps"], sigma, read(model, batch)) if fast else joint(
-                model, batch["eps"], sigma, *words)
-        gradient = model.get_parameter(name).grad.clone()
-        model.dit.zero_grad()
-        return float(value.detach()), v, gradient
-    want = of(exact, True)
-    for title, m, fast in (("two phases", model, True), ("joint mask", model, False),
-                           ("joint mask, float32", exact, False)):
-        got = of(m, fast)
-        found[title] = dict(loss=abs(got[0] / want[0] - 1), velocity=norm(got[1], want[1]),
-                            gradient=norm(got[2], want[2]))
-        print(f"{title:<20} against float32: velocity {found[title]['velocity']:.1e}, gradient of "
-              f"{name} {found[title]['gradient']:.1e}, loss {found[title]['loss']:.1e}")
-    model.dit.zero_grad()
+    found = {}
+    for name, compared, fast in (("two phases", model, True), ("joint mask", model, False),
+                                 ("joint mask, float32", exact, False)):
+        got = outcome(compared, batch, fast)
+        row = dict(loss=abs(got.loss / want.loss - 1),
+                   velocity=relative_distance(got.velocity, want.velocity),
+                   gradient=relative_distance(got.gradient, want.gradient))
+        found[name] = row
+        print(f"{name:<20} against float32: velocity {row['velocity']:.1e}, gradient of "
+              f"{PARAMETER} {row['gradient']:.1e}, loss {row['loss']:.1e}")
     torch.set_float32_matmul_precision("high")
     return found
 
 
-def main():
-    p = parser(__doc__, 32, 10)
-    p.add_argument("--float8", action="store_true", help="linear layers of the fast path in float8")
-    p.add_argument("--no-exactness", action="store_true", help="no float32 copy: less memory")
-    args = p.parse_args()
-    device, dtype, case, model = start(args)
-    fast_vae, slow_vae = (case.vae(device, dtype, fast) for fast in (True, False))
-    if args.float8:
-        backend.use_float8(model.dit)
-    if args.compile:
-        backend.compile_model(model, fast_vae)
-    batches, result = [*case.batches(8, args.batch, device)], {}
-    if not args.no_exactness:
-        result["exactness"] = exactness(case, model, device, batches[0])
-    adam = Adam(model.dit.parameters())
-
-    def step(i, vae, fast):
-        if not fast:
-            defaults()
-        loss(model, vae, batches[i % len(batches)], fast).backward()
+# ---------------------------------------------------------------------------- time
+def step_functions(model, adam, batches, fast_vae, slow_vae, restore):
+    """{name: function of i} of a training step by each formulation, on batch i."""
+    def two_phases(i):
+        training_loss(model, fast_vae, batches[i % len(batches)], fast=True).backward()
         adam.step()
-        backend.configure(device, dtype)
-    tokens = (case.config.image_size // (8 if case.config.vae else 1) // case.config.patch_size)**2
-    work, flops = product(case, device, dtype, args.batch * tokens, train=True)
-    works = {"two phases": lambda i: step(i, fast_vae, True),
-             "joint mask": lambda i: step(i, slow_vae, False), "product": lambda i: work()}
-    seconds = alternate(works, device, args.rounds)
-    rate = flops / statistics.median(seconds.pop("product"))
-    peak = {name: peak_memory(lambda name=name: works[name](0), device) for name in seconds}
-    counted = {k: args.batch * n for k, n in useful(case, "train").items()}
-    weights = sum(p.numel() for p in model.dit.parameters())
-    print(f"{machine(device)}, torch {torch.__version__}, {args.dtype}; DiT of {weights / 1e6:.1f} "
-          f"M, {tokens} image tokens, batch {args.batch}; the MLP's product and both of its "
-          f"gradients: {rate / 1e9:,.0f} GFLOP/s")
-    rows = table(seconds, sum(counted.values()), rate, args.batch, peak)
-    ratio = rows["joint mask"]["seconds"] / rows["two phases"]["seconds"]
-    print(f"two phases are {ratio:.2f} times as fast")
+
+    def joint_mask(i):
+        pytorch_defaults()
+        training_loss(model, slow_vae, batches[i % len(batches)], fast=False).backward()
+        adam.step()
+        restore()
+
+    return {"two phases": two_phases, "joint mask": joint_mask}
+
+
+def step_parts(model, vae, adam, batch):
+    """{name: (work, kind of its kernels)} of the parts of a training step, for common.shares."""
+    eps = batch["eps"]
+    sigma = torch.full([len(eps)], SIGMA, device=eps.device)
+    text = encode_text(model, batch)
+
+    def gemma():
+        encode_text(model, batch)
+
+    def dit():
+        model.dit(eps, sigma, text).sum().backward()
 
     def update():
         for p in model.dit.parameters():
             p.grad = torch.zeros_like(p)
         adam.step()
-    batch, sigma = batches[0], torch.full([args.batch], 0.7, device=device)
-    text = read(model, batch)
-    parts = {"Gemma": (lambda: read(model, batch), "Gemma"),
-             "DiT": (lambda: model.dit(batch["eps"], sigma, text).sum().backward(), None),
-             "Adam": (update, "clipping and AdamW")}
-    if fast_vae:
-        parts["VAE"] = lambda: fast_vae.moments(batch["x"]), "VAE"
-    finish(args, result | rows | dict(
-        machine=machine(device), ratio=ratio, matrix_rate=rate, useful_flops=counted,
-        shares=shares(parts, device)))
+
+    parts = {"Gemma": (gemma, "Gemma"), "DiT": (dit, None), "Adam": (update, "clipping and AdamW")}
+    if vae:
+        parts["VAE"] = (lambda: vae.moments(batch["x"]), "VAE")
+    return parts
+
+
+def main():
+    p = parser(__doc__, 32, 10)
+    p.add_argument("--float8", action="store_true",
+                   help="linear layers of the two-phase formulation in float8")
+    p.add_argument("--no-exactness", action="store_true",
+                   help="no comparison with a float32 copy, which takes memory")
+    args = p.parse_args()
+    device, dtype, case, model = start(args)
+    fast_vae = case.vae(device, dtype, True)
+    slow_vae = case.vae(device, dtype, False)
+    if args.float8:
+        backend.use_float8(model.dit)
+    if args.compile:
+        backend.compile_model(model, fast_vae)
+    batches = list(case.batches(8, args.batch, device))
+    result = {}
+    if not args.no_exactness:
+        result["exactness"] = exactness(case, model, device, batches[0])
+
+    # both formulations and a matrix product take turns
+    adam = Adam(model.dit.parameters())
+    multiply, flops = product(case, device, dtype, args.batch * case.image_tokens, train=True)
+    steps = step_functions(model, adam, batches, fast_vae, slow_vae,
+                           lambda: backend.configure(device, dtype))
+    seconds = alternate(steps | dict(product=lambda i: multiply()), device, args.rounds)
+    rate = flops / statistics.median(seconds.pop("product"))
+    peak = {name: peak_memory(lambda step=step: step(0), device) for name, step in steps.items()}
+
+    # what is printed and written
+    flops_per_image = useful_flops(case, "train")
+    counted = {name: args.batch * n for name, n in flops_per_image.items()}
+    weights = sum(p.numel() for p in model.dit.parameters())
+    print(f"{machine(device)}, torch {torch.__version__}, {args.dtype}; DiT of {weights / 1e6:.1f} "
+          f"M, {case.image_tokens} image tokens, batch {args.batch}; the MLP's product and both of "
+          f"its gradients: {rate / 1e9:,.0f} GFLOP/s")
+    rows = table(seconds, sum(counted.values()), rate, args.batch, peak)
+    ratio = rows["joint mask"]["seconds"] / rows["two phases"]["seconds"]
+    print(f"two phases are {ratio:.2f} times as fast")
+    parts = step_parts(model, fast_vae, adam, batches[0])
+    result |= rows
+    result |= dict(machine=machine(device), ratio=ratio, matrix_rate=rate, useful_flops=counted,
+                   shares=shares(parts, device))
+    finish(args, result)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Tiny models that the tests share. Nothing is downloaded."""
+"""Tiny models and fixtures that the tests share. Nothing is downloaded."""
 import json
 import os
 import sys
@@ -8,8 +8,9 @@ ROOT = Path(__file__).parents[1]
 REFERENCE = Path(__file__).parent / "reference"
 sys.path.insert(0, str(ROOT))
 
-# Tests are of the CPU, to 1e-5 and with two ranks, also where there is a GPU: none of their
-# processes sees it, but those of tests/test_gpu.py. (pytest-xdist's processes inherit both.)
+# Tests use the CPU, also where there is a GPU: their tolerances (1e-5) and their two ranks are for
+# a CPU. So none of their processes sees a GPU, except those of tests/train/test_gpu.py, which use
+# GPUS. (The processes of pytest-xdist inherit both variables.)
 GPUS = os.environ.setdefault("GPUS_OF_TESTS", os.environ.get("CUDA_VISIBLE_DEVICES", "all"))
 os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
@@ -23,37 +24,49 @@ def tiny_tokenizer(folder):
     """A word-level tokenizer with Gemma's special tokens, saved as transformers saves one."""
     from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
     from transformers import PreTrainedTokenizerFast
-    vocab = {w: i for i, w in enumerate(["<pad>", "<eos>", "<bos>", "<unk>", *WORDS])}
-    tok = Tokenizer(models.WordLevel(vocab, unk_token="<unk>"))
-    tok.normalizer, tok.pre_tokenizer = normalizers.Lowercase(), pre_tokenizers.Whitespace()
-    tok.post_processor = processors.TemplateProcessing(
-        single="<bos> $A", special_tokens=[("<bos>", 2)])
-    PreTrainedTokenizerFast(tokenizer_object=tok, pad_token="<pad>", eos_token="<eos>",
-                            bos_token="<bos>", unk_token="<unk>").save_pretrained(folder)
+    words = ["<pad>", "<eos>", "<bos>", "<unk>", *WORDS]
+    vocab = {word: i for i, word in enumerate(words)}
+    tokenizer = Tokenizer(models.WordLevel(vocab, unk_token="<unk>"))
+    tokenizer.normalizer = normalizers.Lowercase()
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="<bos> $A", special_tokens=[("<bos>", vocab["<bos>"])])
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>",
+                                   eos_token="<eos>", bos_token="<bos>", unk_token="<unk>")
+    fast.save_pretrained(folder)
 
 
 def tiny_gemma(folder, kind="gemma2", seed=0, **changes):
-    """A random Gemma of 4 layers, saved by transformers; returns transformers' own model."""
-    import transformers as tf
+    """A random Gemma of 4 layers, saved by transformers; returns transformers' own model.
+
+    kind: "gemma", "gemma2" or "gemma3". changes: of the shape.
+    """
+    import transformers
     shape = dict(vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=4,
                  num_attention_heads=4, num_key_value_heads=2, head_dim=16, pad_token_id=0,
-                 attn_implementation="eager") | changes
+                 attn_implementation="eager")
+    shape |= changes
     if kind == "gemma":
-        config, model = tf.GemmaConfig(**shape), tf.GemmaModel
+        config = transformers.GemmaConfig(**shape)
+        model_class = transformers.GemmaModel
     elif kind == "gemma2":
-        config = tf.Gemma2Config(**dict(query_pre_attn_scalar=24) | shape,
-                                 attn_logit_softcapping=None)
-        model = tf.Gemma2Model
+        shape.setdefault("query_pre_attn_scalar", 24)
+        config = transformers.Gemma2Config(**shape, attn_logit_softcapping=None)
+        model_class = transformers.Gemma2Model
     else:
         # 6 layers: five with a window of 3 tokens, and one without; two rotary bases.
-        config = tf.Gemma3TextConfig(**shape | dict(num_hidden_layers=6), sliding_window=3,
-                                     query_pre_attn_scalar=24)
-        model = tf.Gemma3TextModel
+        shape["num_hidden_layers"] = 6
+        config = transformers.Gemma3TextConfig(**shape, sliding_window=3, query_pre_attn_scalar=24)
+        model_class = transformers.Gemma3TextModel
+
     torch.manual_seed(seed)
-    model = model(config).eval()
-    with torch.no_grad():                   # transformers starts norms at 0: give them a value
-        for name, p in model.named_parameters():
-            p.normal_(std=0.3 if p.dim() == 1 else p.shape[-1] ** -0.5)
+    model = model_class(config).eval()
+    with torch.no_grad():                   # transformers initialises norms with 0
+        for p in model.parameters():
+            if p.dim() == 1:
+                p.normal_(std=0.3)
+            else:
+                p.normal_(std=p.shape[-1] ** -0.5)
     model.save_pretrained(folder)
     tiny_tokenizer(folder)
     return model
@@ -63,30 +76,35 @@ def tiny_clip(folder):
     """A random CLIP text model with vectors of 24 numbers, saved as transformers saves one."""
     from tokenizers.pre_tokenizers import ByteLevel
     from transformers import CLIPTextConfig, CLIPTextModelWithProjection
-    torch.manual_seed(0)
-    CLIPTextModelWithProjection(CLIPTextConfig(
+    config = CLIPTextConfig(
         vocab_size=600, hidden_size=16, intermediate_size=32, num_hidden_layers=2, eos_token_id=1,
-        num_attention_heads=2, projection_dim=24)).save_pretrained(folder)
-    # CLIP's tokenizer: 256 bytes, the same ending a word, no merges, two special tokens.
-    chars = sorted(ByteLevel.alphabet())
-    words = ["<|startoftext|>", "<|endoftext|>", *chars, *(c + "</w>" for c in chars)]
-    (folder / "vocab.json").write_text(json.dumps({w: i for i, w in enumerate(words)}))
+        num_attention_heads=2, projection_dim=24)
+    torch.manual_seed(0)
+    CLIPTextModelWithProjection(config).save_pretrained(folder)
+
+    # CLIP's tokenizer: two special tokens, 256 bytes, the same at the end of a word, no merges.
+    characters = sorted(ByteLevel.alphabet())
+    at_the_end = [character + "</w>" for character in characters]
+    tokens = ["<|startoftext|>", "<|endoftext|>", *characters, *at_the_end]
+    vocab = {token: i for i, token in enumerate(tokens)}
+    (folder / "vocab.json").write_text(json.dumps(vocab))
     (folder / "merges.txt").write_text("#version: 0.2\n")
     return folder
 
 
 def assert_near(got, want, near):
-    """The largest difference is at most `near` times the largest value."""
+    """Asserts that the largest difference is at most `near` times the largest value."""
     assert got.shape == want.shape, (got.shape, want.shape)
-    far = (got.double() - want.double()).abs().max().item() / want.double().abs().max().item()
-    assert far <= near, f"{far:.1e} of the largest value away"
+    difference = (got.double() - want.double()).abs().max().item()
+    distance = difference / want.double().abs().max().item()
+    assert distance <= near, f"{distance:.1e} of the largest value away"
 
 
 @pytest.fixture
 def float64(monkeypatch):
-    """All in float64, also what the code does in float32 for its range: so identities are exact.
+    """Everything in float64, also what the code computes in float32: identities become exact.
 
-    Float32 would round otherwise on other machines, and hide a small fault.
+    Float32 rounds differently from machine to machine, which would hide a small fault.
     """
     monkeypatch.setattr(torch.Tensor, "float", torch.Tensor.double)
     torch.set_default_dtype(torch.float64)

@@ -41,14 +41,14 @@ def small():
 
 def velocity(model, batch):
     with torch.no_grad():
-        return model.dit(batch["eps"], torch.full([3], 0.7), common.read(model, batch))
+        return model.dit(batch["eps"], torch.full([3], 0.7), common.encode_text(model, batch))
 
 
 def test_the_baseline_is_the_same_function(small):
     case, model, batch = small
     with torch.no_grad():
-        want = common.joint(model, batch["eps"], torch.full([3], 0.7), batch["ids"], batch["mask"])
-    assert want.std() > 0.1 and common.norm(velocity(model, batch), want) < 1e-5
+        want = common.joint_velocity(model, batch["eps"], torch.full([3], 0.7), batch["ids"], batch["mask"])
+    assert want.std() > 0.1 and common.relative_distance(velocity(model, batch), want) < 1e-5
 
 
 def test_useful_flops_are_what_the_shapes_say(small):
@@ -62,11 +62,11 @@ def test_useful_flops_are_what_the_shapes_say(small):
                    if w.dim() > 1 and "embed_tokens" not in name)
     assert linear(dit.patch_embed) + linear(dit.layers) + linear(dit.proj_out) == linear(dit)
     want = 2 * (image * linear(dit) + 2 * 2 * width * image * (image + words))
-    step = common.useful(case, "train")
+    step = common.useful_flops(case, "train")
     assert step["dit"] == 3 * want and step["vae"] == 0
     # Gemma's last layer hands over its keys and values, and the first layers all they have.
     assert 0 < step["gemma"] <= 2 * (words * linear(gemma) + 2 * 2 * width * words * words)
-    assert common.useful(case, 25)["dit"] == 50 * want
+    assert common.useful_flops(case, 25)["dit"] == 50 * want
 
 
 def test_the_readmes_benchmark_fits_a_gpu_of_80_gb():
@@ -92,17 +92,17 @@ def test_compiled_bf16_is_as_near_to_float32_as_bf16_can_be(small, kernels):
 
     def of(model):
         model.dit.zero_grad()
-        v = model.dit(batch["eps"], torch.full([3], 0.7), common.read(model, batch))
+        v = model.dit(batch["eps"], torch.full([3], 0.7), common.encode_text(model, batch))
         v.float().square().mean().backward()
         return v.detach(), model.dit.get_parameter(name).grad
     want = of(exact)
     model = case.build(CPU, torch.bfloat16)
-    common.defaults()
-    plain = [common.norm(a, b) for a, b in zip(of(model), want, strict=True)]
+    common.pytorch_defaults()
+    plain = [common.relative_distance(a, b) for a, b in zip(of(model), want, strict=True)]
     backend.configure(CPU, torch.bfloat16)
     assert not torch.backends.cuda.flash_sdp_enabled()
     backend.compile_model(model, None)
-    fast = [common.norm(a, b) for a, b in zip(of(model), want, strict=True)]
+    fast = [common.relative_distance(a, b) for a, b in zip(of(model), want, strict=True)]
     for a, b in zip(fast, plain, strict=True):
         assert 1e-4 < b < 0.05 and a < 1.2 * b, (fast, plain)
 
@@ -121,7 +121,7 @@ def test_float8_changes_little_and_no_weight(small):
     assert "Float8Linear" in kinds and type(model.dit.proj_out) is torch.nn.Linear
     for (a, p), (b, q) in zip(model.named_parameters(), exact.named_parameters(), strict=True):
         assert a == b and p.equal(q)
-    far = common.norm(velocity(model, batch), velocity(exact, batch))
+    far = common.relative_distance(velocity(model, batch), velocity(exact, batch))
     assert 0.005 < far < 0.15, far
 
 

@@ -1,17 +1,19 @@
-"""Attention at the shapes of the 2B model, by every kernel of this torch: speed and exactness.
+"""Attention at the shapes of the 2B model, with every kernel of this torch: speed and exactness.
 
-The DiT's: queries of 1024 image tokens over [text ; image], 8 heads on 4 of keys, head size 256,
-padding of text hidden. "rows" is fusedit.attention, where the heads of one key head become rows of it;
-"gqa" is PyTorch's own way, "repeat" copies keys. The mask is added to the scores, bool, or not
-there. Gemma's is causal over the text; the VAE's has 4096 places of 512 numbers. Fails if the
-kernel that PyTorch takes by itself is wrong by more than bfloat16's rounding.
+The DiT's attention has queries of 1024 image tokens over [text ; image], 8 heads on 4 key heads,
+and head size 256; a mask hides the padding of the text. "rows" is fusedit.attention, which stacks the
+query heads of one key head as rows of one head; "gqa" is PyTorch's own way; "repeat" copies keys.
+The mask is added to the scores, boolean, or absent. Gemma's attention is causal over the text. The
+VAE's has 4096 positions of 512 numbers. The part fails if the kernel that PyTorch chooses by itself
+is wrong by more than the rounding of bfloat16.
 """
 import inspect
 from functools import partial
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from kit import CUDA, DEVICE, DTYPE, SMALL, distance, milliseconds, record, why
+from kit import CUDA, DEVICE, DTYPE, SMALL, distance, milliseconds, one_line, record
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import fusedit
@@ -19,21 +21,39 @@ from fusedit_lib import backend
 
 KERNELS = dict(cudnn=SDPBackend.CUDNN_ATTENTION, flash=SDPBackend.FLASH_ATTENTION,
                efficient=SDPBackend.EFFICIENT_ATTENTION, math=SDPBackend.MATH)
-# Pictures, heads, heads of keys, image tokens, head size; lengths of text, the first in all forms.
-# 64 and 192 are what pytorch#196678 is about: padded_text_length avoids them.
-B, H, K, N, SIZE = (2, 4, 2, 64, 32) if SMALL else (8, 8, 4, 1024, 256)
-TEXTS = (16,) if SMALL else (128, 256, 64, 192)
 SDPA = F.scaled_dot_product_attention
-USUAL = "the default"
-WRONG = 0.03                                # of the norm: bfloat16 is off by 0.003 to 0.01
 
 
-def chosen(q, k, v, mask):
-    """The name of the kernel that PyTorch takes by itself."""
+class Sizes(NamedTuple):
+    batch: int
+    heads: int
+    key_heads: int
+    image_tokens: int
+    head_size: int
+    # Lengths of the text; all forms are measured at the first. 64 and 192 are what pytorch#196678
+    # is about; training avoids them (backend.round_up_to_tile).
+    texts: tuple
+    vae_positions: int
+    vae_width: int
+
+
+if SMALL:
+    SIZES = Sizes(2, 4, 2, 64, 32, (16,), 64, 32)
+else:
+    SIZES = Sizes(8, 8, 4, 1024, 256, (128, 256, 64, 192), 4096, 512)
+B, H, K, N, h = SIZES[:5]
+GROUP = H // K                          # query heads of one key head
+DEFAULT = "the default"
+TOLERANCE = 0.03                        # relative distance; bfloat16 is off by 0.003 to 0.01
+
+
+# ---------------------------------------------------------------------------- forms of attention
+def chosen_kernel(q, k, v, mask):
+    """The name of the kernel that PyTorch chooses by itself."""
     try:
         return backend.KERNELS.get(torch._fused_sdp_choice(q, k, v, mask), "none")
     except Exception as e:
-        return why(e)
+        return one_line(e)
 
 
 def gqa(q, k, v, mask):
@@ -41,235 +61,279 @@ def gqa(q, k, v, mask):
 
 
 def repeat(q, k, v, mask):
-    return SDPA(q, *(x.repeat_interleave(H // K, 1) for x in (k, v)), attn_mask=mask)
+    k = k.repeat_interleave(GROUP, 1)
+    v = v.repeat_interleave(GROUP, 1)
+    return SDPA(q, k, v, attn_mask=mask)
 
 
-def written_out(q, k, v, mask):
-    """fusedit.attention with a mask that has all rows in memory, not one that stands for them."""
-    return SDPA(q.reshape(B, K, -1, SIZE), k, v, attn_mask=mask).reshape(q.shape)
+def stacked(q, k, v, mask):
+    """fusedit.attention for a mask that has a row in memory for each query, instead of one row."""
+    return SDPA(q.reshape(B, K, -1, h), k, v, attn_mask=mask).reshape(q.shape)
 
 
-def by(sdpa, form, mask, q, k, v):
-    with sdpa_kernel(sdpa):
+def with_kernel(kernel, form, mask, q, k, v):
+    with sdpa_kernel(kernel):
         return form(q, k, v, mask)
 
 
+class BuiltAtFirstCall:
+    """An attention that is built when it is first called, so that a failure is its own."""
+
+    def __init__(self, build):
+        self.build = build
+        self.attention = None
+
+    def __call__(self, q, k, v):
+        if self.attention is None:
+            self.attention = self.build()
+        return self.attention(q, k, v)
+
+
+# ---------------------------------------------------------------------------- the DiT's attention
 class Joint:
-    """Random tensors of the joint attention, and what is right for them."""
+    """Random tensors of the attention over [text ; image], and its exact results."""
 
     def __init__(self, text):
         torch.manual_seed(text)
-        self.text, self.keys = text, text + N
-        self.q, self.k, self.v = (
-            torch.randn(B, heads, n, SIZE, device=DEVICE, dtype=DTYPE, requires_grad=True)
-            for heads, n in ((H, N), (K, self.keys), (K, self.keys)))
+        self.text = text
+        self.keys = text + N
+        self.q = self.random(H, N)
+        self.k = self.random(K, self.keys)
+        self.v = self.random(K, self.keys)
         self.grad = torch.randn_like(self.q)
         self.lengths = torch.linspace(text, max(1, text // 8), B, device=DEVICE).long()
-        place = torch.arange(self.keys, device=DEVICE)
-        self.sees = (place < self.lengths[:, None]) | (place >= text)                # [B,S]
-        self.added = torch.where(self.sees, 0.0, -torch.inf).to(DTYPE)[:, None, None]
-        self.bool = self.sees[:, None, None]                                         # [B,1,1,S]
 
-    def right(self, sees):
-        """Output and gradients in float32, picture by picture."""
-        found = []
+        index = torch.arange(self.keys, device=DEVICE)
+        self.visible = (index < self.lengths[:, None]) | (index >= text)             # [B,S]
+        self.bool_mask = self.visible[:, None, None]                                 # [B,1,1,S]
+        self.added_mask = torch.where(self.bool_mask, 0.0, -torch.inf).to(DTYPE)
+
+    @staticmethod
+    def random(heads, tokens):
+        return torch.randn(B, heads, tokens, h, device=DEVICE, dtype=DTYPE, requires_grad=True)
+
+    def exact(self, visible):
+        """Output and gradients of q, k and v in float32, computed sample by sample."""
+        results = []
         for b in range(B):
             q, k, v = (x[b].detach().float().requires_grad_() for x in (self.q, self.k, self.v))
-            scores = q @ k.repeat_interleave(H // K, 0).mT * SIZE**-0.5
-            scores = scores.masked_fill(~sees[b], -torch.inf)
-            out = scores.softmax(-1) @ v.repeat_interleave(H // K, 0)
-            found.append((out.detach(), *torch.autograd.grad(out, (q, k, v), self.grad[b].float())))
-        return [torch.stack(parts) for parts in zip(*found, strict=True)]
+            scores = q @ k.repeat_interleave(GROUP, 0).mT * h**-0.5
+            scores = scores.masked_fill(~visible[b], -torch.inf)
+            out = scores.softmax(-1) @ v.repeat_interleave(GROUP, 0)
+            grads = torch.autograd.grad(out, (q, k, v), self.grad[b].float())
+            results.append((out.detach(), *grads))
+        return [torch.stack(parts) for parts in zip(*results, strict=True)]
 
     def forms(self):
-        """{name: attention of (q, k, v)}; what has "no mask" in its name sees the padding."""
-        found = {"the default: rows, added": lambda q, k, v: fusedit.attention(q, k, v, self.added),
-                 "the default: rows, no mask": lambda q, k, v: fusedit.attention(q, k, v, None)}
-        for kernel, sdpa in KERNELS.items():
-            for title, form, mask in (
-                    ("rows, added", fusedit.attention, self.added),
-                    ("rows, bool", fusedit.attention, self.bool),
-                    ("rows, no mask", fusedit.attention, None),
-                    ("gqa, added", gqa, self.added), ("gqa, no mask", gqa, None),
-                    ("repeat, added", repeat, self.added)):
-                found[f"{kernel}: {title}"] = partial(by, sdpa, form, mask)
-        every = self.added.expand(B, 1, H // K * N, self.keys).contiguous()
-        found["cudnn: rows, written out"] = partial(by, KERNELS["cudnn"], written_out, every)
-        found["varlen: keys packed"] = made(self.varlen)
-        found["flex: rows"] = made(lambda: self.flex(H // K * N, gqa=False))
-        found["flex: gqa"] = made(lambda: self.flex(N, gqa=True))
+        """{name: attention of (q, k, v)}. Those with "no mask" in their name see the padding."""
+        added = self.added_mask
+        found = {}
+        found[f"{DEFAULT}: rows, added"] = lambda q, k, v: fusedit.attention(q, k, v, added)
+        found[f"{DEFAULT}: rows, no mask"] = lambda q, k, v: fusedit.attention(q, k, v, None)
+        variants = {
+            "rows, added": (fusedit.attention, added),
+            "rows, bool": (fusedit.attention, self.bool_mask),
+            "rows, no mask": (fusedit.attention, None),
+            "gqa, added": (gqa, added),
+            "gqa, no mask": (gqa, None),
+            "repeat, added": (repeat, added),
+        }
+        for name, kernel in KERNELS.items():
+            for variant, (form, mask) in variants.items():
+                found[f"{name}: {variant}"] = partial(with_kernel, kernel, form, mask)
+
+        full_mask = added.expand(B, 1, GROUP * N, self.keys).contiguous()
+        found["cudnn: rows, written out"] = partial(with_kernel, KERNELS["cudnn"], stacked,
+                                                    full_mask)
+        found["varlen: keys packed"] = BuiltAtFirstCall(self.varlen)
+        found["flex: rows"] = BuiltAtFirstCall(lambda: self.flex(grouped=False))
+        found["flex: gqa"] = BuiltAtFirstCall(lambda: self.flex(grouped=True))
         return found
 
     def varlen(self):
-        """FlashAttention on keys without padding, one picture's after the other's.
+        """FlashAttention on keys without padding, one sample's after the other's.
 
-        Tokens come first here, so that the model would not have to transpose anything.
+        Here tokens come before heads, so that the model would not have to transpose anything.
         """
         from torch.nn.attention.varlen import varlen_attn
-        ends = F.pad((self.lengths + N).cumsum(0), (1, 0)).int()
-        image_ends = torch.arange(B + 1, device=DEVICE, dtype=torch.int32) * N
-        real = self.sees.flatten().nonzero()[:, 0]         # of B * S
-        more = {}
+        key_ends = F.pad((self.lengths + N).cumsum(0), (1, 0)).int()
+        query_ends = torch.arange(B + 1, device=DEVICE, dtype=torch.int32) * N
+        real = self.visible.flatten().nonzero()[:, 0]      # indices into B * S
+        options = {}
         if "enable_gqa" in inspect.signature(varlen_attn).parameters:
-            more["enable_gqa"] = True
+            options["enable_gqa"] = True
 
         def run(q, k, v):
-            q, k, v = (x.transpose(1, 2).flatten(0, 1) for x in (q, k, v))
-            out = varlen_attn(q.contiguous(), k[real], v[real], image_ends, ends, N, self.keys,
-                              **more)
+            q = q.transpose(1, 2).flatten(0, 1).contiguous()
+            k = k.transpose(1, 2).flatten(0, 1)[real]
+            v = v.transpose(1, 2).flatten(0, 1)[real]
+            out = varlen_attn(q, k, v, query_ends, key_ends, N, self.keys, **options)
             return out.unflatten(0, (B, N)).transpose(1, 2)
         return run
 
-    def flex(self, rows, gqa):
-        """FlexAttention, which leaves out blocks of 128 keys that are all padding."""
+    def flex(self, grouped):
+        """FlexAttention, which skips blocks of 128 keys that are only padding.
+
+        grouped: with its own grouped-query attention, instead of stacked query heads.
+        """
         from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
         def visible(b, _, query, key):
             return (key < self.lengths[b]) | (key >= self.text)
-        blocks = create_block_mask(visible, B, None, rows, self.keys, device=DEVICE)
+
+        queries = N
+        if not grouped:
+            queries = GROUP * N
+        blocks = create_block_mask(visible, B, None, queries, self.keys, device=DEVICE)
         compiled = torch.compile(flex_attention, dynamic=False)
 
         def run(q, k, v):
-            grouped = q if gqa else q.reshape(B, K, -1, SIZE)
-            return compiled(grouped, k, v, block_mask=blocks, enable_gqa=gqa).reshape(q.shape)
+            shape = q.shape
+            if not grouped:
+                q = q.reshape(B, K, -1, h)
+            return compiled(q, k, v, block_mask=blocks, enable_gqa=grouped).reshape(shape)
         return run
 
 
-def made(build):
-    """An attention that is built when it is first called, so that what fails there is its own."""
-    built = []
-
-    def run(q, k, v):
-        if not built:
-            built.append(build())
-        return built[0](q, k, v)
-    return run
-
-
-def joint(text, *wanted):
+def measure_joint(text, *prefixes):
     """Measure the forms whose names begin so; returns the names of defaults that are wrong."""
-    case, bad = Joint(text), []
-    q, k, v, rows = case.q, case.k, case.v, case.q.detach().reshape(B, K, -1, SIZE)
-    choice = dict(added=chosen(rows, k, v, case.added), none=chosen(rows, k, v, None))
+    case = Joint(text)
+    stacked_q = case.q.detach().reshape(B, K, -1, h)
+    choice = dict(added=chosen_kernel(stacked_q, case.k, case.v, case.added_mask),
+                  none=chosen_kernel(stacked_q, case.k, case.v, None))
     record("choice", text=text, **choice)
-    print(f"{text} tokens of text, {case.keys} keys: PyTorch takes {choice}")
-    hidden, free = case.right(case.sees), case.right(torch.ones_like(case.sees))
-    for name, run in case.forms().items():
-        if not name.startswith(wanted):
+    print(f"{text} tokens of text, {case.keys} keys: PyTorch chooses {choice}")
+
+    exact_masked = case.exact(case.visible)
+    exact_unmasked = case.exact(torch.ones_like(case.visible))
+    wrong = []
+    for name, attention in case.forms().items():
+        if not name.startswith(prefixes):
             continue
-        right = free if "no mask" in name else hidden
+        exact = exact_masked
+        if "no mask" in name:
+            exact = exact_unmasked
         try:
-            row = figures(case, run, right)
+            row = measure(case, attention, exact)
         except Exception as e:
-            row = dict(error=why(e), off=float("inf"))
+            row = dict(error=one_line(e), off=float("inf"))
         record("attention", text=text, name=name, **row)
-        trained = text % 128 == 0           # the others are avoided: backend.round_up_to_tile
-        if trained and not row["off"] < WRONG and name.startswith(USUAL):
-            bad.append(f"{name}, {text} tokens of text")
-        say(name, row)
-    return bad
+        in_training = text % 128 == 0       # training avoids the others: backend.round_up_to_tile
+        if name.startswith(DEFAULT) and in_training and not row["off"] < TOLERANCE:
+            wrong.append(f"{name}, {text} tokens of text")
+        print_row(name, row)
+    return wrong
 
 
-def figures(case, run, right):
-    """Milliseconds of forward, and of forward and backward; TFLOP/s; how far from what is right."""
-    tensors = case.q, case.k, case.v
+def measure(case, attention, exact):
+    """Milliseconds of forward, and of forward and backward; TFLOP/s; distances from `exact`."""
+    tensors = (case.q, case.k, case.v)
 
     @torch.no_grad()
     def forward():
-        return run(*tensors)
+        return attention(*tensors)
 
     def both():
-        out = run(*tensors)
+        out = attention(*tensors)
         return out, *torch.autograd.grad(out, tensors, case.grad)
-    off = [distance(got.detach(), want) for got, want in zip(both(), right, strict=True)]
-    one, two, flops = milliseconds(forward), milliseconds(both), 4 * B * H * N * case.keys * SIZE
-    return dict(ms=one, both_ms=two, tflops=flops / one / 1e9, errors=off, off=worst(off),
-                backward_tflops=2.5 * flops / max(two - one, 1e-6) / 1e9)
+
+    errors = [distance(got.detach(), want) for got, want in zip(both(), exact, strict=True)]
+    off = float(torch.tensor(errors).max())                # nan if there is one; max() may miss it
+    ms = milliseconds(forward)
+    both_ms = milliseconds(both)
+    backward_ms = max(both_ms - ms, 1e-6)
+    flops = 4 * B * H * N * case.keys * h
+    return dict(ms=ms, both_ms=both_ms, tflops=flops / ms / 1e9, errors=errors, off=off,
+                backward_tflops=2.5 * flops / backward_ms / 1e9)
 
 
-def worst(numbers):
-    """The largest; nan if there is one, which max() may miss."""
-    return float(torch.tensor(numbers).max())
-
-
-def say(name, row):
+def print_row(name, row):
     if "error" in row:
-        print(f"  {name:<28} not here: {row['error']}")
+        print(f"  {name:<28} not available: {row['error']}")
         return
+    warning = ""
+    if not row["off"] < TOLERANCE:
+        warning = "   <-- WRONG"
     print(f"  {name:<28}{row['ms']:9.3f} ms {row['tflops']:6.0f} TFLOP/s, with backward "
-          f"{row['both_ms']:9.3f} ms {row['backward_tflops']:6.0f} TFLOP/s, off by {row['off']:.0e}"
-          + ("" if row["off"] < WRONG else "   <-- WRONG"), flush=True)
+          f"{row['both_ms']:9.3f} ms {row['backward_tflops']:6.0f} TFLOP/s, off by "
+          f"{row['off']:.0e}{warning}", flush=True)
 
 
-def extremes():
+# ---------------------------------------------------------------------------- other attentions
+def measure_extremes():
     """pytorch#196678: keys 64 over a multiple of 128, a mask, sums of exponentials below e^-88.7.
 
-    None of this comes up in the model, whose scores are normalised; cuDNN's gradient is NaN here.
+    None of this occurs in the model, whose scores are normalised. cuDNN's gradient is NaN here.
     """
     S = N + 64
-    q, k, v = (0.1 * torch.randn(1, K, n, SIZE, device=DEVICE, dtype=DTYPE) for n in (N, S, S))
-    q[..., 0], k[..., 0] = 1.0, -120 * SIZE**0.5
+    q, k, v = (0.1 * torch.randn(1, K, tokens, h, device=DEVICE, dtype=DTYPE)
+               for tokens in (N, S, S))
+    q[..., 0] = 1.0
+    k[..., 0] = -120 * h**0.5
     mask = torch.zeros(1, 1, 1, S, device=DEVICE, dtype=DTYPE)
-    for name in ("the default", "cudnn", "efficient"):
+    choices = {DEFAULT: list(KERNELS.values()), "cudnn": KERNELS["cudnn"],
+               "efficient": KERNELS["efficient"]}
+    for name, kernels in choices.items():
         leaf = q.clone().requires_grad_()
         try:
-            with sdpa_kernel([KERNELS[name]] if name in KERNELS else [*KERNELS.values()]):
-                out = SDPA(leaf, k, v, attn_mask=mask)
+            out = with_kernel(kernels, SDPA, mask, leaf, k, v)
             grad = torch.autograd.grad(out.sum(), leaf)[0]
-        except Exception as e:
-            row = dict(error=why(e))
-        else:
             row = dict(bad=int((~torch.isfinite(grad)).sum()))
+        except Exception as e:
+            row = dict(error=one_line(e))
         record("extremes", name=name, **row)
         print(f"  sums of e^-120, {S} keys, {name}: {row}")
 
 
-def gemma(text):
-    """Gemma's attention has no gradient."""
-    q, k, v = (torch.randn(B, n, text, SIZE, device=DEVICE, dtype=DTYPE) for n in (H, K, K))
-    place = torch.arange(text, device=DEVICE)
-    causal = place[:, None] >= place
-    forms = {"rows, bool": lambda: fusedit.attention(q, k, v, causal),
-             "gqa, is_causal": lambda: SDPA(q, k, v, is_causal=True, enable_gqa=True)}
-    timed("Gemma", forms)
+def measure_gemma(text):
+    """Gemma's attention, without a gradient."""
+    q, k, v = (torch.randn(B, heads, text, h, device=DEVICE, dtype=DTYPE) for heads in (H, K, K))
+    index = torch.arange(text, device=DEVICE)
+    causal = index[:, None] >= index
+    measure_forms("Gemma", {
+        "rows, bool": lambda: fusedit.attention(q, k, v, causal),
+        "gqa, is_causal": lambda: SDPA(q, k, v, is_causal=True, enable_gqa=True),
+    })
 
 
-def vae():
-    n, wide = (64, 32) if SMALL else (4096, 512)
-    q, k, v = (torch.randn(B, 1, n, wide, device=DEVICE, dtype=DTYPE) for _ in range(3))
-    forms = {"the default": lambda: SDPA(q, k, v)}
-    for name, sdpa in KERNELS.items():
-        forms[name] = partial(by, sdpa, lambda q, k, v, _: SDPA(q, k, v), None, q, k, v)
-    timed("VAE", forms)
+def measure_vae():
+    shape = (B, 1, SIZES.vae_positions, SIZES.vae_width)
+    q, k, v = (torch.randn(shape, device=DEVICE, dtype=DTYPE) for _ in range(3))
+    forms = {DEFAULT: lambda: SDPA(q, k, v)}
+    for name, kernel in KERNELS.items():
+        forms[name] = partial(with_kernel, kernel, SDPA, None, q, k, v)
+    measure_forms("VAE", forms)
 
 
 @torch.no_grad()
-def timed(model, forms):
-    """Milliseconds of each form, and how far from the first."""
-    right = None
+def measure_forms(model, forms):
+    """Milliseconds of each form, and its distance from the first."""
+    first = None
     for name, run in forms.items():
         try:
-            got = run()
-            right = got if right is None else right
-            row = dict(ms=milliseconds(run, 5, 2), off=distance(got, right))
+            out = run()
+            if first is None:
+                first = out
+            row = dict(ms=milliseconds(run, 5, 2), off=distance(out, first))
         except Exception as e:
-            row = dict(error=why(e))
+            row = dict(error=one_line(e))
         record(f"attention of the {model}", name=name, **row)
         print(f"  {model}, {name}: {row}")
 
 
 def main():
-    bad = joint(TEXTS[0], USUAL, *KERNELS, "varlen")
-    for text in TEXTS[1:]:
-        bad += joint(text, USUAL, "cudnn: rows, added", "efficient: rows, added")
-    extremes()
-    gemma(TEXTS[0])
-    vae()
-    joint(TEXTS[0], "flex")                 # last, since compiling takes most of the time
-    if bad:
-        raise SystemExit(f"wrong: {'; '.join(bad)}")
+    first, *others = SIZES.texts
+    wrong = measure_joint(first, DEFAULT, *KERNELS, "varlen")
+    for text in others:
+        wrong += measure_joint(text, DEFAULT, "cudnn: rows, added", "efficient: rows, added")
+    measure_extremes()
+    measure_gemma(first)
+    measure_vae()
+    measure_joint(first, "flex")            # last, since compiling takes most of the time
+    if wrong:
+        raise SystemExit(f"wrong: {'; '.join(wrong)}")
     if not CUDA:
-        print("no GPU: times say nothing")
+        print("no GPU: the times mean nothing")
 
 
 if __name__ == "__main__":

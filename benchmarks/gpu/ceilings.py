@@ -1,29 +1,59 @@
-"""What the machine is, and its ceilings: matrix rate, bandwidth, the cost of a launch.
+"""What the machine is, and its limits: matrix rate, memory bandwidth, the cost of a launch.
 
-Matrix products are those of a DiT block of the 2B model for 8 images of 1024 tokens, forward and
-both gradients, as they are and as one product each of gate + up and of q + k + v.
+The matrix products are those of a DiT block of the 2B model for 8 images of 1024 tokens, forward
+and both gradients; also with gate and up, and q, k and v, each joined into one product.
 """
 import os
 import platform
 import shutil
 import subprocess
+from functools import partial
 from importlib.metadata import PackageNotFoundError, version
+from typing import NamedTuple
 
 import kit  # isort: skip (before torch)
 import torch
-from kit import CUDA, DEVICE, DTYPE, SMALL, milliseconds, record, why
+from kit import CUDA, DEVICE, DTYPE, SMALL, milliseconds, one_line, record
+
+GPU_QUERY = ("driver_version,clocks.sm,clocks.max.sm,power.limit,temperature.gpu,"
+             "clocks_event_reasons.active")
 
 
-def said(*argv):
-    """The last line that a program prints, or why there is none."""
+class Widths(NamedTuple):
+    """Widths of the layers of a DiT block."""
+    model: int
+    mlp: int
+    queries: int
+    keys: int
+
+
+class Sizes(NamedTuple):
+    square: int                         # side of a square product
+    tokens: int
+    widths: Widths
+    copied_bytes: int
+
+
+if SMALL:
+    SIZES = Sizes(256, 256, Widths(64, 128, 64, 32), 2**20)
+else:
+    SIZES = Sizes(8192, 8192, Widths(2304, 9216, 2048, 1024), 2**31)
+
+
+# ---------------------------------------------------------------------------- the machine
+def last_line_of(*argv):
+    """The last line that a program prints, or why it could not run."""
     try:
         done = subprocess.run(argv, capture_output=True, text=True, timeout=20)
     except (OSError, subprocess.TimeoutExpired) as e:
-        return why(e)
-    return (done.stdout.strip().splitlines() or [""])[-1]
+        return one_line(e)
+    lines = done.stdout.strip().splitlines()
+    if not lines:
+        return ""
+    return lines[-1]
 
 
-def package(name):
+def package_version(name):
     try:
         return version(name)
     except PackageNotFoundError:
@@ -35,27 +65,28 @@ def environment():
                cores=len(os.sched_getaffinity(0)), load=os.getloadavg()[0],
                disk_gb=shutil.disk_usage(kit.ROOT).free / 1e9)
     for name in ("triton", "transformers", "numpy", "deepspeed", "torchao", "safetensors"):
-        row[name] = package(name)
+        row[name] = package_version(name)
     if CUDA:
         p = torch.cuda.get_device_properties(0)
+        nccl = ".".join(map(str, torch.cuda.nccl.version()))
         row |= dict(
             gpu=p.name, processors=p.multi_processor_count, memory_gb=p.total_memory / 1e9,
             capability=torch.cuda.get_device_capability(), cudnn=torch.backends.cudnn.version(),
-            nccl=".".join(map(str, torch.cuda.nccl.version())),
-            smi=said("nvidia-smi", "--query-gpu=driver_version,clocks.sm,clocks.max.sm,power.limit,"
-                     "temperature.gpu,clocks_event_reasons.active", "--format=csv,noheader"))
-    row["gcc"] = said("gcc", "-dumpfullversion")
+            nccl=nccl, smi=last_line_of("nvidia-smi", f"--query-gpu={GPU_QUERY}",
+                                        "--format=csv,noheader"))
+    row["gcc"] = last_line_of("gcc", "-dumpfullversion")
     record("environment", **row)
     print(row)
 
 
-def rate(name, a, b, rounds=20):
-    """Time a product, and note its FLOP/s."""
+# ---------------------------------------------------------------------------- matrix products
+def time_product(name, a, b, rounds=20):
+    """Time a @ b, and record its FLOP/s."""
     flops = 2 * a.shape[0] * a.shape[1] * b.shape[1]
-    took = milliseconds(lambda: a @ b, rounds)
-    record("product", name=name, ms=took, tflops=flops / took / 1e9)
-    print(f"{name:<32} {str([*a.shape, b.shape[1]]):<22}{took:9.3f} ms "
-          f"{flops / took / 1e9:8.1f} TFLOP/s")
+    ms = milliseconds(lambda: a @ b, rounds)
+    record("product", name=name, ms=ms, tflops=flops / ms / 1e9)
+    shape = str([*a.shape, b.shape[1]])
+    print(f"{name:<32} {shape:<22}{ms:9.3f} ms {flops / ms / 1e9:8.1f} TFLOP/s")
 
 
 def random(*shape, dtype=DTYPE):
@@ -63,61 +94,82 @@ def random(*shape, dtype=DTYPE):
 
 
 def products():
-    n, rows = (256, 256) if SMALL else (8192, 8192)
-    rate("square", random(n, n), random(n, n))
+    n = SIZES.square
+    time_product("square", random(n, n), random(n, n))
     torch.set_float32_matmul_precision("high")
-    single = torch.float32
-    rate("square, tf32", random(n, n, dtype=single), random(n, n, dtype=single), 5)
-    D, F, Q, K = (64, 128, 64, 32) if SMALL else (2304, 9216, 2048, 1024)
-    layers = {"gate or up": (D, F), "down": (F, D), "q": (D, Q), "o": (Q, D), "k or v": (D, K),
-              "gate + up as one": (D, 2 * F), "q + k + v as one": (D, Q + 2 * K)}
-    for name, (wide, high) in layers.items():
-        x, w, grad = random(rows, wide), random(high, wide), random(rows, high)
-        rate(f"{name}: forward", x, w.T)
-        rate(f"{name}: gradient of x", grad, w)
-        rate(f"{name}: gradient of w", grad.T, x)
+    a = random(n, n, dtype=torch.float32)
+    b = random(n, n, dtype=torch.float32)
+    time_product("square, tf32", a, b, rounds=5)
+
+    tokens = SIZES.tokens
+    w = SIZES.widths
+    layers = {                              # widths of input and output
+        "gate or up": (w.model, w.mlp),
+        "down": (w.mlp, w.model),
+        "q": (w.model, w.queries),
+        "o": (w.queries, w.model),
+        "k or v": (w.model, w.keys),
+        "gate + up as one": (w.model, 2 * w.mlp),
+        "q + k + v as one": (w.model, w.queries + 2 * w.keys),
+    }
+    for name, (width_in, width_out) in layers.items():
+        x = random(tokens, width_in)
+        weight = random(width_out, width_in)
+        grad = random(tokens, width_out)
+        time_product(f"{name}: forward", x, weight.T)
+        time_product(f"{name}: gradient of x", grad, weight)
+        time_product(f"{name}: gradient of w", grad.T, x)
     if CUDA:
-        float8(rows, D, F)
+        float8_products(tokens, w.model, w.mlp)
 
 
-def float8(rows, D, F):
+def float8_products(tokens, width, mlp_width):
     """The gate's product in float8, scaled by 1, with quick and with exact sums."""
-    x, w = random(rows, D).to(torch.float8_e4m3fn), random(F, D).to(torch.float8_e4m3fn)
+    x = random(tokens, width).to(torch.float8_e4m3fn)
+    weight = random(mlp_width, width).to(torch.float8_e4m3fn)
     one = torch.ones((), device=DEVICE)
-    for quick in (True, False):
-        def work(quick=quick):
-            torch._scaled_mm(x, w.T, one, one, out_dtype=DTYPE, use_fast_accum=quick)
-        name = f"float8 gate, {'quick' if quick else 'exact'} sums"
+    flops = 2 * tokens * width * mlp_width
+    for sums, quick in (("quick", True), ("exact", False)):
+        name = f"float8 gate, {sums} sums"
+        work = partial(torch._scaled_mm, x, weight.T, one, one, out_dtype=DTYPE,
+                       use_fast_accum=quick)
         try:
-            took = milliseconds(work, 20)
+            ms = milliseconds(work, 20)
         except Exception as e:
-            print(f"{name}: {why(e)}")
-            record("product", name=name, error=why(e))
+            print(f"{name}: {one_line(e)}")
+            record("product", name=name, error=one_line(e))
             continue
-        record("product", name=name, ms=took, tflops=2 * rows * D * F / took / 1e9)
-        print(f"{name:<55}{took:9.3f} ms {2 * rows * D * F / took / 1e9:8.1f} TFLOP/s")
+        record("product", name=name, ms=ms, tflops=flops / ms / 1e9)
+        print(f"{name:<55}{ms:9.3f} ms {flops / ms / 1e9:8.1f} TFLOP/s")
 
 
-def bandwidth():
-    size = 2**20 if SMALL else 2**31
-    a, b = (torch.zeros(size, device=DEVICE, dtype=torch.uint8) for _ in range(2))
-    took = milliseconds(lambda: b.copy_(a), 20)
-    record("copy", ms=took, tb_s=2 * size / took / 1e9)
-    print(f"copy on the device: {2 * size / took / 1e9:.2f} TB/s, read and written")
-    del a, b
-    if not CUDA:
-        return
-    here = torch.zeros(2**28)               # 1 GiB
-    there, pinned = here.to(DEVICE), here.pin_memory()
-    for name, source, target in (("to the device", here, there),
-                                 ("to the device, pinned", pinned, there),
-                                 ("from the device", there, here),
-                                 ("from the device, pinned", there, pinned)):
-        def work(source=source, target=target):
-            target.copy_(source, non_blocking=True)
-        took = milliseconds(work, 3, 1)
-        record("transfer", name=name, gb_s=here.nbytes / took / 1e6)
-        print(f"{name}: {here.nbytes / took / 1e6:.1f} GB/s")
+# ---------------------------------------------------------------------------- memory and launches
+def device_bandwidth():
+    size = SIZES.copied_bytes
+    a = torch.zeros(size, device=DEVICE, dtype=torch.uint8)
+    b = torch.zeros_like(a)
+    ms = milliseconds(lambda: b.copy_(a), 20)
+    tb_s = 2 * size / ms / 1e9
+    record("copy", ms=ms, tb_s=tb_s)
+    print(f"copy on the device: {tb_s:.2f} TB/s, read and written")
+
+
+def transfer_bandwidth():
+    """Copies of 1 GiB between the CPU's memory and the GPU's."""
+    on_cpu = torch.zeros(2**28)
+    pinned = on_cpu.pin_memory()
+    on_gpu = on_cpu.to(DEVICE)
+    transfers = {                           # source and target
+        "to the device": (on_cpu, on_gpu),
+        "to the device, pinned": (pinned, on_gpu),
+        "from the device": (on_gpu, on_cpu),
+        "from the device, pinned": (on_gpu, pinned),
+    }
+    for name, (source, target) in transfers.items():
+        ms = milliseconds(partial(target.copy_, source, non_blocking=True), 3, 1)
+        gb_s = on_cpu.nbytes / ms / 1e6
+        record("transfer", name=name, gb_s=gb_s)
+        print(f"{name}: {gb_s:.1f} GB/s")
 
 
 def launches():
@@ -126,16 +178,18 @@ def launches():
     def work():
         for _ in range(1000):
             tiny.add_(1)
-    took = milliseconds(work, 3, 1)         # of 1000, so as many microseconds each
-    record("launch", us=took)
-    print(f"one tiny kernel after the other: {took:.2f} us each")
+    us = milliseconds(work, 3, 1)           # milliseconds of 1000 are microseconds of one
+    record("launch", us=us)
+    print(f"one tiny kernel after the other: {us:.2f} us each")
 
 
 def main():
     torch.manual_seed(0)
     environment()
     products()
-    bandwidth()
+    device_bandwidth()
+    if CUDA:
+        transfer_bandwidth()
     launches()
 
 

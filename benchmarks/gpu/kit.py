@@ -1,6 +1,6 @@
-"""What the parts of the kit share: the device, a clock, and lines of results.jsonl.
+"""What the parts of the kit share: the device, a clock, and the lines of results.jsonl.
 
-Import this before torch: it also makes the repository's and the benchmarks' modules known.
+Import this before torch: it also puts the repository and benchmarks/ on the import path.
 """
 import json
 import os
@@ -14,18 +14,28 @@ ROOT = Path(__file__).parents[2]
 sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 import torch
 
+
+def folder_setting(name, default):
+    """The folder that an environment variable names, or one in runs/."""
+    return Path(os.environ.get(name, ROOT / "runs" / default)).resolve()
+
+
 SMALL = os.environ.get("SMALL") == "1"
-OUT, WORK = (Path(os.environ.get(name, ROOT / "runs" / default)).resolve()
-             for name, default in (("OUT", "gpu"), ("W", "gpu-work")))
+OUT = folder_setting("OUT", "gpu")
+WORK = folder_setting("W", "gpu-work")
 CUDA = torch.cuda.is_available()
-DEVICE = torch.device("cuda:0" if CUDA else "cpu")
-DTYPE = torch.bfloat16 if CUDA else torch.float32          # a CPU may only emulate bfloat16
+if CUDA:
+    DEVICE = torch.device("cuda:0")
+    DTYPE = torch.bfloat16
+else:
+    DEVICE = torch.device("cpu")
+    DTYPE = torch.float32                   # a CPU may only emulate bfloat16
 BEGIN = time.monotonic()
 warnings.filterwarnings("ignore")
 
 
 def record(kind, **row):
-    """Add a line to results.jsonl at once, so that a kill later on does not lose it."""
+    """Append a line to results.jsonl at once, so that it is there if the part is killed later."""
     OUT.mkdir(parents=True, exist_ok=True)
     row = dict(kind=kind, part=os.environ.get("PART"), **row)
     with open(OUT / "results.jsonl", "a") as file:
@@ -33,40 +43,54 @@ def record(kind, **row):
 
 
 def seconds_left():
-    """Until this part is killed, less a few for it to end by itself."""
-    return float(os.environ.get("LIMIT", "1e9")) - 5 - (time.monotonic() - BEGIN)
+    """Seconds until this part is killed, less a few for it to end by itself."""
+    limit = float(os.environ.get("LIMIT", "1e9"))
+    return limit - 5 - (time.monotonic() - BEGIN)
 
 
 def wait():
+    """Wait until the GPU has finished all work."""
     if CUDA:
         torch.cuda.synchronize()
 
 
 def milliseconds(work, rounds=10, warm=3):
-    """The median of work()'s times, by the GPU's own clock where there is one."""
+    """Median milliseconds of work(), by the GPU's own clock where there is one.
+
+    The first `warm` calls are not counted.
+    """
     if SMALL:
-        rounds, warm = 1, 0
+        rounds = 1
+        warm = 0
     for _ in range(warm):
         work()
     wait()
-    if not CUDA:
-        took = []
-        for _ in range(rounds):
-            begin = time.perf_counter()
-            work()
-            took.append(1000 * (time.perf_counter() - begin))
-        return statistics.median(took)
-    marks = [torch.cuda.Event(enable_timing=True) for _ in range(rounds + 1)]
-    marks[0].record()
-    for mark in marks[1:]:
+    if CUDA:
+        return statistics.median(_gpu_times(work, rounds))
+    return statistics.median(_cpu_times(work, rounds))
+
+
+def _cpu_times(work, rounds):
+    times = []
+    for _ in range(rounds):
+        begin = time.perf_counter()
         work()
-        mark.record()
+        times.append(1000 * (time.perf_counter() - begin))
+    return times
+
+
+def _gpu_times(work, rounds):
+    events = [torch.cuda.Event(enable_timing=True) for _ in range(rounds + 1)]
+    events[0].record()
+    for event in events[1:]:
+        work()
+        event.record()
     wait()
-    return statistics.median(a.elapsed_time(b) for a, b in zip(marks, marks[1:], strict=False))
+    return [a.elapsed_time(b) for a, b in zip(events, events[1:], strict=False)]
 
 
-def forget_peak():
-    """Start to watch the memory anew; returns the bytes that are in use now."""
+def reset_peak():
+    """Start a new measurement of the peak memory; returns the bytes in use now."""
     if not CUDA:
         return 0
     torch.cuda.empty_cache()
@@ -75,16 +99,21 @@ def forget_peak():
 
 
 def peak():
-    """Bytes that were in use at most since forget_peak()."""
-    return torch.cuda.max_memory_allocated() if CUDA else 0
+    """The most bytes that were in use since reset_peak()."""
+    if not CUDA:
+        return 0
+    return torch.cuda.max_memory_allocated()
 
 
-def why(e):
+def one_line(error):
     """An exception in one line."""
-    text = str(e).strip()
-    return f"{type(e).__name__}: {text.splitlines()[0][:160] if text else ''}"
+    lines = str(error).strip().splitlines()
+    message = ""
+    if lines:
+        message = lines[0][:160]
+    return f"{type(error).__name__}: {message}"
 
 
 def distance(a, b):
-    """How far a is from b, of b's norm; nan if a is not finite."""
+    """The norm of a - b, relative to the norm of b; nan if a is not finite."""
     return float((a.double() - b.double()).norm() / b.double().norm())

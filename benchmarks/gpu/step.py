@@ -2,17 +2,17 @@
 
     python benchmarks/gpu/step.py --batch 8 --variants remat:8,nocudnn:8,budget70:12
 
---batch: pictures of the step that is taken apart; 0: only variants. A variant is NAME:BATCH, and
-one of, for the DiT alone, forward and backward:
+--batch: images of the step whose parts are measured; 0: only variants. A variant is NAME:BATCH.
+These are of the DiT alone, forward and backward:
     compiled    as train_gpu.py --compile         eager      without it
     remat       --compile --remat                 budgetNN   --compile --memory-budget 0.NN
     nocudnn     --compile, without cuDNN's attention
     tuned       --compile, with Inductor's coordinate descent, which tries more kernels
     float8      --compile --float8; it comes last, since it cannot be undone
-and of others:
+and others are:
     vae         the VAE's encoder: memory formats, compiled or not, cuDNN's search for a convolution
-    graphs      a call of the DiT without gradients, as sampling one picture has it (batch 2):
-                compiled, with CUDA graphs by torch.compile, and captured whole
+    graphs      a call of the DiT without gradients, as in sampling one image (batch 2): compiled,
+                with CUDA graphs by torch.compile, and captured whole
     demo-graphs the same of the demo's DiT, forward and backward
 """
 import argparse
@@ -29,13 +29,27 @@ import torch
 import torch._functorch.config
 import torch._inductor.config
 import train
-from kit import CUDA, DEVICE, DTYPE, SMALL, forget_peak, milliseconds, peak, record, wait, why
+from kit import (
+    CUDA,
+    DEVICE,
+    DTYPE,
+    SMALL,
+    milliseconds,
+    one_line,
+    peak,
+    record,
+    reset_peak,
+    wait,
+)
 from torch.utils.checkpoint import checkpoint as recompute
 
 import fusedit
 from fusedit_lib import backend, files, pretrained
 
+STEP_BATCH = 512                            # images of a step, in the figures with AdamW
 
+
+# ---------------------------------------------------------------------------- models
 def small_case():
     """The preset's DiT and VAE on two layers of the small Gemma, at 32 pixels."""
     gemma = pretrained.gemma_config(common.SMALL | dict(num_hidden_layers=2))
@@ -45,16 +59,17 @@ def small_case():
 def demo_case():
     folder = kit.ROOT / "demo" / "gemma"
     config = fusedit.preset("demo", base=str(folder))
-    return common.Case(config, pretrained.gemma_config(files.read_json(folder / "config.json")),
-                       config.max_text_tokens, (6, 20))
+    gemma = pretrained.gemma_config(files.read_json(folder / "config.json"))
+    return common.Case(config, gemma, config.max_text_tokens, (6, 20))
 
 
-def plain_again(model, vae=None):
+def undo_compile(model, vae=None):
     """Undo backend.compile_model and --remat."""
     for module in (*model.dit.layers, model.dit.norm_out, *model.llm.layers):
         module.__dict__.pop("forward", None)
-    for part in (vae.encoder, vae.decoder) if vae else ():
-        part._compiled_call_impl = None
+    if vae:
+        vae.encoder._compiled_call_impl = None
+        vae.decoder._compiled_call_impl = None
     torch.compiler.reset()
     model.dit.zero_grad()
     gc.collect()
@@ -62,128 +77,143 @@ def plain_again(model, vae=None):
 
 
 class Step:
-    """A model, and a batch that it is fed."""
+    """A model and a batch, and the parts of a training step on them."""
 
     def __init__(self, model, case, batch):
-        self.model, self.case, self.batch = model, case, batch
+        self.model = model
         self.data = next(case.batches(1, batch, DEVICE))
         self.sigma = torch.full([batch], 0.7, device=DEVICE)
         with torch.no_grad():
-            self.text = common.read(model, self.data)
+            self.text = common.encode_text(model, self.data)
+
+    def encode_text(self):
+        common.encode_text(self.model, self.data)
 
     @torch.no_grad()
     def forward(self):
+        """The DiT's forward pass, without gradients."""
         return self.model.dit(self.data["eps"], self.sigma, self.text)
 
-    def both(self):
-        """The DiT's forward and backward."""
+    def forward_and_backward(self):
+        """The DiT's forward and backward pass."""
         self.model.dit.zero_grad()
         v = self.model.dit(self.data["eps"], self.sigma, self.text)
         v.float().square().mean().backward()
 
-    def micro(self, vae):
-        """A micro-batch as the loop has it; without a VAE from latents."""
+    def micro_batch(self, vae):
+        """A micro-batch as in the training loop. vae: None for training from latents."""
         self.model.dit.zero_grad()
-        data = self.data if vae else self.data | dict(x=self.data["eps"].roll(1, 0))
-        train.loss(self.model, vae, data, True).backward()
+        data = self.data
+        if vae is None:
+            latents = self.data["eps"].roll(1, 0)
+            data = data | dict(x=latents)
+        train.training_loss(self.model, vae, data, fast=True).backward()
 
 
-# ------------------------------------------------------------------------------ the step's parts
-
-
-def parts(case, model, batch):
-    """Milliseconds of each part of a step, compiled; its profile."""
-    begin, vae = time.monotonic(), case.vae(DEVICE, DTYPE, True)
-    step, found = Step(model, case, batch), {}
+# ---------------------------------------------------------------------------- parts of a step
+def measure_parts(case, model, batch):
+    """Milliseconds of each part of a compiled step, and its profile."""
+    begin = time.monotonic()
+    vae = case.vae(DEVICE, DTYPE, True)
+    step = Step(model, case, batch)
     backend.compile_model(model, vae)
+    ms = {}
     if vae:
         with torch.no_grad():
-            found["VAE"] = milliseconds(lambda: vae.moments(step.data["x"]), 3, 2)
-    found["Gemma"] = milliseconds(lambda: common.read(model, step.data), 5, 2)
-    found["DiT, forward"] = milliseconds(step.forward, 5, 2)
-    step.both()
-    before = forget_peak()
-    found["DiT, forward and backward"] = milliseconds(step.both, 5, 2)
+            ms["VAE"] = milliseconds(lambda: vae.moments(step.data["x"]), 3, 2)
+    ms["Gemma"] = milliseconds(step.encode_text, 5, 2)
+    ms["DiT, forward"] = milliseconds(step.forward, 5, 2)
+    step.forward_and_backward()
+    before = reset_peak()
+    ms["DiT, forward and backward"] = milliseconds(step.forward_and_backward, 5, 2)
     held = peak() - before
-    compiling = time.monotonic() - begin
+    compile_seconds = time.monotonic() - begin
     if vae:
-        found["micro-batch"] = milliseconds(lambda: step.micro(vae), 5, 2)
-    found["micro-batch from latents"] = milliseconds(lambda: step.micro(None), 5, 2)
+        ms["micro-batch"] = milliseconds(lambda: step.micro_batch(vae), 5, 2)
+    ms["micro-batch from latents"] = milliseconds(lambda: step.micro_batch(None), 5, 2)
+
     adam = train.Adam(model.dit.parameters())
 
     def update():
         for p in model.dit.parameters():
             p.grad = torch.zeros_like(p)
         adam.step()
-    found["clipping and AdamW"] = milliseconds(update, 3, 1)
+    ms["clipping and AdamW"] = milliseconds(update, 3, 1)
     model.dit.zero_grad()
-    print_parts(found, common.useful(case, "train"), batch, held, compiling)
+    report_parts(ms, common.useful_flops(case, "train"), batch, held, compile_seconds)
 
-    def whole():
-        step.micro(vae)
+    def whole_step():
+        step.micro_batch(vae)
         adam.step()
-    profile(whole, batch)
-    plain_again(model, vae)
+    report_profile(whole_step, batch)
+    undo_compile(model, vae)
 
 
-def print_parts(found, useful, batch, held, compiling):
-    """A line for each part, with the useful TFLOP/s where it is known what is useful."""
-    work = {"VAE": useful["vae"], "Gemma": useful["gemma"], "DiT, forward": useful["dit"] / 3,
-            "DiT, forward and backward": useful["dit"], "micro-batch": sum(useful.values()),
-            "micro-batch from latents": useful["dit"] + useful["gemma"]}
-    rates = {name: batch * work[name] / took / 1e9 for name, took in found.items() if name in work}
-    for name, took in found.items():
-        rate = f"{rates[name]:7.0f} TFLOP/s useful" if name in rates else ""
-        print(f"  {name:<28}{took:9.2f} ms {took / batch:8.2f} a picture {rate}", flush=True)
-    speeds = {name: 512 / (512 * found[name] / batch + found["clipping and AdamW"]) * 1000
-              for name in found if name.startswith("micro-batch")}
-    said = ", ".join(f"{name} {speed:.1f}" for name, speed in speeds.items())
-    print(f"  pictures a second, with AdamW after 512: {said}; the DiT's activations and gradients "
-          f"{held / 1e9:.1f} GB; compiled and warm after {compiling:.0f} s", flush=True)
-    record("parts", batch=batch, ms=found, tflops=rates, images_per_s=speeds, held_gb=held / 1e9,
-           compile_s=compiling)
+def report_parts(ms, useful, batch, held, compile_seconds):
+    """A line for each part, with the useful TFLOP/s where it is known what is useful.
+
+    ms: {part: milliseconds}. useful: FLOPs of one image. held: bytes of activations and gradients.
+    """
+    flops = {
+        "VAE": useful["vae"],
+        "Gemma": useful["gemma"],
+        "DiT, forward": useful["dit"] / 3,
+        "DiT, forward and backward": useful["dit"],
+        "micro-batch": sum(useful.values()),
+        "micro-batch from latents": useful["dit"] + useful["gemma"],
+    }
+    tflops = {}
+    for name, took in ms.items():
+        rate = ""
+        if name in flops:
+            tflops[name] = batch * flops[name] / took / 1e9
+            rate = f"{tflops[name]:7.0f} TFLOP/s useful"
+        print(f"  {name:<28}{took:9.2f} ms {took / batch:8.2f} an image {rate}", flush=True)
+
+    images_per_s = {}
+    for name in ms:
+        if name.startswith("micro-batch"):
+            step_ms = STEP_BATCH * ms[name] / batch + ms["clipping and AdamW"]
+            images_per_s[name] = 1000 * STEP_BATCH / step_ms
+    speeds = ", ".join(f"{name} {speed:.1f}" for name, speed in images_per_s.items())
+    print(f"  images per second, with AdamW after {STEP_BATCH}: {speeds}; the DiT's activations "
+          f"and gradients {held / 1e9:.1f} GB; compiled and warm after {compile_seconds:.0f} s",
+          flush=True)
+    record("parts", batch=batch, ms=ms, tflops=tflops, images_per_s=images_per_s,
+           held_gb=held / 1e9, compile_s=compile_seconds)
 
 
-def profile(work, batch, rounds=2):
-    """The kernels of a step by time: profile.txt, and the kinds of them."""
-    from torch.autograd import DeviceType
-    from torch.profiler import ProfilerActivity
+def report_profile(work, batch, rounds=2):
+    """Write the kernels of a step to profile.txt, the slowest first; print their kinds."""
     work()
     wait()
-    activity = ProfilerActivity.CUDA if CUDA else ProfilerActivity.CPU
-    with torch.profiler.profile(activities=[activity]) as seen:
-        for _ in range(rounds):
-            work()
-        wait()
-    kernels = []
-    for event in seen.key_averages():
-        if CUDA and event.device_type == DeviceType.CUDA and not event.is_user_annotation:
-            kernels.append((event.self_device_time_total, event.count, event.key))
-        elif not CUDA:
-            kernels.append((event.self_cpu_time_total, event.count, event.key))
-    kernels = [(us / 1000 / rounds, n // rounds, name) for us, n, name in kernels]
-    kernels.sort(reverse=True)
-    total, kinds = sum(took for took, *_ in kernels) or 1.0, {}
-    for took, _, name in kernels:
-        kind = common.kind_of(name)
-        kinds[kind] = kinds.get(kind, 0) + took
+    kernels = common.profile(work, DEVICE, rounds)
+    kernels.sort(key=lambda kernel: kernel.seconds, reverse=True)
+    to_ms = 1000 / rounds                   # from seconds of all rounds to milliseconds of one
+    total = to_ms * sum(kernel.seconds for kernel in kernels) or 1.0
+    kinds = {}
+    for kernel in kernels:
+        kind = common.kind_of(kernel.name)
+        kinds[kind] = kinds.get(kind, 0) + to_ms * kernel.seconds
+
     lines = [f"kernels of a step of {batch} with AdamW: {total:.1f} ms"]
-    lines += [f"  {took:9.2f} ms {took / total:6.1%}  {kind}"
-              for kind, took in sorted(kinds.items(), key=lambda item: -item[1])]
-    lines += [f"  {took:9.3f} ms {took / total:6.1%} {n:6d} x {name[:140]}"
-              for took, n, name in kernels[:80]]
+    for kind, took in sorted(kinds.items(), key=lambda item: -item[1]):
+        lines.append(f"  {took:9.2f} ms {took / total:6.1%}  {kind}")
+    for kernel in kernels[:80]:
+        ms = to_ms * kernel.seconds
+        lines.append(f"  {ms:9.3f} ms {ms / total:6.1%} {kernel.calls // rounds:6d} x "
+                     f"{kernel.name[:140]}")
     (kit.OUT / "profile.txt").write_text("\n".join(lines) + "\n")
     print("\n".join(line[:150] for line in lines[:len(kinds) + 17]), flush=True)
     record("profile", batch=batch, ms=total, kinds=kinds)
 
 
-# ------------------------------------------------------------------------------ variants
-
-
+# ---------------------------------------------------------------------------- variants of the DiT
 @contextlib.contextmanager
 def without_cudnn():
+    """Without cuDNN's attention, and without stored graphs, which name their kernel."""
     torch.backends.cuda.enable_cudnn_sdp(False)
-    torch._functorch.config.enable_autograd_cache = False  # a stored graph names its kernel
+    torch._functorch.config.enable_autograd_cache = False
     try:
         yield
     finally:
@@ -191,62 +221,71 @@ def without_cudnn():
         torch._functorch.config.enable_autograd_cache = True
 
 
-def variant(case, model, name, batch):
-    """The DiT's forward and backward in one of the ways."""
-    begin, step, extra = time.monotonic(), Step(model, case, batch), contextlib.nullcontext()
+def settings_of(name):
+    """The context that a variant runs in."""
     if name == "nocudnn":
-        extra = without_cudnn()
+        return without_cudnn()
     if name == "tuned":
-        extra = torch._inductor.config.patch(coordinate_descent_tuning=True)
+        return torch._inductor.config.patch(coordinate_descent_tuning=True)
+    return contextlib.nullcontext()
+
+
+def measure_variant(case, model, name, batch):
+    """The DiT's forward and backward in one of the variants."""
+    begin = time.monotonic()
+    step = Step(model, case, batch)
     if name == "float8":
         backend.use_float8(model.dit)
-    budget = int(name[6:]) / 100 if name.startswith("budget") else 1.0
-    with extra:
+    budget = 1.0
+    if name.startswith("budget"):
+        budget = int(name.removeprefix("budget")) / 100
+    with settings_of(name):
         if name != "eager":
             backend.compile_model(model, None, llm=False, budget=budget)
         if name == "remat":
             for layer in model.dit.layers:
                 layer.forward = partial(recompute, layer.forward, use_reentrant=False)
-        step.both()
+        step.forward_and_backward()
         model.dit.zero_grad()
-        before = forget_peak()
-        both = milliseconds(step.both, 5, 2)
+        before = reset_peak()
+        both_ms = milliseconds(step.forward_and_backward, 5, 2)
         held = peak() - before
-        forward = milliseconds(step.forward, 5, 2)
-    flops = batch * common.useful(case, "train")["dit"]
-    row = dict(ms=both, forward_ms=forward, held_gb=held / 1e9, peak_gb=peak() / 1e9,
-               tflops=flops / both / 1e9, seconds=time.monotonic() - begin)
-    record("variant", name=name, batch=batch, **row)
-    print(f"  {name + ':' + str(batch):<14}{both:9.2f} ms {both / batch:8.2f} a picture "
-          f"{row['tflops']:6.0f} TFLOP/s useful, forward {forward:8.2f} ms, activations and "
-          f"gradients {held / 1e9:5.1f} GB ({row['seconds']:.0f} s in all)", flush=True)
+        forward_ms = milliseconds(step.forward, 5, 2)
+
+    flops = batch * common.useful_flops(case, "train")["dit"]
+    tflops = flops / both_ms / 1e9
+    seconds = time.monotonic() - begin
+    record("variant", name=name, batch=batch, ms=both_ms, forward_ms=forward_ms,
+           held_gb=held / 1e9, peak_gb=peak() / 1e9, tflops=tflops, seconds=seconds)
+    title = f"{name}:{batch}"
+    print(f"  {title:<14}{both_ms:9.2f} ms {both_ms / batch:8.2f} an image {tflops:6.0f} TFLOP/s "
+          f"useful, forward {forward_ms:8.2f} ms, activations and gradients {held / 1e9:5.1f} GB "
+          f"({seconds:.0f} s in all)", flush=True)
 
 
-def autoencoder(case, batch):
+# ---------------------------------------------------------------------------- the VAE's encoder
+def measure_vae(case, batch):
     """The encoder's time, by memory format, compiled or not, with and without cuDNN's search."""
     x = next(case.batches(1, batch, DEVICE))["x"]
-    for compiled in (False, True):
-        for fast in (True, False):
-            vae = case.vae(DEVICE, DTYPE, fast)
-            if compiled:
+    for compiled in ("eager", "compiled"):
+        for memory_format in ("channels last", "contiguous"):
+            vae = case.vae(DEVICE, DTYPE, memory_format == "channels last")
+            if compiled == "compiled":
                 vae.encoder.compile()
-            for search in (False, True):
-                with torch.no_grad(), torch.backends.cudnn.flags(enabled=True, benchmark=search):
-                    took = milliseconds(lambda vae=vae: vae.moments(x), 3, 3)
-                name = (f"{'compiled' if compiled else 'eager'}, "
-                        f"{'channels last' if fast else 'contiguous'}"
-                        f"{', cudnn.benchmark' if search else ''}")
-                record("VAE", name=name, batch=batch, ms=took)
-                print(f"  VAE, {name:<42}{took:9.2f} ms {took / batch:8.2f} a picture", flush=True)
+            name = f"{compiled}, {memory_format}"
+            measure_encoder(vae, x, batch, name, search=False)
+            measure_encoder(vae, x, batch, f"{name}, cudnn.benchmark", search=True)
 
 
-def compile_with_graphs(model):
-    """As backend.compile_model, but each compiled block is one CUDA graph."""
-    for module in (*model.dit.layers, model.dit.norm_out):
-        module.forward = torch.compile(module.forward, mode="reduce-overhead")
+def measure_encoder(vae, x, batch, name, search):
+    with torch.no_grad(), torch.backends.cudnn.flags(enabled=True, benchmark=search):
+        ms = milliseconds(lambda: vae.moments(x), 3, 3)
+    record("VAE", name=name, batch=batch, ms=ms)
+    print(f"  VAE, {name:<42}{ms:9.2f} ms {ms / batch:8.2f} an image", flush=True)
 
 
-def captured(work):
+# ---------------------------------------------------------------------------- CUDA graphs
+def capture(work):
     """The same work as one CUDA graph of all its kernels."""
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
@@ -260,51 +299,85 @@ def captured(work):
     return graph.replay
 
 
-def graphs(case, model, batch, train):
-    """A call of the DiT, bound by launches if it is small: compiled, and in CUDA graphs."""
+def measure_graphs(case, model, batch, title, backward):
+    """A call of the DiT, limited by launches if it is small: compiled, and in CUDA graphs."""
     step = Step(model, case, batch)
-    work = step.both if train else step.forward
+    work = step.forward
+    if backward:
+        work = step.forward_and_backward
 
-    def usual():
+    def compiled():
         backend.compile_model(model, None, llm=False)
         return milliseconds(work)
 
-    def whole():
-        return milliseconds(captured(work)) if CUDA else milliseconds(work)
+    def captured_whole():
+        if not CUDA:
+            return milliseconds(work)
+        return milliseconds(capture(work))
 
-    def by_block():
-        plain_again(model)
-        compile_with_graphs(model)
+    def reduce_overhead():
+        # as backend.compile_model, but each compiled block is one CUDA graph
+        undo_compile(model)
+        for module in (*model.dit.layers, model.dit.norm_out):
+            module.forward = torch.compile(module.forward, mode="reduce-overhead")
 
         def marked():
             torch.compiler.cudagraph_mark_step_begin()
             work()
         return milliseconds(marked, 10, 6)
-    ways = {"compiled": usual, "compiled, captured whole": whole, "reduce-overhead": by_block}
+
+    ways = {"compiled": compiled, "compiled, captured whole": captured_whole,
+            "reduce-overhead": reduce_overhead}
     for way, measure in ways.items():
-        name = f"{'demo, forward and backward' if train else 'sampling, forward'}: {way}"
+        name = f"{title}: {way}"
         try:
-            took = measure()
-        except RuntimeError as e:           # of what may not be captured; the other ways can go on
-            record("graphs", name=name, batch=batch, error=why(e))
-            print(f"  {name}: {why(e)}", flush=True)
+            ms = measure()
+        except RuntimeError as e:           # something that cannot be captured
+            record("graphs", name=name, batch=batch, error=one_line(e))
+            print(f"  {name}: {one_line(e)}", flush=True)
             continue
-        record("graphs", name=name, batch=batch, ms=took)
-        print(f"  {name:<56}{took:9.3f} ms", flush=True)
+        record("graphs", name=name, batch=batch, ms=ms)
+        print(f"  {name:<56}{ms:9.3f} ms", flush=True)
 
 
+# ---------------------------------------------------------------------------- the program
 def run(case, model, name, batch):
-    """The step's parts, or one variant."""
+    """Measure the step's parts, or one variant."""
     if name == "parts":
-        return parts(case, model, batch)
-    if name == "vae":
-        return autoencoder(case, batch)
-    if name == "graphs":
-        return graphs(case, model, batch, False)
-    if name == "demo-graphs":
+        measure_parts(case, model, batch)
+    elif name == "vae":
+        measure_vae(case, batch)
+    elif name == "graphs":
+        measure_graphs(case, model, batch, "sampling, forward", backward=False)
+    elif name == "demo-graphs":
         demo = demo_case()
-        return graphs(demo, demo.build(DEVICE, DTYPE), batch, True)
-    return variant(case, model, name, batch)
+        measure_graphs(demo, demo.build(DEVICE, DTYPE), batch, "demo, forward and backward",
+                       backward=True)
+    else:
+        measure_variant(case, model, name, batch)
+
+
+def run_all(case, model, items):
+    """Run items NAME:BATCH while there is time; returns those that failed."""
+    failed = []
+    for item in items:
+        name, batch = item.split(":")
+        if name == "float8" and not importlib.util.find_spec("torchao"):
+            print("  float8: torchao is not installed")
+            continue
+        if kit.seconds_left() < 35:         # most of a variant's time goes into compiling
+            print(f"  {item}: no time left")
+            continue
+        undo_compile(model)
+        try:
+            run(case, model, name, int(batch))
+        except Exception as e:
+            print(f"  {item}: {one_line(e)}", flush=True)
+            record("variant", name=name, batch=int(batch), error=one_line(e))
+            if not isinstance(e, torch.OutOfMemoryError):
+                traceback.print_exc()
+                failed.append(item)
+    return failed
 
 
 def main():
@@ -315,29 +388,18 @@ def main():
     args = p.parse_args()
     torch.set_float32_matmul_precision("high")
     backend.configure(DEVICE, DTYPE)
-    case = small_case() if SMALL else common.case("fusedit/large-scale")
-    model, failed = case.build(DEVICE, DTYPE), []
-    print(f"DiT of {sum(p.numel() for p in model.dit.parameters()):,} weights", flush=True)
-    items = [*filter(None, args.variants.split(","))]
+    if SMALL:
+        case = small_case()
+    else:
+        case = common.case("fusedit/large-scale")
+    model = case.build(DEVICE, DTYPE)
+    weights = sum(p.numel() for p in model.dit.parameters())
+    print(f"DiT of {weights:,} weights", flush=True)
+
+    items = [item for item in args.variants.split(",") if item]
     if args.batch:
         items.insert(0, f"parts:{args.batch}")
-    for item in items:
-        name, batch = item.split(":")
-        if name == "float8" and not importlib.util.find_spec("torchao"):
-            print("  float8: torchao is not installed")
-            continue
-        if kit.seconds_left() < 35:         # most of a variant's time goes into compiling
-            print(f"  {item}: no time left")
-            continue
-        plain_again(model)
-        try:
-            run(case, model, name, int(batch))
-        except Exception as e:
-            print(f"  {item}: {why(e)}", flush=True)
-            record("variant", name=name, batch=int(batch), error=why(e))
-            if not isinstance(e, torch.OutOfMemoryError):
-                traceback.print_exc()
-                failed.append(item)
+    failed = run_all(case, model, items)
     if failed:
         raise SystemExit(f"failed: {', '.join(failed)}")
 

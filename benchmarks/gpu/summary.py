@@ -1,12 +1,16 @@
-"""The table that comes last, made of what the parts wrote in OUT. It needs no torch."""
+"""The table that is printed last, made of what the parts wrote to OUT. It does not need torch."""
 import json
 from pathlib import Path
 
+TOLERANCE = 0.03                            # of attention, as in attn.py
+
 
 def rows(path):
-    """The JSON lines of a file; of a line that was cut by a kill, nothing."""
+    """The JSON lines of a file, if it exists. A line that was cut by a kill is left out."""
     found = []
-    for line in path.read_text().splitlines() if path.exists() else ():
+    if not path.exists():
+        return found
+    for line in path.read_text().splitlines():
         try:
             found.append(json.loads(line))
         except ValueError:
@@ -15,30 +19,34 @@ def rows(path):
 
 
 def newest(out):
-    """{kind: rows} of results.jsonl; where a thing was measured twice, the last time counts."""
+    """{kind: rows} of results.jsonl. If something was measured twice, the last time counts."""
     found = {}
     for row in rows(out / "results.jsonl"):
-        key = tuple(row.get(k) for k in ("name", "text", "batch"))
+        key = (row.get("name"), row.get("text"), row.get("batch"))
         found.setdefault(row["kind"], {})[key] = row
-    return {kind: [*of.values()] for kind, of in found.items()}
+    return {kind: list(by_key.values()) for kind, by_key in found.items()}
 
 
 def lines(out):
-    """The table's lines, of a folder OUT; what cannot be told is named, and the rest is."""
+    """The lines of the table. A section that cannot be made is named, and the others follow."""
     out = Path(out)
     found = newest(out)
     yield "=" * 40 + " SUMMARY " + "=" * 40
-    for section in (machine, ceilings, attention, parts, variants, benchmarks, runs, ends):
+    sections = (machine, ceilings, attention, other_attentions, parts, profile, variants,
+                benchmarks, runs, smoke, ends)
+    for section in sections:
         try:
             yield from section(found, out)
         except (KeyError, TypeError, ValueError, AttributeError) as e:
-            yield f"{section.__name__}: cannot be told: {type(e).__name__} {e}"
+            yield f"{section.__name__}: cannot be shown: {type(e).__name__} {e}"
 
+
+# Each section yields lines. found: {kind: rows}; out: the folder OUT.
 
 def machine(found, _):
+    names = ("gpu", "memory_gb", "smi", "torch", "cudnn", "nccl", "triton", "transformers",
+             "deepspeed", "python", "cores")
     for row in found.get("environment", []):
-        names = ("gpu", "memory_gb", "smi", "torch", "cudnn", "nccl", "triton", "transformers",
-                 "deepspeed", "python", "cores")
         yield ", ".join(f"{name} {row[name]}" for name in names if row.get(name) is not None)
 
 
@@ -58,37 +66,54 @@ def ceilings(found, _):
 
 def attention(found, _):
     for row in found.get("choice", []):
-        yield (f"attention, {row['text']} tokens of text: with a mask PyTorch takes "
+        yield (f"attention, {row['text']} tokens of text: with a mask PyTorch chooses "
                f"{row['added']}, without one {row['none']}")
-    absent = {}
+    missing = {}                            # error -> names
     for row in found.get("attention", []):
         if "error" in row:
-            absent.setdefault(row["error"][:70], []).append(f"{row['name']} ({row['text']})")
+            error = row["error"][:70]
+            missing.setdefault(error, []).append(f"{row['name']} ({row['text']})")
             continue
-        wrong = "" if row["off"] < 0.03 else "  <-- WRONG"
+        warning = ""
+        if not row["off"] < TOLERANCE:
+            warning = "  <-- WRONG"
         yield (f"  {row['text']:>4} {row['name']:<28}{row['ms']:8.3f} ms {row['tflops']:5.0f} "
                f"TFLOP/s, both {row['both_ms']:8.3f} ms, backward {row['backward_tflops']:5.0f} "
-               f"TFLOP/s, off {row['off']:.0e}{wrong}")
-    for error, names in absent.items():
-        yield f"  not here: {', '.join(names)}: {error}"
+               f"TFLOP/s, off {row['off']:.0e}{warning}")
+    for error, names in missing.items():
+        yield f"  not available: {', '.join(names)}: {error}"
+
+
+def other_attentions(found, _):
     for kind in ("extremes", "attention of the Gemma", "attention of the VAE"):
-        said = [f"{r['name']} " + (f"{r['ms']:.3f} ms" if "ms" in r else
-                                   f"{r['bad']} not finite" if "bad" in r else "not here")
-                for r in found.get(kind, [])]
-        if said:
-            yield f"  {kind}: {'; '.join(said)}"
+        results = [f"{row['name']} {_attention_result(row)}" for row in found.get(kind, [])]
+        if results:
+            yield f"  {kind}: {'; '.join(results)}"
+
+
+def _attention_result(row):
+    if "ms" in row:
+        return f"{row['ms']:.3f} ms"
+    if "bad" in row:
+        return f"{row['bad']} not finite"
+    return "not available"
 
 
 def parts(found, _):
     for row in found.get("parts", []):
-        yield f"a step of {row['batch']} pictures, compiled (warm after {row['compile_s']:.0f} s):"
+        batch = row["batch"]
+        yield f"a step of {batch} images, compiled (warm after {row['compile_s']:.0f} s):"
         for name, ms in row["ms"].items():
-            rate = row["tflops"].get(name)
-            yield (f"  {name:<28}{ms:9.2f} ms {ms / row['batch']:8.2f} a picture"
-                   + (f" {rate:7.0f} TFLOP/s useful" if rate else ""))
-        speeds = ", ".join(f"{k} {v:.1f}" for k, v in row["images_per_s"].items())
-        yield (f"  pictures a second, with AdamW after 512: {speeds}; activations and gradients "
+            rate = ""
+            if row["tflops"].get(name):
+                rate = f" {row['tflops'][name]:7.0f} TFLOP/s useful"
+            yield f"  {name:<28}{ms:9.2f} ms {ms / batch:8.2f} an image{rate}"
+        speeds = ", ".join(f"{name} {speed:.1f}" for name, speed in row["images_per_s"].items())
+        yield (f"  images per second, with AdamW after 512: {speeds}; activations and gradients "
                f"{row['held_gb']:.1f} GB")
+
+
+def profile(found, _):
     for row in found.get("profile", []):
         for kind, ms in sorted(row["kinds"].items(), key=lambda item: -item[1]):
             yield f"  {ms:9.2f} ms {ms / row['ms']:6.1%} of the kernels' time: {kind}"
@@ -100,34 +125,38 @@ def variants(found, _):
         if "error" in row:
             yield f"  {name:<16} {row['error'][:110]}"
         else:
-            yield (f"  {name:<16}{row['ms']:9.2f} ms {row['ms'] / row['batch']:8.2f} a picture "
+            yield (f"  {name:<16}{row['ms']:9.2f} ms {row['ms'] / row['batch']:8.2f} an image "
                    f"{row['tflops']:6.0f} TFLOP/s useful, held {row['held_gb']:5.1f} GB")
     for row in found.get("VAE", []):
         yield f"  VAE, {row['name']:<40}{row['ms']:9.2f} ms of {row['batch']}"
     for row in found.get("graphs", []):
-        took = f"{row['ms']:9.3f} ms of {row['batch']}" if "ms" in row else row["error"][:80]
-        yield f"  {row['name']:<56}{took}"
+        if "ms" in row:
+            yield f"  {row['name']:<56}{row['ms']:9.3f} ms of {row['batch']}"
+        else:
+            yield f"  {row['name']:<56}{row['error'][:80]}"
 
 
 def benchmarks(found, out):
     """train.json and sample.json, of benchmarks/train.py and benchmarks/sample.py."""
-    made = {}
+    results = {}
     if (out / "train.json").exists():
-        made["train.py"] = json.loads((out / "train.json").read_text())
+        results["train.py"] = json.loads((out / "train.json").read_text())
     if (out / "sample.json").exists():
-        for n, result in json.loads((out / "sample.json").read_text()).items():
-            made[f"sample.py, {n}"] = result
-    for name, result in made.items():
-        for way in ("two phases", "joint mask"):
-            row = result[way]
-            yield (f"  {name}, {way}: {1000 * row['seconds']:.0f} ms, {row['images_per_s']:.2f} "
-                   f"images/s, {row['utilisation']:.1%} of {result['matrix_rate'] / 1e12:.0f} "
-                   f"TFLOP/s, {(row['peak_bytes'] or 0) / 1e9:.1f} GB")
-        shares = ", ".join(f"{k} {1000 * v:.1f} ms" for k, v in result["shares"].items())
+        for batch, result in json.loads((out / "sample.json").read_text()).items():
+            results[f"sample.py, {batch}"] = result
+    for name, result in results.items():
+        for formulation in ("two phases", "joint mask"):
+            row = result[formulation]
+            peak_gb = (row["peak_bytes"] or 0) / 1e9
+            yield (f"  {name}, {formulation}: {1000 * row['seconds']:.0f} ms, "
+                   f"{row['images_per_s']:.2f} images/s, {row['utilisation']:.1%} of "
+                   f"{result['matrix_rate'] / 1e12:.0f} TFLOP/s, {peak_gb:.1f} GB")
+        shares = ", ".join(f"{kind} {1000 * s:.1f} ms" for kind, s in result["shares"].items())
         yield f"  {name}: {result['ratio']:.2f} times as fast; {shares}"
     for row in found.get("exact", []):
-        for way, far in row["exactness"].items():
-            yield f"  {row['name']}, {way}: " + ", ".join(f"{k} {v:.1e}" for k, v in far.items())
+        for formulation, distances in row["exactness"].items():
+            shown = ", ".join(f"{name} {distance:.1e}" for name, distance in distances.items())
+            yield f"  {row['name']}, {formulation}: {shown}"
 
 
 def runs(found, _):
@@ -140,26 +169,33 @@ def runs(found, _):
     for row in found.get("large", []):
         if "error" in row:
             yield f"  train_gpu.py, 2B, {row['name']}: {row['error']}"
-        else:
-            use = f", {row['utilisation']:.1%} of peak" if row["utilisation"] else ""
-            yield (f"  train_gpu.py, 2B, {row['name']}: {row['images_per_s']:.1f} images/s{use}, "
-                   f"{row['memory_gb']:.1f} GB, losses {[round(x, 2) for x in row['losses']]}")
-    smoke = found.get("smoke", [])
-    if smoke:
-        bad = [f"{r['name']} ({r['problem'][:100]})" for r in smoke if r["problem"]]
-        yield f"  smoke: {len(smoke) - len(bad)} of {len(smoke)} right {'; '.join(bad)}"
+            continue
+        mfu = ""
+        if row["utilisation"]:
+            mfu = f", {row['utilisation']:.1%} of peak"
+        losses = [round(loss, 2) for loss in row["losses"]]
+        yield (f"  train_gpu.py, 2B, {row['name']}: {row['images_per_s']:.1f} images/s{mfu}, "
+               f"{row['memory_gb']:.1f} GB, losses {losses}")
+
+
+def smoke(found, _):
+    results = found.get("smoke", [])
+    if results:
+        bad = [f"{row['name']} ({row['problem'][:100]})" for row in results if row["problem"]]
+        right = len(results) - len(bad)
+        yield f"  smoke: {right} of {len(results)} right {'; '.join(bad)}"
     apart = found.get("apart", [])
     if apart:
-        far = max(apart, key=lambda r: r["apart"])
-        yield f"  smoke: losses are at most {far['apart']:.1e} apart ({far['name']})"
+        most = max(apart, key=lambda row: row["apart"])
+        yield f"  smoke: losses are at most {most['apart']:.1e} apart ({most['name']})"
 
 
 def ends(found, _):
     """How the parts ended."""
-    said = []
-    ends_as = {0: "ok", -1: "not begun", 124: "too slow", 130: "stopped"}
+    names = {0: "ok", -1: "not begun", 124: "too slow", 130: "stopped"}
+    results = []
     for row in found.get("part", []):
-        end = ends_as.get(row["code"], f"FAILED with {row['code']}")
-        said.append(f"{row['name']} {end} {row['seconds']:.0f} s")
-    if said:
-        yield "parts: " + "; ".join(said)
+        end = names.get(row["code"], f"FAILED with {row['code']}")
+        results.append(f"{row['name']} {end} {row['seconds']:.0f} s")
+    if results:
+        yield "parts: " + "; ".join(results)

@@ -1,4 +1,4 @@
-"""A benchmark on a model of two layers and with hardly a matrix product, for SMALL=1.
+"""Runs a benchmark on a model of two layers and almost without a matrix product, for SMALL=1.
 
     python benchmarks/gpu/tiny.py train --batch 1 --rounds 1 --no-compile
 """
@@ -10,15 +10,15 @@ import common
 import torch
 
 
-def product(case, device, dtype, rows, train):
-    """In place of common.product, which takes seconds so that its rate can be relied on."""
+def small_product(case, device, dtype, rows, train):
+    """Replaces common.product, which takes seconds in order to measure a reliable rate."""
     a = torch.randn(256, 256, device=device, dtype=dtype)
     return lambda: a @ a, 2 * 256**3
 
 
 def main():
     common.SMALL["num_hidden_layers"] = 2
-    common.product = product
+    common.product = small_product
     path = kit.ROOT / "benchmarks" / f"{sys.argv.pop(1)}.py"
     sys.argv[0] = str(path)
     runpy.run_path(str(path), run_name="__main__")

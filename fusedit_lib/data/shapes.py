@@ -15,11 +15,11 @@ def shapes_sample(seed: int, image_size: int, i: int) -> dict:
     """
     rng = random.Random(f"shapes {seed} {i}")
     scene = scenes.training_scene(rng)
-    discs = scenes.place(scene, rng)
+    discs = scenes.layout(scene, rng)
     image = render.render(scene, discs, image_size)
     captions = []
     for _ in range(2):                      # each leaves other details of the scene out
-        captions.append(scenes.caption(scenes.forget(scene, rng), rng))
+        captions.append(scenes.caption(scenes.omit_defaults(scene, rng), rng))
     return {"__key__": f"{i:09d}", "image.png": encode_png(image),
             "synthetic_caption.txt": captions[0].encode(),
             "original_caption.txt": captions[1].encode()}

@@ -19,7 +19,7 @@ def score_shapes(folder, n, seed, settings):
     images = []
     for k, (category, described, prompt) in enumerate(scenes.evaluation_prompts(n, seed)):
         image = Image.open(folder / "images" / f"{k:05}.png").convert("RGB")
-        mistake = detector.verdict(described, detector.read(image))
+        mistake = detector.mismatch(described, detector.detect(image))
         rows.append(dict(category=category, prompt=prompt, right=int(not mistake), why=mistake))
         images.append(image)
 
@@ -35,9 +35,9 @@ def score_detector(n, seed):
     wrong = 0
     for i in tqdm(range(n), unit="image", desc="reading", disable=None):
         rng = random.Random(f"ground truth {seed} {i}")
-        scene = scenes.draw_scene(rng)
-        image = render.render(scene, scenes.place(scene, rng))
-        mistake = detector.verdict(scene, detector.read(image))
+        scene = scenes.random_scene(rng)
+        image = render.render(scene, scenes.layout(scene, rng))
+        mistake = detector.mismatch(scene, detector.detect(image))
         if mistake:
             wrong += 1
             tqdm.write(f"wrong: {mistake}; drawn: {scenes.caption(scene, rng)}")

@@ -1,9 +1,10 @@
-"""The demo's own world: scenes of coloured shapes, their captions, a reader and a judge for them.
+"""The world of the demo: scenes of coloured shapes, their captions, and code that checks images.
 
-scenes.py    what a scene is, what is said about it, where things stand, what training never sees
-render.py    a scene as pixels (Pillow)
-detector.py  pixels as a scene again (numpy), and whether they are what a caption says
-tiny_gemma.py  a small Gemma 2 that has read enough about scenes to be the demo's frozen reader
+scenes.py          what a scene is, its captions and layout, and what training never contains
+render.py          draws a scene (Pillow)
+detector.py        recovers the scene from an image (numpy) and compares it with a caption
+training_text.py   text about scenes: captions, questions and answers
+tiny_gemma.py      trains a small Gemma 2 on that text, to be the demo's frozen text tower
 
-prepare_data.py and evaluate.py are the commands; nothing in fusedit.py depends on this folder.
+The commands are in prepare_data.py and evaluate.py. fusedit.py does not depend on this folder.
 """

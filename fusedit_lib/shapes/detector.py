@@ -1,10 +1,12 @@
-"""Pixels as a scene again, and whether they are what a caption says.
+"""Recovers the scene from an image, and compares it with what the caption describes.
 
-No learning: the background is the colour of most of the border; what differs from it falls into
-connected components; each takes the nearest named colour of its interior, and the shape whose
-silhouette, scaled to the same area, overlaps it best. Exact on rendered scenes, and tolerant of
-the soft edges, tints and specks of a model's drawing.
+Nothing is learned. The background is the most frequent colour of the border. Pixels that differ
+from it form connected regions. Each region is an object: its colour is the nearest named colour of
+its interior, and its shape is the one whose silhouette, scaled to the same area, overlaps it best.
+This is exact on rendered scenes, and it tolerates the soft edges, tints and specks of generated
+images.
 """
+import functools
 from itertools import permutations
 from typing import NamedTuple
 
@@ -12,144 +14,237 @@ import numpy as np
 from PIL import Image, ImageDraw
 
 from fusedit_lib.shapes.render import draw_shape
-from fusedit_lib.shapes.scenes import COLOURS, SHAPES, SIDE, Disc, Scene, stands
+from fusedit_lib.shapes.scenes import (
+    COLOURS,
+    SHAPES,
+    SIDE,
+    Disc,
+    Group,
+    Scene,
+    relation_holds,
+)
 
+COLOUR_NAMES = tuple(COLOURS)
 PALETTE = np.array(list(COLOURS.values()), np.float32)     # [colours, 3]
-NAMES = tuple(COLOURS)
-S = int(SIDE)                                              # every picture is judged at 64 x 64
-UNLIKE = 45.0          # RGB distance from the background at which a pixel is something else
-MIN_AREA = 16          # pixels; a speck below it is ignored (the smallest shape has about 90)
-MIN_OVERLAP = 0.6      # intersection over union with the best silhouette, or it is no shape
-MIN_SHARE = 0.6        # of an object's interior in one colour, or it has no colour
-LARGE = 10.6           # radius from which an object is large
-TEMPLATE = 128         # side of a silhouette; its disc of radius 1 is inscribed
+PIXELS = int(SIDE)                      # images are resized to 64 x 64
+FOREGROUND_DISTANCE = 45.0              # in RGB, from the background
+MIN_AREA = 16                           # pixels; smaller regions are specks, not objects
+MIN_INTERIOR = 30                       # pixels; below, the strongest colours of a region are used
+MIN_OVERLAP = 0.6                       # intersection over union with the best silhouette
+MIN_COLOUR_SHARE = 0.6                  # of an object's interior that has the same nearest colour
+LARGE_RADIUS = 10.6                     # objects of this radius or more are large
+TEMPLATE = 128                          # side of a silhouette; its inscribed disc has radius 1
+RADIUS_FACTORS = (0.94, 1.0, 1.06)      # tried around the radius that the area suggests
+UNKNOWN = "?"
 
 
-class Seen(NamedTuple):
-    """One object found; "?" where it has no clear shape or colour."""
-    shape: str
-    colour: str
+class DetectedObject(NamedTuple):
+    shape: str                          # "?" if no silhouette overlaps the object well enough
+    colour: str                         # "?" if the object has no single colour
     size: str
+    disc: Disc
+    overlap: float                      # with the best silhouette, from 0 to 1
+
+
+class Detection(NamedTuple):
+    objects: tuple[DetectedObject, ...]
+    background: str
+
+
+class Silhouette(NamedTuple):
+    """A filled shape in the square from -1 to 1."""
+    shape: str
+    mask: np.ndarray                    # [128, 128], bool
+    area: float                         # of the shape with radius 1
+    x: float                            # centroid
+    y: float
+
+
+class Fit(NamedTuple):
+    """The silhouette that overlaps a region best."""
+    shape: str
     disc: Disc
     overlap: float
 
 
-class Reading(NamedTuple):
-    objects: tuple[Seen, ...]
-    background: str
+# ---------------------------------------------------------------------------- from image to scene
+def detect(image: Image.Image) -> Detection:
+    """The objects and the background of an image of any size."""
+    if image.size != (PIXELS, PIXELS):
+        image = image.resize((PIXELS, PIXELS), Image.Resampling.BICUBIC)
+    pixels = np.asarray(image.convert("RGB"), np.float32)                # [64, 64, 3]
+
+    # the background: the most frequent colour of the border, with the exact tint that it has here
+    border = _border(pixels)
+    names = nearest_colours(border)
+    background = np.bincount(names, minlength=len(COLOUR_NAMES)).argmax()
+    tint = np.median(border[names == background], axis=0)
+
+    distance = np.linalg.norm(pixels - tint, axis=-1)                    # [64, 64]
+    regions = connected_regions(distance > FOREGROUND_DISTANCE)
+    objects = [detect_object(pixels, region, tint, distance) for region in regions]
+    return Detection(tuple(objects), COLOUR_NAMES[background])
 
 
-def silhouettes() -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Filled outlines [shapes, 128, 128], their areas for radius 1, their centroids [shapes, 2]."""
-    masks = []
+def _border(pixels):
+    """The pixels [n, 3] of a frame that is two pixels wide."""
+    top = pixels[:2].reshape(-1, 3)
+    bottom = pixels[-2:].reshape(-1, 3)
+    left = pixels[2:-2, :2].reshape(-1, 3)
+    right = pixels[2:-2, -2:].reshape(-1, 3)
+    return np.concatenate([top, bottom, left, right])
+
+
+def nearest_colours(pixels: np.ndarray) -> np.ndarray:
+    """Index [...] of the nearest colour of PALETTE for pixels [..., 3]."""
+    distances = ((pixels[..., None, :] - PALETTE) ** 2).sum(-1)
+    return distances.argmin(-1)
+
+
+def _neighbours(x):
+    """The image x [64, 64] shifted by one pixel to each of the four sides; zeros come in."""
+    padded = np.pad(x, 1)
+    return [padded[:-2, 1:-1], padded[2:, 1:-1], padded[1:-1, :-2], padded[1:-1, 2:]]
+
+
+def connected_regions(mask: np.ndarray) -> list[np.ndarray]:
+    """The 4-connected regions of a mask [64, 64], each as a mask, without specks."""
+    # Every pixel starts with a label of its own and takes the largest of its neighbours' labels,
+    # until all pixels of a region have the same one.
+    labels = np.arange(1, mask.size + 1).reshape(mask.shape)
+    labels = np.where(mask, labels, 0)
+    while True:
+        largest = np.maximum.reduce([labels, *_neighbours(labels)])
+        largest = np.where(mask, largest, 0)
+        if (largest == labels).all():
+            break
+        labels = largest
+
+    values, areas = np.unique(labels[mask], return_counts=True)
+    return [labels == value for value, area in zip(values, areas, strict=True) if area >= MIN_AREA]
+
+
+def dilate(mask: np.ndarray) -> np.ndarray:
+    """The mask and all pixels next to it."""
+    return np.logical_or.reduce([mask, *_neighbours(mask)])
+
+
+def detect_object(pixels: np.ndarray, region: np.ndarray, tint: np.ndarray,
+                  distance: np.ndarray) -> DetectedObject:
+    """Colour, shape and size of one region.
+
+    pixels: the image [64, 64, 3]. region: bool [64, 64]. tint: the background's colour [3].
+    distance: of every pixel from it [64, 64].
+    """
+    # colour: of the interior, or if the region is small or thin, of what differs most
+    interior = ~dilate(~region)
+    if interior.sum() < MIN_INTERIOR:
+        interior = region & (distance >= np.quantile(distance[region], 0.7))
+    counts = np.bincount(nearest_colours(pixels[interior]), minlength=len(COLOUR_NAMES))
+    colour = UNKNOWN
+    if counts.max() >= MIN_COLOUR_SHARE * counts.sum():
+        colour = COLOUR_NAMES[counts.argmax()]
+
+    # coverage: how much of each pixel belongs to the object, from its mixture of two colours
+    direction = np.median(pixels[interior], axis=0) - tint
+    length = max(float(direction @ direction), 1.0)
+    coverage = ((pixels - tint) @ direction / length).clip(0, 1)
+    coverage = np.where(dilate(region), coverage, 0)
+
+    fit = best_silhouette(coverage)
+    size = "small"
+    if fit.disc.r >= LARGE_RADIUS:
+        size = "large"
+    return DetectedObject(fit.shape, colour, size, fit.disc, fit.overlap)
+
+
+# ---------------------------------------------------------------------------- shapes
+@functools.cache
+def silhouettes() -> tuple[Silhouette, ...]:
+    """The silhouette of every shape, in the order of SHAPES."""
+    half = TEMPLATE / 2
+    centre = SIDE / 2
+    coordinates = (np.arange(TEMPLATE) + 0.5) / half - 1                 # of the pixel centres
+    found = []
     for shape in SHAPES:
         image = Image.new("L", (TEMPLATE, TEMPLATE))
-        middle = SIDE / 2
-        draw_shape(ImageDraw.Draw(image), shape, Disc(middle, middle, middle), TEMPLATE / SIDE, 1)
-        masks.append(np.asarray(image, bool))
-    masks = np.stack(masks)
-    half = TEMPLATE / 2
-    grid = (np.arange(TEMPLATE) + 0.5) / half - 1          # unit coordinates of the pixels
-    areas = masks.sum((1, 2))
-    centroids = np.stack([masks.sum(1) @ grid, masks.sum(2) @ grid], 1) / areas[:, None]
-    return masks, areas / half ** 2, centroids
+        disc = Disc(centre, centre, centre)
+        draw_shape(ImageDraw.Draw(image), shape, disc, TEMPLATE / SIDE, 1)
+        mask = np.asarray(image, bool)
+        area = mask.sum()
+        x = mask.sum(0) @ coordinates / area
+        y = mask.sum(1) @ coordinates / area
+        found.append(Silhouette(shape, mask, area / half ** 2, x, y))
+    return tuple(found)
 
 
-MASKS, AREAS, CENTROIDS = silhouettes()
+def best_silhouette(coverage: np.ndarray) -> Fit:
+    """The shape that best overlaps a coverage map [64, 64] with values from 0 to 1."""
+    centres = np.arange(PIXELS) + 0.5
+    area = coverage.sum()
+    centroid_x = coverage.sum(0) @ centres / area
+    centroid_y = coverage.sum(1) @ centres / area
+    disc = Disc(float(centroid_x), float(centroid_y), float(np.sqrt(area / 2)))
+    best = Fit(UNKNOWN, disc, 0.0)
+    for silhouette in silhouettes():
+        for factor in RADIUS_FACTORS:
+            r = np.sqrt(area / silhouette.area) * factor
+            x = centroid_x - silhouette.x * r
+            y = centroid_y - silhouette.y * r
+            covered = sample_mask(silhouette.mask, (centres - x) / r, (centres - y) / r)
+            intersection = np.minimum(covered, coverage).sum()
+            union = np.maximum(covered, coverage).sum()
+            overlap = intersection / union
+            if overlap > best.overlap:
+                disc = Disc(float(x), float(y), float(r))
+                best = Fit(silhouette.shape, disc, float(overlap))
+    if best.overlap < MIN_OVERLAP:
+        return best._replace(shape=UNKNOWN)
+    return best
 
 
-def components(mask: np.ndarray) -> list[np.ndarray]:
-    """The 4-connected regions of a mask [64, 64], as masks, specks left out."""
-    labels = np.where(mask, np.arange(1, mask.size + 1).reshape(mask.shape), 0)
-    while True:                                            # each pixel takes its region's largest
-        wide = np.pad(labels, 1)
-        spread = np.maximum.reduce([labels, wide[:-2, 1:-1], wide[2:, 1:-1],
-                                    wide[1:-1, :-2], wide[1:-1, 2:]]) * mask
-        if (spread == labels).all():
-            break
-        labels = spread
-    found, counts = np.unique(labels[mask], return_counts=True)
-    return [labels == label for label, n in zip(found, counts) if n >= MIN_AREA]
+def sample_mask(mask: np.ndarray, x: np.ndarray, y: np.ndarray) -> np.ndarray:
+    """Values [H, W] of a silhouette's mask at coordinates x [W] and y [H]; False outside it."""
+    columns = np.floor((x + 1) * TEMPLATE / 2).astype(int)
+    rows = np.floor((y + 1) * TEMPLATE / 2).astype(int)
+    columns_inside = (columns >= 0) & (columns < TEMPLATE)
+    rows_inside = (rows >= 0) & (rows < TEMPLATE)
+    values = mask[rows.clip(0, TEMPLATE - 1)[:, None], columns.clip(0, TEMPLATE - 1)]
+    return values & rows_inside[:, None] & columns_inside
 
 
-def grow(mask: np.ndarray) -> np.ndarray:
-    wide = np.pad(mask, 1)
-    return (mask | wide[:-2, 1:-1] | wide[2:, 1:-1] | wide[1:-1, :-2] | wide[1:-1, 2:])
+# ---------------------------------------------------------------------------- against a caption
+def mismatch(description: Scene, detection: Detection) -> str:
+    """The first difference between an image and its caption; "" if there is none.
 
+    The image has to contain all that the caption describes, and nothing else.
+    """
+    wanted = [group for group in description.groups for _ in range(group.count)]
+    objects = detection.objects
+    if len(objects) != len(wanted):
+        return f"{len(objects)} objects, not {len(wanted)}"
+    if description.background not in (None, detection.background):
+        return f"background {detection.background}, not {description.background}"
 
-def nearest(pixels: np.ndarray) -> np.ndarray:
-    """Index of the nearest palette colour of every pixel [..., 3]."""
-    return ((pixels[..., None, :] - PALETTE) ** 2).sum(-1).argmin(-1)
-
-
-def read(image: Image.Image) -> Reading:
-    """Everything the detector sees in a picture."""
-    if image.size != (S, S):
-        image = image.resize((S, S), Image.Resampling.BICUBIC)
-    pixels = np.asarray(image.convert("RGB"), np.float32)  # [64, 64, 3]
-    border = np.concatenate([pixels[:2].reshape(-1, 3), pixels[-2:].reshape(-1, 3),
-                             pixels[2:-2, :2].reshape(-1, 3), pixels[2:-2, -2:].reshape(-1, 3)])
-    votes = nearest(border)
-    ground = np.bincount(votes, minlength=len(NAMES)).argmax()
-    tint = np.median(border[votes == ground], axis=0)      # as it was really painted
-    away = np.linalg.norm(pixels - tint, axis=-1)          # [64, 64]
-    regions = components(away > UNLIKE)
-    objects = tuple(look(pixels, region, tint, away) for region in regions)
-    return Reading(objects, NAMES[ground])
-
-
-def look(pixels: np.ndarray, region: np.ndarray, tint: np.ndarray, away: np.ndarray) -> Seen:
-    """Colour, shape and size of one connected region."""
-    interior = ~grow(~region)
-    if interior.sum() < 30:                                # small or thin: what stands out most
-        interior = region & (away >= np.quantile(away[region], 0.7))
-    votes = np.bincount(nearest(pixels[interior]), minlength=len(NAMES))
-    colour = NAMES[votes.argmax()] if votes.max() >= MIN_SHARE * votes.sum() else "?"
-    paint = np.median(pixels[interior], axis=0) - tint     # how much of each pixel is painted
-    cover = ((pixels - tint) @ paint / max(float(paint @ paint), 1.0)).clip(0, 1) * grow(region)
-    shape, disc, overlap = silhouette(cover)
-    return Seen(shape, colour, "large" if disc.r >= LARGE else "small", disc, overlap)
-
-
-def silhouette(cover: np.ndarray) -> tuple[str, Disc, float]:
-    """The shape that best overlaps a coverage map [64, 64] in [0, 1]: name, disc, overlap."""
-    area = cover.sum()
-    centres = np.arange(S) + 0.5
-    cx, cy = cover.sum(0) @ centres / area, cover.sum(1) @ centres / area
-    best = ("?", Disc(float(cx), float(cy), float(np.sqrt(area / 2))), 0.0)
-    for k, shape in enumerate(SHAPES):
-        for stretch in (0.94, 1.0, 1.06):
-            r = np.sqrt(area / AREAS[k]) * stretch
-            x, y = cx - CENTROIDS[k, 0] * r, cy - CENTROIDS[k, 1] * r
-            painted = sampled(MASKS[k], (centres - x) / r, (centres - y) / r)
-            overlap = np.minimum(painted, cover).sum() / np.maximum(painted, cover).sum()
-            if overlap > best[2]:
-                best = (shape, Disc(float(x), float(y), float(r)), float(overlap))
-    return best if best[2] >= MIN_OVERLAP else ("?", *best[1:])
-
-
-def sampled(mask: np.ndarray, x: np.ndarray, y: np.ndarray) -> np.ndarray:
-    """A silhouette at unit coordinates x [W], y [H]; nothing outside it."""
-    columns, rows = (np.floor((v + 1) * TEMPLATE / 2).astype(int) for v in (x, y))
-    inside = ((rows >= 0) & (rows < TEMPLATE))[:, None] & ((columns >= 0) & (columns < TEMPLATE))
-    return mask[rows.clip(0, TEMPLATE - 1)[:, None], columns.clip(0, TEMPLATE - 1)] * inside
-
-
-# ---- is it what was asked for --------------------------------------------------------------------
-
-def verdict(said: Scene, reading: Reading) -> str:
-    """"" if the picture holds what was said and nothing else; otherwise the first thing wrong."""
-    wanted = [g for g in said.groups for _ in range(g.count)]
-    if len(reading.objects) != len(wanted):
-        return f"{len(reading.objects)} objects, not {len(wanted)}"
-    if said.background and reading.background != said.background:
-        return f"background {reading.background}, not {said.background}"
-    matches = [order for order in permutations(reading.objects)
-               if all(seen.shape == g.shape and g.colour in (None, seen.colour)
-                      and g.size in (None, seen.size) for g, seen in zip(wanted, order))]
-    if not matches:
-        return "saw " + ", ".join(sorted(f"{o.size} {o.colour} {o.shape}"
-                                         for o in reading.objects))
-    if said.relation and not any(stands(said.relation, a.disc, b.disc) for a, b in matches):
-        return f"not {said.relation}"
+    # all ways to assign the detected objects to the described ones
+    assignments = [order for order in permutations(objects) if _all_match(wanted, order)]
+    if not assignments:
+        names = sorted(f"{o.size} {o.colour} {o.shape}" for o in objects)
+        return "detected " + ", ".join(names)
+    if description.relation:
+        if not any(relation_holds(description.relation, a.disc, b.disc) for a, b in assignments):
+            return f"not {description.relation}"
     return ""
+
+
+def _all_match(wanted, objects):
+    return all(_matches(group, o) for group, o in zip(wanted, objects, strict=True))
+
+
+def _matches(group: Group, detected: DetectedObject):
+    """Whether a detected object is one of a group, as far as the group is described."""
+    if detected.shape != group.shape:
+        return False
+    if group.colour not in (None, detected.colour):
+        return False
+    return group.size in (None, detected.size)

@@ -1,268 +1,440 @@
-"""What a scene is, what can be said about it, and what training never contains.
+"""Scenes of coloured shapes: random scenes, captions, layouts, and what training never contains.
 
-A Scene is one to four flat shapes on a flat background. The same type holds a scene in full (every
-field known: it can be drawn) and what a caption says about it (None where it says nothing), so a
-caption is made by forgetting fields of a full scene, and judged by comparing the ones left.
+A Scene has one to four flat shapes on a flat background. The same type holds a full scene (every
+field is known, so it can be drawn) and a description (a field is None where the caption does not
+mention it). A description is a full scene with some fields omitted, and an image is checked by
+comparing the fields that are left.
 
-Held out of every scene of training, in the pictures and in the tiny Gemma's text, said or not:
-  HELD_OUT_PAIRS        a colour on a shape                     ("a red star")
-  HELD_OUT_TOGETHER     two shapes in one picture               ("a star and a heart")
-  is_held_out_count()   so many of one shape in one colour      ("three pink squares"), 1 in 6
-(The text may name one to deny it: "is there a red star ? no".) The prompts of evaluate.py are made
-of these wherever a category can hold something out. A shape word alone ("a large circle") cannot:
-the single-object prompts are phrases training may contain.
+These compositions are held out of training, both of the images and of the text that the tiny Gemma
+is trained on, whether or not the caption mentions them:
+
+    HELD_OUT_PAIRS        a colour on a shape                          "a red star"
+    HELD_OUT_TOGETHER     two shapes in one image                      "a star and a heart"
+    is_held_out_count()   a number of one shape in one colour, 1 in 6  "three pink squares"
+
+(The text may name one in order to deny it: "is there a red star ? no".) The prompts of evaluate.py
+are held-out compositions in every category that can have them. A shape alone ("a large circle")
+cannot be held out, so the prompts of the category "single object" may occur in training.
 """
 import random
 from collections import Counter
 from typing import NamedTuple
 
-COLOURS = {  # at least 100 apart in RGB, so that the nearest is right even in a poor drawing
-    "red": (215, 25, 45), "orange": (250, 135, 0), "yellow": (255, 235, 40),
-    "green": (30, 160, 60), "cyan": (40, 205, 225), "blue": (40, 70, 220),
-    "purple": (130, 30, 180), "pink": (255, 140, 195), "black": (20, 20, 20),
-    "white": (250, 250, 250), "gray": (130, 130, 130),
+# At least 100 apart in RGB, so that the nearest colour is the right one even in a poor image.
+COLOURS = {
+    "red": (215, 25, 45),
+    "orange": (250, 135, 0),
+    "yellow": (255, 235, 40),
+    "green": (30, 160, 60),
+    "cyan": (40, 205, 225),
+    "blue": (40, 70, 220),
+    "purple": (130, 30, 180),
+    "pink": (255, 140, 195),
+    "black": (20, 20, 20),
+    "white": (250, 250, 250),
+    "gray": (130, 130, 130),
 }
 SHAPES = ("circle", "square", "triangle", "star", "heart", "cross")
-SIZES = {"small": (8.4, 9.2), "large": (12.0, 13.0)}       # range of the radius, 64 to a picture
+SIZES = {"small": (8.4, 9.2), "large": (12.0, 13.0)}       # range of the radius
 RELATIONS = ("left of", "right of", "above", "below")      # of the first group to the second
 OPPOSITE = {"left of": "right of", "right of": "left of", "above": "below", "below": "above"}
 NUMBERS = ("zero", "one", "two", "three", "four")
 CATEGORIES = ("single object", "two objects", "counting", "colours", "position", "attribution")
-SIDE = 64.0                                                # every length here is in 1/64 picture
-BORDER, WOBBLE = 2.5, 5.0               # free space around a quarter; how far off an object stands
 
-HELD_OUT_PAIRS = frozenset({("red", "star"), ("blue", "heart"), ("green", "triangle"),
-                            ("yellow", "cross"), ("purple", "circle"), ("orange", "square")})
-HELD_OUT_TOGETHER = (frozenset({"star", "heart"}), frozenset({"circle", "cross"}),
-                     frozenset({"square", "triangle"}))
+SIDE = 64.0        # the side of the image; all lengths here are in this unit, 1/64 of the side
+BORDER = 2.5       # free space that an object leaves on each side of its quarter of the image
+WOBBLE = 5.0       # how far an object may be from its regular position
+
+HELD_OUT_PAIRS = frozenset({
+    ("red", "star"),
+    ("blue", "heart"),
+    ("green", "triangle"),
+    ("yellow", "cross"),
+    ("purple", "circle"),
+    ("orange", "square"),
+})
+HELD_OUT_TOGETHER = (
+    frozenset({"star", "heart"}),
+    frozenset({"circle", "cross"}),
+    frozenset({"square", "triangle"}),
+)
 
 
 class Group(NamedTuple):
-    """`count` alike objects; None is a size or colour that is not said."""
+    """One or more objects that look the same."""
     count: int
-    size: str | None
-    colour: str | None
+    size: str | None                    # None: not mentioned
+    colour: str | None                  # None: not mentioned
     shape: str
 
 
 class Scene(NamedTuple):
+    """A full scene, or the description of one, where fields that are not mentioned are None."""
     groups: tuple[Group, ...]
-    relation: str | None                # of groups[0] to groups[1], two single objects
+    relation: str | None                # of groups[0] to groups[1], if these are two single objects
     background: str | None
 
 
 class Disc(NamedTuple):
-    """Where an object stands: centre and radius, in 1/64 of the picture's side."""
+    """The position of an object: centre and radius, in 1/64 of the image's side."""
     x: float
     y: float
     r: float
 
 
-# ---- what training never contains ----------------------------------------------------------------
+class EvaluationPrompt(NamedTuple):
+    category: str                       # one of CATEGORIES
+    description: Scene                  # what the text says
+    text: str
 
+
+# ---------------------------------------------------------------------------- held out of training
 def is_held_out_count(count: int, colour: str, shape: str) -> bool:
-    """One in six of the (count, colour, shape) with two or more objects."""
-    return count > 1 and (count + list(COLOURS).index(colour) + 2 * SHAPES.index(shape)) % 6 == 0
+    """Whether training never contains this number of equal objects; true of one in six."""
+    if count < 2:
+        return False
+    index = count + list(COLOURS).index(colour) + 2 * SHAPES.index(shape)
+    return index % 6 == 0
 
 
 def is_held_out(scene: Scene) -> bool:
-    """Whether a full scene holds any composition that training never contains."""
-    shapes = {g.shape for g in scene.groups}
-    if any(both <= shapes for both in HELD_OUT_TOGETHER):
+    """Whether a full scene contains any composition that training never contains."""
+    shapes = {group.shape for group in scene.groups}
+    if any(pair <= shapes for pair in HELD_OUT_TOGETHER):
         return True
-    alike = Counter()
-    for g in scene.groups:
-        alike[g.colour, g.shape] += g.count
-    return any(pair in HELD_OUT_PAIRS or is_held_out_count(n, *pair) for pair, n in alike.items())
+
+    # objects of one colour and shape count together, also across groups
+    totals = Counter()
+    for group in scene.groups:
+        totals[group.colour, group.shape] += group.count
+    for (colour, shape), count in totals.items():
+        if (colour, shape) in HELD_OUT_PAIRS or is_held_out_count(count, colour, shape):
+            return True
+    return False
 
 
-# ---- drawing a scene from the grammar ------------------------------------------------------------
-
-KINDS = {"single": 0.17, "two": 0.27, "position": 0.24, "counting": 0.20, "mixed": 0.12}
+# ---------------------------------------------------------------------------- random scenes
+KIND_WEIGHTS = {"single": 0.17, "two": 0.27, "position": 0.24, "counting": 0.20, "mixed": 0.12}
 COUNTS = (2, 3, 3, 4, 4)
-MIXED = ((1, 1, 1), (1, 1, 1), (2, 1), (1, 2), (3, 1), (1, 3), (2, 2), (2, 1, 1), (1, 1, 1, 1))
-# Captions leave out only what is usual: a white background, black ink (white on black), large and
-# left to right. What a caption leaves open is the hardest to draw: all patches must settle on one
-# colour or place while all they see is noise. With random silent backgrounds, colours and places,
-# pictures were still in pieces after 320,000 of training.
+MIXED_COUNTS = ((1, 1, 1), (1, 1, 1), (2, 1), (1, 2), (3, 1), (1, 3), (2, 2), (2, 1, 1),
+                (1, 1, 1, 1))
+
+# Captions omit only default values: a white background, black objects (white ones on black), large,
+# and left to right. What a caption leaves open is the hardest for the model: all patches have to
+# agree on one colour or position while they see nothing but noise. When unmentioned backgrounds,
+# colours and positions were random, samples were still fragmented after 320,000 training images.
 BACKGROUNDS = tuple(COLOURS) + 9 * ("white",)
-DRAWINGS = 0.2                                             # share of scenes all in ink
+DEFAULT_COLOUR_SHARE = 0.2              # scenes in which all objects have the default colour
 
 
-def ink(background: str) -> str:
-    """The colour of what is drawn on a background with no colour said."""
-    return "white" if background == "black" else "black"
+def default_colour(background: str) -> str:
+    """The colour of objects whose colour is not mentioned."""
+    if background == "black":
+        return "white"
+    return "black"
 
 
-def draw_scene(rng: random.Random, kind: str | None = None) -> Scene:
-    """A full scene of the kind (None: any, in the proportions of KINDS), held out or not."""
-    kind = kind or rng.choices(list(KINDS), list(KINDS.values()))[0]
-    counts = {"single": (1,), "counting": (rng.choice(COUNTS),)}.get(kind, (1, 1))
-    if kind == "mixed":
-        counts = rng.choice(MIXED)
+def random_scene(rng: random.Random, kind: str | None = None) -> Scene:
+    """A full scene, held out or not. kind: a key of KIND_WEIGHTS; None: any, with these weights."""
+    if kind is None:
+        kind = rng.choices(list(KIND_WEIGHTS), list(KIND_WEIGHTS.values()))[0]
+
+    # This choice is made for every kind: the random stream of a seed depends on it.
+    count = rng.choice(COUNTS)
+    if kind == "single":
+        counts = (1,)
+    elif kind == "counting":
+        counts = (count,)
+    elif kind == "mixed":
+        counts = rng.choice(MIXED_COUNTS)
+    else:
+        counts = (1, 1)
+
     background = rng.choice(BACKGROUNDS)
-    colours = [c for c in COLOURS if c != background]
-    if rng.random() < DRAWINGS:
-        colours = [ink(background)]
+    colours = [colour for colour in COLOURS if colour != background]
+    if rng.random() < DEFAULT_COLOUR_SHARE:
+        colours = [default_colour(background)]
+
+    groups = _random_groups(rng, counts, colours)
+    relation = None
+    if kind == "position":
+        relation = rng.choice(RELATIONS)
+    return Scene(groups, relation, background)
+
+
+def _random_groups(rng, counts, colours):
+    """One group for each count, no two with the same size, colour and shape."""
     while True:
-        groups = tuple(Group(n, rng.choice(("small", "large")), rng.choice(colours),
-                             rng.choice(SHAPES)) for n in counts)
-        if len({g[1:] for g in groups}) == len(groups):    # no two groups alike
-            break
-    return Scene(groups, rng.choice(RELATIONS) if kind == "position" else None, background)
+        groups = []
+        for count in counts:
+            size = rng.choice(("small", "large"))
+            colour = rng.choice(colours)
+            shape = rng.choice(SHAPES)
+            groups.append(Group(count, size, colour, shape))
+        appearances = {(group.size, group.colour, group.shape) for group in groups}
+        if len(appearances) == len(groups):
+            return tuple(groups)
 
 
 def training_scene(rng: random.Random) -> Scene:
-    """A full scene with nothing held out in it."""
-    while is_held_out(scene := draw_scene(rng)):
-        pass
-    return scene
+    """A full scene that contains nothing held out."""
+    while True:
+        scene = random_scene(rng)
+        if not is_held_out(scene):
+            return scene
 
 
-def forget(scene: Scene, rng: random.Random, size=0.5, colour=0.3, background=0.3,
-           relation=0.5) -> Scene:
-    """What a caption says of a full scene: what is usual only with the probability given.
+def omit_defaults(scene: Scene, rng: random.Random, size=0.5, colour=0.3, background=0.3,
+                  relation=0.5) -> Scene:
+    """A description of a full scene, in which some default values are None.
 
-    Usual colours (and sizes) are said of all groups or of none, but always where they are what
-    tells two groups of one shape apart.
+    size, colour, background, relation: probabilities that a default value is mentioned all the
+    same. Values other than the default always are. Default colours (and sizes) are mentioned for
+    all groups or for none, but always where they tell two groups of one shape apart.
     """
-    shapes, pairs = {g.shape for g in scene.groups}, {g[2:] for g in scene.groups}
-    say_colours = len(shapes) < len(scene.groups) or rng.random() < colour
-    say_sizes = len(pairs) < len(scene.groups) or rng.random() < size
+    shapes = {group.shape for group in scene.groups}
+    colours_and_shapes = {(group.colour, group.shape) for group in scene.groups}
+    mention_colours = len(shapes) < len(scene.groups) or rng.random() < colour
+    mention_sizes = len(colours_and_shapes) < len(scene.groups) or rng.random() < size
+    mention_relation = rng.random() < relation
+    mention_background = rng.random() < background
 
-    def said(value, usual, always):
-        return value if value != usual or always else None
+    groups = []
+    for group in scene.groups:
+        group_size = _unless_default(group.size, "large", mention_sizes)
+        group_colour = _unless_default(group.colour, default_colour(scene.background),
+                                       mention_colours)
+        groups.append(Group(group.count, group_size, group_colour, group.shape))
+    return Scene(tuple(groups),
+                 _unless_default(scene.relation, "left of", mention_relation),
+                 _unless_default(scene.background, "white", mention_background))
 
-    groups = tuple(Group(g.count, said(g.size, "large", say_sizes),
-                         said(g.colour, ink(scene.background), say_colours), g.shape)
-                   for g in scene.groups)
-    return Scene(groups, said(scene.relation, "left of", rng.random() < relation),
-                 said(scene.background, "white", rng.random() < background))
+
+def _unless_default(value, default, mention_default):
+    if value == default and not mention_default:
+        return None
+    return value
 
 
-# ---- captions ------------------------------------------------------------------------------------
-
-SYNONYMS = {"large": ("large",) * 5 + ("big",), "small": ("small",) * 5 + ("little",),
-            "gray": ("gray", "gray", "gray", "grey")}
+# ---------------------------------------------------------------------------- captions
+SYNONYMS = {
+    "large": ("large",) * 5 + ("big",),
+    "small": ("small",) * 5 + ("little",),
+    "gray": ("gray", "gray", "gray", "grey"),
+}
 RELATION_PHRASES = {
     "left of": ("left of", "left of", "to the left of", "on the left of"),
     "right of": ("right of", "right of", "to the right of", "on the right of"),
     "above": ("above", "above", "above", "over"),
     "below": ("below", "below", "below", "under"),
 }
-FRAMES = ("{}",) * 6 + ("a picture of {}", "an image of {}", "a drawing of {}", "a photo of {}")
-GROUNDS = ("{} on a {} background", "{} on a {} background", "{} on {}", "{} with a {} background",
-           "{} against a {} background", "on a {1} background, {0}", "a {1} background with {0}")
+IMAGE_PHRASES = ("{}",) * 6 + (
+    "a picture of {}", "an image of {}", "a drawing of {}", "a photo of {}")
+BACKGROUND_PHRASES = (
+    "{} on a {} background", "{} on a {} background", "{} on {}", "{} with a {} background",
+    "{} against a {} background")
+# These fit only a noun phrase ("two stars"), not a sentence ("there are two stars").
+LEADING_BACKGROUND_PHRASES = ("on a {1} background, {0}", "a {1} background with {0}")
 
 
 def synonym(word: str, rng: random.Random) -> str:
-    return rng.choice(SYNONYMS[word]) if word in SYNONYMS else word
+    """The word itself, or sometimes another word for it."""
+    if word in SYNONYMS:
+        return rng.choice(SYNONYMS[word])
+    return word
 
 
 def plural(shape: str) -> str:
-    return shape + ("es" if shape.endswith("s") else "s")
+    if shape.endswith("s"):
+        return shape + "es"
+    return shape + "s"
 
 
 def article(words: str) -> str:
-    return ("an " if words[0] in "aeio" else "a ") + words
+    """The words with "a" or "an" in front."""
+    if words[0] in "aeio":
+        return "an " + words
+    return "a " + words
 
 
-def describe(group: Group, rng: random.Random, bare: bool = False) -> str:
-    """"a large red circle", "three small stars"; bare: no article."""
-    words = [synonym(w, rng) for w in (group.size, group.colour) if w]
-    noun = " ".join(words + [group.shape if group.count == 1 else plural(group.shape)])
+def group_phrase(group: Group, rng: random.Random, bare: bool = False) -> str:
+    """A noun phrase: "a large red circle", "three small stars". bare: without the article."""
+    words = [synonym(word, rng) for word in (group.size, group.colour) if word]
     if group.count > 1:
-        return f"{NUMBERS[group.count]} {noun}"
-    return noun if bare else article(noun)
+        words.append(plural(group.shape))
+        return " ".join([NUMBERS[group.count], *words])
+    words.append(group.shape)
+    phrase = " ".join(words)
+    if bare:
+        return phrase
+    return article(phrase)
 
 
-def caption(said: Scene, rng: random.Random) -> str:
-    """One of the many ways to put what is said into words."""
+def caption(description: Scene, rng: random.Random) -> str:
+    """One of many ways to put a description into words."""
     bare = rng.random() < 0.06
-    if said.relation:
-        first, second, relation = *said.groups, said.relation
-        if rng.random() < 0.5:                             # the same fact from the other side
-            first, second, relation = second, first, OPPOSITE[relation]
-        is_word = " is " if rng.random() < 0.12 else " "
-        things = (describe(first, rng, bare) + is_word + rng.choice(RELATION_PHRASES[relation])
-                  + " " + describe(second, rng, bare))
-        framed = is_word == " "
+    if description.relation:
+        text, is_sentence = _relation_phrase(description, rng, bare)
     else:
-        parts = [describe(g, rng, bare) for g in said.groups]
-        if rng.random() < 0.08:
-            parts[0] = ("there are " if parts[0].split()[0] in NUMBERS else "there is ") + parts[0]
-        framed = not parts[0].startswith("there")
-        things = (", ".join(parts[:-1]) + " and " if len(parts) > 1 else "") + parts[-1]
-    if framed and not bare:
-        things = rng.choice(FRAMES).format(things)
-    if not said.background:
-        return things
-    frame = rng.choice(GROUNDS if framed else GROUNDS[:5])
-    text = frame.format(things, synonym(said.background, rng))
+        text, is_sentence = _list_phrase(description, rng, bare)
+    if not is_sentence and not bare:
+        text = rng.choice(IMAGE_PHRASES).format(text)
+    if not description.background:
+        return text
+
+    phrases = BACKGROUND_PHRASES
+    if not is_sentence:
+        phrases = BACKGROUND_PHRASES + LEADING_BACKGROUND_PHRASES
+    phrase = rng.choice(phrases)
+    text = phrase.format(text, synonym(description.background, rng))
     return text.replace("a orange", "an orange")
 
 
-# ---- where the objects stand ---------------------------------------------------------------------
+def _relation_phrase(description, rng, bare):
+    """Such as "a star above a circle"; and whether it is a sentence, with "is"."""
+    first, second = description.groups
+    relation = description.relation
+    if rng.random() < 0.5:                                 # the same fact from the other side
+        first, second = second, first
+        relation = OPPOSITE[relation]
+    is_sentence = rng.random() < 0.12
+    words = [group_phrase(first, rng, bare)]
+    if is_sentence:
+        words.append("is")
+    words.append(rng.choice(RELATION_PHRASES[relation]))
+    words.append(group_phrase(second, rng, bare))
+    return " ".join(words), is_sentence
 
-def place(scene: Scene, rng: random.Random) -> list[Disc]:
-    """A disc for every object, in the order of the groups; they never touch, nor the border.
 
-    In reading order: one in the middle, two side by side, more in two rows; two with a relation
-    as it says. Each is off its place by up to WOBBLE, as far as there is room.
+def _list_phrase(description, rng, bare):
+    """Such as "a star, a cross and two circles"; and whether it is a sentence, "there is ..."."""
+    phrases = [group_phrase(group, rng, bare) for group in description.groups]
+    is_sentence = rng.random() < 0.08
+    if is_sentence:
+        first_word = phrases[0].split()[0]
+        if first_word in NUMBERS:
+            phrases[0] = "there are " + phrases[0]
+        else:
+            phrases[0] = "there is " + phrases[0]
+    if len(phrases) == 1:
+        return phrases[0], is_sentence
+    return ", ".join(phrases[:-1]) + " and " + phrases[-1], is_sentence
+
+
+# ---------------------------------------------------------------------------- layout
+LOW = SIDE / 4
+MIDDLE = SIDE / 2
+HIGH = SIDE * 3 / 4
+REGULAR_POSITIONS = {                   # number of objects -> their centres, in reading order
+    1: [(MIDDLE, MIDDLE)],
+    2: [(LOW, MIDDLE), (HIGH, MIDDLE)],
+    3: [(LOW, LOW), (HIGH, LOW), (MIDDLE, HIGH)],
+    4: [(LOW, LOW), (HIGH, LOW), (LOW, HIGH), (HIGH, HIGH)],
+}
+
+
+def layout(scene: Scene, rng: random.Random) -> list[Disc]:
+    """A disc for every object, in the order of the groups. They touch neither each other nor the
+    border of the image.
+
+    Objects are in reading order: one in the middle, two side by side, more in two rows; two with a
+    relation as it says. Each is moved from its regular position by up to WOBBLE, where there is
+    room.
     """
-    radii = [rng.uniform(*SIZES[g.size]) for g in scene.groups for _ in range(g.count)]
-    low, mid, high = SIDE / 4, SIDE / 2, SIDE * 3 / 4
-    places = {1: [(mid, mid)], 2: [(low, mid), (high, mid)],
-              3: [(low, low), (high, low), (mid, high)],
-              4: [(low, low), (high, low), (low, high), (high, high)]}[len(radii)]
+    radii = []
+    for group in scene.groups:
+        for _ in range(group.count):
+            radii.append(rng.uniform(*SIZES[group.size]))
+
+    positions = list(REGULAR_POSITIONS[len(radii)])
     if scene.relation in ("above", "below"):
-        places = [(y, x) for x, y in places]
+        positions = [(y, x) for x, y in positions]
     if scene.relation in ("right of", "below"):
-        places.reverse()
+        positions.reverse()
 
-    def near(at, r):
-        room = WOBBLE if at == mid else min(WOBBLE, SIDE / 4 - BORDER - r)
-        return at + rng.uniform(-room, room)
-    return [Disc(near(x, r), near(y, r), r) for (x, y), r in zip(places, radii, strict=True)]
-
-
-def stands(relation: str, a: Disc, b: Disc) -> bool:
-    """Whether a is left of (...) b: further along that axis than across it."""
-    dx, dy = b.x - a.x, b.y - a.y
-    along, across = {"left of": (dx, dy), "right of": (-dx, dy),
-                     "above": (dy, dx), "below": (-dy, dx)}[relation]
-    return along > 0 and abs(across) < along
+    discs = []
+    for (x, y), r in zip(positions, radii, strict=True):
+        moved_x = _moved(x, r, rng)
+        moved_y = _moved(y, r, rng)
+        discs.append(Disc(moved_x, moved_y, r))
+    return discs
 
 
-# ---- the prompts of the evaluation ---------------------------------------------------------------
+def _moved(coordinate, r, rng):
+    room = WOBBLE
+    if coordinate != MIDDLE:                               # stay inside one quarter of the image
+        room = min(WOBBLE, SIDE / 4 - BORDER - r)
+    return coordinate + rng.uniform(-room, room)
 
-def evaluation_prompts(n: int, seed: int = 0) -> list[tuple[str, Scene, str]]:
-    """n prompts (category, what is said, prompt), spread evenly over the categories."""
+
+def relation_holds(relation: str, a: Disc, b: Disc) -> bool:
+    """Whether a is left of (right of, above, below) b: further along that axis than across it."""
+    dx = b.x - a.x
+    dy = b.y - a.y
+    if relation == "left of":
+        return abs(dy) < dx
+    if relation == "right of":
+        return abs(dy) < -dx
+    if relation == "above":
+        return abs(dx) < dy
+    return abs(dx) < -dy
+
+
+# ---------------------------------------------------------------------------- evaluation prompts
+SCENE_KINDS = {                         # category of a prompt -> kind of its scene
+    "single object": "single",
+    "two objects": "two",
+    "counting": "counting",
+    "colours": "single",
+    "position": "position",
+    "attribution": "two",
+}
+
+
+def evaluation_prompts(n: int, seed: int = 0) -> list[EvaluationPrompt]:
+    """n prompts, spread evenly over the categories."""
     rng = random.Random(f"evaluation {seed}")
     prompts = []
     for i in range(n):
         category = CATEGORIES[i % len(CATEGORIES)]
-        said = evaluation_scene(category, rng)
-        prompts.append((category, said, caption(said, rng)))
+        description = evaluation_scene(category, rng)
+        prompts.append(EvaluationPrompt(category, description, caption(description, rng)))
     return prompts
 
 
 def evaluation_scene(category: str, rng: random.Random) -> Scene:
-    """What one prompt says: held out of training wherever its category can be."""
-    kind = {"two objects": "two", "counting": "counting", "position": "position",
-            "attribution": "two"}.get(category, "single")
+    """The description of one prompt: held out of training wherever its category can be."""
     while True:
-        scene = draw_scene(rng, kind)
-        shapes = [g.shape for g in scene.groups]
-        together = frozenset(shapes) in HELD_OUT_TOGETHER
-        paired = any(g[2:] in HELD_OUT_PAIRS for g in scene.groups)
-        if {"single object": True, "two objects": together, "counting": is_held_out(scene),
-            "colours": paired, "position": together,
-            "attribution": together or (paired and len(set(shapes)) == 2)}[category]:
+        scene = random_scene(rng, SCENE_KINDS[category])
+        if _suits(scene, category):
             break
-    colour = {"single object": 0, "two objects": 0, "position": 0.5}.get(category, 1)
-    said = forget(scene, rng, size=0.4, colour=colour, background=0.3, relation=1)
-    if category != "position":                             # all colours are said, or none
-        said = said._replace(groups=tuple(s._replace(colour=g.colour if colour else None)
-                                          for s, g in zip(said.groups, scene.groups)))
-    return said
+    if category == "position":
+        return omit_defaults(scene, rng, size=0.4, colour=0.5, background=0.3, relation=1)
+
+    # In the other categories either all colours are mentioned or none.
+    with_colours = category not in ("single object", "two objects")
+    description = omit_defaults(scene, rng, size=0.4, colour=float(with_colours), background=0.3,
+                                relation=1)
+    groups = []
+    for part, full in zip(description.groups, scene.groups, strict=True):
+        if with_colours:
+            groups.append(part._replace(colour=full.colour))
+        else:
+            groups.append(part._replace(colour=None))
+    return description._replace(groups=tuple(groups))
+
+
+def _suits(scene, category):
+    """Whether a scene contains the held-out composition that its category is about."""
+    shapes = [group.shape for group in scene.groups]
+    together = frozenset(shapes) in HELD_OUT_TOGETHER
+    paired = any((group.colour, group.shape) in HELD_OUT_PAIRS for group in scene.groups)
+    if category == "single object":
+        return True
+    if category == "counting":
+        return is_held_out(scene)
+    if category == "colours":
+        return paired
+    if category == "attribution":
+        return together or (paired and shapes[0] != shapes[1])
+    return together

@@ -147,9 +147,9 @@ def test_images_of_shapes_show_their_captions(tmp_path):
 
         rng = random.Random(f"shapes 0 {i}")
         scene = scenes.training_scene(rng)
-        assert detector.verdict(scene, detector.read(image)) == ""
-        scenes.place(scene, rng)
-        caption = scenes.caption(scenes.forget(scene, rng), rng)
+        assert detector.mismatch(scene, detector.detect(image)) == ""
+        scenes.layout(scene, rng)
+        caption = scenes.caption(scenes.omit_defaults(scene, rng), rng)
         assert sample["synthetic_caption.txt"].decode() == caption
 
 

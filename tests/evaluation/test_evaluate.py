@@ -21,7 +21,7 @@ from fusedit import FuseDiTError, preset
 from fusedit_lib import backend
 from fusedit_lib.evaluation import drawing, figures
 from fusedit_lib.pretrained import build_model, save_model
-from fusedit_lib.shapes import scenes, tiny_gemma
+from fusedit_lib.shapes import scenes, tiny_gemma, training_text
 from fusedit_lib.shapes.render import render
 from fusedit_lib.shapes.scenes import CATEGORIES, COLOURS, SIZES
 
@@ -78,7 +78,7 @@ def exact_generate(change, n):
             category, described, expected_prompt = next(expected)
             assert prompt == expected_prompt
             scene = complete(change(category, described), rng)
-            images.append(render(scene, scenes.place(scene, rng)))
+            images.append(render(scene, scenes.layout(scene, rng)))
         return images
     return generate
 
@@ -188,7 +188,7 @@ def test_the_prompts_are_fixed_even_and_held_out():
 def untrained(tmp_path_factory):
     """The folder of a model of the demo's shape that draws something for every prompt."""
     folder = tmp_path_factory.mktemp("untrained")
-    words = tiny_gemma.vocabulary()
+    words = training_text.vocabulary()
     tiny_gemma.save(tiny_gemma.build(len(words)), words, folder / "gemma")
     config = preset("demo", base=str(folder / "gemma"))
     torch.manual_seed(0)

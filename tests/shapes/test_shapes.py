@@ -1,4 +1,4 @@
-"""The demo's world: grammar, held-out compositions, renderer, detector, and its tiny reader."""
+"""The demo's world: grammar, held-out compositions, renderer, detector and tiny Gemma."""
 import io
 import json
 import random
@@ -15,37 +15,50 @@ from PIL import Image, ImageFilter
 
 from fusedit import FuseDiTConfig, FuseDiTError, preset
 from fusedit_lib.data.shapes import shapes_sample
-from fusedit_lib.shapes import detector, scenes, tiny_gemma
+from fusedit_lib.shapes import detector, scenes, tiny_gemma, training_text
 from fusedit_lib.shapes.render import render
 from fusedit_lib.shapes.scenes import COLOURS, SHAPES, Group, Scene
 
-WORDS = tiny_gemma.vocabulary()
-COLOUR_WORDS = {c: c for c in COLOURS} | {"grey": "gray"}
-SHAPE_WORDS = {s: s for s in SHAPES} | {scenes.plural(s): s for s in SHAPES}
+WORDS = training_text.vocabulary()
+IDS = {word: i for i, word in enumerate(WORDS)}
+COLOUR_OF_WORD = {colour: colour for colour in COLOURS} | {"grey": "gray"}
+SHAPE_OF_WORD = {shape: shape for shape in SHAPES} | {scenes.plural(s): s for s in SHAPES}
+SIZE_OF_WORD = {"big": "large", "little": "small", "large": "large", "small": "small"}
 
 
-def training(n, seed=0):
+def training_scenes(n, seed=0):
+    """n scenes of training, each with the random generator in its state after it."""
     rng = random.Random(seed)
-    return [(scenes.training_scene(rng), rng) for _ in range(n)]
+    for _ in range(n):
+        yield scenes.training_scene(rng), rng
 
 
-def picture(scene, rng, size=32):
-    return render(scene, scenes.place(scene, rng), size)
+def draw(scene, rng, size=32):
+    return render(scene, scenes.layout(scene, rng), size)
 
 
-# ---- grammar -------------------------------------------------------------------------------------
+def meanings(words, meaning):
+    """The set of what words mean, according to a dictionary; others are left out."""
+    return {meaning[word] for word in words if word in meaning}
 
+
+# ---------------------------------------------------------------------------- grammar
 def test_the_grammar_covers_what_it_promises():
-    seen = [s for s, _ in training(4000)]
-    groups = [g for s in seen for g in s.groups]
-    totals = [sum(g.count for g in s.groups) for s in seen]
-    assert set(totals) == {1, 2, 3, 4} and min(map(totals.count, (1, 2, 3, 4))) > 200
-    assert {s.relation for s in seen} == {*scenes.RELATIONS, None}
-    assert {s.background for s in seen} == set(COLOURS)
-    assert {g.size for g in groups} == set(scenes.SIZES)
-    pairs = {g[2:] for g in groups}
-    assert pairs == {(c, s) for c in COLOURS for s in SHAPES} - scenes.HELD_OUT_PAIRS
-    assert all(s.background not in [g.colour for g in s.groups] for s in seen)
+    found = [scene for scene, _ in training_scenes(4000)]
+    groups = [group for scene in found for group in scene.groups]
+
+    totals = Counter(sum(group.count for group in scene.groups) for scene in found)
+    assert set(totals) == {1, 2, 3, 4}
+    assert min(totals.values()) > 200
+    assert {scene.relation for scene in found} == {*scenes.RELATIONS, None}
+    assert {scene.background for scene in found} == set(COLOURS)
+    assert {group.size for group in groups} == set(scenes.SIZES)
+
+    pairs = {(group.colour, group.shape) for group in groups}
+    all_pairs = {(colour, shape) for colour in COLOURS for shape in SHAPES}
+    assert pairs == all_pairs - scenes.HELD_OUT_PAIRS
+    for scene in found:
+        assert scene.background not in [group.colour for group in scene.groups]
 
 
 def test_colours_are_far_apart():
@@ -53,259 +66,366 @@ def test_colours_are_far_apart():
         assert np.linalg.norm(np.subtract(a, b)) > 100, (a, b)
 
 
+def assert_nothing_held_out(caption):
+    words = training_text.split_words(caption)
+    shapes = meanings(words, SHAPE_OF_WORD)
+    for pair in scenes.HELD_OUT_TOGETHER:
+        assert not pair <= shapes, words
+    for number, colour_word, shape_word in zip(words, words[1:], words[2:], strict=False):
+        colour = COLOUR_OF_WORD.get(colour_word)
+        shape = SHAPE_OF_WORD.get(shape_word)
+        assert (colour, shape) not in scenes.HELD_OUT_PAIRS, words
+        if colour and shape and number in scenes.NUMBERS[2:]:
+            count = scenes.NUMBERS.index(number)
+            assert not scenes.is_held_out_count(count, colour, shape), words
+
+
 def test_training_never_contains_what_is_held_out():
     """Checked on what is written to shards, by the words of both captions and by the pixels."""
     for i in range(1500):
         sample = shapes_sample(3, 32, i)
-        for kind in ("synthetic_caption.txt", "original_caption.txt"):
-            words = tiny_gemma.split(sample[kind].decode())
-            shapes = {SHAPE_WORDS[w] for w in words if w in SHAPE_WORDS}
-            assert not any(both <= shapes for both in scenes.HELD_OUT_TOGETHER), words
-            for count, colour, shape in zip(words, words[1:], words[2:]):
-                pair = COLOUR_WORDS.get(colour), SHAPE_WORDS.get(shape)
-                assert pair not in scenes.HELD_OUT_PAIRS, words
-                if None not in pair and count in scenes.NUMBERS[2:]:
-                    assert not scenes.is_held_out_count(scenes.NUMBERS.index(count), *pair), words
-        if i < 150:                         # what no caption says is held out as well
-            seen = detector.read(Image.open(io.BytesIO(sample["image.png"]))).objects
-            assert not scenes.is_held_out(Scene(tuple(
-                Group(1, o.size, o.colour, o.shape) for o in seen), None, None))
+        assert_nothing_held_out(sample["synthetic_caption.txt"].decode())
+        assert_nothing_held_out(sample["original_caption.txt"].decode())
+        if i < 150:                         # what no caption mentions is held out as well
+            image = Image.open(io.BytesIO(sample["image.png"]))
+            groups = []
+            for found in detector.detect(image).objects:
+                groups.append(Group(1, found.size, found.colour, found.shape))
+            assert not scenes.is_held_out(Scene(tuple(groups), None, None))
 
 
 def test_a_known_composition_of_each_kind_is_held_out():
     one = Group(1, "small", "white", "circle")
     two = Group(2, "small", "white", "circle")
+    red_star = Group(1, "large", "red", "star")
+    cross = Group(1, "small", "pink", "cross")
     assert not scenes.is_held_out(Scene((one,), None, "black"))
-    assert scenes.is_held_out(Scene((Group(1, "large", "red", "star"),), None, "black"))
-    assert scenes.is_held_out(Scene((one, Group(1, "small", "pink", "cross")), None, "black"))
-    apart = (one, one._replace(size="large"))              # two white circles, said one by one
-    assert scenes.is_held_out(Scene(apart, None, "black")) == scenes.is_held_out(
-        Scene((two,), None, "black"))
-    held = [(n, c, s) for n in (2, 3, 4) for c in COLOURS for s in SHAPES
-            if scenes.is_held_out_count(n, c, s)]
-    assert len(held) == 34 and (3, "pink", "square") in held
-    assert [len({h[k] for h in held}) for k in range(3)] == [3, len(COLOURS), len(SHAPES)]
+    assert scenes.is_held_out(Scene((red_star,), None, "black"))
+    assert scenes.is_held_out(Scene((one, cross), None, "black"))
+
+    apart = (one, one._replace(size="large"))              # two white circles, in two groups
+    together = scenes.is_held_out(Scene((two,), None, "black"))
+    assert scenes.is_held_out(Scene(apart, None, "black")) == together
+
+    held_out = []
+    for count in (2, 3, 4):
+        for colour in COLOURS:
+            for shape in SHAPES:
+                if scenes.is_held_out_count(count, colour, shape):
+                    held_out.append((count, colour, shape))
+    assert len(held_out) == 34
+    assert (3, "pink", "square") in held_out
+    counts, colours, shapes = zip(*held_out, strict=True)
+    assert (len(set(counts)), len(set(colours)), len(set(shapes))) == (3, len(COLOURS), len(SHAPES))
 
 
-def test_captions_say_what_is_said_and_nothing_else():
-    for scene, rng in training(3000):
-        said = scenes.forget(scene, rng)
-        words = tiny_gemma.split(scenes.caption(said, rng))
-        colours = {COLOUR_WORDS[w] for w in words if w in COLOUR_WORDS}
-        assert colours == ({g.colour for g in said.groups} | {said.background}) - {None}
-        assert {SHAPE_WORDS[w] for w in words if w in SHAPE_WORDS} == {g.shape for g in said.groups}
-        sizes = {"big": "large", "little": "small", "large": "large", "small": "small"}
-        assert {sizes[w] for w in words if w in sizes} == {g.size for g in said.groups} - {None}
-        for full, part in zip(scene.groups, said.groups, strict=True):
-            assert all(p in (None, f) for f, p in zip(full, part))
-        assert " a orange" not in " " + " ".join(words) and len(words) + 1 <= 32
+def test_captions_say_what_is_described_and_nothing_else():
+    for scene, rng in training_scenes(3000):
+        description = scenes.omit_defaults(scene, rng)
+        words = training_text.split_words(scenes.caption(description, rng))
+        colours = {group.colour for group in description.groups} | {description.background}
+        sizes = {group.size for group in description.groups}
+        assert meanings(words, COLOUR_OF_WORD) == colours - {None}
+        assert meanings(words, SIZE_OF_WORD) == sizes - {None}
+        assert meanings(words, SHAPE_OF_WORD) == {group.shape for group in description.groups}
+        for full, part in zip(scene.groups, description.groups, strict=True):
+            for full_value, value in zip(full, part, strict=True):
+                assert value in (None, full_value)
+        assert " a orange" not in " " + " ".join(words)
+        assert len(words) + 1 <= 32
 
 
 def test_captions_tell_objects_of_one_shape_apart():
-    for scene, rng in training(3000):
-        said = scenes.forget(scene, rng, size=0, colour=0)
-        assert len(set(said.groups)) == len(said.groups), said
+    for scene, rng in training_scenes(3000):
+        description = scenes.omit_defaults(scene, rng, size=0, colour=0)
+        assert len(set(description.groups)) == len(description.groups), description
 
 
-def test_only_the_usual_goes_unsaid():
-    """A white background, black ink (white on black), large, left of: what a caption may omit."""
-    unsaid = Counter()
-    for scene, rng in training(3000):
-        said = scenes.forget(scene, rng)
-        pen = "white" if scene.background == "black" else "black"
-        for full, part in zip(scene.groups, said.groups, strict=True):
-            for field, usual in (("size", "large"), ("colour", pen)):
-                assert getattr(part, field) or getattr(full, field) == usual
-                unsaid[field] += getattr(part, field) is None
-        assert said.background or scene.background == "white"
-        assert said.relation == scene.relation or scene.relation == "left of"
-        unsaid["background"] += said.background is None
-        unsaid["relation"] += said.relation != scene.relation
-    assert min(unsaid.values()) > 60, unsaid                # each of them really happens
+def test_only_defaults_are_omitted():
+    """A white background, black objects (white on black), large, left of."""
+    omitted = Counter()
+    for scene, rng in training_scenes(3000):
+        description = scenes.omit_defaults(scene, rng)
+        colour = "black"
+        if scene.background == "black":
+            colour = "white"
+        for full, part in zip(scene.groups, description.groups, strict=True):
+            assert part.size or full.size == "large"
+            assert part.colour or full.colour == colour
+            omitted["size"] += part.size is None
+            omitted["colour"] += part.colour is None
+        assert description.background or scene.background == "white"
+        assert description.relation == scene.relation or scene.relation == "left of"
+        omitted["background"] += description.background is None
+        omitted["relation"] += description.relation != scene.relation
+    assert len(omitted) == 4
+    assert min(omitted.values()) > 60, omitted              # each of them really happens
 
 
-def test_objects_stand_in_reading_order():
-    for scene, rng in training(1000):
-        discs = scenes.place(scene, rng)
-        if not scene.relation:
-            for a, b in pairwise(discs):
-                assert b.x - a.x > 2 * abs(b.y - a.y) or b.y - a.y > scenes.SIDE / 4
+def test_objects_are_in_reading_order():
+    for scene, rng in training_scenes(1000):
+        if scene.relation:
+            scenes.layout(scene, rng)
+            continue
+        for a, b in pairwise(scenes.layout(scene, rng)):
+            same_row = b.x - a.x > 2 * abs(b.y - a.y)
+            next_row = b.y - a.y > scenes.SIDE / 4
+            assert same_row or next_row
 
 
 def test_relation_captions_name_the_true_side():
-    said = Scene((Group(1, None, "red", "star"), Group(1, None, "blue", "circle")), "above", None)
-    texts = {scenes.caption(said, random.Random(i)) for i in range(300)}
-    for text in texts:
-        words = text.split()
-        down = {"above", "over"} & set(words)
-        assert bool(down) != bool({"below", "under"} & set(words)), text
-        assert (words.index("star") < words.index("circle")) == bool(down), text
-    assert "a red star above a blue circle" in texts and len(texts) > 10
+    star = Group(1, None, "red", "star")
+    circle = Group(1, None, "blue", "circle")
+    description = Scene((star, circle), "above", None)
+    captions = {scenes.caption(description, random.Random(i)) for i in range(300)}
+    for caption in captions:
+        words = caption.split()
+        says_above = not {"above", "over"}.isdisjoint(words)
+        says_below = not {"below", "under"}.isdisjoint(words)
+        assert says_above != says_below, caption
+        assert (words.index("star") < words.index("circle")) == says_above, caption
+    assert "a red star above a blue circle" in captions
+    assert len(captions) > 10
+
+
+def assert_inside(disc):
+    room = scenes.BORDER + disc.r
+    for coordinate in (disc.x, disc.y):
+        assert room <= coordinate <= scenes.SIDE - room
+
+
+def assert_relation(relation, a, b):
+    dx = b.x - a.x
+    dy = b.y - a.y
+    along = {"left of": dx, "right of": -dx, "above": dy, "below": -dy}[relation]
+    assert along > 0
+    assert along == max(abs(dx), abs(dy))
 
 
 def test_objects_never_touch_each_other_or_the_border():
     rng = random.Random(1)
     for _ in range(1500):
-        scene = scenes.draw_scene(rng)
-        discs = scenes.place(scene, rng)
-        assert len(discs) == sum(g.count for g in scene.groups)
-        for a in discs:
-            assert scenes.BORDER + a.r <= min(a.x, a.y)
-            assert max(a.x, a.y) <= scenes.SIDE - scenes.BORDER - a.r
+        scene = scenes.random_scene(rng)
+        discs = scenes.layout(scene, rng)
+        assert len(discs) == sum(group.count for group in scene.groups)
+        for disc in discs:
+            assert_inside(disc)
         for a, b in combinations(discs, 2):
             assert np.hypot(a.x - b.x, a.y - b.y) >= a.r + b.r + 2 * scenes.BORDER
         if scene.relation:
-            a, b = discs
-            dx, dy = b.x - a.x, b.y - a.y
-            side = {"left of": dx, "right of": -dx, "above": dy, "below": -dy}[scene.relation]
-            assert side > 0 and side == max(abs(dx), abs(dy))
+            assert_relation(scene.relation, *discs)
 
 
-# ---- detector ------------------------------------------------------------------------------------
-
+# ---------------------------------------------------------------------------- detector
 @pytest.mark.parametrize("size, n", [(32, 250), (48, 80), (64, 80)])
-def test_ground_truth_is_read_back(size, n):
+def test_rendered_scenes_are_detected(size, n):
     for i in range(n):
         rng = random.Random(i)
-        scene = scenes.draw_scene(rng)
-        assert detector.verdict(scene, detector.read(picture(scene, rng, size))) == "", scene
+        scene = scenes.random_scene(rng)
+        detection = detector.detect(draw(scene, rng, size))
+        assert detector.mismatch(scene, detection) == "", scene
 
 
-def test_soft_and_noisy_pictures_are_read_back():
-    right = 0
+def test_soft_and_noisy_images_are_detected():
+    correct = 0
     for i in range(60):
         rng = random.Random(i)
-        scene = scenes.draw_scene(rng)
-        image = picture(scene, rng, 64).filter(ImageFilter.GaussianBlur(1))
+        scene = scenes.random_scene(rng)
+        soft = draw(scene, rng, 64).filter(ImageFilter.GaussianBlur(1))
         noise = np.random.default_rng(i).normal(0, 12, (64, 64, 3))
-        image = Image.fromarray((np.asarray(image) + noise).clip(0, 255).astype(np.uint8))
-        right += detector.verdict(scene, detector.read(image)) == ""
-    assert right >= 54
+        pixels = (np.asarray(soft) + noise).clip(0, 255).astype(np.uint8)
+        if detector.mismatch(scene, detector.detect(Image.fromarray(pixels))) == "":
+            correct += 1
+    assert correct >= 54
+
+
+def first_not_in(values, used):
+    return next(value for value in values if value not in used)
+
+
+def wrong_descriptions(scene):
+    """(what is wrong, description) for every attribute of a scene."""
+    group = scene.groups[0]
+    other_colour = first_not_in(COLOURS, [scene.background, *(g.colour for g in scene.groups)])
+    other_shape = first_not_in(SHAPES, [g.shape for g in scene.groups])
+    other_size = first_not_in(scenes.SIZES, [group.size])
+    wrong_groups = {
+        "size": group._replace(size=other_size),
+        "count": group._replace(count=group.count + 1),
+        "colour": group._replace(colour=other_colour),
+        "shape": group._replace(shape=other_shape),
+    }
+    for field, wrong in wrong_groups.items():
+        yield field, scene._replace(groups=(wrong, *scene.groups[1:]))
+    yield "background", scene._replace(background=other_colour)
 
 
 def test_every_wrong_attribute_is_noticed():
-    """Each picture is right for its scene, and wrong as soon as one word of it changes."""
-    for scene, rng in training(60, seed=2):
-        reading, g, rest = detector.read(picture(scene, rng)), scene.groups[0], scene.groups[1:]
-        other = {"size": "small" if g.size == "large" else "large", "count": g.count + 1,
-                 "colour": next(c for c in COLOURS if c not in [scene.background, *(
-                     o.colour for o in scene.groups)]),
-                 "shape": next(s for s in SHAPES if s not in [o.shape for o in scene.groups])}
-        assert detector.verdict(scene, reading) == ""
-        for field, value in other.items():
-            wrong = scene._replace(groups=(g._replace(**{field: value}), *rest))
-            assert detector.verdict(wrong, reading) != "", (field, scene)
-        assert detector.verdict(scene._replace(background=other["colour"]), reading) != ""
+    """Each image is right for its scene, and wrong as soon as one word of it changes."""
+    for scene, rng in training_scenes(60, seed=2):
+        detection = detector.detect(draw(scene, rng))
+        assert detector.mismatch(scene, detection) == ""
+        for field, wrong in wrong_descriptions(scene):
+            assert detector.mismatch(wrong, detection) != "", (field, scene)
         if scene.relation:
             wrong = scene._replace(relation=scenes.OPPOSITE[scene.relation])
-            assert detector.verdict(wrong, reading) == f"not {wrong.relation}"
+            assert detector.mismatch(wrong, detection) == f"not {wrong.relation}"
 
 
 def test_colours_are_bound_to_their_shapes():
-    scene = Scene((Group(1, "large", "red", "circle"), Group(1, "large", "blue", "star")), None,
-                  "white")
-    swapped = Scene((Group(1, "large", "blue", "circle"), Group(1, "large", "red", "star")), None,
-                    "white")
-    reading = detector.read(picture(scene, random.Random(0)))
-    assert detector.verdict(scene, reading) == ""
-    assert "large blue star" in detector.verdict(swapped, reading)
+    def circle_and_star(circle_colour, star_colour):
+        circle = Group(1, "large", circle_colour, "circle")
+        star = Group(1, "large", star_colour, "star")
+        return Scene((circle, star), None, "white")
+
+    scene = circle_and_star("red", "blue")
+    detection = detector.detect(draw(scene, random.Random(0)))
+    assert detector.mismatch(scene, detection) == ""
+    assert "large blue star" in detector.mismatch(circle_and_star("blue", "red"), detection)
 
 
-def test_no_shape_where_there_is_none():
-    """Noise, an empty picture and a blot are not shapes."""
+def test_no_shape_is_detected_where_there_is_none():
+    """Noise, an empty image and a bar are not shapes."""
     empty = Image.new("RGB", (64, 64), COLOURS["white"])
-    assert detector.read(empty) == detector.Reading((), "white")
+    assert detector.detect(empty) == detector.Detection((), "white")
+
     noise = np.random.default_rng(0).integers(0, 256, (64, 64, 3), np.uint8)
-    assert all(o.shape == "?" or o.colour == "?"
-               for o in detector.read(Image.fromarray(noise)).objects)
-    empty.paste(COLOURS["red"], (5, 30, 60, 34))           # a long bar
-    assert [o.shape for o in detector.read(empty).objects] == ["?"]
+    for found in detector.detect(Image.fromarray(noise)).objects:
+        assert found.shape == "?" or found.colour == "?"
+
+    bar = empty.copy()
+    bar.paste(COLOURS["red"], (5, 30, 60, 34))
+    assert [found.shape for found in detector.detect(bar).objects] == ["?"]
 
 
-# ---- the reader ----------------------------------------------------------------------------------
-
+# ---------------------------------------------------------------------------- training text
 def test_the_vocabulary_covers_captions_and_text():
     assert WORDS[:4] == ["<pad>", "<eos>", "<bos>", "<unk>"]
     assert len(WORDS) == len(set(WORDS)) < 200
-    ids, longest = {w: i for i, w in enumerate(WORDS)}, 0
-    for scene, rng in training(1500, seed=4):
-        tokens, answers = tiny_gemma.encode(tiny_gemma.text(scenes.forget(scene, rng), rng), ids)
-        longest = max(longest, len(tokens))
-        assert all(0 < a < b < len(tokens) for _, a, b in answers)
-    assert longest <= tiny_gemma.MAX_TOKENS + 1
-    assert all(set(tiny_gemma.split(p)) <= set(WORDS)
-               for *_, p in scenes.evaluation_prompts(600))
+    for scene, rng in training_scenes(1500, seed=4):
+        description = scenes.omit_defaults(scene, rng)
+        tokens, answers = training_text.encode(training_text.random_text(description, rng), IDS)
+        assert len(tokens) <= training_text.MAX_TOKENS + 1
+        for answer in answers:
+            assert 0 < answer.start < answer.end < len(tokens)
+    for prompt in scenes.evaluation_prompts(600):
+        assert set(training_text.split_words(prompt.text)) <= set(WORDS)
+
+
+def answers_to(description, seeds):
+    """{question: set of all answers} in many texts about a description."""
+    answers = {}
+    for seed in seeds:
+        parts = training_text.random_text(description, random.Random(seed))
+        for question, answer in pairwise(parts):
+            if answer.kind not in ("", "again", "twice"):
+                answers.setdefault(question.words, set()).add(answer.words)
+    return answers
 
 
 def test_answers_are_true():
-    said = Scene((Group(1, "small", "red", "circle"), Group(2, None, "blue", "square"),
-                  Group(1, "large", "red", "star")), None, "white")
-    related = Scene((Group(1, None, "pink", "heart"), Group(1, "large", "black", "cross")),
-                    "left of", None)
-    answers = {}
-    for seed in range(3000):
-        rng = random.Random(seed)
-        parts = tiny_gemma.text(said if seed % 2 else related, rng)
-        for (question, _), (answer, kind) in zip(parts, parts[1:]):
-            if kind not in ("", "again", "twice"):
-                answers.setdefault((seed % 2, question), set()).add(answer)
-    assert all(len(found) == 1 for found in answers.values())
+    circle = Group(1, "small", "red", "circle")
+    squares = Group(2, None, "blue", "square")
+    star = Group(1, "large", "red", "star")
+    found = answers_to(Scene((circle, squares, star), None, "white"), range(1, 3000, 2))
     expected = {
-        (1, "what color is the circle ?"): "red", (1, "what color are the squares ?"): "blue",
-        (1, "what size is the star ?"): "large", (1, "what size are the squares ?"): "unknown",
-        (1, "what shape is blue ?"): "square", (1, "what color is the background ?"): "white",
-        (1, "how many objects ?"): "four", (1, "how many squares ?"): "two",
-        (1, "how many hearts ?"): "zero", (1, "is there a blue circle ?"): "no",
-        (1, "is there a red star ?"): "yes",
-        (1, "list :"): "a small red circle , two blue squares , a large red star , on white",
-        (0, "where is the heart ?"): "left of the cross",
-        (0, "what is right of the heart ?"): "a large black cross",
-        (0, "what is left of the cross ?"): "a pink heart",
-        (0, "what is above the cross ?"): "nothing",
-        (0, "what color is the background ?"): "unknown",
+        "what color is the circle ?": "red",
+        "what color are the squares ?": "blue",
+        "what size is the star ?": "large",
+        "what size are the squares ?": "unknown",
+        "what shape is blue ?": "square",
+        "what color is the background ?": "white",
+        "how many objects ?": "four",
+        "how many squares ?": "two",
+        "how many hearts ?": "zero",
+        "is there a blue circle ?": "no",
+        "is there a red star ?": "yes",
+        "list :": "a small red circle , two blue squares , a large red star , on white",
     }
+    assert all(len(answers) == 1 for answers in found.values())
     for question, answer in expected.items():
-        assert answers[question] == {answer}, question
-    assert (1, "what shape is large ?") not in answers     # the squares' size is not known
+        assert found[question] == {answer}, question
+    assert "what shape is large ?" not in found            # the squares' size is not known
 
 
-def test_make_saves_a_gemma_that_loads_like_any_other(tmp_path, monkeypatch):
+def test_answers_about_a_relation_are_true():
+    heart = Group(1, None, "pink", "heart")
+    cross = Group(1, "large", "black", "cross")
+    found = answers_to(Scene((heart, cross), "left of", None), range(0, 3000, 2))
+    expected = {
+        "where is the heart ?": "left of the cross",
+        "what is right of the heart ?": "a large black cross",
+        "what is left of the cross ?": "a pink heart",
+        "what is above the cross ?": "nothing",
+        "what color is the background ?": "unknown",
+    }
+    assert all(len(answers) == 1 for answers in found.values())
+    for question, answer in expected.items():
+        assert found[question] == {answer}, question
+
+
+# ---------------------------------------------------------------------------- tiny Gemma
+def make(out, overwrite=False):
+    tiny_gemma.make(out, 2, 4, 1e-3, 0, torch.device("cpu"), overwrite=overwrite)
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    """A tiny Gemma after two steps of training, in a folder of its own."""
+    out = tmp_path_factory.mktemp("made") / "gemma"
+    few = partial(tiny_gemma.answer_accuracy, count=64)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tiny_gemma, "answer_accuracy", few)
+        make(out)
+    return out
+
+
+def test_make_saves_a_gemma_that_loads_like_any_other(made):
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     from fusedit_lib.pretrained import build_model
-    few = partial(tiny_gemma.answer_accuracy, count=64)
-    monkeypatch.setattr(tiny_gemma, "answer_accuracy", few)
-    out = tmp_path / "gemma"
-    tiny_gemma.make(out, 2, 4, 1e-3, 0, torch.device("cpu"))
-    config = json.loads((out / "config.json").read_text())
-    assert config["model_type"] == "gemma2" and config["sliding_window"] > tiny_gemma.MAX_TOKENS
-    assert json.loads((out / "tokenizer_config.json").read_text())[
-        "tokenizer_class"] == "PreTrainedTokenizerFast"
-    tok = AutoTokenizer.from_pretrained(out)
-    batch = tok(["A Large, RED circle", "zebra"], padding=True)
-    assert [tok.convert_ids_to_tokens(row) for row in batch["input_ids"]] == [
+    config = json.loads((made / "config.json").read_text())
+    assert config["model_type"] == "gemma2"
+    assert config["sliding_window"] > training_text.MAX_TOKENS
+    tokenizer_config = json.loads((made / "tokenizer_config.json").read_text())
+    assert tokenizer_config["tokenizer_class"] == "PreTrainedTokenizerFast"
+
+    tokenizer = AutoTokenizer.from_pretrained(made)
+    batch = tokenizer(["A Large, RED circle", "zebra"], padding=True)
+    tokens = [tokenizer.convert_ids_to_tokens(row) for row in batch["input_ids"]]
+    assert tokens == [
         ["<bos>", "a", "large", ",", "red", "circle"],
         ["<bos>", "<unk>", "<pad>", "<pad>", "<pad>", "<pad>"]]
-    assert AutoModelForCausalLM.from_pretrained(out).dtype == torch.bfloat16
-    assert (out / "model.safetensors").stat().st_size < 4_000_000
-    model = build_model(preset("demo", base=str(out)))
+
+    assert AutoModelForCausalLM.from_pretrained(made).dtype == torch.bfloat16
+    assert (made / "model.safetensors").stat().st_size < 4_000_000
+    model = build_model(preset("demo", base=str(made)))
     text = model.encode(["a red circle", ""])
-    assert text.keys[0].shape[:1] == (2,) and text.mask.sum(1).tolist() == [4, 1]
-    (out / "notes.txt").write_text("mine")
-    for overwrite in (False, True):         # only what it wrote itself may go
+    assert text.keys[0].shape[0] == 2
+    assert text.mask.sum(1).tolist() == [4, 1]
+
+
+def test_make_replaces_only_what_it_wrote_itself(made):
+    notes = made / "notes.txt"
+    notes.write_text("mine")
+    for overwrite in (False, True):
         with pytest.raises(FuseDiTError, match="not empty"):
-            tiny_gemma.make(out, 2, 4, 1e-3, 0, torch.device("cpu"), overwrite=overwrite)
-    assert [p.name for p in tmp_path.iterdir()] == ["gemma"]
+            make(made, overwrite)
+    notes.unlink()
+    assert [path.name for path in made.parent.iterdir()] == ["gemma"]
 
 
 def test_a_failed_training_leaves_the_old_model(tmp_path, monkeypatch):
+    def fail(*_):
+        raise ZeroDivisionError
+
     out = tmp_path / "gemma"
     out.mkdir()
     (out / "tokenizer.json").write_text("old")
-    monkeypatch.setattr(tiny_gemma, "loss_of", lambda *_: 1 / 0)
+    monkeypatch.setattr(tiny_gemma, "next_token_loss", fail)
     with pytest.raises(ZeroDivisionError):
-        tiny_gemma.make(out, 2, 4, 1e-3, 0, torch.device("cpu"), overwrite=True)
-    assert [p.name for p in tmp_path.iterdir()] == ["gemma"]
+        make(out, overwrite=True)
+    assert [path.name for path in tmp_path.iterdir()] == ["gemma"]
     assert (out / "tokenizer.json").read_text() == "old"
 
 
@@ -314,12 +434,13 @@ def test_the_shipped_model_is_the_preset():
     assert replace(shipped, base="demo/gemma") == preset("demo")
 
 
-@pytest.mark.skipif(not (ROOT / "demo/gemma").exists(), reason="the demo's reader is not there")
-def test_the_shipped_reader_knows_these_words_and_binds():
+@pytest.mark.skipif(not (ROOT / "demo/gemma").exists(), reason="the demo's Gemma is not there")
+def test_the_shipped_gemma_knows_these_words_and_binds():
     from transformers import AutoModelForCausalLM
-    vocab = json.loads((ROOT / "demo/gemma/tokenizer.json").read_text())["model"]["vocab"]
-    assert vocab == {w: i for i, w in enumerate(WORDS)}
+    tokenizer = json.loads((ROOT / "demo/gemma/tokenizer.json").read_text())
+    assert tokenizer["model"]["vocab"] == IDS
     model = AutoModelForCausalLM.from_pretrained(ROOT / "demo/gemma", dtype=torch.float32)
-    for draw in (scenes.training_scene, tiny_gemma.held_out_scene):
-        scores = tiny_gemma.answer_accuracy(model, vocab, draw, count=128)
-        assert scores["field"] > 0.75 and scores["count"] > 0.75, scores
+    for draw_scene in (scenes.training_scene, tiny_gemma.held_out_scene):
+        scores = tiny_gemma.answer_accuracy(model, IDS, draw_scene, count=128)
+        assert scores["field"] > 0.75, scores
+        assert scores["count"] > 0.75, scores
