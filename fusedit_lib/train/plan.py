@@ -324,7 +324,7 @@ def gpu_memory(run, config, world, micro, vae, memory):
 
 def chip(name, shape, sizes):
     """Numbers of a tensor on one chip of a mesh, sizes: {axis: devices}."""
-    cuts = (sizes[axis] for axis in sharding.spec(name, shape, sizes) if axis)
+    cuts = (sizes[axis] for axis in sharding.partition_spec(name, shape, sizes) if axis)
     return math.prod(shape) // math.prod(cuts)
 
 
@@ -348,7 +348,7 @@ def tpu_memory(run, config, n, micro, vae, memory):
         each, part = math.prod(shape), chip(key.replace(".block", ""), shape, sizes)
         held[key[:3]] += len(names) * part
         if len(names) * each > total / 1000:
-            cut = sharding.spec(key.replace(".block", ""), shape, sizes)
+            cut = sharding.partition_spec(key.replace(".block", ""), shape, sizes)
             print(f"{len(names):>8}{' x '.join(map(str, shape)):>16}  "
                   f"{', '.join(a or '-' for a in cut):16}{len(names) * each / 1e6:8.1f}"
                   f"{len(names) * part / 1e6:8.2f}  {key.replace('.block', '')}")
