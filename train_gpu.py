@@ -48,7 +48,7 @@ def start(run):
 
 def build_engine(run, model, vae, checkpoint, micro_batch, accumulation):
     """DeepSpeed's engine with an EMA: ZeRO gives each rank a share of what training keeps."""
-    warnings.filterwarnings("ignore", category=FutureWarning, module="torch")   # caused by DeepSpeed
+    warnings.filterwarnings("ignore", category=FutureWarning, module="torch")   # for DeepSpeed
     import deepspeed
 
     ema = zero.shard_ema(model, checkpoint, dist.get_rank(), dist.get_world_size(), run.ema_offload)

@@ -298,6 +298,7 @@ class Engine:
 
     def __init__(self, deepspeed_engine, ema):
         self.deepspeed = deepspeed_engine
+        self.module = deepspeed_engine.module       # the model
         self.ema = ema                      # ShardedEMA
         self.adam = deepspeed_engine.basic_optimizer
 
@@ -354,7 +355,7 @@ class Engine:
         trained_weights = {}
         self.exchange_weights(self.ema.tensors, replaced=trained_weights)
         self.deepspeed.eval()
-        yield self.deepspeed.module         # an error of one rank must not wait for the others
+        yield self.module                   # an error of one rank must not wait for the others
         self.deepspeed.train()
         self.exchange_weights(trained_weights)
 
@@ -366,7 +367,7 @@ class Engine:
         """
         from deepspeed.runtime.zero import GatheredParameters
         rank = dist.get_rank()
-        for name, parameter in trained(self.deepspeed.module):
+        for name, parameter in trained(self.module):
             owner = self.ema.owner[name]
             with GatheredParameters([parameter], modifier_rank=owner):
                 if owner == rank:

@@ -394,7 +394,7 @@ def test_a_signal_ends_the_step_and_saves(gemma, data, tmp_path):
     assert checkpoints.damage(tmp_path / "run" / last) is None
 
 
-# ------------------------------------------------------------------------------ validation and errors
+# ------------------------------------------------------------------------------ other
 
 POISON = """
 real = fusedit.random_sigma

@@ -940,7 +940,6 @@ def test_a_process_group_knows_its_gpu(monkeypatch, tmp_path, world, backend):
     monkeypatch.setattr(train_gpu.backend, "pick_device", torch.device)
     monkeypatch.setattr(train_gpu.dist, "init_process_group", lambda backend, **more: said.update(
         backend=backend, **more))
-    monkeypatch.setattr(train_gpu.dist, "get_rank", lambda: 1)
     monkeypatch.setattr(train_gpu.backend, "native_bf16", lambda device: True)
     for key, value in dict(RANK="1", LOCAL_RANK="1", WORLD_SIZE=world,
                            DS_ACCELERATOR="cuda").items():
