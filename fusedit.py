@@ -1,13 +1,13 @@
 """fusedit: text-to-image by deep fusion of a frozen Gemma and a Diffusion Transformer.
 
-Two transformers whose attention heads have the same number and width run side by side. Gemma is
+Two transformers with the same number and width of attention heads run side by side. Gemma is
 frozen and encodes the prompt. The Diffusion Transformer (DiT) is trained from scratch and predicts
 the velocity of a noisy image. In layer i, every image token attends to all image tokens and, in the
 same softmax, to the keys and values that layer i of Gemma computed for the text. This is the method
 of "Exploring the Deep Fusion of Large Language Models and Diffusion Transformers for Text-to-Image
 Synthesis" (arXiv 2505.10046), called "the paper" below.
 
-Neither the image nor the noise level enters Gemma. So it runs once per prompt, before the DiT, and
+Gemma sees neither the image nor the noise level. So it runs once per prompt, before the DiT, and
 its keys and values serve at every step of the sampler:
 
          prompt                                    noise
@@ -28,6 +28,8 @@ Glossary
              and the DiT's may differ                      attention also the values
     L        Gemma's layers                       [B,C,H,W]  an image: C channels, height, width
     H, K     query heads, key/value heads (GQA)   h        width of one head
+Some letters have a second meaning, as in the papers: eps is also RMSNorm's, shift and scale are the
+schedule's and attention's, and AdaLN's.
 
 Reading order: flow matching (loss and sampler), configuration, building blocks, Gemma, the DiT,
 both towers (Gemma is the text tower, the DiT the image tower), presets. A reference such as
@@ -84,7 +86,7 @@ def flow_loss(model, x, text, sigma, eps):
     given x_t and the text. That mean is the velocity which the sampler follows.
 
     x, eps: [B,C,H,W]; sigma: [B]. model(x_t, sigma, text) is a DiT, with TextFeatures as text, or a
-    FuseDiT, with the tuple (ids, mask). The caller draws the noise and its level:
+    FuseDiT, with a tuple of the arguments of its encode_ids. The caller draws noise and level:
 
         eps = torch.randn_like(x)
         sigma = logit_normal_sigma(torch.randn(len(x), device=x.device), shift)
@@ -103,7 +105,7 @@ def sampling_sigmas(steps, shift):
     """The noise levels [steps + 1] of the sampler, from 1 to 0."""
     # As the published sampler (diffusers' FlowMatchEulerDiscreteScheduler) does, we space the steps
     # evenly from 1 to the last training level, and then shift them all. Since that level is shifted
-    # already, the last step is shifted twice.
+    # already, the last level before 0 is shifted twice.
     last = float(training_sigmas(shift)[-1])
     sigmas = shift_sigma(torch.linspace(1, last, steps, dtype=torch.float64), shift)
     return torch.cat([sigmas, sigmas.new_zeros(1)]).float()
@@ -113,8 +115,8 @@ def sampling_sigmas(steps, shift):
 def sample(dit, noise, text, uncond, steps, guidance, shift, guidance_span=(0, 1), callback=None):
     """Euler integration of the velocity, from noise [B,C,H,W] at sigma 1 to an image at sigma 0.
 
-    text, uncond: TextFeatures (below) of the B prompts and of B empty (or negative) prompts, with
-    the same T. Classifier-free guidance (arXiv 2207.12598; pipelines.py:264-280) computes both
+    text, uncond: TextFeatures (below) of the B prompts and of B empty (or negative) prompts, padded
+    to the same T. Classifier-free guidance (arXiv 2207.12598; pipelines.py:264-280) computes both
     velocities in one batch of 2B and extrapolates away from the empty prompt's:
     v_uncond + guidance * (v - v_uncond). Guidance is off if it is 1, and in steps whose sigma lies
     outside guidance_span; then the DiT does not see the empty prompt.
@@ -183,7 +185,7 @@ class GemmaConfig:
         for name in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers",
                      "num_attention_heads", "num_key_value_heads"):
             if name not in values:
-                raise FuseDiTError(f"the config.json of the Gemma has no {name}")
+                raise FuseDiTError(f"the config.json of this Gemma has no {name}")
         values.setdefault("query_pre_attn_scalar", values["head_dim"])
 
         # Rotary embedding. transformers 4 has the keys rope_theta, rope_scaling and (Gemma 3)
@@ -238,7 +240,7 @@ class FuseDiTConfig:
 
     # The image tower
     pos_embed: Literal["ape", "1d-rope", "2d-rope", "m-rope"] = "ape"    # see image_rope
-    # The value None, as in the final model: the DiT never sees sigma, but infers it from x_t.
+    # None (FINAL_MODEL, below) means that the DiT is not told sigma and has to infer it from x_t.
     timestep_conditioning: Literal["adaln-zero", "adaln-single", "addition"] | None = "adaln-zero"
     sandwich_norm: bool = False             # norms before and after each branch, as in Gemma 2
     qk_norm: bool = True                    # RMSNorm on queries, and on keys that the DiT computes
@@ -259,7 +261,7 @@ class FuseDiTConfig:
     def __post_init__(self):
         for field in fields(self):
             value = getattr(self, field.name)
-            allowed = allowed_by(field.type)
+            allowed = allowed_by(field.type)                    # types, and values of a Literal
             if float in allowed and type(value) is int:         # JSON may write 3.0 as 3
                 value = float(value)
             if tuple in allowed and type(value) is list:        # JSON has no tuples
@@ -414,9 +416,9 @@ def image_rope(kind, rows, cols, offset, h, device):
               range of h/4 frequencies
     m-rope    the h/2 frequencies are split: the fast half encodes the row, the slow half the column
 
-    The base theta is 10000, whatever the Gemma's own. So scores between text and image depend on
-    the difference of their positions only where both rotate with the same frequencies: with 1d-rope
-    or m-rope, and Gemma 1 or 2.
+    The base theta is 10000, whatever Gemma's own. A score between text and image therefore depends
+    on their positions only through the difference if both sides rotate with the same frequencies:
+    with 1d-rope or m-rope, and Gemma 1 or 2.
     """
     if kind == "ape":
         return None
@@ -455,7 +457,7 @@ def attention(q, k, v, mask=None, scale=None):
 
 
 class Attention(nn.Module):
-    """Projections and per-head norms of one attention module. Its user decides who attends to whom.
+    """Projections and per-head norms of an attention. The caller decides who attends to whom.
 
     Number and width of the heads are always Gemma's, whatever the width of the stream, so that keys
     of text and image fit into one softmax. has_kv: has k_proj and v_proj, for the stream itself.
@@ -555,8 +557,8 @@ class LayerStack(nn.ModuleList):
 # ------------------------------------------------------------------------------ Gemma
 class TextFeatures(NamedTuple):
     """All that the DiT needs to know about its prompts: computed once, used at every step."""
-    keys: tuple                         # one per DiT block: [B,K,T,h], or None if it reads no text
-    values: tuple                       # likewise; all None in shallow fusion
+    keys: tuple                         # one per DiT block: [B,K,T,h] of the Gemma layer that it
+    values: tuple                       #   reads, or None. Shallow fusion: all are None
     hidden: torch.Tensor | None         # [B,T,D] shallow fusion: the hidden state that is read
     mask: torch.Tensor                  # [B,T] True at real tokens (at least <bos>), not at padding
     pooled: torch.Tensor | None = None  # [B,text_modulation_embeds_dim] CLIP's pooled vector
@@ -595,8 +597,8 @@ class GemmaLayer(TransformerLayer):
     def forward(self, x, rope, mask, scale, rotate_keys):
         """Returns x [B,T,D] after this layer, and the LayerStates.
 
-        The last layer only has to give its states: keep_layers drops the rest of its weights, and
-        then it returns x unchanged.
+        After keep_layers, the deepest layer has no queries and no MLP left: it gives its states and
+        returns x unchanged.
         """
         y = self.input_layernorm(x)
         k, v = self.self_attn.kv(y)                             # [B,K,T,h]
@@ -636,7 +638,7 @@ class Gemma(nn.Module):
         self.norm = RMSNorm(D, eps)
 
     def keep_layers(self, last_layer):
-        """Drop the weights that reading layers 0 .. last_layer does not need (to save memory).
+        """Drop weights that are not needed to read layers 0 .. last_layer, to save memory.
 
         Of layer last_layer only keys, values and the input are read, so its queries, its output
         projection and its MLP go as well. last_layer = L, the output of the final norm, needs
@@ -655,7 +657,8 @@ class Gemma(nn.Module):
 
         Returns three lists: the keys and values [B,K,T,h] of these layers, and their inputs [B,T,D]
         (hidden[i] is the input of layer i; hidden[L] is the output of the final norm). Attention is
-        causal and padding is on the right, so real tokens never see padding: no mask is needed.
+        causal and padding is on the right, so real tokens never see padding, and no padding mask is
+        needed.
         rotate_keys=False: keys without RoPE, for deep cross-attention (models.py:505-522).
         """
         c = self.config
@@ -686,9 +689,10 @@ class Gemma(nn.Module):
         scale = c.query_pre_attn_scalar ** -0.5
         x, states = self.layers(x, per_layer, (scale, rotate_keys))
 
-        keys = [k for k, v, x_in in states]
-        values = [v for k, v, x_in in states]
-        hidden = [x_in for k, v, x_in in states]
+        states = [LayerStates(*state) for state in states]      # a scan returns plain tuples
+        keys = [state.k for state in states]
+        values = [state.v for state in states]
+        hidden = [state.hidden for state in states]
         if last_layer == c.num_hidden_layers:
             hidden.append(self.norm(x))
         return keys, values, hidden
@@ -753,8 +757,10 @@ class DiTBlock(TransformerLayer):
 
     Published: models.py:394-612 (deep), modules.py:218-306 (shallow). There, deep self-attention
     computes text and image together, under one mask in which text does not see the image. Because
-    text does not see the image, computing it first gives the same result. A block whose Gemma layer
-    is not in shared_attention_layers reads no text: its image attends to itself alone.
+    text does not see the image, computing it first gives the same result.
+
+    In deep fusion, a block whose Gemma layer is not in shared_attention_layers reads no text: the
+    image attends to itself alone.
     """
     def __init__(self, c: FuseDiTConfig, gemma: GemmaConfig, width, reads_text):
         eps = gemma.rms_norm_eps
@@ -803,10 +809,9 @@ class DiTBlock(TransformerLayer):
         shift_attn, scale_attn, gate_attn, shift_mlp, scale_mlp, gate_mlp = self.modulation(cond)
 
         # shallow fusion: this block's own keys and values of the one hidden state
-        if self.shallow and self.joint:
-            text_k, text_v = self.self_attn.text_kv(text_hidden)        # [B,K,T,h]
-        elif self.shallow:
-            text_k, text_v = self.cross_attn.text_kv(text_hidden)
+        if self.shallow:
+            attn = self.self_attn if self.joint else self.cross_attn
+            text_k, text_v = attn.text_kv(text_hidden)          # [B,K,T,h], without positions
 
         # queries, keys and values of the image
         y = modulate(self.input_layernorm(img), shift_attn, scale_attn)
@@ -814,7 +819,7 @@ class DiTBlock(TransformerLayer):
         k, v = self.self_attn.kv(y, rope)                       # [B,K,N,h]
 
         # self-attention: one softmax over [text ; image], or over the image alone. (Scores are
-        # scaled by h^(-1/2) also where the Gemma has another scale for its own.)
+        # scaled by h^(-1/2), even where Gemma scales its own differently.)
         if self.joint:
             k = torch.cat([text_k, k], dim=2)                   # [B,K,T+N,h]
             v = torch.cat([text_v, v], dim=2)
@@ -921,7 +926,8 @@ class DiT(nn.Module):
         In deep self-attention the image comes after the text, whose positions are 0, 1, 2, ...: its
         rows and columns start at the number of real (unpadded) text tokens of its sample. With
         cross-attention or shallow fusion, where the text's keys are not rotated, they start at 0.
-        With pos_embed "ape" the image is not rotated at all (but Gemma's keys are).
+        With pos_embed "ape" the image is not rotated at all, though in deep self-attention Gemma's
+        keys still are.
         """
         c = self.config
         offset = text.mask.sum(1)                                                    # [B]
@@ -987,7 +993,7 @@ def layers_to_read(c: FuseDiTConfig, L):
 
     DiT block i reads Gemma layer i + initial_layers, if shared_attention_layers allows it
     (models.py:782-800). In shallow fusion only the length of the list counts. L: how many layers
-    the Gemma has. Raises FuseDiTError if that is too few.
+    Gemma has. Raises FuseDiTError if layers are asked for that it does not have, or none is left.
     """
     count = c.dit_num_hidden_layers
     if count is None:
@@ -998,12 +1004,12 @@ def layers_to_read(c: FuseDiTConfig, L):
         allowed = counterparts
     layers = [i if i in allowed else None for i in counterparts]
 
-    problem = count < 1
+    fits = count > 0
     if c.fusion == "deep":
-        nothing_to_read = all(i is None for i in layers)
-        not_there = [i for i in [*counterparts, *allowed] if not 0 <= i < L]
-        problem = nothing_to_read or not_there
-    if problem:
+        all_exist = all(0 <= i < L for i in [*counterparts, *allowed])
+        some_text_is_read = any(i is not None for i in layers)
+        fits = all_exist and some_text_is_read
+    if not fits:
         raise FuseDiTError(f"config fields initial_layers {c.initial_layers}, "
                            f"dit_num_hidden_layers {count} or shared_attention_layers do not fit "
                            f"a Gemma of {L} layers")
@@ -1044,8 +1050,8 @@ class FuseDiT(nn.Module):
         """TextFeatures of ids [B,T], padded on the right, with mask [B,T] (True: a real token).
 
         pooled: of clip_encoder, for CLIP modulation. Gemma is frozen, so autograd records nothing
-        here. If requires_grad is set on its weights, gradients reach them through the keys and
-        values, with no other change.
+        here. If requires_grad is set on its weights, gradients reach them through what the DiT
+        reads, with no other change.
         """
         rotate_keys = self.config.attention == "self"           # cross: keys without positions
         keys, values, hidden = self.llm(ids, self.last_layer, rotate_keys)
@@ -1058,7 +1064,10 @@ class FuseDiT(nn.Module):
         return TextFeatures(keys, values, None, mask, pooled)
 
     def encode(self, prompts, pad_to=None):
-        """TextFeatures of a list of prompts, padded to the longest or to pad_to tokens."""
+        """TextFeatures of a list of prompts, padded to the longest or to pad_to tokens.
+
+        For sample, encode prompts and empty prompts together, or pad both to the same length.
+        """
         ids, mask = tokenize(self.tokenizer, prompts, self.config, pad_to)
         device = self.llm.embed_tokens.weight.device
         pooled = None
@@ -1094,7 +1103,8 @@ def token_ids(tokenizer, prompts, config):
         ids.append(prompt_ids)
 
     # Count the tokens of instruction and template. A space at the end of the instruction merges
-    # into the prompt's first token, so it is stripped; max_text_tokens counts <bos> already.
+    # into the prompt's first token, so it is stripped. <bos> is subtracted, because max_text_tokens
+    # counts it already. (Truncation cuts the end of the whole text, also that of a template.)
     overhead = tokenizer(wrap(config.instruction.rstrip()))["input_ids"]
     limit = config.max_text_tokens + len(overhead) - overhead.count(bos)
     return ids, limit

@@ -85,7 +85,7 @@ def count_flops(function, *args):
 def flops(model, config, text_tokens=None):
     """ForwardFlops of an abstract_model; text_tokens: of the caption, by default the most."""
     x_t, sigma, ids, mask, pooled = example_inputs(config, 1, torch.float32, text_tokens)
-    gemma, text = count_flops(model.read, ids, mask, pooled)
+    gemma, text = count_flops(model.encode_ids, ids, mask, pooled)
     dit, _ = count_flops(model.dit, x_t, sigma, text)
     encoder = 0
     if config.vae:

@@ -283,7 +283,7 @@ class Monitor:
             self.write_validation(step, model)
 
     def write_grid(self, step, model):
-        grid = sample_grid(self.run, self.config, model, self.vae, self.host.sync,
+        grid = sample_grid(self.run, model, self.vae, self.host.sync,
                            self.grid_rank, self.grid_world)
         if self.rank == 0:
             info = PngInfo()

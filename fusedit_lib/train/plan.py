@@ -171,7 +171,7 @@ def zero_memory(model, train_llm, stage, world, dtype):
 
 def chip(name, shape, sizes):
     """Number of a tensor's elements on one chip of a mesh; sizes: {axis: devices}."""
-    cuts = [sizes[axis] for axis in sharding.spec(name, shape, sizes) if axis]
+    cuts = [sizes[axis] for axis in sharding.partition_spec(name, shape, sizes) if axis]
     return math.prod(shape) // math.prod(cuts)
 
 
@@ -342,7 +342,7 @@ def print_mesh(run, model, sizes):
         if elements <= total / 1000:
             continue
         dimensions = " x ".join(str(size) for size in kind.shape)
-        axes = ", ".join(axis or "-" for axis in sharding.spec(kind.name, kind.shape, sizes))
+        axes = ", ".join(axis or "-" for axis in sharding.partition_spec(kind.name, kind.shape, sizes))
         on_chip = kind.count * chip(kind.name, kind.shape, sizes)
         print(f"{kind.count:>8}{dimensions:>16}  {axes:16}{elements / 1e6:8.1f}"
               f"{on_chip / 1e6:8.2f}  {kind.name}")

@@ -1,85 +1,187 @@
-"""TODO."""
+"""How tensors are cut into shards on a mesh of devices, and how shards are named in checkpoints.
+
+The mesh has two axes. Along "fsdp" devices share the batch and all large tensors; along "tensor"
+they share the attention heads and the width of the MLP. RULES says, by the name of a tensor, which
+axis cuts which of its dimensions.
+
+This file is plain Python and PyTorch: train/xla.py applies the rules, and train/plan.py computes
+from them what a device holds.
+"""
 import math
 import re
+from typing import NamedTuple
 
 import torch
 
 from fusedit import FuseDiTError
 
-AXES = "fsdp", "tensor"                     # of a TPU mesh; the first also shares the batch
-RULES = (  # which of them cut a tensor's dimensions: the first that is found in its name
-    (r"(q|k|v|gate|up)_proj\.weight", ("tensor", "fsdp")),         # [heads or MLP width, D]
-    (r"embed_tokens\.weight", ("tensor", "fsdp")),                 # [vocabulary, D]
-    (r"norm\.weight|bias|scale_shift_table", ()),                  # small: whole everywhere
-    (r"patch_embed", ("fsdp",)),
-    (r"", ("fsdp", "tensor")))              # o_proj and down_proj, [D, heads or MLP width]; others
+AXES = ("fsdp", "tensor")
 
-# ------------------------------------------------------------------------------ which axis
+# The axis that cuts each dimension of a tensor. The first pattern found in its name decides.
+RULES = (
+    (r"(q|k|v|gate|up)_proj\.weight", ("tensor", "fsdp")),      # [heads or MLP width, D]
+    (r"embed_tokens\.weight", ("tensor", "fsdp")),              # [vocabulary, D]
+    (r"norm\.weight|bias|scale_shift_table", ()),               # small: whole on every device
+    (r"patch_embed", ("fsdp",)),                                # [D, channels, P, P]
+    (r"", ("fsdp", "tensor")),                                  # o_proj, down_proj and all others
+)
 
-def mesh_shape(text, n):
-    """(devices along fsdp, along tensor) of --mesh "64,2", of n in all; -1 fills."""
-    found = re.fullmatch(r"(-1|[1-9]\d*)(?:[,x](-1|[1-9]\d*))?", text)
-    sizes = [int(s or 1) for s in found.groups()] if found else [-1, -1]
-    if sizes.count(-1) == 1 and n % -math.prod(sizes) == 0:
-        sizes = [n // -math.prod(sizes) if s == -1 else s for s in sizes]
-    if math.prod(sizes) != n or -1 in sizes:
-        raise FuseDiTError(f"--mesh {text} does not make up {n} devices: two numbers whose product "
-                           f"is {n}, as in {n},1 or -1,1 (-1: all others)")
+# A scanned stack of layers (train/xla.py) keeps the weights of all its layers in one tensor, whose
+# first dimension is the layer and whose name has this in place of the layer's number.
+STACKED = ".block."
+
+
+# ------------------------------------------------------------------------------ mesh and rules
+
+def mesh_shape(text, devices):
+    """Parses --mesh for a number of devices.
+
+    text: "64,2" or "64x2"; -1 stands for all devices that remain, and "64" means "64,1".
+    Returns (devices along fsdp, devices along tensor). Raises FuseDiTError if their product is not
+    the number of devices.
+    """
+    sizes = [-1, -1]                        # refused below
+    match = re.fullmatch(r"(-1|[1-9]\d*)(?:[,x](-1|[1-9]\d*))?", text)
+    if match:
+        sizes = [int(match[1]), int(match[2] or 1)]
+
+    if sizes.count(-1) == 1:
+        known = -math.prod(sizes)
+        if devices % known == 0:
+            sizes[sizes.index(-1)] = devices // known
+
+    if -1 in sizes or math.prod(sizes) != devices:
+        raise FuseDiTError(f"--mesh {text} does not make up {devices} devices: two numbers whose "
+                           f"product is {devices}, as in {devices},1 or -1,1 (-1: all others)")
     return tuple(sizes)
 
 
-def spec(name, shape, sizes):
-    """The mesh axis that cuts each dimension of a tensor, or None; sizes: {axis: devices}.
+def partition_spec(name, shape, sizes):
+    """The mesh axis that cuts each dimension of a tensor, or None where it is not cut.
 
-    One whose dimension does not divide is left out. Weights of a stack have layers first.
+    sizes: {axis: devices along it}. A dimension that an axis does not divide evenly stays whole,
+    and so does the layer dimension of a stacked weight.
     """
-    axes = next(axes for pattern, axes in RULES if re.search(pattern, name))
-    axes = ((None,) * (".block." in name) + axes + (None,) * 4)[:len(shape)]
-    return tuple(a if a and n % sizes[a] == 0 else None for a, n in zip(axes, shape, strict=True))
+    wanted = next(axes for pattern, axes in RULES if re.search(pattern, name))
+    if STACKED in name:
+        wanted = (None, *wanted)
+
+    spec = [None] * len(shape)
+    for dim, axis in enumerate(wanted[:len(shape)]):
+        if axis is not None and shape[dim] % sizes[axis] == 0:
+            spec[dim] = axis
+    return tuple(spec)
 
 
-# ------------------------------------------------------------------------------ which piece
+# ------------------------------------------------------------------------------ checkpoints
 
-def stored_names(name, p):
-    """Of a parameter, its names in checkpoints: a train_tpu.Stack's has one for each layer."""
-    return [name.replace(".block.", f".{i}.") for i in range(len(p))] if ".block." in name else [
-        name]
-
-
-def first_state(saved, name, p):
-    """(average, exp_avg, exp_avg_sq) of a parameter to begin with, on the CPU."""
-    if not saved:
-        return p.detach().cpu(), torch.zeros(p.shape), torch.zeros(p.shape)
-    names = stored_names(name, p)
-    return tuple(torch.stack([file.get_tensor(stored) for file, stored in (
-        where[key + n] for n in names)]).view(p.shape) for where, key in (
-            (saved.ema, ""), (saved.state, "exp_avg."), (saved.state, "exp_avg_sq.")))
+class ParameterState(NamedTuple):
+    """All that training keeps of one parameter, in float32."""
+    ema: torch.Tensor                       # exponential moving average of the weight
+    weight: torch.Tensor
+    exp_avg: torch.Tensor                   # AdamW's first moment
+    exp_avg_sq: torch.Tensor                # and its second
 
 
-def pieces(key, name, shards, shape):
-    """What is stored of a parameter's shards, [(slices or ..., values)]: {NAME: values} if whole.
+def stored_names(name, tensor):
+    """The names in checkpoints of a parameter: one, or one for each layer of a stacked weight."""
+    if STACKED not in name:
+        return [name]
+    return [name.replace(STACKED, f".{layer}.") for layer in range(len(tensor))]
 
-    key: before its stored_names. shape: of all of it. Shards that fill a box become one.
+
+def initial_state(checkpoint, name, parameter):
+    """ParameterState to start from, on the CPU.
+
+    checkpoint: as load_checkpoint returns it; None for a new run, whose EMA starts at the weight
+    and whose moments start at zero. The parameter has its initial or restored weight already.
     """
-    full = tuple(slice(0, n) for n in shape)
-    shards = [(full if where is ... else tuple(where), values) for where, values in shards]
-    shards = [(where, values[tuple(slice(0, s.stop - s.start) for s in where)])    # no padding
-              for where, values in shards]
-    box = tuple(slice(min(s.start for s in dim), max(s.stop for s in dim))
-                for dim in zip(*(where for where, _ in shards), strict=True))
+    weight = parameter.detach().cpu()
+    if checkpoint is None:
+        return ParameterState(ema=weight, weight=weight, exp_avg=torch.zeros(weight.shape),
+                              exp_avg_sq=torch.zeros(weight.shape))
+
+    names = stored_names(name, parameter)
+    ema = read_layers(checkpoint.ema, names)
+    exp_avg = read_layers(checkpoint.state, [f"exp_avg.{n}" for n in names])
+    exp_avg_sq = read_layers(checkpoint.state, [f"exp_avg_sq.{n}" for n in names])
+    return ParameterState(ema.view(weight.shape), weight, exp_avg.view(weight.shape),
+                          exp_avg_sq.view(weight.shape))
+
+
+def read_layers(tensors, names):
+    """The named tensors of a checkpoint, stacked. tensors: as files.open_tensors returns them."""
+    layers = []
+    for name in names:
+        file, key = tensors[name]
+        layers.append(file.get_tensor(key))
+    return torch.stack(layers)
+
+
+class Shard(NamedTuple):
+    """A part of a tensor."""
+    slices: tuple                           # where it lies: one slice for each dimension
+    values: torch.Tensor                    # what is there
+
+
+def slices_to_store(prefix, name, shards, shape):
+    """What a host writes of one parameter: {name in the checkpoint: values}.
+
+    shards: the (slices, values) that this host's devices hold, as torch_xla lists them: slices may
+    be ..., for a whole tensor, and values may be padded at the end.
+    shape: of the whole parameter. prefix: precedes every name, as in "exp_avg.".
+
+    Shards that fill a box together are joined. What is less than the whole tensor is stored under a
+    name that says where it lies, as in "dit.proj_out.weight[0:8,0:512]"; files.open_tensors reads
+    such pieces as one tensor.
+    """
+    shards = [without_padding(slices, values, shape) for slices, values in shards]
+    if len(shards) > 1:
+        shards = join(shards)
+
+    stored = {}
+    for shard in shards:
+        if STACKED not in name:
+            key = prefix + name + location(shard.slices, shape)
+            stored[key] = shard.values.contiguous()
+            continue
+        # A stacked weight is stored layer by layer; the layer dimension itself is never cut.
+        suffix = location(shard.slices[1:], shape[1:])
+        for layer_name, values in zip(stored_names(name, shard.values), shard.values, strict=True):
+            stored[prefix + layer_name + suffix] = values.contiguous()
+    return stored
+
+
+def without_padding(slices, values, shape):
+    """A Shard, cut to the size that its slices say."""
+    if slices is ...:
+        slices = [slice(0, size) for size in shape]
+    sizes = [s.stop - s.start for s in slices]
+    kept = tuple(slice(0, size) for size in sizes)
+    return Shard(tuple(slices), values[kept])
+
+
+def join(shards):
+    """The shards as one, in a list, if together they fill a box; else as they are."""
+    dimensions = list(zip(*(shard.slices for shard in shards), strict=True))
+    starts = [min(s.start for s in slices) for slices in dimensions]
+    stops = [max(s.stop for s in slices) for slices in dimensions]
+    box = tuple(slice(start, stop) for start, stop in zip(starts, stops, strict=True))
     sizes = [s.stop - s.start for s in box]
-    if len(shards) > 1 and sum(v.numel() for _, v in shards) == math.prod(sizes):
-        values = shards[0][1].new_empty(sizes)
-        for where, part in shards:
-            values[tuple(slice(s.start - b.start, s.stop - b.start)
-                         for s, b in zip(where, box, strict=True))] = part
-        shards = [(box, values)]
-    found = {}
-    for where, values in shards:
-        if stacked := ".block." in name:    # layers are never cut
-            where, shape = where[1:], shape[-len(where) + 1:]
-        place = "" if list(values.shape[stacked:]) == list(shape) else "[" + ",".join(
-            f"{s.start}:{s.stop}" for s in where) + "]"
-        for i, stored in enumerate(stored_names(name, values)):
-            found[key + stored + place] = (values[i] if stacked else values).contiguous()
-    return found
+    if sum(shard.values.numel() for shard in shards) != math.prod(sizes):
+        return shards
+
+    joined = shards[0].values.new_empty(sizes)
+    for shard in shards:
+        inside = [slice(s.start - start, s.stop - start)
+                  for s, start in zip(shard.slices, starts, strict=True)]
+        joined[tuple(inside)] = shard.values
+    return [Shard(box, joined)]
+
+
+def location(slices, shape):
+    """The suffix of a stored name that says where a piece lies; empty for a whole tensor."""
+    whole = all(s.start == 0 and s.stop == size for s, size in zip(slices, shape, strict=True))
+    if whole:
+        return ""
+    return "[" + ",".join(f"{s.start}:{s.stop}" for s in slices) + "]"

@@ -7,8 +7,8 @@ import torch.distributed as dist
 
 import fusedit
 from fusedit import FuseDiTError
-from fusedit_lib.data.batches import Batches, tensors, to_device
-from fusedit_lib.sampling import sheet, text_length, to_images
+from fusedit_lib.data.batches import Batches, tensors_only, to_device
+from fusedit_lib.sampling import generate, image_grid, padded_text_length
 from fusedit_lib.train import distributed
 
 VALIDATION_SIGMAS = [(i + 0.5) / 8 for i in range(8)]      # noise levels of the validation loss
@@ -16,32 +16,21 @@ VALIDATION_SIGMAS = [(i + 0.5) / 8 for i in range(8)]      # noise levels of the
 
 # ------------------------------------------------------------------------------ sample grids
 
-@torch.no_grad()
-def sample_images(run, config, model, vae, indices, sync):
+def sample_images(run, model, vae, indices, sync):
     """Images of run.prompts[i], for i in indices, as a list of PIL images.
 
     Prompt i always starts from the same noise, that of seed run.seed + i.
     sync: called after each sampler step.
     """
-    side = config.image_size
-    if vae:
-        side //= vae.factor
-    noise = []
-    for i in indices:
-        generator = torch.Generator().manual_seed(run.seed + i)
-        noise.append(torch.randn(config.in_channels, side, side, generator=generator))
+    def after_step(step, x):
+        sync()
 
-    length = text_length(model, [*run.prompts, ""])        # the same on all ranks
-    texts = model.encode([run.prompts[i] for i in indices] + [""], length)
-    prompts = texts.map(lambda t: t[:-1])
-    uncond = texts.map(lambda t: t[[-1] * len(indices)])
-    x = fusedit.sample(model.dit, torch.stack(noise).to(texts.mask.device), prompts, uncond,
-                       run.sample_steps, config.guidance, config.shift,
-                       callback=lambda i, x: sync())
-    return to_images(x, vae)
+    length = padded_text_length(model, [*run.prompts, ""])     # the same on all ranks
+    return generate(model, [run.prompts[i] for i in indices], [run.seed + i for i in indices],
+                    vae=vae, steps=run.sample_steps, text_length=length, callback=after_step)
 
 
-def sample_grid(run, config, model, vae, sync, rank, world):
+def sample_grid(run, model, vae, sync, rank, world):
     """The run's prompts as one PIL image, a grid.
 
     Each of `world` ranks generates its share of the images. All have the same number, and some
@@ -50,11 +39,11 @@ def sample_grid(run, config, model, vae, sync, rank, world):
     count = len(run.prompts)
     padded = math.ceil(count / world) * world
     indices = [i % count for i in range(rank, padded, world)]
-    images = sample_images(run, config, model, vae, indices, sync)
+    images = sample_images(run, model, vae, indices, sync)
     if world > 1:
         of_ranks = distributed.gather_from_all_ranks(images)
         images = [of_ranks[i % world][i // world] for i in range(count)]
-    return sheet(images, math.ceil(math.sqrt(count)))
+    return image_grid(images, math.ceil(math.sqrt(count)))
 
 
 # ------------------------------------------------------------------------------ validation loss
@@ -77,7 +66,7 @@ def held_out_batches(run, config, model, micro_batch, rank, world):
         first = index * held_out.batch + rank * micro_batch
         batch["counts"] = (first + torch.arange(micro_batch) < samples).float()
         batches.append(batch)
-    return list(tensors(batches, []))
+    return list(tensors_only(batches, []))
 
 
 @torch.no_grad()
@@ -91,18 +80,19 @@ def validation_losses(batches, model, vae, device, sync):
     sums = torch.zeros(len(VALIDATION_SIGMAS), dtype=torch.float64)
     samples = torch.zeros(1, dtype=torch.float64)
     for batch in batches:
-        x, ids, mask, clip_ids, _, noise = to_device(batch, device)
-        if vae:
-            x = vae.encode(x, noise[1])
+        counts = batch["counts"]
+        moved = to_device(batch, device)
+        x = moved.x
+        if vae is not None:
+            x = vae.encode(x, moved.vae_noise)
         pooled = None
         if model.clip_encoder is not None:
-            pooled = model.clip_encoder(clip_ids)
-        text = model.encode_ids(ids, mask, pooled)
-        counts = batch["counts"]
+            pooled = model.clip_encoder(moved.clip_ids)
+        text = model.encode_ids(moved.ids, moved.mask, pooled)
         sync()
         for k, level in enumerate(VALIDATION_SIGMAS):
             sigma = torch.full((len(x),), level, device=device)
-            loss = fusedit.flow_loss(model.dit, x, text, sigma, noise[0])
+            loss = fusedit.flow_loss(model.dit, x, text, sigma, moved.eps)
             sums[k] += (loss * counts.to(device)).sum().cpu()
         samples += counts.sum().cpu()
 

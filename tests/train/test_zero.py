@@ -31,7 +31,7 @@ def model_of(names):
 def owners(names, world):
     """{parameter name: rank}, after a check that each rank has the EMA that it owns."""
     model = model_of(names)
-    shards = [zero.averages(model, None, rank, world) for rank in range(world)]
+    shards = [zero.shard_ema(model, None, rank, world) for rank in range(world)]
     owner, _ = shards[0]
     for rank, (owner_here, ema) in enumerate(shards):
         assert owner_here == owner
