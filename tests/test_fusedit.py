@@ -582,6 +582,32 @@ def test_guidance_moves_from_empty_through_prompt():
         assert torch.allclose(got, torch.full_like(x, -v))
 
 
+def test_guidance_only_in_a_span_of_noise_levels():
+    """Outside it a step is one call for the prompt alone."""
+    x = torch.zeros(1, 1, 2, 2)
+    mask = torch.ones(1, 1).bool()
+    text = TextFeatures((), (), torch.full((1, 1, 1), 2.0), mask)
+    uncond = TextFeatures((), (), torch.full((1, 1, 1), 1.0), mask)
+    calls = []
+
+    def dit(x_t, sigma, t):
+        calls.append((float(sigma[0]), len(x_t)))
+        return t.hidden[..., None].expand_as(x_t)
+
+    sigmas = fusedit.sampling_sigmas(5, 3.0).tolist()
+    low = sigmas[3] + 1e-3
+    high = sigmas[1] + 1e-3                 # the second and the third of 5 steps
+    got = fusedit.sample(dit, x, text, uncond, 5, 6.0, 3.0, guidance_span=(low, high))
+    assert [batch for _, batch in calls] == [1, 2, 2, 1, 1]
+    assert [sigma for sigma, _ in calls] == pytest.approx(sigmas[:-1], abs=1e-4)
+
+    velocities = [2.0, 7.0, 7.0, 2.0, 2.0]  # 7 = 1 + 6 * (2 - 1)
+    want = 0
+    for i, v in enumerate(velocities):
+        want += (sigmas[i + 1] - sigmas[i]) * v
+    assert torch.allclose(got, torch.full_like(x, want), atol=1e-5)
+
+
 def test_too_large_for_the_sine_table(gemma_folder):
     model = small_model(gemma_folder, pos_embed="ape")
     with pytest.raises(FuseDiTError, match="64 x 64"):
