@@ -4,7 +4,7 @@
     python benchmarks/attention.py --heads 8 --kv-heads 4 --image 1024 --text 128      Gemma 2 2B's
 
 Captions differ in length, so a mask hides the padding of the text. It is boolean, or added to the
-scores. "rows" is fusedit.attention, which stacks the query heads of one key head as rows of one head;
+scores. "rows" is fusedit.attention: the query heads of one key head as rows of one head;
 "repeat" copies the keys for each query head. The head size is 256, as Gemma's. Each of PyTorch's
 fused kernels is requested by name. If a machine does not have one, the line says why.
 """

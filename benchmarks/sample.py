@@ -182,7 +182,8 @@ def main():
     seconds, rate = time_formulations(bench)
     peak = {"two phases": peak_memory(lambda: bench.two_phases(0), bench.device),
             "joint mask": peak_memory(lambda: bench.joint_mask(0), bench.device)}
-    flops = {name: args.batch * count for name, count in useful_flops(bench.case, args.steps).items()}
+    useful = useful_flops(bench.case, args.steps)
+    flops = {name: args.batch * count for name, count in useful.items()}
 
     name = machine(bench.device)
     print(f"{name}, torch {torch.__version__}, {args.dtype}, {bench.image_tokens()} image tokens, "

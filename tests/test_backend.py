@@ -1,6 +1,13 @@
-"""What is fast computes the same, up to rounding; and the benchmarks' baseline is what it says."""
+"""What is fast computes the same, up to rounding; the benchmarks' baseline is what it says.
+
+And the package itself: importing it changes nothing in the process, and pip installs all of it.
+"""
+import importlib.metadata
 import json
+import os
 import re
+import shutil
+import subprocess
 import sys
 
 import pytest
@@ -13,9 +20,9 @@ import common
 
 import fusedit
 from fusedit_lib import backend
-from fusedit_lib.data.batches import padded_text_length, to_device
+from fusedit_lib.data.batches import text_length, to_device
 from fusedit_lib.pretrained import build_model
-from fusedit_lib.train import costs
+from fusedit_lib.train import plan
 from fusedit_lib.vae import load_vae
 
 CPU = torch.device("cpu")
@@ -30,81 +37,153 @@ def kernels():
     torch.backends.cuda.allow_fp16_bf16_reduction_math_sdp(False)
 
 
+@pytest.fixture
+def cudnn():
+    """PyTorch's choice of cuDNN's attention is put back."""
+    torch.backends.cuda.enable_cudnn_sdp(True)
+    yield
+    torch.backends.cuda.enable_cudnn_sdp(True)
+
+
+# ---- the benchmarks' baseline --------------------------------------------------------------------
+
 @pytest.fixture(scope="module")
-def small():
-    """The benchmarks' small case, with two layers; its float32 model; a batch."""
+def small_case():
+    """The benchmarks' small case, with two layers."""
     case = common.case("small")
-    gemma = common.gemma_config(common.SMALL | dict(num_hidden_layers=2))
-    case = common.Case(case.config, gemma, case.pad, case.lengths)
-    return case, case.build(CPU, torch.float32), next(case.batches(1, 3, CPU))
+    case.gemma = common.gemma_config(common.SMALL | dict(num_hidden_layers=2))
+    return case
+
+
+@pytest.fixture(scope="module")
+def small_model(small_case):
+    return small_case.build(CPU, torch.float32)
+
+
+@pytest.fixture(scope="module")
+def batch(small_case):
+    return next(small_case.batches(1, 3, CPU))
+
+
+SIGMA = torch.full([3], 0.7)
 
 
 def velocity(model, batch):
-    with torch.no_grad():
-        return model.dit(batch["eps"], torch.full([3], 0.7), common.encode_text(model, batch))
+    return model.dit(batch["eps"], SIGMA, common.encode_text(model, batch))
 
 
-def test_the_baseline_is_the_same_function(small):
-    case, model, batch = small
-    with torch.no_grad():
-        want = common.joint_velocity(model, batch["eps"], torch.full([3], 0.7), batch["ids"], batch["mask"])
-    assert want.std() > 0.1 and common.relative_distance(velocity(model, batch), want) < 1e-5
+@torch.no_grad()
+def test_the_baseline_is_the_same_function(small_model, batch):
+    want = common.joint_velocity(small_model, batch["eps"], SIGMA, batch["ids"], batch["mask"])
+    got = velocity(small_model, batch)
+    assert want.std() > 0.1
+    assert common.relative_distance(got, want) < 1e-5
 
 
-def test_useful_flops_are_what_the_shapes_say(small):
+def matrix_parameters(module):
+    """The parameters that are multiplied with every token."""
+    total = 0
+    for name, p in module.named_parameters():
+        if p.dim() > 1 and "embed_tokens" not in name:
+            total += p.numel()
+    return total
+
+
+def test_useful_flops_are_what_the_shapes_say(small_case, small_model):
     """Two for each weight and token, and for each product of a query with a key and a value."""
-    case, model, _ = small
-    dit, gemma = model.dit, model.llm
-    image, words, width = 256, case.mean, 2 * 256          # tokens; heads times their size
+    dit = small_model.dit
+    image = 256                                         # tokens
+    text = small_case.mean
+    width = 2 * 256                                     # heads times their size
+    parts = [dit.patch_embed, dit.layers, dit.proj_out]
+    assert sum(map(matrix_parameters, parts)) == matrix_parameters(dit)
 
-    def linear(module):
-        return sum(w.numel() for name, w in module.named_parameters()
-                   if w.dim() > 1 and "embed_tokens" not in name)
-    assert linear(dit.patch_embed) + linear(dit.layers) + linear(dit.proj_out) == linear(dit)
-    want = 2 * (image * linear(dit) + 2 * 2 * width * image * (image + words))
-    step = common.useful_flops(case, "train")
-    assert step["dit"] == 3 * want and step["vae"] == 0
+    products = 2 * 2 * width * image * (image + text)
+    forward = 2 * (image * matrix_parameters(dit) + products)
+    step = common.useful_flops(small_case, "train")
+    assert step["dit"] == 3 * forward
+    assert step["vae"] == 0
+    assert common.useful_flops(small_case, 25)["dit"] == 50 * forward
+
     # Gemma's last layer hands over its keys and values, and the first layers all they have.
-    assert 0 < step["gemma"] <= 2 * (words * linear(gemma) + 2 * 2 * width * words * words)
-    assert common.useful_flops(case, 25)["dit"] == 50 * want
+    products = 2 * 2 * width * text * text
+    at_most = 2 * (text * matrix_parameters(small_model.llm) + products)
+    assert 0 < step["gemma"] <= at_most
+
+
+def count(module):
+    return sum(p.numel() for p in module.parameters())
+
+
+def activation_bytes(config, batch_size, dtype):
+    model = plan.abstract(config)
+    return plan.activations(model, config, batch_size, dtype)[0]
 
 
 def test_the_readmes_benchmark_fits_a_gpu_of_80_gb():
     """Weights, gradients and Adam's of the DiT, and the activations of its heaviest part."""
-    line = re.search(r"benchmarks/train.py --preset (\S+) --batch (\d+)",
-                     (ROOT / "README.md").read_text())
-    config, batch = fusedit.preset(line[1]), int(line[2])
-    model = costs.abstract_model(config)
-    dit, gemma = (sum(p.numel() for p in m.parameters()) for m in (model.dit, model.llm))
-    low, high = (costs.activations(costs.abstract_model(config), config, n, dtype)[0]
-                 for n, dtype in ((batch, torch.bfloat16), (1, torch.float32)))
-    keys = 2 * 26 * batch * 1280 * 8 * 256 * 2             # repeated for each head: joint's own
-    # In training; and in exactness(), where there is a float32 copy with gradients beside it.
-    assert 2 * (dit + gemma) + (4 + 2 + 12) * dit + low + keys < 75e9
-    assert (2 + 4) * (dit + gemma) + 4 * dit + 2 * high < 75e9     # joint: of Gemma as well
+    readme = (ROOT / "README.md").read_text()
+    command = re.search(r"benchmarks/train.py --preset (\S+) --batch (\d+)", readme)
+    config = fusedit.preset(command[1])
+    batch_size = int(command[2])
+    model = plan.abstract(config)
+    dit = count(model.dit)
+    gemma = count(model.llm)
+
+    # In training, with keys and values repeated for each head, as the joint formulation has them.
+    repeated = 2 * 26 * batch_size * 1280 * 8 * 256 * 2
+    activations = activation_bytes(config, batch_size, torch.bfloat16)
+    training = 2 * (dit + gemma) + (4 + 2 + 12) * dit + activations + repeated
+    assert training < 75e9
+
+    # In exactness(), where there is a float32 copy with gradients beside it. The joint formulation
+    # has activations of Gemma as well.
+    activations = activation_bytes(config, 1, torch.float32)
+    assert (2 + 4) * (dit + gemma) + 4 * dit + 2 * activations < 75e9
+
+
+def test_a_compilers_kernel_is_no_product():
+    """Its name lists what was fused, attention's bias and a convolution's, say."""
+    for name in ("triton_poi_fused__scaled_dot_product_fused_attention_overrideable_3",
+                 "triton_red_fused_convolution_native_group_norm_1"):
+        assert common.kind_of(name) == common.REST
+    attention = "cudnn_generated_fort_native_sdpa_sm90_flash_fprop"
+    assert common.kind_of(attention) == "attention's products"
+    linear = "nvjet_tst_128x256_64x4_1x2_h_bz_TNT"
+    assert common.kind_of(linear) == "linear layers' products"
+
+
+# ---- what is fast --------------------------------------------------------------------------------
+
+def velocity_and_gradient(model, batch):
+    """The velocity, and the gradient of its square by a weight of the first layer."""
+    model.dit.zero_grad()
+    v = velocity(model, batch)
+    v.float().square().mean().backward()
+    weight = model.dit.get_parameter("layers.0.mlp.down_proj.weight")
+    return v.detach(), weight.grad
 
 
 @pytest.mark.slow
-def test_compiled_bf16_is_as_near_to_float32_as_bf16_can_be(small, kernels):
+def test_compiled_bf16_is_as_near_to_float32_as_bf16_can_be(small_case, small_model, batch,
+                                                            kernels):
     """Velocity and gradients, against the error of uncompiled bf16 by PyTorch's own kernels."""
-    case, exact, batch = small
-    name = "layers.0.mlp.down_proj.weight"
+    want = velocity_and_gradient(small_model, batch)
 
-    def of(model):
-        model.dit.zero_grad()
-        v = model.dit(batch["eps"], torch.full([3], 0.7), common.encode_text(model, batch))
-        v.float().square().mean().backward()
-        return v.detach(), model.dit.get_parameter(name).grad
-    want = of(exact)
-    model = case.build(CPU, torch.bfloat16)
+    def errors(model):
+        got = velocity_and_gradient(model, batch)
+        return [common.relative_distance(a, b) for a, b in zip(got, want, strict=True)]
+
+    model = small_case.build(CPU, torch.bfloat16)
     common.pytorch_defaults()
-    plain = [common.relative_distance(a, b) for a, b in zip(of(model), want, strict=True)]
+    plain = errors(model)
     backend.configure(CPU, torch.bfloat16)
     assert not torch.backends.cuda.flash_sdp_enabled()
     backend.compile_model(model, None)
-    fast = [common.relative_distance(a, b) for a, b in zip(of(model), want, strict=True)]
-    for a, b in zip(fast, plain, strict=True):
-        assert 1e-4 < b < 0.05 and a < 1.2 * b, (fast, plain)
+    fast = errors(model)
+    for fast_error, plain_error in zip(fast, plain, strict=True):
+        assert 1e-4 < plain_error < 0.05, plain
+        assert fast_error < 1.2 * plain_error, (fast, plain)
 
 
 def test_float32_keeps_the_kernel_that_needs_little_memory(kernels):
@@ -112,45 +191,65 @@ def test_float32_keeps_the_kernel_that_needs_little_memory(kernels):
     assert torch.backends.cuda.flash_sdp_enabled()
 
 
-def test_float8_changes_little_and_no_weight(small):
+def test_float8_changes_little_and_no_weight(small_case, small_model, batch):
     pytest.importorskip("torchao")
-    case, exact, batch = small
-    model = case.build(CPU, torch.float32)
+    model = small_case.build(CPU, torch.float32)
     backend.use_float8(model.dit)
-    kinds = {type(m).__name__ for m in model.dit.layers.modules()}
-    assert "Float8Linear" in kinds and type(model.dit.proj_out) is torch.nn.Linear
-    for (a, p), (b, q) in zip(model.named_parameters(), exact.named_parameters(), strict=True):
-        assert a == b and p.equal(q)
-    far = common.relative_distance(velocity(model, batch), velocity(exact, batch))
-    assert 0.005 < far < 0.15, far
+    kinds = {type(module).__name__ for module in model.dit.layers.modules()}
+    assert "Float8Linear" in kinds
+    assert type(model.dit.proj_out) is torch.nn.Linear
+
+    exact = dict(small_model.named_parameters())
+    assert list(exact) == [name for name, _ in model.named_parameters()]
+    for name, p in model.named_parameters():
+        assert p.equal(exact[name]), name
+    with torch.no_grad():
+        distance = common.relative_distance(velocity(model, batch), velocity(small_model, batch))
+    assert 0.005 < distance < 0.15, distance
+
+
+class Watched(torch.Tensor):
+    """A tensor that notes its shape when it is moved."""
+    moved = []
+
+    def to(self, *args, **kwargs):
+        self.moved.append(tuple(self.shape))
+        return self.as_subclass(torch.Tensor).to(*args, **kwargs)
 
 
 @pytest.mark.parametrize("full, longest, cpu, gpu", [
-    (256, 40, 64, 128), (256, 64, 64, 128), (256, 65, 128, 128), (256, 129, 192, 256),
-    (256, 250, 256, 256), (32, 3, 8, 32), (32, 17, 24, 32), (259, 100, 144, 128),
-    (259, 259, 259, 259), (5, 2, 5, 5)])
-def test_text_is_cut_in_quarters(full, longest, cpu, gpu):
+    (256, 40, 64, 128),
+    (256, 64, 64, 128),
+    (256, 65, 128, 128),
+    (256, 129, 192, 256),
+    (256, 250, 256, 256),
+    (32, 3, 8, 32),
+    (32, 17, 24, 32),
+    (259, 100, 144, 128),
+    (259, 259, 259, 259),
+    (5, 2, 5, 5),
+])
+def test_text_is_cut_in_quarters(full, longest, cpu, gpu, monkeypatch):
     """And on a GPU in multiples of 128, for cuDNN's sake."""
+    monkeypatch.setattr(Watched, "moved", [])
     mask = torch.arange(full) < torch.tensor([[1], [longest]])
-    assert [padded_text_length(mask, torch.device(d)) for d in ("cpu", "cuda")] == [cpu, gpu]
-    whole = dict(pixels=torch.zeros(2, 3, 8, 8, dtype=torch.uint8), mask=mask,
-                 ids=torch.arange(full).expand(2, -1).clone(), normal=torch.zeros(2),
-                 noise=torch.zeros(2, 1, 3, 8, 8))
-    moved, real = [], torch.Tensor.to
-    for key in ("ids", "mask"):             # goes over in one piece, and is cut there
-        class Seen(torch.Tensor):
-            def to(self, *args, **kwargs):
-                moved.append(self.shape)
-                return real(self.as_subclass(torch.Tensor), *args, **kwargs)
-        whole[key] = whole[key].as_subclass(Seen)
-    _, ids, cut, *_ = to_device(whole, CPU, cut_text=True)
-    assert ids.shape == cut.shape == (2, cpu) and cut.sum(1).tolist() == [1, longest]
-    assert moved == [(2, full), (2, full)]
+    assert text_length(mask, CPU) == cpu
+    assert text_length(mask, torch.device("cuda")) == gpu
+
+    ids = torch.arange(full).expand(2, -1).clone()
+    whole = dict(pixels=torch.zeros(2, 3, 8, 8, dtype=torch.uint8),
+                 ids=ids.as_subclass(Watched), mask=mask.as_subclass(Watched),
+                 normal=torch.zeros(2), noise=torch.zeros(2, 1, 3, 8, 8))
+    _, cut_ids, cut_mask, *_ = to_device(whole, CPU, cut_text=True)
+    assert cut_ids.shape == cut_mask.shape == (2, cpu)
+    assert cut_mask.sum(1).tolist() == [1, longest]
+    # Text goes over in one piece, and is cut there.
+    assert Watched.moved == [(2, full), (2, full)]
 
 
 def test_a_trimmed_model_with_a_vae_compiles(gemma_folder):
     """Gemma's last norm is gone by then; on a CPU the VAE stays as it is."""
-    vae = load_vae(str(REFERENCE / "released_layout/pipeline/vae"), CPU, torch.float32)
+    vae = load_vae(REFERENCE / "released_layout" / "pipeline", CPU, torch.float32)
     config = fusedit.preset("fusedit", base=str(gemma_folder), vae=None, in_channels=3,
                             image_size=16, patch_size=2)
     model = build_model(config, CPU, torch.float32)
@@ -163,111 +262,277 @@ def test_a_trimmed_model_with_a_vae_compiles(gemma_folder):
     assert backend.check_attention(model, torch.float32) == ""
 
 
+# ---- cuDNN's attention ---------------------------------------------------------------------------
+
 def attention_inputs():
-    q, k, v = (torch.randn(2, n, s, 16, requires_grad=True) for n, s in ((4, 6), (2, 9), (2, 9)))
+    q = torch.randn(2, 4, 6, 16, requires_grad=True)
+    k = torch.randn(2, 2, 9, 16, requires_grad=True)
+    v = torch.randn(2, 2, 9, 16, requires_grad=True)
     return q, k, v, torch.zeros(2, 1, 1, 9)
 
 
-@pytest.fixture
-def cudnn():
-    """PyTorch's choice of cuDNN's attention is put back."""
-    torch.backends.cuda.enable_cudnn_sdp(True)
-    yield
-    torch.backends.cuda.enable_cudnn_sdp(True)
+def attention_that_raises(q, k, v, mask):
+    """As on a GPU whose cuDNN has no plan for these shapes."""
+    if torch.backends.cuda.cudnn_sdp_enabled():
+        raise RuntimeError("No execution plans support the graph.\nat line 1")
+    return fusedit.attention(q, k, v, mask)
 
 
-@pytest.mark.parametrize("fault", ["raises", "not finite"])
-def test_cudnns_attention_is_switched_off_where_it_fails(monkeypatch, cudnn, fault):
-    """attend as it would be on a GPU whose cuDNN has no plan for it, or a wrong gradient."""
-    def attend(q, k, v, mask):
-        out = fusedit.attention(q, k, v, mask)
-        if torch.backends.cuda.cudnn_sdp_enabled():
-            if fault == "raises":
-                raise RuntimeError("No execution plans support the graph.\nat line 1")
-            out = out / 0
-        return out
-    monkeypatch.setattr(backend, "attention", attend)
-    said = backend.avoid_broken_cudnn(*attention_inputs())
+def attention_that_is_not_finite(q, k, v, mask):
+    """As on a GPU whose cuDNN computes a wrong gradient."""
+    out = fusedit.attention(q, k, v, mask)
+    if torch.backends.cuda.cudnn_sdp_enabled():
+        out = out / 0
+    return out
+
+
+@pytest.mark.parametrize("attention, problem", [
+    (attention_that_raises, "No execution plans support the graph."),
+    (attention_that_is_not_finite, "its gradient is not finite"),
+])
+def test_cudnns_attention_is_switched_off_where_it_fails(monkeypatch, cudnn, attention, problem):
+    monkeypatch.setattr(backend, "attention", attention)
+    note = backend.avoid_broken_cudnn(*attention_inputs())
     assert not torch.backends.cuda.cudnn_sdp_enabled()
-    assert said == "; cuDNN's is switched off (" + (
-        "No execution plans support the graph.)" if fault == "raises" else
-        "its gradient is not finite)")
+    assert note == f"; cuDNN's is switched off ({problem})"
 
 
-def test_attention_that_fails_altogether_is_said(monkeypatch, cudnn):
+def test_cudnns_attention_stays_on_where_it_works(cudnn):
     with torch.no_grad():                   # as in sampling
         assert backend.avoid_broken_cudnn(*attention_inputs()) == ""
-    assert torch.backends.cuda.cudnn_sdp_enabled()         # nothing failed: all as it was
+    assert torch.backends.cuda.cudnn_sdp_enabled()
 
-    def attend(q, k, v, mask):
+
+def test_attention_that_fails_without_cudnn_too_is_an_error(monkeypatch, cudnn):
+    def attention(q, k, v, mask):
         raise RuntimeError("no kernel")
-    monkeypatch.setattr(backend, "attention", attend)
+
+    monkeypatch.setattr(backend, "attention", attention)
     with pytest.raises(fusedit.FuseDiTError, match="and without: no kernel"):
         backend.avoid_broken_cudnn(*attention_inputs())
 
 
-def test_a_compilers_kernel_is_no_product():
-    """Its name lists what was fused, attention's bias and a convolution's, say."""
-    for name in ("triton_poi_fused__scaled_dot_product_fused_attention_overrideable_3",
-                 "triton_red_fused_convolution_native_group_norm_1"):
-        assert common.kind_of(name) == common.REST
-    assert common.kind_of("cudnn_generated_fort_native_sdpa_sm90_flash_fprop") == (
-        "attention's products")
-    assert common.kind_of("nvjet_tst_128x256_64x4_1x2_h_bz_TNT") == "linear layers' products"
-
-
-def test_guidance_only_in_a_span_of_noise_levels():
-    """Outside it a step is one call for the prompt alone."""
-    text, empty = (fusedit.TextFeatures((), (), torch.full((1, 1, 1), v), torch.ones(1, 1).bool())
-                   for v in (2.0, 1.0))
-    seen = []
-
-    def dit(x_t, sigma, t):
-        seen.append((round(float(sigma[0]), 4), len(x_t)))
-        return t.hidden[..., None].expand_as(x_t)
-    x, levels = torch.zeros(1, 1, 2, 2), fusedit.sampling_sigmas(5, 3.0).tolist()
-    low, high = levels[3] + 1e-3, levels[1] + 1e-3         # the second and the third of 5 steps
-    got = fusedit.sample(dit, x, text, empty, 5, 6.0, 3.0, (low, high))
-    assert seen == [(round(s, 4), 1 + (low <= s <= high)) for s in levels[:-1]]
-    assert [n for _, n in seen] == [1, 2, 2, 1, 1]
-    want = sum((b - a) * (7.0 if low <= a <= high else 2.0)
-               for a, b in zip(levels, levels[1:], strict=False))
-    assert torch.allclose(got, torch.full_like(x, want), atol=1e-5)
-
+# ---- the benchmarks run --------------------------------------------------------------------------
 
 # The full-size preset, VAE and all, but with a Gemma (and so a DiT) that fits a test.
 TINY = """
 import runpy, sys
 sys.path[:0] = sys.argv[2:4]
 import common
-from fusedit_lib.train import costs
-costs.GEMMAS["google/gemma-2-2b"] = common.SMALL | dict(num_hidden_layers=2)
+from fusedit_lib.train import plan
+plan.GEMMAS["google/gemma-2-2b"] = common.SMALL | dict(num_hidden_layers=2)
 sys.argv = sys.argv[1:2] + sys.argv[4:]
 runpy.run_path(sys.argv[0], run_name="__main__")
 """
 LARGE = ["--preset", "fusedit/large-scale", "--image-size", "64", "--batch", "2"]
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("argv", [
-    ["train.py", "--batch", "2", "--rounds", "1", "--no-compile", "--no-exactness"],
-    ["train.py", "--rounds", "1", "--no-compile", *LARGE],
-    ["sample.py", "--batch", "1", "--rounds", "1", "--no-compile", "--steps", "2"],
-    ["sample.py", "--rounds", "1", "--no-compile", "--steps", "2", *LARGE],
-    ["attention.py", "--batch", "1", "--rounds", "1", "--image", "64"]])
-def test_a_benchmark_runs(argv, tmp_path):
-    out, at = tmp_path / "out.json", ROOT / "benchmarks"
-    done = warm.run(["-c", TINY, at / argv[0], at, ROOT, *argv[1:], "--out", out])
+def run_benchmark(name, flags, folder):
+    """The JSON that benchmarks/NAME.py writes."""
+    out = folder / "out.json"
+    benchmarks = ROOT / "benchmarks"
+    done = warm.run(["-c", TINY, benchmarks / name, benchmarks, ROOT, *flags, "--out", out])
     assert done.returncode == 0, done.stderr
-    found = json.loads(out.read_text())
-    assert json.loads(done.stdout.splitlines()[-1]).keys() == found.keys()
-    if argv[0] == "attention.py":
-        assert {"math: rows, added mask", "flash: rows, added mask"} <= found["kernels"].keys()
-        assert all(row["distance"] < 0.01 for name, row in found["kernels"].items()
-                   if "no mask" not in name)
-        return
-    for name in ("two phases", "joint mask"):
-        assert found[name]["utilisation"] > 0 and found[name]["peak_bytes"] > 1e8
-    parts = found["shares"]
-    assert {"Gemma", "attention's products", "linear layers' products"} <= parts.keys()
-    assert ("VAE" in parts) == ("--preset" in argv) == (found["useful_flops"]["vae"] > 0)
+    result = json.loads(out.read_text())
+    printed = json.loads(done.stdout.splitlines()[-1])
+    assert printed.keys() == result.keys()
+    return result
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name, flags", [
+    ("train.py", ["--batch", "2", "--no-exactness"]),
+    ("train.py", LARGE),
+    ("sample.py", ["--batch", "1", "--steps", "2"]),
+    ("sample.py", ["--steps", "2", *LARGE]),
+])
+def test_a_benchmark_of_the_model_runs(name, flags, tmp_path):
+    result = run_benchmark(name, ["--rounds", "1", "--no-compile", *flags], tmp_path)
+    for formulation in ("two phases", "joint mask"):
+        assert result[formulation]["utilisation"] > 0
+        assert result[formulation]["peak_bytes"] > 1e8
+
+    shares = result["shares"]
+    assert {"Gemma", "attention's products", "linear layers' products"} <= shares.keys()
+    has_vae = "--preset" in flags
+    assert ("VAE" in shares) == has_vae
+    assert (result["useful_flops"]["vae"] > 0) == has_vae
+
+
+@pytest.mark.slow
+def test_the_benchmark_of_attention_runs(tmp_path):
+    flags = ["--batch", "1", "--rounds", "1", "--image", "64"]
+    kernels = run_benchmark("attention.py", flags, tmp_path)["kernels"]
+    assert {"math: rows, added mask", "flash: rows, added mask"} <= kernels.keys()
+    for name, figures in kernels.items():
+        if "no mask" not in name:
+            assert figures["distance"] < 0.01, name
+
+
+# ---- importing and installing --------------------------------------------------------------------
+
+# Imports the modules named in argv, one by one, and prints what that changed, as JSON:
+# {module: names of settings that differ and of torch functions that were called}.
+IMPORT_ALL = """
+import contextlib, importlib, json, os, random, signal, sys, threading, warnings
+import numpy, torch
+import torch._dynamo, torch._functorch.config, torch._inductor.config
+from torch.overrides import TorchFunctionMode
+for package in ("transformers", "deepspeed", "webdataset", "PIL.Image", "filelock", "tqdm"):
+    with contextlib.suppress(ModuleNotFoundError):
+        importlib.import_module(package)                # what it changes is not our doing
+
+
+class CalledFunctions(TorchFunctionMode):
+    names = []
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        self.names.append(getattr(function, "__name__", str(function)))
+        return function(*args, **(kwargs or {}))
+
+
+def settings():
+    umask = os.umask(0)
+    os.umask(umask)
+    cuda = torch.backends.cuda
+    return {
+        "umask": umask,
+        "environment": dict(os.environ),
+        "working directory": os.getcwd(),
+        "sys.path": list(sys.path),
+        "signals": {number: signal.getsignal(number) for number in signal.valid_signals()},
+        "excepthook": sys.excepthook,
+        "warnings": list(warnings.filters),
+        "threads": threading.active_count(),
+        "random": random.getstate(),
+        "numpy.random": repr(numpy.random.get_state()),
+        "torch.random": torch.get_rng_state().tolist(),
+        "default dtype": torch.get_default_dtype(),
+        "default device": torch.get_default_device(),
+        "gradients": torch.is_grad_enabled(),
+        "torch threads": (torch.get_num_threads(), torch.get_num_interop_threads()),
+        "matmul precision": torch.get_float32_matmul_precision(),
+        "deterministic": torch.are_deterministic_algorithms_enabled(),
+        "flash": cuda.flash_sdp_enabled(),
+        "memory-efficient": cuda.mem_efficient_sdp_enabled(),
+        "math": cuda.math_sdp_enabled(),
+        "cuDNN attention": cuda.cudnn_sdp_enabled(),
+        "reductions": cuda.fp16_bf16_reduction_math_sdp_allowed(),
+        "TF32": (cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32),
+        "cuDNN": (torch.backends.cudnn.benchmark, torch.backends.cudnn.deterministic),
+        "dynamo": torch._dynamo.config.recompile_limit,
+        "functorch": torch._functorch.config.activation_memory_budget,
+        "autograd cache": torch._functorch.config.enable_autograd_cache,
+        "inductor": torch._inductor.config.cpp.use_decompose_tanh,
+    }
+
+
+changes = {}
+for name in sys.argv[1:]:
+    before = settings()
+    CalledFunctions.names.clear()
+    try:
+        with CalledFunctions():
+            importlib.import_module(name)
+    except ModuleNotFoundError as e:
+        if e.name.split(".")[0] not in ("torch_xla", "deepspeed"):      # optional
+            raise
+        continue
+    called = list(CalledFunctions.names)
+    after = settings()
+    changes[name] = [key for key in after if after[key] != before[key]] + called
+print(json.dumps(changes))
+"""
+
+
+def modules():
+    """The names of fusedit and of every module and package of fusedit_lib."""
+    names = []
+    for path in [ROOT / "fusedit.py", *sorted((ROOT / "fusedit_lib").rglob("*.py"))]:
+        name = path.relative_to(ROOT).with_suffix("").as_posix().replace("/", ".")
+        names.append(name.removesuffix(".__init__"))
+    return names
+
+
+def test_importing_changes_nothing():
+    """Not the umask, the environment, a setting of torch, ...; and it computes nothing."""
+    names = modules()
+    assert names[:2] == ["fusedit", "fusedit_lib"]
+    done = warm.run(["-c", IMPORT_ALL, *names], os.environ | {"PYTHONPATH": str(ROOT)})
+    assert done.returncode == 0, done.stderr
+    changes = json.loads(done.stdout.splitlines()[-1])
+    assert set(names) - changes.keys() <= {"fusedit_lib.train.xla", "fusedit_lib.train.zero"}
+    assert {name: changed for name, changed in changes.items() if changed} == {}
+
+
+def tracked_files():
+    """What git tracks, relative to the root."""
+    listed = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True)
+    if listed.returncode != 0:
+        pytest.skip("not a git checkout")
+    names = listed.stdout.split("\0")
+    return [name for name in names if (ROOT / name).is_file()]
+
+
+def copy_tracked_files(target):
+    for name in tracked_files():
+        (target / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy2(ROOT / name, target / name)
+
+
+def files_below(folder):
+    """Their paths, without what Python compiled."""
+    return {path.relative_to(folder).as_posix() for path in folder.rglob("*")
+            if path.is_file() and "__pycache__" not in path.parts}
+
+
+def setuptools_version():
+    """The major version, or 0 if there is none."""
+    try:
+        version = importlib.metadata.version("setuptools")
+    except importlib.metadata.PackageNotFoundError:
+        return 0
+    return int(version.split(".")[0])
+
+
+USE_INSTALLED = """
+import pkgutil
+import fusedit, fusedit_lib.pretrained
+print(fusedit.__file__)
+for module in pkgutil.walk_packages(fusedit_lib.__path__, "fusedit_lib."):
+    if module.ispkg:
+        print(module.name)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(setuptools_version() < 77, reason="needs setuptools>=77, as pyproject.toml")
+def test_pip_installs_the_method_and_its_library(tmp_path):
+    source = tmp_path / "source"
+    target = tmp_path / "target"
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    copy_tracked_files(source)
+
+    env = dict(os.environ)
+    env.pop("PYTHONPATH", None)
+    command = ["pip", "install", "--no-deps", "--no-build-isolation", "--target", target, "."]
+    pip = subprocess.run([sys.executable, "-m", *command], cwd=source, capture_output=True,
+                         text=True, env=env | {"PIP_NO_INDEX": "1"})
+    assert pip.returncode == 0, pip.stderr
+
+    # fusedit.py, fusedit_lib and what pip notes of them, and nothing else at the top level
+    tops = {name.split("/")[0] for name in files_below(target)}
+    version = importlib.metadata.version("fusedit")
+    assert tops == {"fusedit.py", "fusedit_lib", f"fusedit-{version}.dist-info"}
+    assert files_below(target / "fusedit_lib") == files_below(source / "fusedit_lib")
+
+    # they work from another folder
+    done = subprocess.run([sys.executable, "-c", USE_INSTALLED], cwd=elsewhere, capture_output=True,
+                          text=True, env=env | {"PYTHONPATH": str(target)})
+    assert done.returncode == 0, done.stderr
+    path, *packages = done.stdout.split()
+    assert path == str(target / "fusedit.py")
+    inits = (source / "fusedit_lib").glob("*/__init__.py")
+    assert packages == sorted(f"fusedit_lib.{init.parent.name}" for init in inits)
+    assert len(packages) >= 4

@@ -1,18 +1,19 @@
 """The autoencoder against the published numbers (tests/reference/released_layout)."""
 import json
 import shutil
-from pathlib import Path
 
 import pytest
 import torch
+from conftest import REFERENCE
 from safetensors.torch import load_file, save_file
 
 from fusedit import FuseDiTError
 from fusedit_lib.vae import VAE, load_vae
 
-RELEASED = Path(__file__).parent / "reference" / "released_layout"
+RELEASED = REFERENCE / "released_layout"
 WEIGHTS = "diffusion_pytorch_model.safetensors"
-SHIFT, SCALE = 0.0609, 1.5305
+SHIFT = 0.0609
+SCALE = 1.5305
 
 
 @pytest.fixture(scope="module")
@@ -27,29 +28,37 @@ def golden():
 
 @pytest.fixture
 def folder(tmp_path):
-    """A vae/ folder to spoil, and a function that rewrites its tensors or its config."""
-    shutil.copytree(RELEASED / "pipeline" / "vae", tmp_path / "vae")
+    """A vae/ folder that a test may change."""
+    return shutil.copytree(RELEASED / "pipeline" / "vae", tmp_path / "vae")
 
-    def spoil(tensors=None, config=None):
-        if tensors:
-            state = load_file(tmp_path / "vae" / WEIGHTS)
-            tensors(state)
-            save_file(state, tmp_path / "vae" / WEIGHTS)
-        if config:
-            path = tmp_path / "vae" / "config.json"
-            values = json.loads(path.read_text())
-            config(values)
-            path.write_text(json.dumps(values))
-        return tmp_path / "vae"
-    return spoil
+
+def edit_weights(folder, edit):
+    """Rewrite the weights after edit(tensors) has changed the dict of them."""
+    tensors = load_file(folder / WEIGHTS)
+    edit(tensors)
+    save_file(tensors, folder / WEIGHTS)
+
+
+def edit_config(folder, edit):
+    """Rewrite config.json after edit(values) has changed the dict in it."""
+    path = folder / "config.json"
+    values = json.loads(path.read_text())
+    edit(values)
+    path.write_text(json.dumps(values))
 
 
 def error(a, b):
+    """The largest difference."""
     assert a.shape == b.shape
     return (a.float() - b.float()).abs().max().item()
 
 
-# ------------------------------------------------------------------------------ numbers
+def scaled(z):
+    """Latents as the diffusion model sees them."""
+    return (z - SHIFT) * SCALE
+
+
+# ---- numbers -------------------------------------------------------------------------------------
 
 def test_moments_match(vae, golden):
     mean, logvar = vae.moments(golden["vae_pixels"])
@@ -60,64 +69,77 @@ def test_moments_match(vae, golden):
 def test_decode_matches(vae, golden):
     """Fed with scaled latents, so this is also the scale and shift of the way back.
 
-    The golden picture itself is 2.1e-5 from a decode in float64, and ours 0.7e-5.
+    The golden image itself is 2.1e-5 from a decode in float64, and ours 0.7e-5.
     """
-    latents = (golden["vae_mean"] - SHIFT) * SCALE
-    assert error(vae.decode(latents), golden["vae_decoded"]) < 5e-5
+    decoded = vae.decode(scaled(golden["vae_mean"]))
+    assert error(decoded, golden["vae_decoded"]) < 5e-5
 
 
 @pytest.mark.parametrize("run", ["cfg6_25", "nocfg_10", "neg_7"])
-def test_pictures_match(vae, golden, run):
-    x = (vae.decode(golden[f"latents_{run}"]) / 2 + 0.5).clamp(0, 1)
-    x = (x * 255).round().permute(0, 2, 3, 1)                 # [2,64,96,3]
-    off = (x - golden[f"images_{run}"].float()).abs()
-    assert off.max() <= 1 and (off == 0).float().mean() >= 0.999
+def test_images_match(vae, golden, run):
+    pixels = vae.decode(golden[f"latents_{run}"])
+    levels = (pixels / 2 + 0.5).clamp(0, 1) * 255
+    levels = levels.round().permute(0, 2, 3, 1)                    # [2,64,96,3]
+    difference = (levels - golden[f"images_{run}"].float()).abs()
+    assert difference.max() <= 1
+    assert (difference == 0).float().mean() >= 0.999
 
 
 def test_encode_samples_the_posterior(vae, golden):
-    mean, logvar = golden["vae_mean"], golden["vae_logvar"]
+    mean = golden["vae_mean"]
+    std = torch.exp(golden["vae_logvar"] / 2)
     noise = torch.randn(mean.shape, generator=torch.Generator().manual_seed(3))
-    expected = (mean + torch.exp(logvar / 2) * noise - SHIFT) * SCALE
-    assert error(vae.encode(golden["vae_pixels"], noise), expected) < 1e-5
+    latents = vae.encode(golden["vae_pixels"], noise)
+    assert error(latents, scaled(mean + std * noise)) < 1e-5
+
+
+def test_encode_draws_noise_if_it_is_given_none(vae, golden):
     torch.manual_seed(4)
-    first, second = vae.encode(golden["vae_pixels"]), vae.encode(golden["vae_pixels"])
-    assert error(first, second) > 0.1                         # no noise given: drawn all the same
+    first = vae.encode(golden["vae_pixels"])
+    second = vae.encode(golden["vae_pixels"])
+    assert error(first, second) > 0.1
 
 
-def test_what_encode_scales_decode_undoes(vae, golden):
+def test_what_encode_scales_decode_undoes(golden):
     """With a posterior of no width, decode(encode(x)) is the decoder on the bare mean."""
+    vae = load_vae(RELEASED / "pipeline")   # one of its own, to be changed
     conv = vae.encoder.conv_out
-    saved = conv.weight.clone(), conv.bias.clone()
-    try:
-        conv.weight[16:], conv.bias[16:] = 0, -1000           # far below the clamp
-        mean, logvar = vae.moments(golden["vae_pixels"])
-        assert (logvar == -30).all()
-        assert error(vae.decode(vae.encode(golden["vae_pixels"])), vae.decoder(mean)) < 1e-4
-        conv.bias[16:] = 1000
-        assert (vae.moments(golden["vae_pixels"])[1] == 20).all()
-    finally:
-        conv.weight.copy_(saved[0])
-        conv.bias.copy_(saved[1])
+    conv.weight[16:] = 0
+    conv.bias[16:] = -1000                  # far below the clamp
+    mean, logvar = vae.moments(golden["vae_pixels"])
+    assert (logvar == -30).all()
+    decoded = vae.decode(vae.encode(golden["vae_pixels"]))
+    assert error(decoded, vae.decoder(mean)) < 1e-4
+
+    conv.bias[16:] = 1000
+    _, logvar = vae.moments(golden["vae_pixels"])
+    assert (logvar == 20).all()
 
 
 def test_bfloat16(golden):
     vae = load_vae(RELEASED / "pipeline", dtype=torch.bfloat16)
     assert {p.dtype for p in vae.parameters()} == {torch.bfloat16}
     latents = vae.encode(golden["vae_pixels"])
-    pixels = vae.decode((golden["vae_mean"] - SHIFT) * SCALE)
-    assert latents.dtype == pixels.dtype == torch.bfloat16
+    pixels = vae.decode(scaled(golden["vae_mean"]))
+    assert latents.dtype == torch.bfloat16
+    assert pixels.dtype == torch.bfloat16
     assert (pixels.float() - golden["vae_decoded"]).abs().mean() < 0.02
 
 
-def test_shapes_and_frozen(vae):
+def test_shapes(vae):
     assert vae.factor == 8
     pixels = torch.zeros(1, 3, 24, 40)
     latents = vae.encode(pixels)
-    assert latents.shape == (1, 16, 3, 5) and not latents.requires_grad
+    assert latents.shape == (1, 16, 3, 5)
     assert vae.decode(latents).shape == pixels.shape
-    assert not vae.training and not any(p.requires_grad for p in vae.parameters())
     with pytest.raises(AssertionError):
         vae.encode(torch.zeros(1, 3, 24, 41))
+
+
+def test_it_is_frozen(vae):
+    assert not vae.training
+    assert not any(p.requires_grad for p in vae.parameters())
+    assert not vae.encode(torch.zeros(1, 3, 8, 8)).requires_grad
 
 
 def test_the_real_one_has_its_size():
@@ -125,44 +147,59 @@ def test_the_real_one_has_its_size():
     with torch.device("meta"):
         vae = VAE()
     assert sum(p.numel() for p in vae.parameters()) == 83_819_683
-    assert vae.encoder.down_blocks[2].resnets[0].conv_shortcut.weight.shape == (512, 256, 1, 1)
-    assert vae.decoder.up_blocks[3].resnets[0].conv1.weight.shape == (128, 256, 3, 3)
+    shortcut = vae.encoder.down_blocks[2].resnets[0].conv_shortcut
+    assert shortcut.weight.shape == (512, 256, 1, 1)
+    conv = vae.decoder.up_blocks[3].resnets[0].conv1
+    assert conv.weight.shape == (128, 256, 3, 3)
 
 
-# ------------------------------------------------------------------------------ loading
+# ---- loading -------------------------------------------------------------------------------------
 
 def test_the_folder_itself_or_its_parent(folder):
-    path = folder(config=lambda c: c.pop("mid_block_add_attention"))  # SD 3 came before that key
-    a, b = load_vae(path), load_vae(str(path.parent))
-    assert all(torch.equal(x, y) for x, y in zip(a.parameters(), b.parameters(), strict=True))
+    edit_config(folder, lambda c: c.pop("mid_block_add_attention"))   # SD 3 came before that key
+    itself = load_vae(folder)
+    parent = load_vae(str(folder.parent))
+    for a, b in zip(itself.parameters(), parent.parameters(), strict=True):
+        assert a.equal(b)
 
 
 def test_a_middle_without_attention(folder):
-    def drop(state):
-        for name in [name for name in state if ".attentions." in name]:
-            del state[name]
-    vae = load_vae(folder(drop, lambda c: c.update(mid_block_add_attention=False)))
+    def drop_attention(tensors):
+        for name in list(tensors):
+            if ".attentions." in name:
+                del tensors[name]
+
+    edit_weights(folder, drop_attention)
+    edit_config(folder, lambda c: c.update(mid_block_add_attention=False))
+    vae = load_vae(folder)
     assert vae.decode(torch.zeros(1, 16, 2, 2)).shape == (1, 3, 16, 16)
 
 
 NORM = "decoder.conv_norm_out.weight"
-SPOILED = {
-    "missing": (lambda s: s.pop(NORM), None, NORM),
-    "unexpected": (lambda s: s.update(extra=torch.zeros(1)), None, "extra"),
-    "shape": (lambda s: s.update({NORM: torch.zeros(31)}), None, NORM),
-    "latents": (None, lambda c: c.update(latent_channels=4), "conv_in.weight"),
-    "no shift": (None, lambda c: c.pop("shift_factor"), "shift_factor"),
-    "null shift": (None, lambda c: c.update(shift_factor=None), "shift_factor"),
-    "before SD 3": (lambda s: s.update({"quant_conv.bias": torch.zeros(32)}), None, "quant_conv"),
-    "type": (None, lambda c: c.update(block_out_channels=128), "block_out_channels"),
-}
 
 
-@pytest.mark.parametrize("case", SPOILED)
-def test_what_does_not_fit_is_named(folder, case):
-    tensors, config, named = SPOILED[case]
-    with pytest.raises(FuseDiTError, match=named):
-        load_vae(folder(tensors, config))
+@pytest.mark.parametrize("edit, name", [
+    (lambda t: t.pop(NORM), NORM),
+    (lambda t: t.update(extra=torch.zeros(1)), "extra"),
+    (lambda t: t.update({NORM: torch.zeros(31)}), NORM),
+    (lambda t: t.update({"quant_conv.bias": torch.zeros(32)}), "quant_conv"),    # before SD 3
+], ids=["missing", "unexpected", "shape", "quant_conv"])
+def test_weights_that_do_not_fit_are_named(folder, edit, name):
+    edit_weights(folder, edit)
+    with pytest.raises(FuseDiTError, match=name):
+        load_vae(folder)
+
+
+@pytest.mark.parametrize("edit, name", [
+    (lambda c: c.update(latent_channels=4), "conv_in.weight"),
+    (lambda c: c.pop("shift_factor"), "shift_factor"),
+    (lambda c: c.update(shift_factor=None), "shift_factor"),
+    (lambda c: c.update(block_out_channels=128), "block_out_channels"),
+], ids=["latents", "no shift", "null shift", "type"])
+def test_a_config_that_does_not_fit_is_named(folder, edit, name):
+    edit_config(folder, edit)
+    with pytest.raises(FuseDiTError, match=name):
+        load_vae(folder)
 
 
 def test_a_model_of_other_channels_is_refused():
@@ -171,21 +208,28 @@ def test_a_model_of_other_channels_is_refused():
         load_vae(RELEASED / "pipeline", channels=4)
 
 
-def test_broken_files_are_named(folder, tmp_path):
-    path = folder()
-    data = (path / WEIGHTS).read_bytes()
+def test_broken_weights_are_named(folder):
+    path = folder / WEIGHTS
+    data = path.read_bytes()
     for part in (data[:-1000], data[:100], b""):
-        (path / WEIGHTS).write_bytes(part)
+        path.write_bytes(part)
         with pytest.raises(FuseDiTError, match=WEIGHTS):
-            load_vae(path)
-    (path / WEIGHTS).unlink()
+            load_vae(folder)
+    path.unlink()
     with pytest.raises(FuseDiTError, match=WEIGHTS):
-        load_vae(path)
-    (path / "config.json").write_text("{")
+        load_vae(folder)
+
+
+def test_a_broken_config_is_named(folder):
+    path = folder / "config.json"
+    path.write_text("{")
     with pytest.raises(FuseDiTError, match="config.json"):
-        load_vae(path)
-    (path / "config.json").unlink()
+        load_vae(folder)
+    path.unlink()
     with pytest.raises(FuseDiTError, match="config.json"):
-        load_vae(path)
+        load_vae(folder)
+
+
+def test_no_such_folder(tmp_path):
     with pytest.raises(FuseDiTError, match="nowhere"):
         load_vae(tmp_path / "nowhere")

@@ -1,7 +1,7 @@
 """Attention at the shapes of the 2B model, with every kernel of this torch: speed and exactness.
 
 The DiT's attention has queries of 1024 image tokens over [text ; image], 8 heads on 4 key heads,
-and head size 256; a mask hides the padding of the text. "rows" is fusedit.attention, which stacks the
+and head size 256; a mask hides the padding of the text. "rows" is fusedit.attention: the
 query heads of one key head as rows of one head; "gqa" is PyTorch's own way; "repeat" copies keys.
 The mask is added to the scores, boolean, or absent. Gemma's attention is causal over the text. The
 VAE's has 4096 positions of 512 numbers. The part fails if the kernel that PyTorch chooses by itself

@@ -332,8 +332,8 @@ def padded_text_length(mask, device):
     """The length to which a batch's text is cut: its longest caption, rounded up.
 
     Rounded to quarters of the full length, since a compiled model is compiled anew for some
-    lengths; on a GPU as backend.round_up_to_tile does. mask: [B,T], all tokens, on the CPU, so that the
-    device is not waited for.
+    lengths; on a GPU whole tiles (backend.round_up_to_tile). mask: [B,T], all tokens, on the CPU,
+    so that the device is not waited for.
     """
     full = mask.shape[1]
     longest = int(mask.sum(1).max())

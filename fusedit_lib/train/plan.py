@@ -342,7 +342,8 @@ def print_mesh(run, model, sizes):
         if elements <= total / 1000:
             continue
         dimensions = " x ".join(str(size) for size in kind.shape)
-        axes = ", ".join(axis or "-" for axis in sharding.partition_spec(kind.name, kind.shape, sizes))
+        spec = sharding.partition_spec(kind.name, kind.shape, sizes)
+        axes = ", ".join(axis or "-" for axis in spec)
         on_chip = kind.count * chip(kind.name, kind.shape, sizes)
         print(f"{kind.count:>8}{dimensions:>16}  {axes:16}{elements / 1e6:8.1f}"
               f"{on_chip / 1e6:8.2f}  {kind.name}")

