@@ -427,6 +427,7 @@ def settings():
     }
 
 
+os.umask(0o027)
 changes = {}
 for name in sys.argv[1:]:
     before = settings()
@@ -458,7 +459,10 @@ def test_importing_changes_nothing():
     """Not the umask, the environment, a setting of torch, ...; and it computes nothing."""
     names = modules()
     assert names[:2] == ["fusedit", "fusedit_lib"]
-    done = warm.run(["-c", IMPORT_ALL, *names], os.environ | {"PYTHONPATH": str(ROOT)})
+    # This process has imported ours already: what they did to it must not be inherited.
+    env = {name: os.environ[name] for name in ("PATH", "HOME") if name in os.environ}
+    env |= {"PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""}
+    done = warm.run(["-c", IMPORT_ALL, *names], env)
     assert done.returncode == 0, done.stderr
     changes = json.loads(done.stdout.splitlines()[-1])
     assert set(names) - changes.keys() <= {"fusedit_lib.train.xla", "fusedit_lib.train.zero"}
