@@ -980,7 +980,7 @@ class DiT(nn.Module):
         if c.fusion == "shallow":
             text_hidden = self.context_embedder(text.hidden.to(dtype))               # [B,T,D]
         per_block = list(zip(text.keys, text.values, strict=True))
-        assert len(per_block) == len(self.layers), (len(per_block), len(self.layers))
+        assert len(per_block) == len(self.text_layers), len(per_block)
         img, _ = self.layers(img, per_block, (cond, rope, text_hidden, text_mask, joint_mask))
 
         shift, scale = self.final_modulation(temb)

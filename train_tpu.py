@@ -27,7 +27,7 @@ from fusedit_lib.train.config import (
     parse_run,
     split_batch,
 )
-from fusedit_lib.train.models import adam_steps, build_models
+from fusedit_lib.train.build import adam_steps, build_models
 from fusedit_lib.train.monitor import Monitor, SpmdHost
 from fusedit_lib.train.schedule import due_after, ema_decay, learning_rate
 

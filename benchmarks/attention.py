@@ -14,6 +14,10 @@ import warnings
 from functools import partial
 from pathlib import Path
 
+from fusedit_lib import threads
+
+threads.limit_spinning()                    # before torch is imported
+
 import torch
 import torch.nn.functional as F
 from common import clock, finish, machine, relative_distance

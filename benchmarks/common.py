@@ -24,10 +24,10 @@ from tqdm import tqdm
 
 import fusedit
 from fusedit_lib import backend, cli
-from fusedit_lib.data.batches import text_length
+from fusedit_lib.data.batches import padded_text_length
 from fusedit_lib.files import atomic_write
 from fusedit_lib.pretrained import gemma_config
-from fusedit_lib.train import plan
+from fusedit_lib.train import costs, plan
 from fusedit_lib.vae import VAE
 
 SMALL = dict(model_type="gemma2", vocab_size=8192, hidden_size=512, intermediate_size=2048,
@@ -99,7 +99,7 @@ class Case:
             eps = torch.randn(batch, *noise_shape, generator=rng)
             x = torch.randn(batch, *image_shape, generator=rng)
             normal = torch.randn(batch, generator=rng)
-            short = text_length(mask, device)
+            short = padded_text_length(mask, device)
             tensors = dict(x=x, ids=ids, mask=mask, normal=normal, eps=eps,
                            short_ids=ids[:, :short], short_mask=mask[:, :short])
             yield {name: tensor.to(device) for name, tensor in tensors.items()}
@@ -131,7 +131,7 @@ def case(name, image_size=0):
     if image_size:
         changes["image_size"] = image_size
     config = fusedit.preset(name, **changes)
-    return Case(config, gemma_config(plan.GEMMAS[config.base]), 256, (40, 120))
+    return Case(config, gemma_config(costs.GEMMAS[config.base]), 256, (40, 120))
 
 
 # ---------------------------------------------------------------------------- two formulations
@@ -197,7 +197,7 @@ def joint_velocity(model, x_t, sigma, ids, mask):
     dtype = dit.proj_out.weight.dtype
     device = ids.device
     B, T = ids.shape
-    h = dit.h
+    h = dit.head_dim
 
     # embeddings
     txt = llm.embed_tokens(ids)

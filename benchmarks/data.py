@@ -19,6 +19,10 @@ from pathlib import Path
 from typing import NamedTuple
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
+from fusedit_lib import threads
+
+threads.limit_spinning()                    # before torch is imported
+
 import numpy as np
 from PIL import Image
 

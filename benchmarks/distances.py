@@ -13,6 +13,10 @@ import tarfile
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
+from fusedit_lib import threads
+
+threads.limit_spinning()                    # before torch is imported
+
 import numpy as np
 import torch
 from PIL import Image, ImageFilter

@@ -13,9 +13,14 @@ import tempfile
 import time
 from pathlib import Path
 
+from fusedit_lib import threads
+
+threads.limit_spinning()                    # before torch is imported
+
+import numpy as np
 import torch
 from common import finish, machine
-from data import folder_of, pack, photo, plain
+from data import folder_of, pack, photo
 from PIL import Image
 
 import fusedit
@@ -25,6 +30,18 @@ from fusedit_lib.pretrained import load_tokenizer
 from fusedit_lib.train.config import RunConfig
 
 PHOTOS = 128
+
+
+def plain(data, size):
+    """Pixels [3,size,size] of a JPEG's bytes, by the loop that a trainer would begin with."""
+    image = Image.open(io.BytesIO(data)).convert("RGB")
+    scale = size / min(image.size)
+    scaled = [round(side * scale) for side in image.size]
+    image = image.resize(scaled, Image.Resampling.BICUBIC)
+    x = (image.width - size) // 2
+    y = (image.height - size) // 2
+    image = image.crop((x, y, x + size, y + size))
+    return torch.from_numpy(np.asarray(image, np.float32) / 127.5 - 1).permute(2, 0, 1)
 
 
 class Loading:

@@ -11,6 +11,10 @@ beside the image. Same weights, same noise, by turns in one process with a matri
 """
 import statistics
 
+from fusedit_lib import threads
+
+threads.limit_spinning()                    # before torch is imported
+
 import torch
 from common import (
     alternate,

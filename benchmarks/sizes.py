@@ -14,6 +14,10 @@ import json
 import statistics
 from pathlib import Path
 
+from fusedit_lib import threads
+
+threads.limit_spinning()                    # before torch is imported
+
 import torch
 from common import case, clock, count_flops, machine, product
 from tqdm import tqdm

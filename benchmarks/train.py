@@ -13,6 +13,10 @@ process with a matrix product, and count with their medians. Useful FLOPs are of
 import statistics
 from typing import NamedTuple
 
+from fusedit_lib import threads
+
+threads.limit_spinning()                    # before torch is imported
+
 import torch
 from common import (
     alternate,

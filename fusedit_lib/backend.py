@@ -139,10 +139,14 @@ def compile_model(model, vae, llm=True, budget=1.0):
     with depth. budget: the share of what a block would save for its backward pass that it may save;
     the compiler computes the rest again, the cheapest first.
     """
-    torch._functorch.config.activation_memory_budget = budget
+    # torch does not load the compiler by itself.
+    from torch._dynamo import config as dynamo_config
+    from torch._functorch import config as functorch_config
+    from torch._inductor import config as inductor_config
+    functorch_config.activation_memory_budget = budget
     # Graphs differ by text length, batch size and whether there are gradients: 8 may be too few.
-    torch._dynamo.config.recompile_limit = 64
-    torch._inductor.config.cpp.use_decompose_tanh = True        # GELU on a CPU: twice as fast
+    dynamo_config.recompile_limit = 64
+    inductor_config.cpp.use_decompose_tanh = True        # GELU on a CPU: twice as fast
     modules = [*model.dit.layers, model.dit.norm_out]
     if llm:
         modules += model.llm.layers
@@ -226,7 +230,8 @@ def avoid_broken_cudnn(q, k, v, mask):
         return ""
     torch.backends.cuda.enable_cudnn_sdp(False)
     # A stored graph names its kernel, and would be found again whatever has been switched off.
-    torch._functorch.config.enable_autograd_cache = False
+    from torch._functorch import config as functorch_config
+    functorch_config.enable_autograd_cache = False
     second = problem()
     if second:
         raise FuseDiTError("attention fails on this GPU, with cuDNN's kernel and without: "

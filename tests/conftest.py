@@ -14,6 +14,10 @@ sys.path.insert(0, str(ROOT))
 GPUS = os.environ.setdefault("GPUS_OF_TESTS", os.environ.get("CUDA_VISIBLE_DEVICES", "all"))
 os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
+from fusedit_lib import threads
+
+threads.limit_spinning()                    # before torch is imported
+
 import pytest
 import torch
 

@@ -20,9 +20,9 @@ import common
 
 import fusedit
 from fusedit_lib import backend
-from fusedit_lib.data.batches import text_length, to_device
+from fusedit_lib.data.batches import padded_text_length, to_device
 from fusedit_lib.pretrained import build_model
-from fusedit_lib.train import plan
+from fusedit_lib.train import costs
 from fusedit_lib.vae import load_vae
 
 CPU = torch.device("cpu")
@@ -93,7 +93,7 @@ def test_useful_flops_are_what_the_shapes_say(small_case, small_model):
     """Two for each weight and token, and for each product of a query with a key and a value."""
     dit = small_model.dit
     image = 256                                         # tokens
-    text = small_case.mean
+    text = small_case.mean_length
     width = 2 * 256                                     # heads times their size
     parts = [dit.patch_embed, dit.layers, dit.proj_out]
     assert sum(map(matrix_parameters, parts)) == matrix_parameters(dit)
@@ -116,8 +116,8 @@ def count(module):
 
 
 def activation_bytes(config, batch_size, dtype):
-    model = plan.abstract(config)
-    return plan.activations(model, config, batch_size, dtype)[0]
+    model = costs.abstract_model(config)
+    return costs.activations(model, config, batch_size, dtype)[0]
 
 
 def test_the_readmes_benchmark_fits_a_gpu_of_80_gb():
@@ -126,7 +126,7 @@ def test_the_readmes_benchmark_fits_a_gpu_of_80_gb():
     command = re.search(r"benchmarks/train.py --preset (\S+) --batch (\d+)", readme)
     config = fusedit.preset(command[1])
     batch_size = int(command[2])
-    model = plan.abstract(config)
+    model = costs.abstract_model(config)
     dit = count(model.dit)
     gemma = count(model.llm)
 
@@ -233,16 +233,16 @@ def test_text_is_cut_in_quarters(full, longest, cpu, gpu, monkeypatch):
     """And on a GPU in multiples of 128, for cuDNN's sake."""
     monkeypatch.setattr(Watched, "moved", [])
     mask = torch.arange(full) < torch.tensor([[1], [longest]])
-    assert text_length(mask, CPU) == cpu
-    assert text_length(mask, torch.device("cuda")) == gpu
+    assert padded_text_length(mask, CPU) == cpu
+    assert padded_text_length(mask, torch.device("cuda")) == gpu
 
     ids = torch.arange(full).expand(2, -1).clone()
     whole = dict(pixels=torch.zeros(2, 3, 8, 8, dtype=torch.uint8),
                  ids=ids.as_subclass(Watched), mask=mask.as_subclass(Watched),
                  normal=torch.zeros(2), noise=torch.zeros(2, 1, 3, 8, 8))
-    _, cut_ids, cut_mask, *_ = to_device(whole, CPU, cut_text=True)
-    assert cut_ids.shape == cut_mask.shape == (2, cpu)
-    assert cut_mask.sum(1).tolist() == [1, longest]
+    cut = to_device(whole, CPU, cut_text=True)
+    assert cut.ids.shape == cut.mask.shape == (2, cpu)
+    assert cut.mask.sum(1).tolist() == [1, longest]
     # Text goes over in one piece, and is cut there.
     assert Watched.moved == [(2, full), (2, full)]
 
@@ -319,8 +319,8 @@ TINY = """
 import runpy, sys
 sys.path[:0] = sys.argv[2:4]
 import common
-from fusedit_lib.train import plan
-plan.GEMMAS["google/gemma-2-2b"] = common.SMALL | dict(num_hidden_layers=2)
+from fusedit_lib.train import costs
+costs.GEMMAS["google/gemma-2-2b"] = common.SMALL | dict(num_hidden_layers=2)
 sys.argv = sys.argv[1:2] + sys.argv[4:]
 runpy.run_path(sys.argv[0], run_name="__main__")
 """

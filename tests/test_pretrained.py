@@ -234,7 +234,7 @@ SPOIL_GEMMA = {
     ("no config", "cannot read the Gemma in {folder}.*config.json"),
     ("half a config", "cannot read the Gemma in {folder}"),
     ("another model", "model_type is 'llama'.*must be a Gemma"),
-    ("no layers", "config.json lacks num_hidden_layers"),
+    ("no layers", "has no num_hidden_layers"),
     ("truncated", "cannot read the Gemma in {folder}.*incomplete"),
     ("empty", "cannot read the Gemma in {folder}.*header"),
     ("no weights", "(?s)weights in {folder}.*Missing.*embed_tokens.weight"),

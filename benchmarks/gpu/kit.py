@@ -12,6 +12,10 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
 sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
+from fusedit_lib import threads
+
+threads.limit_spinning()                    # before torch is imported
+
 import torch
 
 

@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 
 import fusedit
 from fusedit_lib import pretrained
-from fusedit_lib.train import plan
+from fusedit_lib.train import costs
 from fusedit_lib.vae import VAE
 
 VAE_CONFIG = dict(block_out_channels=[128, 256, 512, 512], layers_per_block=2, in_channels=3,
@@ -61,7 +61,7 @@ def make(folder):
     if SMALL:
         config = common.SMALL | dict(num_hidden_layers=2)
     else:
-        config = dict(plan.GEMMAS["google/gemma-2-2b"], head_dim=256)
+        config = dict(costs.GEMMAS["google/gemma-2-2b"], head_dim=256)
     with torch.device("meta"):
         gemma = fusedit.Gemma(pretrained.gemma_config(config))
         vae = VAE()

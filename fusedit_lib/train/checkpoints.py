@@ -25,7 +25,7 @@ from safetensors import SafetensorError, safe_open
 
 from fusedit import FuseDiTError
 from fusedit_lib import backend
-from fusedit_lib.files import atomic_write, read_json, save_file, fsync, open_tensors
+from fusedit_lib.files import atomic_write, fsync, open_tensors, read_json, save_file
 from fusedit_lib.train import distributed
 
 

@@ -23,7 +23,7 @@ from torch.utils.checkpoint import checkpoint as recompute
 from fusedit import FuseDiTError
 from fusedit_lib import backend
 from fusedit_lib.files import read_json
-from fusedit_lib.train.models import trainable
+from fusedit_lib.train.build import trainable
 
 # ------------------------------------------------------------------------------ start
 

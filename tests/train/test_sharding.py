@@ -7,9 +7,9 @@ from conftest import assert_near, tiny_gemma
 from launching import finish, ranks
 from torch.utils._pytree import tree_map
 
-from fusedit import LayerStack, FuseDiTConfig, FuseDiTError, preset
+from fusedit import FuseDiTConfig, FuseDiTError, LayerStack, preset
 from fusedit_lib import files, pretrained
-from fusedit_lib.train import checkpoints, plan, sharding, xla
+from fusedit_lib.train import checkpoints, costs, plan, sharding, xla
 from fusedit_lib.train.sharding import ParameterState
 
 SIZES = {"fsdp": 4, "tensor": 2}
@@ -53,7 +53,7 @@ def test_what_stays_whole_is_small(name):
     sizes = {"fsdp": 64, "tensor": 4}
     whole = 0
     total = 0
-    for key, parameter in plan.abstract(preset(name)).named_parameters():
+    for key, parameter in costs.abstract_model(preset(name)).named_parameters():
         total += parameter.numel()
         if plan.chip(key, parameter.shape, sizes) * 256 != parameter.numel():
             whole += parameter.numel()
@@ -317,7 +317,7 @@ def test_a_missing_piece_is_named(tmp_path):
     stored = sharding.slices_to_store("", "b", shards, (4, 8))
     files.save_file(stored, tmp_path / "model.safetensors", {})
     file, key = files.open_tensors(tmp_path)["b"]
-    with pytest.raises(FuseDiTError, match="b lacks some of its pieces"):
+    with pytest.raises(FuseDiTError, match="b lacks some of its slices"):
         file.get_tensor(key)
 
 
