@@ -27,7 +27,7 @@ from fusedit_lib import backend, cli
 from fusedit_lib.data.batches import padded_text_length
 from fusedit_lib.files import atomic_write
 from fusedit_lib.pretrained import gemma_config
-from fusedit_lib.train import costs, plan
+from fusedit_lib.train import costs
 from fusedit_lib.vae import VAE
 
 SMALL = dict(model_type="gemma2", vocab_size=8192, hidden_size=512, intermediate_size=2048,
@@ -120,7 +120,7 @@ class Case:
 
 
 def case(name, image_size=0):
-    """The case "small", or that of a preset whose Gemma's shape plan.py knows.
+    """The case "small", or that of a preset whose Gemma has its shape in train/costs.py.
 
     image_size: instead of the usual one; 0 or None: the usual one.
     """
