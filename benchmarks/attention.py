@@ -119,7 +119,7 @@ def measure(attention, inputs, exact, rounds, device):
 
 
 def arguments():
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=cli.Help)
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=cli.HelpFormatter)
     p.add_argument("--batch", type=cli.positive, default=8, help="samples")
     p.add_argument("--heads", type=cli.positive, default=2, help="query heads")
     p.add_argument("--kv-heads", type=cli.positive, default=1, help="key and value heads")

@@ -456,7 +456,7 @@ def finish(args, result):
 
 def parser(description, batch, rounds):
     """An argument parser with the flags that the benchmarks share, and their defaults."""
-    p = argparse.ArgumentParser(description=description, formatter_class=cli.Help)
+    p = argparse.ArgumentParser(description=description, formatter_class=cli.HelpFormatter)
     p.add_argument("--preset", default="small",
                    help="small: 31.5 M parameters, 256 image tokens, for CPUs; or a preset of the "
                         "final design, such as fusedit/large-scale")

@@ -192,7 +192,7 @@ def draw_shares(files):
 
 
 def main():
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=cli.Help)
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=cli.HelpFormatter)
     p.add_argument("files", nargs="+", type=Path, metavar="FILE",
                    help=".json files, and last the .png to draw")
     p.add_argument("--shares", action="store_true",

@@ -17,7 +17,7 @@ from launching import ENV, assert_equal, command, flags, launch, launch_all, los
 from PIL import Image
 from tiny_shards import numbered
 
-from fusedit_lib.train import checkpoints, plan
+from fusedit_lib.train import checkpoints, costs
 from fusedit_lib.train.config import model_config, parse_run
 
 pytestmark = [
@@ -275,8 +275,8 @@ def test_remat_takes_the_memory_that_the_plan_says(data, tmp_path, monkeypatch):
         sizes = re.findall(r"Intermediate tensor size: ([\d.]+) GB", done.stdout + done.stderr)
         taken[remat] = max(map(float, sizes))
         config = model_config(parse_run(argv, "", "tpu"))
-        numbers = plan.activations(plan.abstract(config), config, 4, torch.float32, False,
-                                   plan.Unfused)
+        numbers = costs.activations(costs.abstract_model(config), config, 4, torch.float32, False,
+                                    costs.UnfusedAttention)
         planned[remat] = numbers[remat] / 1e9
     assert taken[True] == pytest.approx(planned[True], rel=0.3)
     assert 3 * taken[True] < taken[False] < planned[False]
