@@ -24,7 +24,7 @@ from tqdm import tqdm
 
 import fusedit
 from fusedit_lib import backend, cli
-from fusedit_lib.data.batches import padded_text_length
+from fusedit_lib.data.batches import cut_text_length
 from fusedit_lib.files import atomic_write
 from fusedit_lib.pretrained import gemma_config
 from fusedit_lib.train import costs
@@ -99,7 +99,7 @@ class Case:
             eps = torch.randn(batch, *noise_shape, generator=rng)
             x = torch.randn(batch, *image_shape, generator=rng)
             normal = torch.randn(batch, generator=rng)
-            short = padded_text_length(mask, device)
+            short = cut_text_length(mask, device)
             tensors = dict(x=x, ids=ids, mask=mask, normal=normal, eps=eps,
                            short_ids=ids[:, :short], short_mask=mask[:, :short])
             yield {name: tensor.to(device) for name, tensor in tensors.items()}

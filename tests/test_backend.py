@@ -20,7 +20,7 @@ import common
 
 import fusedit
 from fusedit_lib import backend
-from fusedit_lib.data.batches import padded_text_length, to_device
+from fusedit_lib.data.batches import cut_text_length, to_device
 from fusedit_lib.pretrained import build_model
 from fusedit_lib.train import costs
 from fusedit_lib.vae import load_vae
@@ -233,8 +233,8 @@ def test_text_is_cut_in_quarters(full, longest, cpu, gpu, monkeypatch):
     """And on a GPU in multiples of 128, for cuDNN's sake."""
     monkeypatch.setattr(Watched, "moved", [])
     mask = torch.arange(full) < torch.tensor([[1], [longest]])
-    assert padded_text_length(mask, CPU) == cpu
-    assert padded_text_length(mask, torch.device("cuda")) == gpu
+    assert cut_text_length(mask, CPU) == cpu
+    assert cut_text_length(mask, torch.device("cuda")) == gpu
 
     ids = torch.arange(full).expand(2, -1).clone()
     whole = dict(pixels=torch.zeros(2, 3, 8, 8, dtype=torch.uint8),

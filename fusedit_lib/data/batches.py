@@ -321,14 +321,7 @@ class TrainingBatch(NamedTuple):
     vae_noise: torch.Tensor | None          # [B,C,h,w] with a VAE: to sample its posterior
 
 
-def tensors_only(batches, bad):
-    """Yield of each batch its tensors alone; its list of bad samples is appended to `bad`."""
-    for batch in batches:
-        bad.append(batch["bad"])
-        yield {name: value for name, value in batch.items() if isinstance(value, torch.Tensor)}
-
-
-def padded_text_length(mask, device):
+def cut_text_length(mask, device):
     """The length to which a batch's text is cut: its longest caption, rounded up.
 
     Rounded to quarters of the full length, since a compiled model is compiled anew for some
@@ -346,7 +339,7 @@ def padded_text_length(mask, device):
 def to_device(batch, device, cut_text=False):
     """TrainingBatch of a batch (dict of CPU tensors) on a device.
 
-    cut_text: cut the text to padded_text_length. It is cut after the copy: a slice is not
+    cut_text: cut the text to cut_text_length. It is cut after the copy: a slice is not
     contiguous, and copying such a tensor makes the CPU wait.
     """
     moved = {}
@@ -356,7 +349,7 @@ def to_device(batch, device, cut_text=False):
     ids = moved["ids"]
     mask = moved["mask"]
     if cut_text:
-        length = padded_text_length(batch["mask"], device)
+        length = cut_text_length(batch["mask"], device)
         ids = ids[:, :length]
         mask = mask[:, :length]
 

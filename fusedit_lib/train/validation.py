@@ -7,7 +7,7 @@ import torch.distributed as dist
 
 import fusedit
 from fusedit import FuseDiTError
-from fusedit_lib.data.batches import Batches, tensors_only, to_device
+from fusedit_lib.data.batches import Batches, to_device
 from fusedit_lib.sampling import generate, image_grid, padded_text_length
 from fusedit_lib.train import distributed
 
@@ -66,7 +66,7 @@ def held_out_batches(run, config, model, micro_batch, rank, world):
         first = index * held_out.batch + rank * micro_batch
         batch["counts"] = (first + torch.arange(micro_batch) < samples).float()
         batches.append(batch)
-    return list(tensors_only(batches, []))
+    return batches
 
 
 @torch.no_grad()

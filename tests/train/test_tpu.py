@@ -39,11 +39,6 @@ def gemma(tmp_path_factory):
     return folder
 
 
-@pytest.fixture(scope="module")
-def data(tmp_path_factory):
-    return numbered(tmp_path_factory.mktemp("data"))
-
-
 def virtual(devices):
     """The environment in which a CPU has several devices.
 
