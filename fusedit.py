@@ -408,7 +408,7 @@ def apply_rope(x, rope):
 def image_rope(kind, rows, cols, offset, h, device):
     """Rotary table of a rows x cols grid of patches (models.py:627-684); "ape": None, no rotation.
 
-    offset [B]: the position of the first patch. DiT.forward chooses it.
+    offset [B]: the position of the first patch, which DiT.rope chooses.
 
     1d-rope   a patch has one position, its index in reading order, as if the image were more text;
               all h/2 frequencies rotate by it
