@@ -1,6 +1,6 @@
-"""The README's full-scale commands, word for word but for small models, on two processes of a CPU.
+"""The documentation's full-scale commands, word for word, with small models on a CPU.
 
-What follows a command here comes after its own flags, and so replaces them.
+Flags that are appended to a command replace its own.
 """
 import importlib.util
 import re
@@ -18,24 +18,29 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
 
 
 class Command(NamedTuple):
-    """A command line of the README that trains a preset of full size."""
+    """A command line in the documentation that trains a preset of full size."""
     ranks: str                              # "one", or "many" with a launcher before it
     flags: str                              # without the paths, which are not here
 
 
-def readme_lines():
-    """The lines of the README's bash blocks, with continued lines joined."""
-    readme = (ROOT / "README.md").read_text()
+DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+
+
+def command_lines(document):
+    """The lines of a document's bash blocks, with continued lines joined."""
     lines = []
-    for block in re.findall(r"```bash\n(.*?)```", readme, re.S):
+    for block in re.findall(r"```bash\n(.*?)```", document.read_text(), re.S):
         lines += block.replace("\\\n", " ").splitlines()
     return lines
 
 
-def commands(program):
-    """All Commands of a program, sorted."""
+def commands(program, documents):
+    """All Commands of a program in these documents, sorted."""
+    lines = []
+    for document in documents:
+        lines += command_lines(document)
     found = set()
-    for line in readme_lines():
+    for line in lines:
         match = re.search(rf"{program}\.py (--preset fusedit[^'>#]*)", line)
         if match is None or "--plan" in line:
             continue
@@ -47,14 +52,15 @@ def commands(program):
     return sorted(found)
 
 
-GPU = commands("train_gpu")
-TPU = commands("train_tpu")
+GPU = commands("train_gpu", DOCUMENTS)
+TPU = commands("train_tpu", DOCUMENTS)
 
 
-def test_the_readme_has_such_commands():
-    assert {command.ranks for command in GPU} == {"one", "many"}
+def test_the_documentation_has_such_commands():
+    training = commands("train_gpu", [ROOT / "docs/training.md"])
+    assert {command.ranks for command in training} == {"one", "many"}
+    assert commands("train_tpu", [ROOT / "docs/tpu.md"])
     assert all("--compile" in command.flags for command in GPU)
-    assert TPU
 
 
 @pytest.fixture(scope="module")

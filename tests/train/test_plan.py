@@ -204,7 +204,7 @@ EMA, ACTIVATIONS, SUM = 3, 7, 8             # numbers in a row of the plan's tab
 
 
 def zero_2_row(capsys, *more):
-    """The numbers of the plan's row for --zero 2, for the README's one GPU."""
+    """The numbers of the plan's row for --zero 2, for the single GPU of docs/training.md."""
     lines = show(["--preset", "fusedit/large-scale", "--plan", "1xH100", "--batch", "512",
                   "--micro-batch", "8", "--zero", "2", *more], capsys)
     (line,) = [line for line in lines if "<- --zero 2" in line]
