@@ -68,16 +68,21 @@ def markdown(name):
     """A document as Markdown: a notebook's cells, and of a program its docstring."""
     text = read(name)
     if name.endswith(".py"):
-        lines = []
-        for line in (ast.get_docstring(ast.parse(text)) or "").splitlines():
-            if line.startswith("    "):                 # a command, and after a gap what it does
-                command = re.split(r"\s{3,}", line.strip())[0]
-                line = f"```bash\n{command}\n```"
-            lines.append(line)
-        return "\n".join(lines)
+        return docstring_markdown(ast.get_docstring(ast.parse(text)) or "")
     if name.endswith(".ipynb"):
         return "\n".join(map(cell_markdown, json.loads(text)["cells"]))
     return text
+
+
+def docstring_markdown(docstring):
+    """A docstring whose indented lines are commands, each with what it does after a gap."""
+    lines = []
+    for line in docstring.splitlines():
+        if line.startswith("    "):
+            command = re.split(r"\s{3,}", line.strip())[0]
+            line = f"```bash\n{command}\n```"
+        lines.append(line)
+    return "\n".join(lines)
 
 
 def cell_markdown(cell):
@@ -665,6 +670,17 @@ def test_shell_scripts_are_read(script, programs, words):
 def test_anchors_are_those_of_github():
     text = "# A `code.py` title, (1)\n## Same\n## Same\n```\n# no heading\n```\n### [A](b.md) *c*\n"
     assert anchors(text) == {"a-codepy-title-1", "same", "same-1", "a-c"}
+
+
+def test_notebooks_and_docstrings_are_documents():
+    cells = [dict(cell_type="markdown", source=["# Tour"]),
+             dict(cell_type="code", source=["!python sample.py --grid\n", "import fusedit"])]
+    text = "\n".join(map(cell_markdown, cells))
+    assert anchors(text) == {"tour"}
+    assert [str(command) for command in commands(text)] == ["sample.py --grid"]
+    assert blocks(text)[1] == Block("python", "import fusedit\n")
+    text = docstring_markdown("Draws.\n\n    python sample.py --gif      an animation")
+    assert [str(command) for command in commands(text)] == ["sample.py --gif"]
 
 
 # ---- the rules bite ------------------------------------------------------------------------------
