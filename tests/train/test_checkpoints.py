@@ -110,7 +110,7 @@ def test_room_is_checked_before_any_is_taken(folder, monkeypatch, capsys):
     monkeypatch.setattr(checkpoints.shutil, "disk_usage", lambda _: Disk)
     assert save(run, config, 4) == 1
     err = capsys.readouterr().err
-    assert "it takes 4.8e-08 GB and 4e-08 GB are free" in err
+    assert "it needs 4.8e-08 GB, but only 4e-08 GB are free" in err
     assert "There is no checkpoint yet" in err
 
 
@@ -239,7 +239,7 @@ def test_a_damaged_checkpoint_is_not_used_and_named(folder, capsys, file, how):
         os.truncate(path, path.stat().st_size - 3)
     assert checkpoints.open_run(run, config).name == "step-0000001"
     err = capsys.readouterr().err
-    assert "step-0000002 is damaged and not used" in err
+    assert "step-0000002 is damaged and is not used" in err
     assert Path(file).name in err
 
     # resuming sets it aside, and writes `latest` anew
@@ -259,7 +259,7 @@ def test_damage_that_leaves_nothing_to_resume_is_an_error(folder):
         checkpoints.open_run(run, config)
     run.resume = "auto"
     (out / "step-0000003" / "train_state" / "state.json").unlink()
-    with pytest.raises(FuseDiTError, match="every checkpoint is damaged"):
+    with pytest.raises(FuseDiTError, match="every checkpoint in .* is damaged"):
         checkpoints.open_run(run, config)
 
 
@@ -277,10 +277,10 @@ def test_which_checkpoint_to_resume(folder):
     assert steps_of(run) == [1, 2]
     assert list(Path(run.out).glob("aside-*-step-0000013"))
     run.resume = "5"
-    with pytest.raises(FuseDiTError, match="--resume 5 is neither .* has step-0000001"):
+    with pytest.raises(FuseDiTError, match="--resume 5 is not .* has step-0000001"):
         checkpoints.open_run(run, config)
     run.resume = "none"
-    with pytest.raises(FuseDiTError, match="--resume auto resumes from there"):
+    with pytest.raises(FuseDiTError, match="use --resume auto to resume"):
         checkpoints.open_run(run, config)
 
 

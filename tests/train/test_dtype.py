@@ -70,7 +70,7 @@ def test_a_run_resumes_in_its_own_dtype(gemma_folder, data, tmp_path):
     other = run(4, "auto", native=False)    # on a machine without it
     assert "images in bf16" in other.stdout
     assert len(losses(out)) == 4
-    assert other.stderr == (f"note: {out} was started in bf16 and is resumed in it; bf16 is "
+    assert other.stderr == (f"note: {out} was started in bf16 and continues in bf16; bf16 is "
                             "emulated on this cpu: float32 would be faster\n")
 
     refused = run(6, "float32", native=False)

@@ -457,7 +457,7 @@ def fails(argv, env):
 
 @pytest.mark.parametrize("more, says", [
     (["--mesh", "3,1"], "--mesh 3,1 does not make up 2 devices"),
-    (["--batch", "9"], "--batch 9 does not divide into 2 devices; --batch 8 or 10 would"),
+    (["--batch", "9"], "--batch 9 is not divisible by 2 devices; use --batch 8 or 10"),
     (["--data", "none-*.tar"], "no file matches")])
 def test_what_goes_wrong_is_one_line(gemma, data, tmp_path, more, says):
     stderr = fails([*flags(gemma, data, tmp_path / "run"), *more], virtual(2))
