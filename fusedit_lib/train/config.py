@@ -83,12 +83,12 @@ class RunConfig:
     # Optimization. These settings determine the trained weights.
     batch: int = flag(512, "global batch size: images per optimizer step, over all devices",
                       low=1, group="optimization")
-    micro_batch: int = flag(0, "images per device in one forward pass; gradients are accumulated to "
-                            "reach --batch; 0: no accumulation", True, low=0)
+    micro_batch: int = flag(0, "images per device in one forward pass; gradients are accumulated "
+                            "to reach --batch; 0: no accumulation", True, low=0)
     steps: int = flag(500_000, "total number of optimizer steps", True, low=1)
     lr: float = flag(1e-4, "AdamW learning rate", low=0)
-    warmup_steps: int = flag(0, "number of steps over which the learning rate rises linearly to --lr",
-                             low=0)
+    warmup_steps: int = flag(0, "steps over which the learning rate rises linearly from zero to "
+                             "--lr", low=0)
     lr_schedule: str = flag("constant", "learning rate schedule after the warmup",
                             choices=("constant", "cosine"))
     weight_decay: float = flag(1e-4, "AdamW weight decay", low=0)
@@ -103,7 +103,8 @@ class RunConfig:
     # Precision, and trade-offs between speed and memory.
     dtype: str = flag("auto", "data type of the computation; weights are kept in float32. auto: "
                       "bf16 if the device computes in it natively, otherwise float32; a resumed "
-                      "run keeps its data type", choices=("auto", "bf16", "float32"), group="precision and memory")
+                      "run keeps its data type",
+                      choices=("auto", "bf16", "float32"), group="precision and memory")
     float8: bool = flag(False, "compute the DiT's matrix products in float8, with torchao, on an "
                         "H100 or newer: faster, with slightly different results", only="gpu")
     compile: bool = flag(False, "compile the transformer blocks, which takes a minute: faster "
@@ -120,10 +121,10 @@ class RunConfig:
     # The devices, and how they share the work.
     device: str = flag("auto", "device to train on", True, choices=("auto", "cuda", "cpu"),
                        only="gpu", group="devices")
-    zero: str = flag("1", "ZeRO stage: 1 shards Adam's state across the GPUs, 2 also the gradients, "
-                     "3 also the weights; -offload keeps Adam's state and runs its step on the CPU",
-                     True, only="gpu", choices=ZERO_STAGES)
-    deepspeed_config: str = flag("", "JSON file with additional DeepSpeed settings", True, only="gpu")
+    zero: str = flag("1", "ZeRO stage: 1 shards Adam's state across the GPUs, 2 also the "
+                     "gradients, 3 also the weights; -offload keeps Adam's state and runs its "
+                     "step on the CPU", True, only="gpu", choices=ZERO_STAGES)
+    deepspeed_config: str = flag("", "JSON file with more DeepSpeed settings", True, only="gpu")
     mesh: str = flag("-1,1", "device mesh, as the number of devices along two axes: fsdp, which "
                      "shards the batch and all tensors, and tensor, which shards attention heads "
                      "and the MLP width; -1: all remaining devices", True, only="tpu")
@@ -138,8 +139,8 @@ class RunConfig:
     save_minutes: float = flag(0.0, "also save once this many minutes have passed since the last "
                                "checkpoint; 0: save by steps only", True, low=0)
     keep: int = flag(3, "number of newest checkpoints to keep; older ones are deleted", True, low=1)
-    keep_every: int = flag(0, "never delete checkpoints at multiples of this step; 0: no exceptions",
-                           True, low=0)
+    keep_every: int = flag(0, "never delete checkpoints at multiples of this step; 0: no "
+                           "exceptions", True, low=0)
 
     # Logging, validation and sample grids.
     log_every: int = flag(20, "steps between log lines", True, low=1,
@@ -208,7 +209,7 @@ def make_parser(description, engine):
         if setting.metadata["only"] in ("", engine):
             add_flag(group, setting)
 
-    # Launchers may add this flag. It is ignored, because LOCAL_RANK has the same value.
+    # torchrun and DeepSpeed add this flag. It is ignored: LOCAL_RANK has the same value.
     parser.add_argument("--local_rank", "--local-rank", help=argparse.SUPPRESS)
     return parser
 

@@ -361,7 +361,7 @@ def test_a_full_disk_does_not_end_the_run(gemma, data, tmp_path):
     ends = launch_all(jobs, check=False)
     assert len(losses(tmp_path / "run")) == 10
     assert 4 <= len(losses(tmp_path / "log")) < 7          # complete lines, none in part
-    assert "WARNING: not written: " in ends[1].stderr
+    assert "WARNING: cannot write a log or sample file: " in ends[1].stderr
 
     for name, done in zip(sizes, ends, strict=True):
         assert done.returncode == 1

@@ -97,7 +97,7 @@ def test_an_error_is_one_line(gemma, data, tmp_path):
         (["--deepspeed-config", str(tmp_path / "bad.json")], "not JSON"),
         (["--out", str(tmp_path / "bad.json")], "is a file"),
         (["--deepspeed-config", str(tmp_path / "ds.json")],
-         "zero_optimization.stage is 2, but the flags say 1"),
+         "zero_optimization.stage is 2, but the flags set it to 1"),
         (["--plan", "8xH999"], "known: B200"),
     ]
     if not torch.cuda.is_available():

@@ -26,7 +26,7 @@ def test_mesh_shapes(text, devices, shape):
 
 @pytest.mark.parametrize("text", ["3,1", "3,-1", "-1,-1", "a", "0,8", ""])
 def test_a_mesh_that_does_not_fit_is_refused(text):
-    with pytest.raises(FuseDiTError, match="does not make up 8 devices"):
+    with pytest.raises(FuseDiTError, match="does not match 8 devices"):
         sharding.mesh_shape(text, 8)
 
 

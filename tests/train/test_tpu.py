@@ -456,7 +456,7 @@ def fails(argv, env):
 
 
 @pytest.mark.parametrize("more, says", [
-    (["--mesh", "3,1"], "--mesh 3,1 does not make up 2 devices"),
+    (["--mesh", "3,1"], "--mesh 3,1 does not match 2 devices"),
     (["--batch", "9"], "--batch 9 is not divisible by 2 devices; use --batch 8 or 10"),
     (["--data", "none-*.tar"], "no file matches")])
 def test_what_goes_wrong_is_one_line(gemma, data, tmp_path, more, says):
@@ -478,4 +478,4 @@ def test_data_that_cannot_be_read_is_one_line(gemma, tmp_path):
 def test_a_missing_tpu_is_named(gemma, data, tmp_path):
     env = virtual(2)
     del env["PJRT_DEVICE"]
-    assert "no TPU is here" in fails(flags(gemma, data, tmp_path / "run"), env)
+    assert "no TPU found" in fails(flags(gemma, data, tmp_path / "run"), env)
