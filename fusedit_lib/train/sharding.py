@@ -1,11 +1,11 @@
 """Sharding of tensors on a mesh of devices, and the names of shards in checkpoints.
 
 The mesh has two axes. The axis "fsdp" shards the batch and all large tensors. The axis "tensor"
-shards the attention heads and the width of the MLP. RULES maps the name of a tensor to the axis that
-shards each of its dimensions.
+shards the attention heads and the width of the MLP. RULES maps the name of a tensor to the axis
+that shards each of its dimensions.
 
-This file is plain Python and PyTorch. train/xla.py applies the rules, and train/plan.py uses them to
-compute the memory of a device.
+This file is plain Python and PyTorch. train/xla.py applies the rules, and train/plan.py uses them
+to compute the memory of a device.
 """
 import math
 import re
@@ -51,8 +51,9 @@ def mesh_shape(text, devices):
             sizes[sizes.index(-1)] = devices // known
 
     if -1 in sizes or math.prod(sizes) != devices:
-        raise FuseDiTError(f"--mesh {text} does not match {devices} devices: give two numbers whose "
-                           f"product is {devices}, such as {devices},1 or -1,1 (-1: all others)")
+        raise FuseDiTError(f"--mesh {text} does not match {devices} devices: give two numbers with "
+                           f"product {devices}, such as {devices},1 or -1,1 (-1: the remaining "
+                           "devices)")
     return tuple(sizes)
 
 

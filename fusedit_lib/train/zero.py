@@ -41,7 +41,8 @@ def set_environment_defaults():
 def pick_device(run):
     """The GPU of this process, or the device of --device.
 
-    Raises FuseDiTError if one of several processes has no GPU, unless --device is cpu.
+    Raises FuseDiTError if one of several processes has no GPU although torch is built for CUDA,
+    unless --device is given.
     """
     if run.device != "cpu" and torch.cuda.is_available():
         device = backend.pick_device(f"cuda:{os.environ['LOCAL_RANK']}")
@@ -227,7 +228,7 @@ def load_optimizer_state(engine, checkpoint):
 
 
 def create_moments(engine, steps):
-    """Creates zero moments for Adam's parameters in DeepSpeed's engine. steps: Adam's step count."""
+    """Creates zero moments for the Adam of DeepSpeed's engine, with a count of steps."""
     stage = engine.zero_optimization_stage()
     adam = engine.basic_optimizer
     parameters = adam.param_groups[0]["params"]
@@ -361,7 +362,7 @@ class Engine:
         trained_weights = {}
         self.exchange_weights(self.ema.tensors, replaced=trained_weights)
         self.deepspeed.eval()
-        yield self.module                   # no finally: an error on one rank must not wait for the others
+        yield self.module                   # no finally, in which a failed rank would wait
         self.deepspeed.train()
         self.exchange_weights(trained_weights)
 
