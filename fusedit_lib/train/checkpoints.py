@@ -410,7 +410,7 @@ class CheckpointWriter:
         self.delete_old()
 
     def write_index(self, tmp, stem):
-        """Write the index of the ranks' files. SafetensorError or OSError if one is missing."""
+        """Write the index of the files. Raises SafetensorError or OSError if one is missing."""
         weight_map = {}
         for rank in range(self.world):
             path = tmp / self.part_name(stem, rank)

@@ -147,7 +147,7 @@ class SavesLikeFused(torch.autograd.Function):
 
 
 class FusedAttention(TorchFunctionMode):
-    """A context in which attention saves as much memory for backward as a GPU's fused kernel."""
+    """A context in which attention saves the same tensors as a GPU's fused kernel."""
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
         if function is F.scaled_dot_product_attention:

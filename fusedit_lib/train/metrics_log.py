@@ -55,7 +55,7 @@ class MetricsLog:
                 tmp.write_text(earlier + json_lines(later))
 
     def write(self, row, extra=None):
-        """Append a row of numbers or None. extra: values that are not numbers."""
+        """Append a row whose values are numbers or None. extra: values of other types."""
         line = json.dumps(row | (extra or {})) + "\n"
         with warn_if_unwritable():
             self.append(line.encode())
@@ -78,7 +78,7 @@ def json_lines(table):
 
 
 def open_tensorboard(out, first):
-    """Returns a function that logs a row to TensorBoard, and hides rows after step `first`."""
+    """Returns a function that logs a row to TensorBoard, where rows after `first` are hidden."""
     from torch.utils.tensorboard import SummaryWriter
     writer = SummaryWriter(out / "tensorboard", purge_step=first + 1)
 
@@ -89,7 +89,7 @@ def open_tensorboard(out, first):
 
 
 def open_wandb(run, out, settings):
-    """Returns a function that logs a row to Weights & Biases. A resumed run keeps its job."""
+    """Returns a function that logs a row to Weights & Biases. A resumed run continues its job."""
     import wandb
     job = wandb.init(project=run.wandb, dir=out, name=out.name,
                      id=f"{out.resolve().name}-{run.seed}", resume="allow", config=settings)

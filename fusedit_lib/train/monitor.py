@@ -313,7 +313,7 @@ def peak_memory_gb(device):
     """Peak memory in GB: allocated on the GPU, or else used by this process."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 1e9
-    unit = 1024                             # getrusage counts kB; on macOS, bytes
+    unit = 1024                             # ru_maxrss is in KiB; on macOS, in bytes
     if sys.platform == "darwin":
         unit = 1
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9

@@ -124,7 +124,7 @@ class ZeroMemory(NamedTuple):
 
 
 def count_parameters(module, at_most=math.inf):
-    """Number of parameters of a module, counting tensors of up to `at_most` elements."""
+    """Number of parameters of a module, counting only tensors of up to `at_most` elements."""
     return sum(p.numel() for p in module.parameters() if p.numel() <= at_most)
 
 

@@ -362,7 +362,7 @@ class Engine:
         trained_weights = {}
         self.exchange_weights(self.ema.tensors, replaced=trained_weights)
         self.deepspeed.eval()
-        yield self.module                   # no finally, in which a failed rank would wait
+        yield self.module                   # no finally: a failed rank must not wait for others
         self.deepspeed.train()
         self.exchange_weights(trained_weights)
 

@@ -311,7 +311,7 @@ def test_the_folder_of_another_run_is_refused(folder):
     run, config = folder
     save(run, config, 5)
     run.lr = 0.5
-    run.steps = 7                           # this one and the next may change
+    run.steps = 7                           # steps and workers may change
     run.workers = 1
     with pytest.raises(FuseDiTError) as error:
         checkpoints.open_run(run, replace(config, pos_embed="ape"))
@@ -320,7 +320,7 @@ def test_the_folder_of_another_run_is_refused(folder):
     assert "model.pos_embed was '2d-rope', is 'ape'" in message
     assert "steps" not in message and "workers" not in message
     run.lr = 1e-4
-    checkpoints.open_run(run, replace(config, guidance=2.0))       # of sampling alone
+    checkpoints.open_run(run, replace(config, guidance=2.0))       # only used for sampling
 
 
 def test_a_model_folder_may_move(folder, tmp_path):
@@ -351,7 +351,7 @@ resource.setrlimit(resource.RLIMIT_FSIZE, (1_000_000, 1_000_000))
 
 
 def test_a_full_disk_does_not_end_the_run(gemma, data, tmp_path):
-    """Neither if checkpoints do not fit, nor if not even a log line does."""
+    """One run has no room for checkpoints, the other not even for log lines."""
     sizes = {"run": "40_000", "log": "os.path.getsize(self.out / 'metrics.jsonl') + 20"}
     jobs = []
     for name, size in sizes.items():

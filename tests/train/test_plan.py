@@ -211,8 +211,8 @@ def zero_2_row(capsys, *more):
     return [float(word) for word in line.split()[1:12]]
 
 
-def test_the_plan_knows_what_saves_memory(capsys):
-    """2.77 GB of activations an image compiled, where 5.34 were."""
+def test_flags_that_save_memory(capsys):
+    """Compiling reduces the activations from 5.34 to 2.77 GB per image."""
     plain = zero_2_row(capsys)
     compiled = zero_2_row(capsys, "--compile")
     budget = zero_2_row(capsys, "--compile", "--memory-budget", "0.7")

@@ -321,7 +321,7 @@ def test_a_missing_piece_is_named(tmp_path):
         file.get_tensor(key)
 
 
-# One of two hosts on a mesh of 2 x 2 devices, which save together, each its half of every tensor.
+# One of two hosts that together have 2 x 2 devices. Each saves its half of every tensor.
 TWO_HOSTS = """
 import sys, torch, torch.distributed as dist
 from fusedit_lib.train import checkpoints, sharding
