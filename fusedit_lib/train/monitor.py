@@ -102,7 +102,7 @@ class Monitor:
         images = run.batch // (accumulation * devices)
         print(f"{self.out}: {trainable:,} trainable parameters, from step {self.step} to "
               f"{run.steps}; batch {run.batch} = {devices} x {self.device.type} x {accumulation} "
-              f"x {images} images in {run.dtype}", flush=True)
+              f"micro-batches of {images} images in {run.dtype}", flush=True)
         self.bar = tqdm(total=run.steps, initial=self.step, unit="step", disable=None, leave=False)
 
     # ------------------------------------------------------------------------------ recording

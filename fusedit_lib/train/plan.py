@@ -237,7 +237,7 @@ def show(run, config):
         with torch.device("meta"):
             vae = count_parameters(VAE())
     print(f"{run.preset} at {config.image_size} pixels, batch {run.batch} = {devices.count} "
-          f"{devices.kind} x {accumulation} x {micro_batch}\n")
+          f"{devices.kind} x {accumulation} x {micro_batch} (accumulation x micro-batch)\n")
     per_image = print_model(run, config, model, vae)
     if devices.kind in TPUS:
         print_tpu_memory(run, config, devices, micro_batch, vae)
