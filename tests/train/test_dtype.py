@@ -46,7 +46,7 @@ def test_other_devices(monkeypatch, has, pjrt_device):
 
 
 def test_a_cpu_limited_to_avx2_gets_float32():
-    """With this variable, tests on a new CPU can stand in for an older one."""
+    """ATEN_CPU_CAPABILITY lets the tests on a new CPU stand in for an older one."""
     code = ("import torch\n"
             "from fusedit_lib import backend\n"
             "print(backend.dtype_name('auto', torch.device('cpu')))")

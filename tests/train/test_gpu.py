@@ -96,7 +96,7 @@ def test_training_matches_the_cpu(gemma, data, tmp_path, first_step, on_cpu, mor
 
 
 def test_a_run_of_a_cpu_resumes_on_a_gpu(gemma, data, tmp_path, on_cpu):
-    """And back on the CPU. A checkpoint does not depend on the device that wrote it."""
+    """It also resumes on the CPU again: a checkpoint does not depend on the device."""
     shutil.copytree(on_cpu, tmp_path / "run")
     train(gemma, data, tmp_path / "run", "--steps", "8")
     train(gemma, data, tmp_path / "run", "--steps", "9", device="cpu")

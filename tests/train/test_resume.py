@@ -68,7 +68,7 @@ def state_in_one(out, step):
     ("1", 2), pytest.param("0123", 2, marks=pytest.mark.slow),
     pytest.param("13", 4, marks=pytest.mark.slow)])
 def test_the_number_of_ranks_may_change(gemma, data, tmp_path, stages, more_ranks):
-    """With gradient accumulation, and more or fewer ranks in mid-run, the losses stay the same."""
+    """More or fewer ranks in mid-run, with gradient accumulation, give the same losses."""
     def job(name, steps, *more):
         return flags(gemma, data, tmp_path / name, "--steps", str(steps), "--ema-every", "1",
                      "--sample-every", "100", *more)

@@ -188,7 +188,7 @@ def set_gradients(parameters, gradients):
 
 @pytest.mark.parametrize("max_norm, bad", [(0.0, float("nan")), (0.5, float("inf"))])
 def test_the_step_equals_torchs_adamw(max_norm, bad, float64):
-    """With clipping. A step with a gradient that is not finite changes nothing."""
+    """Includes clipping. A step with a gradient that is not finite changes nothing."""
     torch.manual_seed(0)
     ours = three_parameters()
     theirs = three_parameters()

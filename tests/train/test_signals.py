@@ -1,4 +1,4 @@
-"""How the real launcher stops on Ctrl-C, SIGTERM or a dead rank."""
+"""The real launcher stops correctly on Ctrl-C, SIGTERM or a dead rank."""
 import os
 import shutil
 import signal
