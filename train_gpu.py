@@ -1,10 +1,10 @@
 """Train fusedit with DeepSpeed, on GPUs or, for small models, on a CPU.
 
-    python train_gpu.py --preset demo --data 'shards/*.tar'              one device
-    deepspeed train_gpu.py --preset fusedit --data 'shards/*.tar'        all GPUs of this machine
-    python train_gpu.py --preset fusedit --plan 8xH100                   what that would take
+    python train_gpu.py --preset demo --data shards           # one device
+    deepspeed train_gpu.py --preset fusedit --data shards     # all local GPUs
+    python train_gpu.py --preset fusedit --plan 8xH100        # estimate only
 
-The same command again resumes the run from its last checkpoint. Flags and their defaults:
+Running the same command again resumes the run from its latest checkpoint.
 """
 import contextlib
 import io
@@ -30,10 +30,10 @@ from fusedit_lib.train.schedule import due_after, ema_decay, learning_rate
 # ------------------------------------------------------------------------------ start
 
 def start(run):
-    """Connects the processes, one for each GPU. Returns the run, its dtype decided, and the device.
+    """Connects the processes, one per GPU. Returns the run with its dtype resolved, and the device.
 
-    Launchers (deepspeed, torchrun) set RANK, WORLD_SIZE, ... in each process; without one this
-    process is the only one.
+    Launchers (deepspeed, torchrun) set RANK, WORLD_SIZE, ... in each process. Without a launcher,
+    this process is the only one.
     """
     zero.set_environment_defaults()
     device = zero.pick_device(run)
@@ -47,8 +47,8 @@ def start(run):
 # ------------------------------------------------------------------------------ build
 
 def build_engine(run, model, vae, checkpoint, micro_batch, accumulation):
-    """DeepSpeed's engine with an EMA: ZeRO gives each rank a share of what training keeps."""
-    warnings.filterwarnings("ignore", category=FutureWarning, module="torch")   # for DeepSpeed
+    """DeepSpeed's engine with an EMA. ZeRO shards the training state across ranks."""
+    warnings.filterwarnings("ignore", category=FutureWarning, module="torch")   # by DeepSpeed
     import deepspeed
 
     ema = zero.shard_ema(model, checkpoint, dist.get_rank(), dist.get_world_size(), run.ema_offload)
@@ -59,12 +59,12 @@ def build_engine(run, model, vae, checkpoint, micro_batch, accumulation):
     config = deepspeed_config(run, model, micro_batch, accumulation)
     if os.environ["DS_ACCELERATOR"] == "cpu":
         zero.skip_shared_memory_op()
-    if run.zero[0] == "3":                  # a block's weights are gathered at once
+    if run.zero[0] == "3":                  # gather the weights of a whole block together
         deepspeed.utils.set_z3_leaf_modules(model, [fusedit.DiTBlock])
-    with contextlib.redirect_stdout(io.StringIO()):         # pages about memory
+    with contextlib.redirect_stdout(io.StringIO()):         # hides pages of memory statistics
         engine, *_ = deepspeed.initialize(model=model, optimizer=adam, config=config)
 
-    adam.state.clear()                      # stage 0 in bf16 has filled it by an empty step
+    adam.state.clear()                      # stage 0 in bf16 fills it with an empty step
     if zero.adam_is_plain(run):
         zero.clip_and_skip(adam, run.max_grad_norm)
     zero.load_optimizer_state(engine, checkpoint)
@@ -72,7 +72,7 @@ def build_engine(run, model, vae, checkpoint, micro_batch, accumulation):
 
 
 def deepspeed_config(run, model, micro_batch, accumulation):
-    """DeepSpeed's configuration, with what --deepspeed-config adds to it."""
+    """DeepSpeed's configuration, merged with the file given by --deepspeed-config."""
     stage = int(run.zero[0])
     config = {
         "train_batch_size": run.batch,
@@ -85,7 +85,7 @@ def deepspeed_config(run, model, micro_batch, accumulation):
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,
     }
-    if stage > 0:                           # stage 0 can add gradients up in bf16 only
+    if stage > 0:                           # stage 0 can only accumulate gradients in bf16
         config["data_types"] = {"grad_accum_dtype": "fp32"}
     if run.zero.endswith("offload"):
         config["zero_optimization"]["offload_optimizer"] = {"device": "cpu"}
@@ -94,18 +94,18 @@ def deepspeed_config(run, model, micro_batch, accumulation):
     defaults = {
         "zero_optimization": {"reduce_bucket_size": min(plan.BUCKET, weights),
                               "stage3_max_live_parameters": plan.BUCKET},
-        "timers": {"throughput": {"enabled": False}},       # it would wait for the device
+        "timers": {"throughput": {"enabled": False}},       # waits for the device
     }
     config = zero.merge_config(config, run.deepspeed_config, defaults)
     if zero.adam_is_plain(run):
-        config["gradient_clipping"] = 0.0   # zero.clip_and_skip clips
+        config["gradient_clipping"] = 0.0   # zero.clip_and_skip clips instead
     return config
 
 
 # ------------------------------------------------------------------------------ train
 
 def train(run, config):
-    """Trains from the last checkpoint, if there is one, to the last step; returns the exit code."""
+    """Trains from the latest checkpoint, if any, to the last step. Returns the exit code."""
     run, device = start(run)
     rank = dist.get_rank()
     world = dist.get_world_size()
@@ -118,7 +118,7 @@ def train(run, config):
     writer = checkpoints.CheckpointWriter(run, config, checkpoint, dataset.digest)
     micro_batches = range(first_step * accumulation, run.steps * accumulation)
     batches = load_batches(dataset, micro_batches, data_workers(run), device)
-    # The monitor counts the weights, so it comes before ZeRO 3 takes them apart.
+    # The monitor counts the weights, so it is created before ZeRO 3 shards them.
     monitor = Monitor(run, config, model, vae, checkpoint, micro_batch, dataset)
     engine = build_engine(run, model, vae, checkpoint, micro_batch, accumulation)
     del checkpoint                          # closes its files
@@ -143,7 +143,7 @@ def train(run, config):
             sigma = fusedit.logit_normal_sigma(batch.normal, config.shift)       # [B]
             loss = fusedit.flow_loss(engine, x, text, sigma, batch.eps).mean()
             engine.backward(loss)
-            engine.step()                   # changes the weights after the last micro-batch
+            engine.step()                   # updates the weights after the last micro-batch
             tokens = int(loaded["mask"].sum())
             monitor.log_micro_batch(loss, loaded["bad"], tokens)        # no wait for the device
         step += 1
@@ -155,7 +155,7 @@ def train(run, config):
 
 
 def finish_step(run, step, first_step, lr, engine, monitor, writer, signals):
-    """Logs, validates and saves, as due after a step. Returns the signal to stop for, or 0."""
+    """Logs, validates and saves if due after this step. Returns the stop signal's number, or 0."""
     stop, save_now = writer.poll(max(signals, default=0))
     due = due_after(run, step, first_step, stop, save_now)
     if due.log:
@@ -166,7 +166,7 @@ def finish_step(run, step, first_step, lr, engine, monitor, writer, signals):
     if due.save:
         counts = monitor.counts | {"adam_step": adam_steps(engine.adam)}
         writer.save(step, engine.gather_state, counts)
-    monitor.restart_clock(due.validate or due.save)     # leaves their time out of the images/s
+    monitor.restart_clock(due.validate or due.save)     # images/s excludes validation and saving
     return stop
 
 
@@ -175,13 +175,13 @@ def main():
     config = model_config(run)
     if run.plan:
         return plan.show(run, config)
-    check_run(run)                            # finds most mistakes before the model is loaded
+    check_run(run)                          # finds most mistakes before the model is loaded
     code = train(run, config)
-    dist.barrier()                          # the first to leave would break others' connections
+    dist.barrier()                          # leaving early would break the others' connections
     dist.destroy_process_group()
     return code
 
 
 if __name__ == "__main__":
-    cli.run(main, "--micro-batch (the batch stays: it is accumulated); or use --remat, or on "
-                  "several GPUs a higher --zero")
+    cli.run(main, "--micro-batch (gradient accumulation keeps --batch the same); or use --remat "
+                  "or, on several GPUs, a higher --zero")

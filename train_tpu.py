@@ -1,11 +1,11 @@
 """Train fusedit with PyTorch/XLA, on TPUs or, for small models, on a CPU.
 
-    python train_tpu.py --preset demo --data 'shards/*.tar'              all chips of this host
-    python train_tpu.py --preset fusedit --data ... --mesh 64,2          on every host of a pod
-    python train_tpu.py --preset fusedit --plan v5e-256                  what that would take
-    PJRT_DEVICE=CPU CPU_NUM_DEVICES=4 python train_tpu.py --preset demo ...
+    python train_tpu.py --preset demo --data shards           # all local chips
+    python train_tpu.py --preset fusedit --mesh 64,2 ...      # on every pod host
+    python train_tpu.py --preset fusedit --plan v5e-256       # estimate only
+    PJRT_DEVICE=CPU CPU_NUM_DEVICES=4 python train_tpu.py ... # 4 virtual devices
 
-The same command again resumes the run from its last checkpoint. Flags and their defaults:
+Running the same command again resumes the run from its latest checkpoint.
 """
 from functools import partial
 
@@ -28,9 +28,9 @@ from fusedit_lib.train.schedule import due_after, ema_decay, learning_rate
 # ------------------------------------------------------------------------------ start
 
 def start(run):
-    """Connects the processes, one for each host. Returns the run, its dtype decided, and the mesh.
+    """Connects the processes, one per host. Returns the run with its dtype resolved, and the mesh.
 
-    All chips of all hosts together are one XLA device; the mesh (--mesh) says which of them share
+    All chips of all hosts act as one XLA device. The mesh (--mesh) determines which of them share
     the batch and which share the heads.
     """
     xla.set_environment_defaults()
@@ -42,19 +42,19 @@ def start(run):
 # ------------------------------------------------------------------------------ build
 
 def build_engine(run, model, vae, checkpoint, accumulation, mesh):
-    """The XLA engine: every device of the mesh holds a shard of what training keeps."""
+    """The XLA engine with an EMA. The mesh shards the training state across devices."""
     return xla.Engine(run, model, vae, checkpoint, accumulation, mesh)
 
 
 # ------------------------------------------------------------------------------ train
 
 def train(run, config):
-    """Trains from the last checkpoint, if there is one, to the last step; returns the exit code."""
+    """Trains from the latest checkpoint, if any, to the last step. Returns the exit code."""
     run, mesh = start(run)
     rank = dist.get_rank()
     world = dist.get_world_size()
     micro_batch, accumulation = split_batch(run, mesh.size())
-    micro_batch *= mesh.size() // world     # of a host, all its devices together
+    micro_batch *= mesh.size() // world     # per host: all of its devices together
 
     checkpoint = checkpoints.load_checkpoint(checkpoints.open_run(run, config))
     step = first_step = checkpoint.step if checkpoint else 0
@@ -90,7 +90,7 @@ def train(run, config):
             sigma = fusedit.logit_normal_sigma(batch.normal, config.shift)       # [B]
             loss = fusedit.flow_loss(engine, x, text, sigma, batch.eps).mean()
             engine.backward(loss)
-            engine.step()                   # changes the weights after the last micro-batch
+            engine.step()                   # updates the weights after the last micro-batch
             monitor.log_micro_batch(loss, loaded["bad"])                # no wait for the device
         step += 1
         engine.update_ema(ema_decay(run, step))
@@ -101,7 +101,7 @@ def train(run, config):
 
 
 def finish_step(run, step, first_step, lr, engine, monitor, writer, signals):
-    """Logs, validates and saves, as due after a step. Returns the signal to stop for, or 0."""
+    """Logs, validates and saves if due after this step. Returns the stop signal's number, or 0."""
     stop, save_now = writer.poll(max(signals, default=0))
     due = due_after(run, step, first_step, stop, save_now)
     if due.log:
@@ -112,7 +112,7 @@ def finish_step(run, step, first_step, lr, engine, monitor, writer, signals):
     if due.save:
         counts = monitor.counts | {"adam_step": adam_steps(engine.adam)}
         writer.save(step, engine.gather_state, counts)
-    monitor.restart_clock(due.validate or due.save)     # leaves their time out of the images/s
+    monitor.restart_clock(due.validate or due.save)     # images/s excludes validation and saving
     return stop
 
 
@@ -121,12 +121,13 @@ def main():
     config = model_config(run)
     if run.plan:
         return plan.show(run, config)
-    check_run(run)                            # finds most mistakes before the model is loaded
+    check_run(run)                          # finds most mistakes before the model is loaded
     code = train(run, config)
-    dist.barrier()                          # the first to leave would break others' connections
+    dist.barrier()                          # leaving early would break the others' connections
     dist.destroy_process_group()
     return code
 
 
 if __name__ == "__main__":
-    cli.run(main, "--micro-batch (the batch stays: it is accumulated); or --remat, or more chips")
+    cli.run(main, "--micro-batch (gradient accumulation keeps --batch the same); or use --remat "
+                  "or more chips")

@@ -1,4 +1,4 @@
-"""The model of a training run: built with new weights, or with those of a checkpoint."""
+"""Builds the model of a training run, with initial weights or those of a checkpoint."""
 import torch
 
 from fusedit_lib import backend
@@ -9,9 +9,9 @@ from fusedit_lib.vae import load_vae
 def build_models(run, config, device, checkpoint):
     """(FuseDiT, VAE or None) on a device.
 
-    Trained weights are float32; Gemma, if it is frozen, and the VAE have the dtype of the run.
-    checkpoint: the Checkpoint that holds the trained weights; None: they are initialized, as
-    run.seed says.
+    Trained weights are float32. The VAE and, if it is frozen, Gemma have the dtype of the run.
+    checkpoint: the Checkpoint to take the trained weights from; if None, they are initialised with
+    run.seed.
     """
     dtype = backend.torch_dtype(run.dtype)
     torch.manual_seed(run.seed)
@@ -30,11 +30,11 @@ def build_models(run, config, device, checkpoint):
 
 
 def trainable(model):
-    """[(name, parameter)] of the parameters that are trained."""
+    """The trained parameters, as [(name, parameter)]."""
     return [(name, p) for name, p in model.named_parameters() if p.requires_grad]
 
 
 def adam_steps(adam):
-    """Number of steps that Adam has made: those of the run without the skipped ones."""
+    """The number of steps that Adam has taken: the steps of the run minus the skipped ones."""
     steps = [int(state["step"]) for state in adam.state.values()]
     return max(steps, default=0)

@@ -1,10 +1,10 @@
-"""Run folders and checkpoints: which one to resume from, and how one is written safely.
+"""Run folders and checkpoints: choosing the one to resume from, and writing them safely.
 
-A checkpoint, step-0000500/, is a model folder of the EMA weights (see pretrained.py), written by
-all ranks in parts, and train_state/ with the trained weights, Adam's moments and the step. Nothing
-in it depends on the number of ranks or on the ZeRO stage. No random state needs to be stored: all
-randomness of training is a function of the seed and of a sample's position in the run (see
-data/batches.py).
+A checkpoint such as step-0000500/ is a model folder of the EMA weights (see pretrained.py). Its
+subfolder train_state/ has the trained weights, Adam's moments and the step number. Each rank writes
+some of the files, but a checkpoint can be resumed with any number of ranks and any ZeRO stage. No
+random state is stored, because all randomness in training is a function of the seed and of a
+sample's position in the run (see data/batches.py).
 """
 import json
 import os
@@ -44,7 +44,7 @@ def step_of(folder):
 
 
 def run_settings_json(run, config):
-    """The text of a run folder's config.json: RunConfig as "run", FuseDiTConfig as "model"."""
+    """The text of a run's config.json, with RunConfig as "run" and FuseDiTConfig as "model"."""
     return json.dumps({"run": asdict(run), "model": asdict(config)}, indent=2) + "\n"
 
 
@@ -53,16 +53,16 @@ def print_warning(message):
 
 
 def is_first_rank():
-    """Whether this is rank 0 of the launcher; also before the process group is there."""
+    """Returns True on rank 0. Works before the process group is initialised."""
     return os.environ.get("RANK", "0") == "0"
 
 
 # ------------------------------------------------------------------------------ resuming
 
 def damage(folder):
-    """What is wrong with a checkpoint, as text, or None.
+    """Describes what is wrong with a checkpoint; returns None if it is undamaged.
 
-    Every file must have as many bytes as state.json, which is written last, says.
+    Every file must have the size recorded in state.json, which is written last.
     """
     try:
         sizes = read_json(folder / "train_state" / "state.json")["files"]
@@ -77,21 +77,22 @@ def damage(folder):
 
 
 def is_moved(name, old, new):
-    """Whether a setting names a model folder that has moved and kept its own name."""
+    """Returns True if a setting names a model folder that has moved but kept its name."""
     if name not in ("base", "vae", "clip") or not old or not new:
         return False
     return Path(old).name == Path(new).name
 
 
 def changed_settings(stored, run, config):
-    """Texts of the settings that differ from the run's config.json and must not.
+    """Describes the settings that differ from the run's config.json although they must not.
 
-    stored: that config.json. A setting that it lacks is newer than the run, which had its default.
+    stored: the content of that config.json. If a setting is missing there, it was added after the
+    run was started, which then used its default.
     """
     current = json.loads(run_settings_json(run, config))
     defaults = json.loads(run_settings_json(type(run)(), type(config)()))
     free = {f"run.{f.name}" for f in fields(run) if f.metadata["free"]}
-    free.add("model.guidance")              # of sampling alone
+    free.add("model.guidance")              # only used for sampling
 
     changed = []
     for part in current:
@@ -104,18 +105,18 @@ def changed_settings(stored, run, config):
 
 
 def requested_checkpoints(run, available):
-    """Those of the available checkpoints that --resume allows, oldest first."""
+    """The available checkpoints that --resume allows, oldest first."""
     if run.resume == "auto":
         return available
     if run.resume == "none":
-        raise FuseDiTError(f"{run.out} has checkpoints up to {available[-1].name}: --resume auto "
-                           "resumes from there, another --out starts a new run")
+        raise FuseDiTError(f"{run.out} has checkpoints up to {available[-1].name}: use --resume "
+                           "auto to resume from the newest, or another --out to start a new run")
     digits = run.resume.removeprefix("step-")
     requested = []
     if digits.isdigit():
         requested = [folder for folder in available if step_of(folder) == int(digits)]
     if not requested:
-        raise FuseDiTError(f"--resume {run.resume} is neither auto, none nor a step of {run.out}, "
+        raise FuseDiTError(f"--resume {run.resume} is not auto, none or a checkpoint of {run.out}, "
                            "which has " + ", ".join(folder.name for folder in available))
     return requested
 
@@ -123,8 +124,8 @@ def requested_checkpoints(run, available):
 def open_run(run, config):
     """The checkpoint folder to resume from, or None for a new run.
 
-    Raises FuseDiTError if --out holds another run or a model, if --resume does not fit what is
-    there, or if every checkpoint that may be used is damaged.
+    Raises FuseDiTError if --out holds another run or a model, if it has no checkpoint that matches
+    --resume, or if every checkpoint that does is damaged.
     """
     out = Path(run.out)
     available = list_checkpoints(out)
@@ -134,36 +135,39 @@ def open_run(run, config):
         if not (out / "config.json").exists():
             return None
 
-    # is it this run's folder?
+    # the folder must belong to this run
     stored = read_json(out / "config.json")
     if "run" not in stored:
-        raise FuseDiTError(f"{out} holds a model, not a run: give the run another --out")
+        raise FuseDiTError(f"{out} holds a model, not a run: choose another --out")
     if not available:
         return None
     changed = changed_settings(stored, run, config)
     if changed:
         raise FuseDiTError(f"{out} holds another run: {'; '.join(changed)}. Resume it with its "
-                           "own settings, or give this one another --out")
+                           "original settings, or choose another --out for this run")
 
-    # the newest that is undamaged
+    # the newest undamaged checkpoint
     requested = requested_checkpoints(run, available)
     for folder in reversed(requested):
         problem = damage(folder)
         if problem is None:
             return folder
         if is_first_rank():
-            print_warning(f"checkpoint {folder} is damaged and not used: {problem}")
+            print_warning(f"checkpoint {folder} is damaged and is not used: {problem}")
     others = [folder.name for folder in available if folder not in requested]
     if others:
-        raise FuseDiTError(f"--resume {run.resume} is damaged (see above); {out} has "
-                           + ", ".join(others))
-    raise FuseDiTError(f"{out}: every checkpoint is damaged (see above). To start again, give the "
-                       "run another --out")
+        raise FuseDiTError(f"the checkpoint of --resume {run.resume} is damaged (see above); {out} "
+                           "also has " + ", ".join(others))
+    raise FuseDiTError(f"every checkpoint in {out} is damaged (see above). To start a new run, "
+                       "choose another --out")
 
 
 def settle_dtype(run, device):
-    """The run with `--dtype auto` replaced: by the dtype that a resumed run was started with,
-    otherwise by what is fast on this device."""
+    """The run with `--dtype auto` resolved.
+
+    A resumed run keeps the dtype that it was started with. A new run gets the dtype that is fast on
+    this device.
+    """
     started_in = ""
     if run.dtype == "auto" and list_checkpoints(run.out):
         stored = read_json(Path(run.out) / "config.json")
@@ -173,26 +177,25 @@ def settle_dtype(run, device):
     slow = backend.emulation_note(name, device)
     if slow and is_first_rank():
         if started_in:
-            slow = f"{run.out} was started in bf16 and is resumed in it; {slow}"
+            slow = f"{run.out} was started in bf16 and continues in bf16; {slow}"
         print_warning(f"note: {slow}")
     return replace(run, dtype=name)
 
 
 class Checkpoint(NamedTuple):
-    """A checkpoint that is still on disk: its tensors are as files.open_tensors gives them."""
+    """An open checkpoint. Its tensors are still on disk, in the form of files.open_tensors."""
     step: int
-    data: str                               # digest of the shards that it was trained on
-    adam_step: int                          # steps that Adam has made: less than step if some
-                                            # were skipped
+    data: str                               # digest of the training shards
+    adam_step: int                          # steps that Adam has taken: step minus skipped ones
     seen: int                               # samples so far
-    skipped: int                            # how many of these could not be read
+    skipped: int                            # samples that could not be read
     skipped_steps: int                      # steps whose loss or gradient was not finite
     state: dict                             # weight.NAME, exp_avg.NAME, exp_avg_sq.NAME
-    ema: dict                               # NAME
+    ema: dict                               # by parameter name
 
 
 def load_checkpoint(folder):
-    """Checkpoint of a folder from open_run; None for None."""
+    """Opens the Checkpoint in a folder that open_run returned; returns None for None."""
     if folder is None:
         return None
     stored = read_json(folder / "train_state" / "state.json")
@@ -204,17 +207,17 @@ def load_checkpoint(folder):
 # ------------------------------------------------------------------------------ writing
 
 class CheckpointWriter:
-    """Writes checkpoints while the training continues; each rank writes its share.
+    """Writes checkpoints while training continues. Each rank writes its share.
 
-    step-0000500/ is a model folder of the EMA weights, with train_state/ to resume from. A
-    checkpoint folder is complete or absent: it is written under a temporary name, fsynced, renamed
-    when all ranks have written, and only then named in `latest`. Old ones are deleted after that.
+    A checkpoint folder is complete or absent: it is written under a temporary name, fsynced,
+    renamed when all ranks have finished, and only then recorded in `latest`. Old checkpoints are
+    deleted after that.
 
     All methods must be called by all ranks.
     """
 
     def __init__(self, run, config, checkpoint, data_digest):
-        """Lock the run folder and tidy up what an interrupted run has left there.
+        """Lock the run folder and remove what an interrupted run has left there.
 
         checkpoint: the Checkpoint that the run is resumed from, or None.
         data_digest: digest of the run's shards.
@@ -226,10 +229,10 @@ class CheckpointWriter:
         self.rank = dist.get_rank()
         self.world = dist.get_world_size()
         self.thread = None                  # writes this rank's files
-        self.state = None                   # state.json of the checkpoint that is being written
+        self.state = None                   # content of state.json for the checkpoint in progress
         self.problem = None                 # the exception that ended the thread
-        self.last_saved = None              # the step of the last complete checkpoint
-        self.last_time = time.monotonic()   # when saving last began
+        self.last_saved = None              # step of the last complete checkpoint
+        self.last_time = time.monotonic()   # when the last save began
         first = 0
         if checkpoint:
             first = checkpoint.step
@@ -239,29 +242,29 @@ class CheckpointWriter:
         seen_by_ranks = distributed.gather_from_all_ranks((first, data_digest))
         if len(set(seen_by_ranks)) > 1:
             raise FuseDiTError("the ranks see different checkpoints or different shards: --out "
-                               "and --data must be on a disk that all machines share")
+                               "and --data must be on storage that all machines share")
         if self.rank == 0:
             self.open_folder(first)
             if checkpoint and checkpoint.data != data_digest:
-                print_warning(f"WARNING: --data has changed since step {first}: its samples come "
-                              "in another order, some again and some later")
+                print_warning(f"WARNING: --data has changed since step {first}: its samples now "
+                              "come in a different order, so some are repeated and some delayed")
         dist.barrier()
 
     def open_folder(self, first):
-        """Rank 0: lock the folder, which later steps than `first` must not be in."""
+        """Rank 0: lock the folder, and set aside checkpoints of later steps than `first`."""
         self.lock = FileLock(self.out / ".lock")           # released when the process ends
         self.out.mkdir(parents=True, exist_ok=True)
         try:
             self.lock.acquire(timeout=0)
         except Timeout:
-            raise FuseDiTError(f"another run is writing to {self.out}: wait for it, or give this "
-                               "one another --out") from None
-        for unfinished in self.out.glob(".step-*.tmp"):    # of a run that was killed
+            raise FuseDiTError(f"another run is writing to {self.out}: wait for it to finish, or "
+                               "choose another --out") from None
+        for unfinished in self.out.glob(".step-*.tmp"):    # left by a killed run
             shutil.rmtree(unfinished)
         for folder in list_checkpoints(self.out):
             if step_of(folder) > first:
                 aside = folder.with_name(f"aside-{int(time.time())}-{folder.name}")
-                print_warning(f"{folder} is later than the step to resume from: it is renamed to "
+                print_warning(f"{folder} is newer than the checkpoint to resume from: renamed to "
                               f"{aside.name}")
                 folder.rename(aside)
         if first:
@@ -276,28 +279,28 @@ class CheckpointWriter:
         return self.out / f".{checkpoint_name(step)}.tmp"
 
     def part_name(self, stem, rank):
-        """The name of the file that a rank writes."""
+        """The name of the file that this rank writes."""
         if self.world == 1:
             return f"{stem}.safetensors"
         return f"{stem}-{rank + 1:05d}-of-{self.world:05d}.safetensors"
 
     def save(self, step, gather_state, counts):
-        """Begin to write a checkpoint, in a thread.
+        """Start writing a checkpoint in a thread.
 
-        gather_state: returns what this rank writes, ({NAME: EMA}, {"weight.NAME": ...,
-            "exp_avg.NAME": ..., "exp_avg_sq.NAME": ...}), as tensors in CPU memory that nobody
-            else changes. All ranks together must give the tensors of a Checkpoint. A tensor that
-            is cut in pieces has names that say where they belong, as in NAME[0:8,0:512].
+        gather_state: returns the tensors that this rank writes, ({NAME: EMA}, {"weight.NAME": ...,
+            "exp_avg.NAME": ..., "exp_avg_sq.NAME": ...}). They must be in CPU memory and must not
+            be modified afterwards. Together, all ranks must return every tensor of a Checkpoint.
+            The name of a piece of a tensor includes its location, as in NAME[0:8,0:512].
         counts: the other numbers of a Checkpoint.
         """
-        self.wait()                         # memory for the copies of one checkpoint at a time
+        self.wait()                         # limits memory to the copies of one checkpoint
         self.last_time = time.monotonic()
         tmp = self.temporary_folder(step)
         ema, state = gather_state()
 
-        # is there room for what all ranks will write?
+        # check that there is room for the files of all ranks
         size = torch.tensor(sum(t.nbytes for t in [*ema.values(), *state.values()]))
-        if self.world > 1:                  # a single rank has only NCCL, without CPU tensors
+        if self.world > 1:                  # one rank has only NCCL, which takes no CPU tensors
             dist.all_reduce(size)
         problem = None
         if self.rank == 0:
@@ -312,11 +315,14 @@ class CheckpointWriter:
         self.thread.start()
 
     def prepare(self, tmp, size):
-        """Make the folder for a checkpoint of `size` bytes; returns what is wrong, or None."""
+        """Make the folder for a checkpoint of `size` bytes.
+
+        Returns None, or a description of what went wrong.
+        """
         try:
             free = shutil.disk_usage(self.out).free
             if free < size * 1.01:
-                return f"it takes {size / 1e9:.3g} GB and {free / 1e9:.3g} GB are free"
+                return f"it needs {size / 1e9:.3g} GB, but only {free / 1e9:.3g} GB are free"
             shutil.rmtree(tmp, ignore_errors=True)
             (tmp / "train_state").mkdir(parents=True)
         except OSError as e:
@@ -324,7 +330,7 @@ class CheckpointWriter:
         return None
 
     def write(self, tmp, ema, state):
-        """In the thread: write and fsync this rank's files; rank 0 also writes config.json."""
+        """Write and fsync this rank's files; rank 0 also writes config.json. Runs in the thread."""
         config = json.dumps(asdict(self.config), indent=2)
         written = []
         try:
@@ -338,14 +344,14 @@ class CheckpointWriter:
                 written.append(path)
             for path in written:
                 fsync(path)
-        except BaseException as e:          # of any kind: the checkpoint is not complete
+        except BaseException as e:          # any exception leaves the checkpoint incomplete
             self.problem = e
 
     def poll(self, signal_number):
-        """Publish the checkpoint that is being written, if all ranks have written it.
+        """Publish the checkpoint in progress, if all ranks have written their files.
 
-        signal_number: of the signal that this rank has received, or 0.
-        Returns (the signal number of all ranks, whether a checkpoint is due by the clock).
+        signal_number: the number of the signal that this rank has received, or 0.
+        Returns (the largest signal number of all ranks, True if --save-minutes have passed).
         """
         is_late = False
         if self.run.save_minutes:
@@ -358,14 +364,14 @@ class CheckpointWriter:
         return stop, bool(is_late)
 
     def wait(self):
-        """Wait until the checkpoint that is being written is complete, if there is one."""
+        """Wait until the checkpoint in progress, if there is one, is complete."""
         if self.thread is not None:
             self.thread.join()
             (failed,) = distributed.largest_of_all_ranks(self.problem is not None)
             self.finish(failed)
 
     def finish(self, failed):
-        """Publish a checkpoint that all ranks have written, or remove one that failed on any."""
+        """Publish the checkpoint that all ranks have written, or remove it if any rank failed."""
         step = self.state["step"]
         problem = self.problem
         self.thread = None
@@ -385,7 +391,7 @@ class CheckpointWriter:
             shutil.rmtree(tmp, ignore_errors=True)
 
     def publish(self, tmp, step):
-        """Rank 0: complete the folder, rename it, name it in `latest`, delete old ones."""
+        """Rank 0: complete the folder, rename it, record it in `latest`, delete old checkpoints."""
         for stem in ("model", "train_state/state"):
             self.write_index(tmp, stem)
         sizes = {}
@@ -404,7 +410,7 @@ class CheckpointWriter:
         self.delete_old()
 
     def write_index(self, tmp, stem):
-        """The index of the ranks' files; raises SafetensorError or OSError if one is missing."""
+        """Write the index of the files. Raises SafetensorError or OSError if one is missing."""
         weight_map = {}
         for rank in range(self.world):
             path = tmp / self.part_name(stem, rank)
@@ -416,27 +422,28 @@ class CheckpointWriter:
                 index.write_text(json.dumps({"weight_map": weight_map}) + "\n")
 
     def delete_old(self):
-        """Delete all checkpoints but --keep newest ones and those that --keep-every protects."""
+        """Delete all checkpoints except the --keep newest ones and those of --keep-every."""
         every = self.run.keep_every
         for old in list_checkpoints(self.out)[:-self.run.keep]:
             if every and step_of(old) % every == 0:
                 continue
-            shutil.rmtree(old, ignore_errors=True)         # may be open on a network disk
+            shutil.rmtree(old, ignore_errors=True)         # a file may be open on a network disk
 
     def warn(self, step, problem):
-        """Say that a checkpoint failed; problem: None on the ranks where it did not."""
+        """Warn that a checkpoint failed. problem: None on the ranks where it did not."""
         if problem is None:
             return
         last = "There is no checkpoint yet"
         if self.last_saved:
             last = f"The last checkpoint is {checkpoint_name(self.last_saved)}"
         print_warning(f"\nWARNING: step {step} is NOT saved: {problem}\n{last}; training "
-                      f"continues. Make room in {self.out.resolve()}\n")
+                      f"continues. Free some space in {self.out.resolve()}\n")
 
     def close(self, step, stopped):
-        """Finish writing; returns the exit code, 0 if the last step is saved.
+        """Finish writing. Returns the exit code, which is 0 if the last step is saved.
 
-        step: the last one of this process. stopped: number of the signal that ended it, or 0.
+        step: the last step of this process.
+        stopped: the number of the signal that ended the run, or 0.
         """
         self.wait()
         if self.last_saved != step:
@@ -445,15 +452,15 @@ class CheckpointWriter:
             print(f"stopped by {signal.Signals(stopped).name}; step {step} is saved. To resume:\n"
                   f"  {resume_command(self.world)}", flush=True)
         elif self.rank == 0:
-            print(f"{self.out} has all of its {step} steps; a larger --steps continues it. To "
+            print(f"{self.out} is complete ({step} steps); to train further, raise --steps. To "
                   f"generate images: python sample.py --model {self.out} --prompt ...", flush=True)
         return 0
 
 
 def resume_command(world):
-    """The command line of this process, as the user should give it to resume the run.
+    """The command with which the user can resume this run.
 
-    Without --local_rank, which launchers add, and --resume, which would go back to the same
+    It omits --local_rank, which launchers add, and --resume, which would return to the same
     checkpoint again.
     """
     if world == 1:

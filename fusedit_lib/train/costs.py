@@ -1,6 +1,6 @@
 """FLOPs and activation memory of a model, counted on the meta device, where tensors have no data.
 
-Both are counted while the model itself runs, and not by formulas, which could drift from it.
+Both are counted while the model runs, because formulas could diverge from the code.
 """
 from typing import NamedTuple
 
@@ -15,7 +15,7 @@ from fusedit_lib.files import read_json
 from fusedit_lib.pretrained import gemma_config, resolve
 from fusedit_lib.vae import VAE
 
-# Shapes of the paper's Gemmas, so that nothing has to be downloaded for them.
+# Shapes of the Gemma models in the paper, so that none has to be downloaded.
 _GEMMA_2B = dict(model_type="gemma", vocab_size=256000, hidden_size=2048, intermediate_size=16384,
                  num_hidden_layers=18, num_attention_heads=8, num_key_value_heads=1)
 _GEMMA2_2B = dict(model_type="gemma2", vocab_size=256000, hidden_size=2304, intermediate_size=9216,
@@ -29,7 +29,7 @@ GEMMAS = {
 
 
 def abstract_model(config):
-    """FuseDiT of a FuseDiTConfig on the meta device: its tensors take no memory."""
+    """A FuseDiT on the meta device, where its tensors take no memory. config: a FuseDiTConfig."""
     if config.base in GEMMAS:
         shape = GEMMAS[config.base]
     else:
@@ -41,16 +41,16 @@ def abstract_model(config):
 
 
 class Inputs(NamedTuple):
-    """Arguments of the model, on the meta device."""
+    """Inputs of the model, on the meta device."""
     x_t: torch.Tensor                       # [B,C,H,W]
     sigma: torch.Tensor                     # [B]
     ids: torch.Tensor                       # [B,T]
     mask: torch.Tensor                      # [B,T]
-    pooled: torch.Tensor | None             # CLIP's vector [B,D] if the model has it
+    pooled: torch.Tensor | None             # CLIP's pooled vector [B,D], if the model uses it
 
 
 def example_inputs(config, batch, dtype, text_tokens=None):
-    """Inputs of a micro-batch; text_tokens: length of its captions, by default the longest."""
+    """Inputs of a micro-batch. text_tokens: caption length; by default the maximum."""
     side = config.image_size
     if config.vae:
         side //= 8
@@ -75,7 +75,7 @@ class ForwardFlops(NamedTuple):
 
 
 def count_flops(function, *args):
-    """(FLOPs of function(*args), what it returns)."""
+    """Returns (FLOPs of function(*args), its result)."""
     with FlopCounterMode(display=False) as counter:
         result = function(*args)
     return counter.get_total_flops(), result
@@ -83,7 +83,7 @@ def count_flops(function, *args):
 
 @torch.no_grad()
 def flops(model, config, text_tokens=None):
-    """ForwardFlops of an abstract_model; text_tokens: of the caption, by default the most."""
+    """ForwardFlops of an abstract_model. text_tokens: caption length; by default the maximum."""
     x_t, sigma, ids, mask, pooled = example_inputs(config, 1, torch.float32, text_tokens)
     gemma, text = count_flops(model.encode_ids, ids, mask, pooled)
     dit, _ = count_flops(model.dit, x_t, sigma, text)
@@ -99,7 +99,7 @@ def flops(model, config, text_tokens=None):
 def step_flops(forward, train_llm=False):
     """FLOPs of training on one image, from its ForwardFlops.
 
-    Where there is a backward pass, it costs twice as much as the forward pass.
+    A backward pass costs twice as much as the forward pass.
     """
     gemma, dit, vae = forward
     if train_llm:
@@ -108,7 +108,7 @@ def step_flops(forward, train_llm=False):
 
 
 class UsefulFlops(NamedTuple):
-    """FLOPs that training on one image needs, as a linear function of its caption's length."""
+    """FLOPs of training on one image, as a linear function of the caption length."""
     per_image: float
     per_token: float                        # for each text token
 
@@ -116,8 +116,8 @@ class UsefulFlops(NamedTuple):
 def useful_flops(config, latents, train_llm):
     """UsefulFlops of a FuseDiTConfig, for the model FLOPs utilization (MFU).
 
-    Padding is not counted, nor the VAE if latents are read. (Attention in Gemma, quadratic in the
-    caption's length, is below 1 % and treated as linear.)
+    Padding is not counted, and neither is the VAE if latents are read. Attention in Gemma, which is
+    quadratic in the caption length, takes less than 1 % and is treated as linear.
     """
     model = abstract_model(config)
     longest = config.max_text_tokens
@@ -134,9 +134,9 @@ def useful_flops(config, latents, train_llm):
 # ------------------------------------------------------------------------------ attention
 
 class SavesLikeFused(torch.autograd.Function):
-    """Saves for the backward pass what a GPU's fused attention does.
+    """Saves the same tensors for the backward pass as a GPU's fused attention.
 
-    That is its inputs, its output and, for each query, the logarithm of the softmax's sum.
+    These are the inputs, the output and, for each query, the logarithm of the softmax's sum.
     """
     @staticmethod
     def forward(ctx, q, k, v):
@@ -147,7 +147,7 @@ class SavesLikeFused(torch.autograd.Function):
 
 
 class FusedAttention(TorchFunctionMode):
-    """Within it attention saves as much as a GPU's fused kernel does."""
+    """A context in which attention saves the same tensors as a GPU's fused kernel."""
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
         if function is F.scaled_dot_product_attention:
@@ -160,7 +160,7 @@ class FusedAttention(TorchFunctionMode):
 
 
 class UnfusedAttention(FusedAttention):
-    """Within it attention saves as much as XLA's does: the softmax too, [B,H,N,S]."""
+    """A context in which attention also saves the softmax [B,H,N,S], as it does with XLA."""
 
     def attention(self, q, k, v):
         return (q @ k.transpose(2, 3)).softmax(-1) @ v
@@ -175,15 +175,15 @@ class Activations(NamedTuple):
 
 
 class SavedTensors:
-    """Adds up the bytes of saved tensors: each storage once, and no weights."""
+    """Adds up the bytes of saved tensors. Counts each storage once, and no weights."""
 
     def __init__(self, model):
         self.weights = {storage_id(p) for p in model.parameters()}
-        self.storages = {}                  # id -> tensor; kept, so that no id is used again
+        self.storages = {}                  # id -> tensor; kept so that ids are not reused
         self.bytes = 0
 
     def add(self, tensor):
-        """Count a tensor, and return it."""
+        """Count a tensor and return it."""
         key = storage_id(tensor)
         if key not in self.weights and key not in self.storages:
             self.storages[key] = tensor
@@ -191,7 +191,7 @@ class SavedTensors:
         return tensor
 
     def record(self):
-        """A context within which all that autograd saves is counted."""
+        """A context in which all tensors that autograd saves are counted."""
         return torch.autograd.graph.saved_tensors_hooks(self.add, lambda tensor: tensor)
 
 
@@ -200,12 +200,12 @@ def storage_id(tensor):
 
 
 class BlockRecorder:
-    """Records each DiT block's inputs and how many bytes it saves, while it is attached."""
+    """While attached, records the inputs of each DiT block and the bytes that it saves."""
 
     def __init__(self, saved):
         self.saved = saved
-        self.inputs = []                    # (block, its arguments)
-        self.bytes = []                     # that a block has saved
+        self.inputs = []                    # of each block: (block, its arguments)
+        self.bytes = []                     # saved by each block
         self.before = 0
         self.hooks = []
 
@@ -228,12 +228,12 @@ class BlockRecorder:
 
 def activations(model, config, batch, dtype, train_llm=False, attention=FusedAttention,
                 budget=None):
-    """Activations of a micro-batch, the text's keys and values included.
+    """Activations of a micro-batch, including the text's keys and values.
 
-    With remat a block keeps only its input, but one block at a time has everything again.
+    With remat, each block keeps only its input, and one block at a time recomputes the rest.
 
-    model: an abstract_model, which is changed. attention: FusedAttention or UnfusedAttention.
-    budget: --memory-budget, if the blocks are compiled.
+    model: an abstract_model, which is modified. attention: FusedAttention or UnfusedAttention.
+    budget: --memory-budget if the blocks are compiled, otherwise None.
     """
     model.to(dtype)
     model.llm.requires_grad_(train_llm)
@@ -262,8 +262,8 @@ def activations(model, config, batch, dtype, train_llm=False, attention=FusedAtt
 # ------------------------------------------------------------------------------ compiled blocks
 
 def compiled_bytes(block_inputs, budget):
-    """Bytes that each compiled block saves; block_inputs: [(block, its arguments)]."""
-    known = {}                              # blocks with the same kinds of arguments save alike
+    """The bytes that each compiled block saves. block_inputs: [(block, its arguments)]."""
+    known = {}                              # blocks with the same kinds of arguments save the same
     sizes = []
     for block, args in block_inputs:
         leaves, _ = tree_flatten(args)
@@ -275,10 +275,10 @@ def compiled_bytes(block_inputs, budget):
 
 
 def compiled_block_bytes(block, args, budget):
-    """Bytes that torch.compile lets a DiT block save for its backward pass, its input included.
+    """The bytes that torch.compile saves for a DiT block's backward pass, including its input.
 
-    This asks the compiler's own partitioner, with the block's graph. It recomputes what costs less
-    than reading it from memory, and with a budget below 1 also what costs more.
+    They come from the compiler's own partitioner, run on the block's graph. It recomputes values
+    that cost less to compute than to read from memory, and more of them if the budget is below 1.
     """
     import torch._functorch.config as functorch
     from torch._functorch.aot_autograd import aot_function
@@ -299,7 +299,7 @@ def compiled_block_bytes(block, args, budget):
         return torch.func.functional_call(block, weights, filled_args)[0]
 
     def partition(joint, inputs, **options):
-        # weights stay in memory anyway
+        # weights are in memory in any case
         count = len(places)
         options["static_lifetime_input_indices"] = list(range(count - len(parameters), count))
         return min_cut_rematerialization_partition(joint, inputs, **options)
@@ -319,9 +319,9 @@ def compiled_block_bytes(block, args, budget):
 
 
 def fake_tensors(leaves):
-    """The leaves with each tensor replaced by one without memory that claims to be on the CPU.
+    """The leaves with each tensor replaced by a fake CPU tensor, which takes no memory.
 
-    The compiler keeps attention in one piece for these, and would not for meta tensors.
+    The compiler keeps attention as one operation for fake tensors, but not for meta tensors.
     """
     from torch._subclasses import FakeTensorMode
     fake = []
@@ -334,10 +334,11 @@ def fake_tensors(leaves):
 
 
 def outputs_bytes(graph):
-    """Bytes of the storages that a partitioned forward graph returns for the backward pass.
+    """The bytes of the storages that a partitioned forward graph saves for the backward pass.
 
-    Its first output is the block's own. Its first input is the block's, which keeps it; other
-    inputs, such as weights and text keys, are kept elsewhere.
+    The graph's first output is that of the block and is not counted. Its first input, that of the
+    block, is counted if it is saved. Other inputs, such as weights and text keys, are not, because
+    they are kept elsewhere.
     """
     (output,) = graph.graph.find_nodes(op="output")
     _, *saved = output.args[0]

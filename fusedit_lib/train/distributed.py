@@ -1,4 +1,4 @@
-"""What the ranks of a run agree on, and the signals that end it."""
+"""Communication between the ranks of a run, and the signals that stop it."""
 import signal
 import time
 
@@ -7,13 +7,13 @@ import torch.distributed as dist
 
 
 def catch_signals():
-    """Handle Ctrl-C and SIGTERM from now on; returns the list that their numbers are added to.
+    """Handle Ctrl-C and SIGTERM from now on. Returns a list to which signal numbers are appended.
 
-    A second Ctrl-C ends the process at once, unless it comes within 3 seconds of the first
-    signal: a terminal sends Ctrl-C to all processes, and launchers pass it on to them again.
+    A second Ctrl-C ends the process at once, unless it comes within 3 seconds of the first signal:
+    a terminal sends Ctrl-C to every process, and launchers then forward it to the same processes.
     """
     caught = []
-    received = []                           # when
+    received = []                           # times
 
     def catch(number, _):
         caught.append(number)
@@ -30,9 +30,9 @@ def several_ranks():
 
 
 def largest_of_all_ranks(*numbers):
-    """For each of the numbers, as int, the largest that any rank has: a list.
+    """The maximum of each number over all ranks, as a list of int.
 
-    With it all ranks decide alike: if one has to stop, all stop after the same step.
+    Ranks use it to make the same decision: if one has to stop, all stop after the same step.
     """
     numbers = [int(number) for number in numbers]
     if not several_ranks():
@@ -43,7 +43,7 @@ def largest_of_all_ranks(*numbers):
 
 
 def gather_from_all_ranks(value):
-    """The list of every rank's value, in the order of ranks; any picklable object."""
+    """The values of all ranks, as a list in rank order. value: any picklable object."""
     if not several_ranks():
         return [value]
     values = [None] * dist.get_world_size()

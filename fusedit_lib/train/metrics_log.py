@@ -1,4 +1,4 @@
-"""metrics.jsonl of a run folder, and the same numbers in TensorBoard and Weights & Biases."""
+"""Writes the metrics of a run to metrics.jsonl, TensorBoard and Weights & Biases."""
 import contextlib
 import errno
 import json
@@ -11,18 +11,18 @@ from fusedit_lib.train import checkpoints
 
 @contextlib.contextmanager
 def warn_if_unwritable():
-    """Within it an OSError is only a warning: a log that cannot be written must not end a run."""
+    """A context in which an OSError is only a warning: a failed log must not end a run."""
     try:
         yield
     except OSError as e:
-        print(f"WARNING: not written: {e}", file=sys.stderr, flush=True)
+        print(f"WARNING: cannot write a log or sample file: {e}", file=sys.stderr, flush=True)
 
 
 class MetricsLog:
-    """Rank 0's log of numbers, a row for each line of the log and each validation."""
+    """The metrics that rank 0 writes: one row per log line and per validation."""
 
     def __init__(self, run, config, first):
-        """first: the step that the run begins or is resumed at."""
+        """first: the step at which the run starts or resumes."""
         self.out = Path(run.out)
         self.path = self.out / "metrics.jsonl"
         self.out.mkdir(parents=True, exist_ok=True)
@@ -31,7 +31,7 @@ class MetricsLog:
             tmp.write_text(settings)
         self.set_aside_after(first)
 
-        self.boards = []                    # functions that take a row of numbers
+        self.boards = []                    # functions that log a row of numbers
         if run.tensorboard:
             self.boards.append(open_tensorboard(self.out, first))
         if run.wandb:
@@ -55,7 +55,7 @@ class MetricsLog:
                 tmp.write_text(earlier + json_lines(later))
 
     def write(self, row, extra=None):
-        """Append a row of numbers, which may be None; extra: values that are not numbers."""
+        """Append a row whose values are numbers or None. extra: values of other types."""
         line = json.dumps(row | (extra or {})) + "\n"
         with warn_if_unwritable():
             self.append(line.encode())
@@ -65,12 +65,12 @@ class MetricsLog:
                 board(numbers)
 
     def append(self, line):
-        """Append a line of bytes to metrics.jsonl, whole or not at all."""
+        """Append a line of bytes to metrics.jsonl, completely or not at all."""
         with open(self.path, "ab", buffering=0) as file:
             end = file.tell()
             if file.write(line) < len(line):               # the disk is full
                 file.truncate(end)
-                raise OSError(errno.ENOSPC, f"no room for it in {file.name}")
+                raise OSError(errno.ENOSPC, f"no space left for {file.name}")
 
 
 def json_lines(table):
@@ -78,7 +78,7 @@ def json_lines(table):
 
 
 def open_tensorboard(out, first):
-    """A function that logs a row to TensorBoard, which hides what it had after step `first`."""
+    """Returns a function that logs a row to TensorBoard, where rows after `first` are hidden."""
     from torch.utils.tensorboard import SummaryWriter
     writer = SummaryWriter(out / "tensorboard", purge_step=first + 1)
 
@@ -89,7 +89,7 @@ def open_tensorboard(out, first):
 
 
 def open_wandb(run, out, settings):
-    """A function that logs a row to Weights & Biases; a resumed run continues the same job."""
+    """Returns a function that logs a row to Weights & Biases. A resumed run continues its job."""
     import wandb
     job = wandb.init(project=run.wandb, dir=out, name=out.name,
                      id=f"{out.resolve().name}-{run.seed}", resume="allow", config=settings)

@@ -1,4 +1,4 @@
-"""What a run reports: log lines, metrics, skipped steps and samples, validation, sample grids."""
+"""Log lines, metrics, counts of skipped steps and samples, validation and sample grids."""
 import math
 import resource
 import sys
@@ -24,34 +24,34 @@ from fusedit_lib.train.validation import (
     validation_losses,
 )
 
-MAX_SKIPPED_IN_A_ROW = 10                   # skipped steps, after which the run has diverged
+MAX_SKIPPED_IN_A_ROW = 10                   # after this many skipped steps, the run has diverged
 
 
 class SpmdHost(NamedTuple):
-    """For XLA SPMD, where each rank is a host, and all devices together act as one for it."""
+    """A host in XLA SPMD, where each rank is a host and all devices act as one."""
     place: Callable                         # batches -> the same batches on the devices
-    sync: Callable                          # runs the operations that have been recorded
-    devices: int                            # of all hosts
+    sync: Callable                          # runs the recorded operations
+    devices: int                            # number of devices of all hosts
 
 
 class StepResults(NamedTuple):
-    """What all ranks have recorded since the last line of the log."""
+    """The records of all ranks since the last log line."""
     losses: list                            # mean loss of each step
-    grad_norms: list                        # of each step; NaN: not known
-    bad: list                               # samples that could not be read, by name
+    grad_norms: list                        # of each step; NaN if not known
+    bad: list                               # names of samples that could not be read
 
 
 class Monitor:
     """Records micro-batches and steps; writes the log, validation losses and sample grids.
 
-    All ranks have one, since sums and sample grids need all of them. Rank 0 writes.
+    Every rank has one, because sums and sample grids need all ranks. Only rank 0 writes.
     """
 
     def __init__(self, run, config, model, vae, checkpoint, micro_batch, source, host=None):
-        """checkpoint: what the run is resumed from, or None.
+        """checkpoint: the Checkpoint to resume from, or None.
 
-        micro_batch: images of a rank in one forward pass. source: the training data, a Batches.
-        host: SpmdHost, if the ranks are hosts of one mesh.
+        micro_batch: images per rank in one forward pass. source: the training data, a Batches.
+        host: an SpmdHost if the ranks are hosts of one mesh.
         """
         self.run = run
         self.config = config
@@ -63,23 +63,23 @@ class Monitor:
         self.world = dist.get_world_size()
         self.device = model.llm.embed_tokens.weight.device
 
-        # where sample grids and validation run: on every rank for itself, or on all hosts as one
+        # Sample grids and validation run on each rank separately, or on all hosts as one device.
         self.host = host or SpmdHost(place=iter, sync=lambda: None, devices=self.world)
         self.grid_rank = 0 if host else self.rank
         self.grid_world = 1 if host else self.world
-        self.held_out = None                # validation batches, read when first needed
+        self.held_out = None                # validation batches, read on first use
 
-        # since the last line of the log; tensors stay on the device
+        # records since the last log line; tensors stay on the device
         self.losses = []                    # of each micro-batch
         self.grad_norms = []                # of each step
         self.bad = []
         self.text_tokens = 0                # without padding
 
-        # since the run began
+        # counts since the start of the run
         self.step = 0
         self.counts = dict(seen=0, skipped=0, skipped_steps=0)
         self.skipped_in_a_row = 0
-        self.least_samples = max(len(source), 1000)        # that --max-skipped is a share of
+        self.least_samples = max(len(source), 1000)        # for --max-skipped
         if checkpoint is not None:
             self.step = checkpoint.step
             self.counts = {name: getattr(checkpoint, name) for name in self.counts}
@@ -92,7 +92,7 @@ class Monitor:
         self.restart_clock(True)
 
     def open_log(self):
-        """Rank 0: open the log, and print what is about to be trained."""
+        """Rank 0: open the log, and print a summary of the run."""
         run = self.run
         self.metrics = MetricsLog(run, self.config, self.step)
         (self.out / "samples").mkdir(exist_ok=True)
@@ -102,7 +102,7 @@ class Monitor:
         images = run.batch // (accumulation * devices)
         print(f"{self.out}: {trainable:,} trainable parameters, from step {self.step} to "
               f"{run.steps}; batch {run.batch} = {devices} x {self.device.type} x {accumulation} "
-              f"x {images} images in {run.dtype}", flush=True)
+              f"micro-batches of {images} images in {run.dtype}", flush=True)
         self.bar = tqdm(total=run.steps, initial=self.step, unit="step", disable=None, leave=False)
 
     # ------------------------------------------------------------------------------ recording
@@ -113,12 +113,12 @@ class Monitor:
         loss: a scalar on the device. bad: names of samples that could not be read.
         text_tokens: number of text tokens without padding, for the MFU.
         """
-        self.losses.append(loss.detach())   # read later, so that nothing waits for the device
+        self.losses.append(loss.detach())   # not read yet, which would wait for the device
         self.bad += bad
         self.text_tokens += text_tokens
 
     def log_step(self, grad_norm):
-        """Record an optimizer step; grad_norm: before clipping; None: not known."""
+        """Record an optimizer step. grad_norm: the norm before clipping, or None if not known."""
         if grad_norm is None:
             grad_norm = math.nan
         norm = torch.as_tensor(grad_norm, dtype=torch.float32, device=self.device)
@@ -128,7 +128,7 @@ class Monitor:
             self.bar.update()
 
     def restart_clock(self, paused):
-        """Measure images/s from now on, if the training was paused for something else."""
+        """Restart the measurement of images/s if training was paused."""
         if paused:
             self.start_clock(time.perf_counter())
 
@@ -138,10 +138,10 @@ class Monitor:
         self.text_tokens = 0
 
     def gather(self):
-        """StepResults of all ranks since the last time."""
+        """StepResults of all ranks since the last call."""
         steps = len(self.grad_norms)
         losses = torch.stack([loss.cpu() for loss in self.losses])
-        losses = losses.view(steps, -1).mean(1)            # over a step's micro-batches
+        losses = losses.view(steps, -1).mean(1)            # mean over micro-batches
         grad_norms = torch.stack([norm.cpu() for norm in self.grad_norms]).tolist()
         bad = self.bad
         self.losses = []
@@ -157,10 +157,10 @@ class Monitor:
     # ------------------------------------------------------------------------------ the log
 
     def log(self, step, lr):
-        """Write a line of the log and a row of metrics.jsonl.
+        """Write a log line and a row of metrics.jsonl.
 
-        Raises FuseDiTError, on all ranks alike, if the run has diverged or too many samples
-        cannot be read.
+        Raises FuseDiTError, on all ranks, if the run has diverged or too many samples cannot be
+        read.
         """
         results = self.gather()
         self.count_samples(results)
@@ -181,9 +181,9 @@ class Monitor:
         self.start_clock(now)
 
     def metrics_row(self, step, lr, results, speed):
-        """A row of metrics.jsonl; the loss is the mean of the steps that were not skipped.
+        """A row of metrics.jsonl. Its loss is the mean over the steps that were not skipped.
 
-        speed: in images/s, since the clock was started.
+        speed: images/s since the clock was started.
         """
         finite = [loss for loss in results.losses if math.isfinite(loss)]
         loss = None
@@ -195,18 +195,18 @@ class Monitor:
         row = dict(step=step, loss=loss, lr=lr, grad_norm=grad_norm,
                    images_per_s=round(speed, 1), memory_gb=round(peak_memory_gb(self.device), 3))
 
-        # model FLOPs utilization: what the model needs, as a share of what the GPUs could do
+        # model FLOPs utilization: useful FLOP/s as a share of the peak FLOP/s of the GPUs
         if self.peak_flops:
             per_image, per_token = self.useful_flops
             images = (step - self.clock_step) * self.run.batch // self.world
-            tokens = self.text_tokens / max(1, images)     # of an image of this rank
+            tokens = self.text_tokens / max(1, images)     # per image on this rank
             mfu = speed * (per_image + per_token * tokens) / self.peak_flops
             row["mfu"] = round(mfu, 3)
         return row | dict(skipped=self.counts["skipped"],
                           skipped_steps=self.counts["skipped_steps"], time=round(time.time(), 1))
 
     def print_row(self, row, grad_norm, speed):
-        """Print a row of metrics.jsonl as a line of the log."""
+        """Print a row of metrics.jsonl as a log line."""
         images_left = (self.run.steps - row["step"]) * self.run.batch
         seconds = int(images_left / max(speed, 1e-9))
         loss = math.nan
@@ -229,7 +229,7 @@ class Monitor:
     # ------------------------------------------------------------------------------ skipped
 
     def count_samples(self, results):
-        """Count the samples, and name some of those that could not be read."""
+        """Count the samples, and print the names of some that could not be read."""
         if self.rank == 0 and self.counts["skipped"] < 30:
             for name in results.bad[:3]:
                 print(f"skipped {name}", file=sys.stderr, flush=True)
@@ -237,7 +237,7 @@ class Monitor:
         self.counts["seen"] += len(results.losses) * self.run.batch
 
     def count_skipped_steps(self, step, results):
-        """Count the steps whose loss or gradient is not finite, and name the first ones."""
+        """Count the steps whose loss or gradient is not finite, and print the first ones."""
         number = step - len(results.losses)
         for loss, norm in zip(results.losses, results.grad_norms, strict=True):
             number += 1
@@ -259,8 +259,8 @@ class Monitor:
             if latest.exists():
                 last_good = latest.read_text().strip()
             raise FuseDiTError(
-                f"the loss or gradient of {self.skipped_in_a_row} steps in a row, up to step "
-                f"{step}, is not finite: the run has diverged. The last good checkpoint is "
+                f"the loss or gradient was not finite for {self.skipped_in_a_row} steps in a row, "
+                f"up to step {step}: the run has diverged. The last good checkpoint is "
                 f"{last_good}. Lower --lr, or start again with --warmup-steps")
         skipped = self.counts["skipped"]
         seen = self.counts["seen"]
@@ -270,8 +270,8 @@ class Monitor:
                 last_bad = results.bad[-1]
             raise FuseDiTError(
                 f"{skipped} of {seen} samples could not be read, more than --max-skipped "
-                f"{self.run.max_skipped:g} of the data; the last is {last_bad}. "
-                f"{self.out}/metrics.jsonl names the others")
+                f"{self.run.max_skipped:g} allows; the last one is {last_bad}. "
+                f"{self.out}/metrics.jsonl lists the others")
 
     # ------------------------------------------------------------------------------ validation
 
@@ -305,15 +305,15 @@ class Monitor:
                 row[f"val_{sigma:.4f}"] = loss
             self.metrics.write(row)
             by_sigma = " ".join(f"{loss:.3f}" for loss in losses)
-            self.bar.write(f"step {step}/{self.run.steps}  validation loss {mean:.4f}; from low "
-                           f"to high noise levels {by_sigma}")
+            self.bar.write(f"step {step}/{self.run.steps}  validation loss {mean:.4f}; by noise "
+                           f"level, low to high: {by_sigma}")
 
 
 def peak_memory_gb(device):
-    """The most memory allocated so far in GB: on the GPU, or by this process."""
+    """Peak memory in GB: allocated on the GPU, or else used by this process."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 1e9
-    unit = 1024                             # bytes, of what getrusage counts
+    unit = 1024                             # ru_maxrss is in KiB; on macOS, in bytes
     if sys.platform == "darwin":
         unit = 1
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9

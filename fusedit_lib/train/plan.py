@@ -1,4 +1,4 @@
-"""What a run needs, without any of its devices: parameters, FLOPs, memory, time.
+"""Estimates the parameters, FLOPs, memory and time of a run without access to its devices.
 
     python train_gpu.py --preset fusedit/large-scale --plan 64xH100@0.4
 """
@@ -23,7 +23,7 @@ from fusedit_lib.vae import VAE
 
 
 class Hardware(NamedTuple):
-    """A device, as its maker's data sheet has it."""
+    """The specification of a device, from its data sheet."""
     flops: float                            # dense bf16 FLOP/s
     memory: float                           # bytes
 
@@ -46,15 +46,15 @@ TPUS = {
     "v5p": Hardware(459e12, 95e9),
     "v6e": Hardware(918e12, 32e9),
 }
-NAMED_BY_CORES = ("v4", "v5p")              # slices of these: two cores on a chip
+NAMED_BY_CORES = ("v4", "v5p")              # slice names count cores, two per chip
 
-BUCKET = 200_000_000                        # gradients, or weights, that ZeRO moves at a time
-WHOLE = 100_000                             # ZeRO 3 does not shard smaller tensors than this
-PAPER_IMAGES = 800_000 * 512                # length of the paper's large run
+BUCKET = 200_000_000                        # gradients or weights that ZeRO communicates at a time
+WHOLE = 100_000                             # ZeRO 3 does not shard tensors up to this size
+PAPER_IMAGES = 800_000 * 512                # total images of the paper's large run
 
 
 def peak_flops(device, world):
-    """FLOP/s of all `world` GPUs together; None if this GPU's are not known."""
+    """Total FLOP/s of `world` GPUs of this kind, or None if its FLOP/s are not known."""
     if device.type != "cuda":
         return None
     name = torch.cuda.get_device_name(device)
@@ -68,7 +68,7 @@ class Devices(NamedTuple):
     """The devices of a plan."""
     count: int                              # of GPUs or TPU chips
     kind: str                               # a name in GPUS or TPUS
-    utilization: float                      # share of the peak FLOP/s that is assumed
+    utilization: float                      # assumed fraction of the peak FLOP/s
 
     @property
     def hardware(self):
@@ -76,7 +76,7 @@ class Devices(NamedTuple):
 
 
 def find_kind(name, known):
-    """The name in `known` that differs only in upper and lower case, or None."""
+    """The name in `known` that matches, ignoring case, or None."""
     for kind in known:
         if kind.upper() == name.upper():
             return kind
@@ -84,9 +84,9 @@ def find_kind(name, known):
 
 
 def parse(text):
-    """Devices of "64xH100@0.4", or of "v4-256", which has 128 chips; raises FuseDiTError."""
+    """Parses "64xH100@0.4" or "v4-256" (128 chips) to Devices. Raises FuseDiTError."""
     text, _, share = text.strip().partition("@")
-    utilization = 0.0                       # not allowed
+    utilization = 0.0                       # refused below
     if not share:
         utilization = 0.4
     elif re.fullmatch(r"[01]?(\.\d+)?", share):
@@ -105,8 +105,9 @@ def parse(text):
     if kind in NAMED_BY_CORES:
         count //= 2
     if kind is None or count < 1 or not 0 < utilization <= 1:
-        raise FuseDiTError(f"--plan {text}: write a number and a kind of GPU, as 8xH100 or "
-                           f"8xH100@0.4, or a TPU, as v4-256; known: {', '.join([*GPUS, *TPUS])}")
+        raise FuseDiTError(f"--plan {text}: give a number and a kind of GPU, such as 8xH100 or "
+                           "8xH100@0.4, or a TPU slice, such as v4-256; known: "
+                           + ", ".join([*GPUS, *TPUS]))
     return Devices(count, kind, utilization)
 
 
@@ -114,24 +115,25 @@ def parse(text):
 
 class ZeroMemory(NamedTuple):
     """Bytes on one GPU, without activations."""
-    weights: float                          # trained ones, in the dtype of the computation
+    weights: float                          # trained weights, in the dtype of the computation
     gradients: float
     adam: float                             # moments and float32 master weights
     ema: float
-    gemma: float                            # if it is frozen
-    buffers: float                          # in which ZeRO gathers weights and gradients
+    gemma: float                            # if frozen, otherwise 0
+    buffers: float                          # for weights and gradients that ZeRO gathers
 
 
 def count_parameters(module, at_most=math.inf):
-    """Number of parameters in the tensors of a module that have at most so many."""
+    """Number of parameters of a module, counting only tensors of up to `at_most` elements."""
     return sum(p.numel() for p in module.parameters() if p.numel() <= at_most)
 
 
 def zero_memory(model, train_llm, stage, world, dtype):
     """ZeroMemory of an abstract_model.
 
-    What a ZeRO stage shards, as measured with DeepSpeed 0.19: 1 Adam's moments and float32 master
-    weights, 2 also gradients, 3 also weights and Gemma, except for tensors smaller than WHOLE.
+    ZeRO stage 1 shards Adam's moments and the float32 master weights, stage 2 also the gradients,
+    and stage 3 also the weights and Gemma, except for tensors of up to WHOLE elements. This was
+    measured with DeepSpeed 0.19.
     """
     low = dtype.itemsize
     adam_share = 1 / world if stage >= 1 else 1
@@ -143,7 +145,7 @@ def zero_memory(model, train_llm, stage, world, dtype):
             return count_parameters(module) * low
         return (count_parameters(module) / world + count_parameters(module, WHOLE)) * low
 
-    # what is trained
+    # trained and frozen weights
     trained = count_parameters(model.dit)
     weights = weight_bytes(model.dit)
     gemma = weight_bytes(model.llm)
@@ -152,15 +154,15 @@ def zero_memory(model, train_llm, stage, world, dtype):
         weights += gemma
         gemma = 0
 
-    # bytes of a gradient, with the one that it is accumulated in
+    # bytes per gradient, including its accumulator
     gradient_bytes = {0: low, 1: 4 + low, 2: 4, 3: 4}[stage]
-    adam_tensors = 3                        # two moments and master weights
+    adam_tensors = 3                        # two moments and the master weights
     if stage == 0 and low == 4:             # plain float32 has no separate master weights
         adam_tensors = 2
     buffers = 0
     if stage >= 2:
         buffers += min(BUCKET, trained) * low
-    if stage == 3:                          # weights that are gathered for the moment
+    if stage == 3:                          # weights that are gathered temporarily
         buffers += min(BUCKET, total) * low
     return ZeroMemory(weights=weights, gradients=trained * gradient_bytes * gradient_share,
                       adam=trained * 4 * adam_tensors * adam_share, ema=trained * 4 / world,
@@ -170,20 +172,20 @@ def zero_memory(model, train_llm, stage, world, dtype):
 # ------------------------------------------------------------------------------ memory on TPUs
 
 def chip(name, shape, sizes):
-    """Number of a tensor's elements on one chip of a mesh; sizes: {axis: devices}."""
+    """The number of a tensor's elements on one chip of a mesh. sizes: {axis: devices}."""
     cuts = [sizes[axis] for axis in sharding.partition_spec(name, shape, sizes) if axis]
     return math.prod(shape) // math.prod(cuts)
 
 
 class TensorKind(NamedTuple):
-    """Tensors of the same name and shape, one in each layer of a stack."""
-    name: str                               # without the number of the layer
+    """Tensors with the same name and shape in each layer of a stack, or a single tensor."""
+    name: str                               # without the layer number
     shape: tuple
-    count: int                              # of layers, or 1
+    count: int                              # number of layers, or 1
 
 
 def tensor_kinds(model):
-    """[TensorKind] of all parameters."""
+    """The parameters of a model, as [TensorKind]."""
     counts = {}
     for name, parameter in model.named_parameters():
         key = re.sub(r"layers\.\d+", "layers", name), tuple(parameter.shape)
@@ -192,13 +194,13 @@ def tensor_kinds(model):
 
 
 def tpu_memory(run, model, sizes, dtype, vae):
-    """{what: bytes on one chip}, without activations.
+    """{item: bytes on one chip}, without activations.
 
-    "gathered" are the whole weights of the block that is computed, and of the one that comes next.
-    vae: number of the VAE's parameters.
+    The item "gathered" is the complete weights of the current block and of the next one.
+    vae: the number of the VAE's parameters.
     """
     low = dtype.itemsize
-    dit = 0                                 # elements on a chip
+    dit = 0                                 # elements per chip
     gemma = 0
     for kind in tensor_kinds(model):
         elements = kind.count * chip(kind.name, kind.shape, sizes)
@@ -223,9 +225,9 @@ def tpu_memory(run, model, sizes, dtype, vae):
 # ------------------------------------------------------------------------------ printing
 
 def show(run, config):
-    """Print the plan of a run; returns the exit code 0.
+    """Print the plan of a run. Returns the exit code, 0.
 
-    Raises FuseDiTError if --plan is not understood or the batch does not divide.
+    Raises FuseDiTError if --plan cannot be parsed or the batch is not divisible by the devices.
     """
     devices = parse(run.plan)
     micro_batch, accumulation = split_batch(run, devices.count)
@@ -235,7 +237,7 @@ def show(run, config):
         with torch.device("meta"):
             vae = count_parameters(VAE())
     print(f"{run.preset} at {config.image_size} pixels, batch {run.batch} = {devices.count} "
-          f"{devices.kind} x {accumulation} x {micro_batch}\n")
+          f"{devices.kind} x {accumulation} x {micro_batch} (accumulation x micro-batch)\n")
     per_image = print_model(run, config, model, vae)
     if devices.kind in TPUS:
         print_tpu_memory(run, config, devices, micro_batch, vae)
@@ -247,7 +249,7 @@ def show(run, config):
     speed = devices.count * hardware.flops * devices.utilization / per_image   # images/s
     days = run.steps * run.batch / speed / 86400
     paper_days = math.ceil(PAPER_IMAGES / speed / 86400 * 10) / 10
-    print(f"\n  at {devices.utilization:.0%} of {hardware.flops / 1e12:,.0f} TFLOP/s each: "
+    print(f"\n  at {devices.utilization:.0%} of {hardware.flops / 1e12:,.0f} TFLOP/s per device: "
           f"{speed:,.0f} images/s, {speed * image_tokens(config):,.0f} image tokens/s; "
           f"{run.steps:,} steps in {days:,.1f} days, the paper's 800,000 x 512 images in "
           f"{paper_days:,.1f} days")
@@ -262,7 +264,7 @@ def image_tokens(config):
 
 
 def print_model(run, config, model, vae):
-    """Print parameters, tokens and FLOPs; returns the FLOPs of training on one image."""
+    """Print parameters, tokens and FLOPs. Returns the FLOPs of training on one image."""
     forward = flops(model, config)
     per_image = step_flops(forward, run.train_llm)
     state = "trained" if run.train_llm else "frozen"
@@ -279,14 +281,14 @@ def print_model(run, config, model, vae):
 
 
 def compute_dtype(run):
-    """The dtype of the computation; --dtype auto is planned as bf16."""
+    """The dtype of the computation. The plan takes --dtype auto as bf16."""
     if run.dtype == "float32":
         return torch.float32
     return torch.bfloat16
 
 
 def verdict(memory, kept, remat):
-    """What a device of so many bytes can do; kept, remat: bytes needed without and with --remat."""
+    """Describes whether a run fits. kept, remat: bytes that it needs without and with --remat."""
     if remat > memory:
         return "too much"
     if kept > memory:
@@ -295,12 +297,12 @@ def verdict(memory, kept, remat):
 
 
 def table_row(values):
-    """A row of a table in GB."""
+    """A row of a table, in GB."""
     return "  " + "".join(f"{value / 1e9:12.2f}" for value in values)
 
 
 def print_gpu_memory(run, config, devices, micro_batch, vae):
-    """Print what a GPU holds, a row for each ZeRO stage."""
+    """Print the memory of a GPU, with a row for each ZeRO stage."""
     dtype = compute_dtype(run)
     model = abstract_model(config)
     blocks = "not compiled"
@@ -309,7 +311,7 @@ def print_gpu_memory(run, config, devices, micro_batch, vae):
         blocks = f"compiled, --memory-budget {run.memory_budget:g}"
         budget = run.memory_budget
     memory = devices.hardware.memory
-    print(f"  GB on each GPU of {memory / 1e9:.0f}, micro-batch {micro_batch}, blocks {blocks}:")
+    print(f"  GB per GPU (of {memory / 1e9:.0f}), micro-batch {micro_batch}, blocks {blocks}:")
     titles = ("--zero", "weights", "gradients", "Adam", "EMA", "Gemma", "buffers", "VAE",
               "activations", "sum", "--remat", "sum")
     print("  " + "".join(f"{title:>12}" for title in titles))
@@ -327,15 +329,16 @@ def print_gpu_memory(run, config, devices, micro_batch, vae):
         if stage == int(run.zero[0]):
             line += f"   <- --zero {run.zero}"
         print(line)
-    print("  1-, 2-, 3-offload: as 1, 2, 3, but Adam's part is in the machine's memory; --remat "
+    print("  1-offload, 2-offload, 3-offload: as 1, 2, 3, with Adam's state in CPU memory; --remat "
           "costs a second forward pass of the DiT")
 
 
 def print_mesh(run, model, sizes):
-    """Print how the large tensors are sharded on --mesh; sizes: {axis: devices}."""
+    """Print how the large tensors are sharded on --mesh. sizes: {axis: devices}."""
     shape = " x ".join(f"{count} {axis}" for axis, count in sizes.items())
-    print(f"  mesh of {shape}; tensors of over 0.1 % of the model, and how they are sharded:\n"
-          f"{'layers':>8}{'dimensions':>16}  {'along':16}{'million':>8}{'a chip':>8}")
+    print(f"  mesh {shape}; sharding of the tensors above 0.1 % of the model, in millions of "
+          "elements:\n"
+          f"{'layers':>8}{'dimensions':>16}  {'axes':16}{'total':>8}{'on chip':>8}")
     total = count_parameters(model)
     for kind in tensor_kinds(model):
         elements = kind.count * math.prod(kind.shape)
@@ -350,14 +353,14 @@ def print_mesh(run, model, sizes):
 
 
 def print_tpu_memory(run, config, devices, micro_batch, vae):
-    """Print how tensors are sharded on --mesh, and what a chip holds."""
+    """Print how tensors are sharded on --mesh, and the memory of a chip."""
     mesh = sharding.mesh_shape(run.mesh, devices.count)
     sizes = dict(zip(sharding.AXES, mesh, strict=True))
     dtype = compute_dtype(run)
     model = abstract_model(config)
     print_mesh(run, model, sizes)
 
-    # the chips along the tensor axis share a micro-batch, and its activations
+    # chips along the tensor axis share a micro-batch and its activations
     tensor = sizes["tensor"]
     batch = max(1, micro_batch * tensor)
     saved = activations(abstract_model(config), config, batch, dtype, run.train_llm,
@@ -369,7 +372,7 @@ def print_tpu_memory(run, config, devices, micro_batch, vae):
     base = sum(parts.values())
     titles = [*parts, "activations", "sum", "--remat", "sum"]
     memory = devices.hardware.memory
-    print(f"\n  GB on each chip of {memory / 1e9:.0f}, micro-batch {micro_batch}:\n  "
+    print(f"\n  GB per chip (of {memory / 1e9:.0f}), micro-batch {micro_batch}:\n  "
           + "".join(f"{title:>12}" for title in titles))
     print(table_row([*parts.values(), kept, base + kept, remat, base + remat]) + "   "
           + verdict(memory, base + kept, base + remat))

@@ -1,4 +1,4 @@
-"""Plot a run's loss, validation loss and throughput: python -m fusedit_lib.train.plot runs/demo"""
+"""Plots a run's loss, validation loss and throughput: python -m fusedit_lib.train.plot runs/demo"""
 import argparse
 from pathlib import Path
 
@@ -12,15 +12,15 @@ def read_metrics(folder):
     """The rows of a run folder's metrics.jsonl; raises FuseDiTError if there are none."""
     path = Path(folder) / "metrics.jsonl"
     if not path.exists():
-        raise FuseDiTError(f"{folder} has no metrics.jsonl: give the folder of a run, as runs/demo")
+        raise FuseDiTError(f"{folder} has no metrics.jsonl: give a run folder, such as runs/demo")
     table = read_jsonl(path)
     if not table:
-        raise FuseDiTError(f"{path} is empty: the run has not logged yet")
+        raise FuseDiTError(f"{path} is empty: the run has not logged anything yet")
     return table
 
 
 def draw_curve(axis, table, name, **style):
-    """Draw one of the metrics by step, if any row has it."""
+    """Draw a metric over steps, if any row has it."""
     points = [(row["step"], row[name]) for row in table if row.get(name) is not None]
     if points:
         steps, values = zip(*points, strict=True)
@@ -28,7 +28,7 @@ def draw_curve(axis, table, name, **style):
 
 
 def log_tick(value, _):
-    """A tick label of a logarithmic axis, at 1, 2, 3 and 5 times a power of ten."""
+    """Tick label of a logarithmic axis, for 1, 2, 3 and 5 times a power of ten."""
     leading_digit = f"{value:e}"[0]
     if leading_digit in "1235":
         return f"{value:g}"
@@ -66,7 +66,7 @@ def plot(folder):
     for sigma in VALIDATION_SIGMAS:
         label = f"$\\sigma$ {sigma:.2f}"
         draw_curve(val, table, f"val_{sigma:.4f}", marker=".", label=label)
-    val.set_ylabel("validation loss at a noise level")
+    val.set_ylabel("validation loss per noise level")
     finish_loss_axis(val)
 
     draw_curve(speed, table, "images_per_s", lw=0.8)
@@ -84,7 +84,7 @@ def plot(folder):
 
 def main():
     parser = argparse.ArgumentParser(description="Plot a run's metrics to plot.png in its folder.")
-    parser.add_argument("run", type=Path, help="folder of the run")
+    parser.add_argument("run", type=Path, help="run folder")
     print(plot(parser.parse_args().run))
 
 

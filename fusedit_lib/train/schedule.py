@@ -1,10 +1,10 @@
-"""Functions of the step number: learning rate, EMA decay, and what is due after a step."""
+"""Functions of the step number: learning rate, EMA decay, and the actions due after a step."""
 import math
 from typing import NamedTuple
 
 
 def learning_rate(run, step):
-    """Learning rate of a step, counted from 0: a linear warmup, then constant or half a cosine."""
+    """Learning rate of a step, counted from 0: linear warmup, then constant or a cosine decay."""
     if step < run.warmup_steps:
         return run.lr * (step + 1) / run.warmup_steps
     if run.lr_schedule == "constant":
@@ -14,11 +14,11 @@ def learning_rate(run, step):
 
 
 def ema_decay(run, step):
-    """EMA decay after `step` steps; 1 between two updates, which leaves the EMA as it is.
+    """EMA decay after `step` steps. It is 1 between updates, which leaves the EMA unchanged.
 
-    The n-th update has decay n / (9 + n), from 0.1 up to run.ema_decay. With 0.99 from the start,
-    the EMA of a run of 2,000 steps, updated every 100, would consist of its random initial
-    weights to 0.99^20 = 82 %.
+    The n-th update has decay n / (9 + n), which rises from 0.1 to run.ema_decay. With a constant
+    decay of 0.99 and an update every 100 steps, the EMA would still contain 0.99^20 = 82 % of the
+    random initial weights after 2,000 steps.
     """
     if step % run.ema_every:
         return 1.0
@@ -27,7 +27,7 @@ def ema_decay(run, step):
 
 
 def is_due(run, step, every):
-    """Whether `step` is a multiple of `every` or the last step; never if `every` is 0."""
+    """Returns True if `step` is a multiple of `every` or the last step; False if `every` is 0."""
     if not every:
         return False
     return step == run.steps or step % every == 0
@@ -38,25 +38,25 @@ def sample_grid_is_due(run, step):
 
 
 def validation_is_due(run, step):
-    """Whether the validation loss is due; never without --val-data."""
+    """Returns True if the validation loss is due; always False without --val-data."""
     return bool(run.val_data) and is_due(run, step, run.val_every)
 
 
 class Due(NamedTuple):
-    """What is to be done after a step."""
-    log: bool                               # a line of the log, which checks the losses
+    """The actions due after a step."""
+    log: bool                               # a log line; also checks the losses
     validate: bool                          # sample grid, validation loss, or both
-    save: bool                              # a checkpoint
+    save: bool                              # checkpoint
 
 
 def due_after(run, step, first, stop, save_now):
-    """Due after `step` steps.
+    """The actions due after `step` steps.
 
-    Before a checkpoint is saved the losses are logged, and so checked.
+    The losses are logged, and thereby checked, before every checkpoint.
 
-    first: the step that the run began or was resumed at.
+    first: the step at which the run started or resumed.
     stop: number of the signal that ends the run after this step, or 0.
-    save_now: whether a checkpoint is due by the clock.
+    save_now: True if a checkpoint is due by --save-minutes.
     """
     validate = sample_grid_is_due(run, step) or validation_is_due(run, step)
     save = is_due(run, step, run.save_every) or bool(stop) or save_now

@@ -1,11 +1,11 @@
-"""How tensors are cut into shards on a mesh of devices, and how shards are named in checkpoints.
+"""Sharding of tensors on a mesh of devices, and the names of shards in checkpoints.
 
-The mesh has two axes. Along "fsdp" devices share the batch and all large tensors; along "tensor"
-they share the attention heads and the width of the MLP. RULES says, by the name of a tensor, which
-axis cuts which of its dimensions.
+The mesh has two axes. The axis "fsdp" shards the batch and all large tensors. The axis "tensor"
+shards the attention heads and the width of the MLP. RULES maps the name of a tensor to the axis
+that shards each of its dimensions.
 
-This file is plain Python and PyTorch: train/xla.py applies the rules, and train/plan.py computes
-from them what a device holds.
+This file is plain Python and PyTorch. train/xla.py applies the rules, and train/plan.py uses them
+to compute the memory of a device.
 """
 import math
 import re
@@ -17,17 +17,17 @@ from fusedit import FuseDiTError
 
 AXES = ("fsdp", "tensor")
 
-# The axis that cuts each dimension of a tensor. The first pattern found in its name decides.
+# The axis that shards each dimension of a tensor. The first pattern that matches its name applies.
 RULES = (
     (r"(q|k|v|gate|up)_proj\.weight", ("tensor", "fsdp")),      # [heads or MLP width, D]
     (r"embed_tokens\.weight", ("tensor", "fsdp")),              # [vocabulary, D]
-    (r"norm\.weight|bias|scale_shift_table", ()),               # small: whole on every device
+    (r"norm\.weight|bias|scale_shift_table", ()),               # small: replicated
     (r"patch_embed", ("fsdp",)),                                # [D, channels, P, P]
     (r"", ("fsdp", "tensor")),                                  # o_proj, down_proj and all others
 )
 
-# A scanned stack of layers (train/xla.py) keeps the weights of all its layers in one tensor, whose
-# first dimension is the layer and whose name has this in place of the layer's number.
+# A scanned stack of layers (train/xla.py) keeps the weights of all its layers in one tensor. The
+# first dimension is the layer, and the name has this in place of the layer number.
 STACKED = ".block."
 
 
@@ -36,7 +36,7 @@ STACKED = ".block."
 def mesh_shape(text, devices):
     """Parses --mesh for a number of devices.
 
-    text: "64,2" or "64x2"; -1 stands for all devices that remain, and "64" means "64,1".
+    text: "64,2" or "64x2". -1 stands for all remaining devices, and "64" means "64,1".
     Returns (devices along fsdp, devices along tensor). Raises FuseDiTError if their product is not
     the number of devices.
     """
@@ -51,16 +51,17 @@ def mesh_shape(text, devices):
             sizes[sizes.index(-1)] = devices // known
 
     if -1 in sizes or math.prod(sizes) != devices:
-        raise FuseDiTError(f"--mesh {text} does not make up {devices} devices: two numbers whose "
-                           f"product is {devices}, as in {devices},1 or -1,1 (-1: all others)")
+        raise FuseDiTError(f"--mesh {text} does not match {devices} devices: give two numbers with "
+                           f"product {devices}, such as {devices},1 or -1,1 (-1: the remaining "
+                           "devices)")
     return tuple(sizes)
 
 
 def partition_spec(name, shape, sizes):
-    """The mesh axis that cuts each dimension of a tensor, or None where it is not cut.
+    """The mesh axis that shards each dimension of a tensor, or None where it is not sharded.
 
-    sizes: {axis: devices along it}. A dimension that an axis does not divide evenly stays whole,
-    and so does the layer dimension of a stacked weight.
+    sizes: {axis: devices along it}. A dimension that is not divisible by its axis is not sharded,
+    and neither is the layer dimension of a stacked weight.
     """
     wanted = next(axes for pattern, axes in RULES if re.search(pattern, name))
     if STACKED in name:
@@ -76,25 +77,25 @@ def partition_spec(name, shape, sizes):
 # ------------------------------------------------------------------------------ checkpoints
 
 class ParameterState(NamedTuple):
-    """All that training keeps of one parameter, in float32."""
+    """The float32 training state of one parameter."""
     ema: torch.Tensor                       # exponential moving average of the weight
     weight: torch.Tensor
     exp_avg: torch.Tensor                   # AdamW's first moment
-    exp_avg_sq: torch.Tensor                # and its second
+    exp_avg_sq: torch.Tensor                # AdamW's second moment
 
 
 def stored_names(name, tensor):
-    """The names in checkpoints of a parameter: one, or one for each layer of a stacked weight."""
+    """A parameter's names in checkpoints: one, or one per layer for a stacked weight."""
     if STACKED not in name:
         return [name]
     return [name.replace(STACKED, f".{layer}.") for layer in range(len(tensor))]
 
 
 def initial_state(checkpoint, name, parameter):
-    """ParameterState to start from, on the CPU.
+    """The initial ParameterState of a parameter, on the CPU.
 
-    checkpoint: as load_checkpoint returns it; None for a new run, whose EMA starts at the weight
-    and whose moments start at zero. The parameter has its initial or restored weight already.
+    checkpoint: a Checkpoint, or None for a new run, whose EMA starts at the weight and whose
+    moments start at zero. The parameter must already have its initial or restored weight.
     """
     weight = parameter.detach().cpu()
     if checkpoint is None:
@@ -110,7 +111,7 @@ def initial_state(checkpoint, name, parameter):
 
 
 def read_layers(tensors, names):
-    """The named tensors of a checkpoint, stacked. tensors: as files.open_tensors returns them."""
+    """Reads and stacks the named tensors of a checkpoint. tensors: from files.open_tensors."""
     layers = []
     for name in names:
         file, key = tensors[name]
@@ -120,20 +121,21 @@ def read_layers(tensors, names):
 
 class Shard(NamedTuple):
     """A part of a tensor."""
-    slices: tuple                           # where it lies: one slice for each dimension
-    values: torch.Tensor                    # what is there
+    slices: tuple                           # location: one slice per dimension
+    values: torch.Tensor
 
 
 def slices_to_store(prefix, name, shards, shape):
-    """What a host writes of one parameter: {name in the checkpoint: values}.
+    """The part of a parameter that a host writes, as {name in the checkpoint: values}.
 
-    shards: the (slices, values) that this host's devices hold, as torch_xla lists them: slices may
-    be ..., for a whole tensor, and values may be padded at the end.
-    shape: of the whole parameter. prefix: precedes every name, as in "exp_avg.".
+    shards: the (slices, values) on this host's devices, as torch_xla lists them: slices may be ...
+        for a whole tensor, and values may be padded at the end.
+    shape: the shape of the whole parameter.
+    prefix: a prefix for every name, such as "exp_avg.".
 
-    Shards that fill a box together are joined. What is less than the whole tensor is stored under a
-    name that says where it lies, as in "dit.proj_out.weight[0:8,0:512]"; files.open_tensors reads
-    such pieces as one tensor.
+    Shards that together fill a box are joined. A piece of a tensor is stored under a name that
+    includes its location, as in "dit.proj_out.weight[0:8,0:512]". files.open_tensors reads such
+    pieces as one tensor.
     """
     shards = [without_padding(slices, values, shape) for slices, values in shards]
     if len(shards) > 1:
@@ -145,7 +147,7 @@ def slices_to_store(prefix, name, shards, shape):
             key = prefix + name + location(shard.slices, shape)
             stored[key] = shard.values.contiguous()
             continue
-        # A stacked weight is stored layer by layer; the layer dimension itself is never cut.
+        # A stacked weight is stored layer by layer. Its layer dimension is never sharded.
         suffix = location(shard.slices[1:], shape[1:])
         for layer_name, values in zip(stored_names(name, shard.values), shard.values, strict=True):
             stored[prefix + layer_name + suffix] = values.contiguous()
@@ -153,7 +155,7 @@ def slices_to_store(prefix, name, shards, shape):
 
 
 def without_padding(slices, values, shape):
-    """A Shard, cut to the size that its slices say."""
+    """A Shard whose values are cut to the size of its slices."""
     if slices is ...:
         slices = [slice(0, size) for size in shape]
     sizes = [s.stop - s.start for s in slices]
@@ -162,7 +164,7 @@ def without_padding(slices, values, shape):
 
 
 def join(shards):
-    """The shards as one, in a list, if together they fill a box; else as they are."""
+    """Joins shards into a list of one if they fill a box; otherwise returns them unchanged."""
     dimensions = list(zip(*(shard.slices for shard in shards), strict=True))
     starts = [min(s.start for s in slices) for slices in dimensions]
     stops = [max(s.stop for s in slices) for slices in dimensions]
@@ -180,7 +182,7 @@ def join(shards):
 
 
 def location(slices, shape):
-    """The suffix of a stored name that says where a piece lies; empty for a whole tensor."""
+    """The suffix of a stored name with the location of a piece; empty for a whole tensor."""
     whole = all(s.start == 0 and s.stop == size for s, size in zip(slices, shape, strict=True))
     if whole:
         return ""

@@ -1,4 +1,4 @@
-"""Sample grids and the validation loss of a model in training."""
+"""Sample grids and the validation loss during training."""
 import math
 from dataclasses import replace
 
@@ -17,9 +17,9 @@ VALIDATION_SIGMAS = [(i + 0.5) / 8 for i in range(8)]      # noise levels of the
 # ------------------------------------------------------------------------------ sample grids
 
 def sample_images(run, model, vae, indices, sync):
-    """Images of run.prompts[i], for i in indices, as a list of PIL images.
+    """Generates images for run.prompts[i], for i in indices, as a list of PIL images.
 
-    Prompt i always starts from the same noise, that of seed run.seed + i.
+    Prompt i always starts from the same noise, with seed run.seed + i.
     sync: called after each sampler step.
     """
     def after_step(step, x):
@@ -31,10 +31,10 @@ def sample_images(run, model, vae, indices, sync):
 
 
 def sample_grid(run, model, vae, sync, rank, world):
-    """The run's prompts as one PIL image, a grid.
+    """Generates an image for each of the run's prompts, and returns the grid as a PIL image.
 
-    Each of `world` ranks generates its share of the images. All have the same number, and some
-    prompts are repeated for it, since ZeRO 3 gathers weights from all ranks at the same time.
+    Each of `world` ranks generates its share. Some prompts are repeated to give every rank the same
+    number of images, because ZeRO 3 gathers weights from all ranks at the same time.
     """
     count = len(run.prompts)
     padded = math.ceil(count / world) * world
@@ -51,8 +51,8 @@ def sample_grid(run, model, vae, sync, rank, world):
 def held_out_batches(run, config, model, micro_batch, rank, world):
     """This rank's batches of the held-out samples, as a list that is kept in memory.
 
-    Captions are never dropped, images are cropped at the center, and the noise is always the same.
-    batch["counts"] [B] is 1, or 0 for samples that only fill the last batch.
+    Captions are never dropped, images are cropped at the centre, and the noise is always the same.
+    batch["counts"] [B] is 1 for samples that count, and 0 for those that only fill the last batch.
     """
     held_out = replace(run, data=run.val_data, data_weights=[], caption_drop=0.0, seed=0,
                        original_caption_rate=0.0, crop="center", batch=micro_batch * world)
@@ -73,9 +73,9 @@ def held_out_batches(run, config, model, micro_batch, rank, world):
 def validation_losses(batches, model, vae, device, sync):
     """Mean loss over all held-out samples at each of VALIDATION_SIGMAS, as a list.
 
-    batches: of held_out_batches, on a mesh if there is one.
-    sync: called when a batch's latents and text features are there. XLA needs it: it would compute
-    them again at every noise level.
+    batches: from held_out_batches, placed on the mesh if there is one.
+    sync: called once a batch's latents and text features have been computed. Without it, XLA would
+        compute them again at every noise level.
     """
     sums = torch.zeros(len(VALIDATION_SIGMAS), dtype=torch.float64)
     samples = torch.zeros(1, dtype=torch.float64)
@@ -96,7 +96,7 @@ def validation_losses(batches, model, vae, device, sync):
             sums[k] += (loss * counts.to(device)).sum().cpu()
         samples += counts.sum().cpu()
 
-    # Where all hosts act as one, this multiplies both sums by the number of hosts.
+    # If all hosts act as one device, this multiplies both sums by the number of hosts.
     if distributed.several_ranks():
         both = torch.cat([sums, samples])
         dist.all_reduce(both)

@@ -1,12 +1,12 @@
-"""The engine of train_tpu.py: model, optimizer and EMA in shards on a mesh of XLA devices.
+"""The engine of train_tpu.py: model, optimizer and EMA, sharded on a mesh of XLA devices.
 
-SPMD, as PyTorch/XLA has it: every host runs the same program as if all chips of all hosts were one
-device, and the compiler divides the work by the marks on the tensors (sharding.py has the rules).
-Operations on XLA tensors are recorded, not run. `sync` compiles what has been recorded since the
-last one, if it has not seen the same graph before, and runs it.
+It uses PyTorch/XLA's SPMD: every host runs the same program as if all chips of all hosts were one
+device, and the compiler divides the work according to the sharding annotations of the tensors (see
+the rules in sharding.py). Operations on XLA tensors are recorded, not run. `sync` runs the
+operations recorded since the last call, and compiles their graph first if it is new.
 
-This is the only file of the library that imports torch_xla, and it does so inside functions:
---help, --plan and everything here that is plain PyTorch work without it.
+This is the only file of the library that imports torch_xla, and it does so inside functions, so
+that --help, --plan and the plain PyTorch code in this file work without it.
 """
 import atexit
 import contextlib
@@ -31,7 +31,7 @@ from fusedit_lib.train.sharding import ParameterState
 # ------------------------------------------------------------------------------ start
 
 def set_environment_defaults():
-    """Sets the variables that PyTorch/XLA reads, where the user has not. Call it before start."""
+    """Sets environment variables of PyTorch/XLA that the user has not set. Call it before start."""
     os.environ.setdefault("PJRT_DEVICE", "TPU")
     os.environ.setdefault("PJRT_NPROC", "64")   # threads; waiting virtual devices block some
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
@@ -42,8 +42,8 @@ def set_environment_defaults():
 def start(run):
     """Starts SPMD on this host's devices, connects the hosts, and returns the mesh of all devices.
 
-    run: its dtype is settled. Raises FuseDiTError if there is no device, or if --mesh does not fit
-    their number.
+    run: its dtype must be resolved. Raises FuseDiTError if there is no device, or if --mesh does
+    not match the number of devices.
     """
     import torch_xla.distributed.spmd as xs
     import torch_xla.runtime as xr
@@ -58,8 +58,8 @@ def start(run):
         devices = xr.global_runtime_device_count()
     except (RuntimeError, OSError) as error:
         reason = str(error).splitlines()[0]
-        raise FuseDiTError(f"no {kind} is here ({reason}); on a CPU, PJRT_DEVICE=CPU "
-                           "CPU_NUM_DEVICES=4 makes devices") from None
+        raise FuseDiTError(f"no {kind} found ({reason}); to train on a CPU, set PJRT_DEVICE=CPU "
+                           "CPU_NUM_DEVICES=4") from None
 
     if kind == "CPU":
         dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
@@ -73,7 +73,7 @@ def start(run):
 
 
 def sync():
-    """Compiles and runs what has been recorded."""
+    """Compiles and runs the recorded operations."""
     import torch_xla
     torch_xla.sync()
 
@@ -81,15 +81,15 @@ def sync():
 # ------------------------------------------------------------------------------ scan over layers
 
 def make_scan(remat):
-    """torch_xla's scan, set up for ScannedStack. remat: recompute activations in backward."""
+    """torch_xla's scan, configured for ScannedStack. remat: recompute activations in backward."""
     from torch_xla.experimental import scan
 
-    # The replaced function makes gradients lie on the mesh as weights do, through JAX, which we do
-    # not install; ScannedStack marks them itself. See https://github.com/pytorch/xla/issues/8883.
-    # This can go when scan's backward runs without JAX (a test in tests/train/test_tpu.py fails
-    # then); no later release than 2.9 is planned.
+    # The replaced function shards gradients like their weights. It uses JAX, which we do not
+    # install, so ScannedStack annotates them itself: https://github.com/pytorch/xla/issues/8883.
+    # Remove this when scan's backward runs without JAX; a test in tests/train/test_tpu.py will then
+    # fail. No release after 2.9 is planned.
     scan._backward_shard_alike = backward_without_constraints
-    # The share of a layer's activations that the partitioner may keep for backward.
+    # The fraction of a layer's activations that the partitioner may keep for backward.
     torch._functorch.config.activation_memory_budget = 0 if remat else 1
     return partial(scan.scan, partition_fn=min_cut_rematerialization_partition, is_fn_pure=True)
 
@@ -99,10 +99,10 @@ def backward_without_constraints(carry, x, backward, init, xs):
 
 
 def mark_with_gradient(mesh, tensor, name=""):
-    """Marks how a layer's weight, or the tokens x [B,S,D] if no name is given, lie on the mesh.
+    """Annotates the sharding of a layer's weight or, if no name is given, of the tokens x [B,S,D].
 
-    Its gradient is marked as well. Without that the partitioner may cut D of x, as it does with the
-    weights', instead of B, and keep gradients whole on every device.
+    Its gradient is annotated as well. Otherwise the partitioner may shard D of x, as for the
+    weights, instead of B, and replicate gradients on every device.
     """
     import torch_xla.distributed.spmd as xs
     spec = ("fsdp", None, None)
@@ -114,30 +114,30 @@ def mark_with_gradient(mesh, tensor, name=""):
 class ScannedStack(nn.ModuleDict):
     """Replaces fusedit.LayerStack: one layer, compiled once and applied in a scan over the weights.
 
-    The weights of all layers are stacked, with the layer as their first dimension, in one layer
-    called "block". Layers of another kind at the end, such as the last one of Gemma, which computes
-    keys and values only, keep their numbers as names and run after the scan.
+    The weights of all layers are stacked in one layer called "block", with the layer as the first
+    dimension. Layers of another kind at the end, such as Gemma's last layer, which only computes
+    keys and values, keep their numbers as names and run after the scan.
 
-    scan(step, carry, rows) -> (carry, outputs) is torch_xla's (and JAX's): step(carry, row) returns
-    (carry, output), for each row of rows.
-    mark(tensor, name="") marks how a tensor and its gradient lie on the mesh, and returns it.
+    scan(step, carry, rows) -> (carry, outputs) is that of torch_xla (and JAX). For each row of
+    rows, step(carry, row) returns (carry, output).
+    mark(tensor, name="") annotates the sharding of a tensor and its gradient, and returns it.
     """
 
     def __init__(self, layers, scan, mark):
         super().__init__()
         self.scan = scan
         self.mark = mark
-        self.steps = {}                     # functions for scan, which keeps its graphs by function
-        self.count = count_alike(layers)    # layers in the scan
+        self.steps = {}                     # step functions; scan caches a graph for each
+        self.count = count_alike(layers)    # number of layers in the scan
         self["block"] = stack_layers(layers[:self.count])
         for i in range(self.count, len(layers)):
             self[str(i)] = layers[i]
 
     def forward(self, x, per_layer, common):
-        """As fusedit.LayerStack.forward: (x, output of each layer).
+        """The same as fusedit.LayerStack.forward. Returns (x, output of each layer).
 
-        What has a gradient is carried from layer to layer, since a scan gives gradients to what it
-        carries and to its rows. The other tensors are rows, one for each layer.
+        A scan computes gradients of its carry and its rows only, so common inputs with a gradient
+        are carried from layer to layer. All other tensors are rows, one per layer.
         """
         inputs = stack_inputs(per_layer[:self.count]) + list(common)
         rows, carried, constants = {}, {}, {}
@@ -162,7 +162,7 @@ class ScannedStack(nn.ModuleDict):
         return x, outputs
 
     def step_function(self, weights, carried, constants):
-        """The function that scan applies: the same object for every call of the same kind."""
+        """The function that scan applies. It is the same object for calls of the same kind."""
         trains = torch.is_grad_enabled() and any(w.requires_grad for w in weights.values())
         key = (tuple(constants.items()), tuple(carried), trains)
         if key not in self.steps:
@@ -170,7 +170,7 @@ class ScannedStack(nn.ModuleDict):
         return self.steps[key]
 
     def step(self, constants, carry, row):
-        """One layer: ((x, carried), (weights, row of each input)) -> ((x, carried), output)."""
+        """Applies one layer: ((x, carried), (weights, rows)) -> ((x, carried), output)."""
         x, carried = carry
         weights, rows = row
         weights = {name: self.mark(weight, name) for name, weight in weights.items()}
@@ -181,7 +181,7 @@ class ScannedStack(nn.ModuleDict):
 
 
 def count_alike(layers):
-    """The number of layers at the beginning that are of one kind."""
+    """The number of layers at the beginning that have the same kind."""
     kinds = [layer_kind(layer) for layer in layers]
     count = 1
     while count < len(kinds) and kinds[count] == kinds[0]:
@@ -190,14 +190,14 @@ def count_alike(layers):
 
 
 def layer_kind(layer):
-    """What layers in one scan have in common: names and shapes of weights, flags and choices."""
+    """The properties that layers in a scan must share: names and shapes of weights, and options."""
     shapes = [(name, weight.shape) for name, weight in layer.named_parameters()]
     choices = [(key, value) for key, value in vars(layer).items() if isinstance(value, bool | str)]
     return shapes + choices
 
 
 def stack_layers(layers):
-    """One layer whose weights have a first dimension of layers."""
+    """One layer that holds the weights of all layers, stacked along a new first dimension."""
     stacked = copy.deepcopy(layers[0])
     for name, weight in list(stacked.named_parameters()):
         rows = [layer.get_parameter(name).detach() for layer in layers]
@@ -206,7 +206,7 @@ def stack_layers(layers):
 
 
 def stack_inputs(per_layer):
-    """The inputs of each layer, a list of tuples, as one list of stacked tensors, or Nones."""
+    """Stacks the inputs of each layer, a list of tuples, to one list of tensors or None."""
     stacked = []
     for values in zip(*per_layer, strict=True):
         if values[0] is None:
@@ -217,14 +217,14 @@ def stack_inputs(per_layer):
 
 
 def unstack_outputs(outputs, count):
-    """scan's stacked outputs as a list with a tuple, or None, for each of `count` layers."""
+    """Unstacks scan's outputs to a list with a tuple or None for each of `count` layers."""
     if outputs is None:
         return [None] * count
     return list(zip(*(output.unbind() for output in outputs), strict=True))
 
 
 def set_parameter(model, name, parameter):
-    """Gives a module a parameter of this dotted name, in place of the one it has."""
+    """Replaces the parameter of a module that has this dotted name."""
     owner, _, leaf = name.rpartition(".")
     model.get_submodule(owner).register_parameter(leaf, parameter)
 
@@ -233,11 +233,13 @@ def set_parameter(model, name, parameter):
 
 @torch.no_grad()
 def adam_step(adam, states, learning_rate, max_norm):
-    """Clips the gradients, makes Adam's step and clears them. Returns their norm before clipping.
+    """Clips the gradients, runs Adam's step and clears the gradients. Returns the unclipped norm.
 
-    states: a ParameterState for each of adam's parameters, which are one group. learning_rate and
-    the norm: 0-d tensors. max_norm 0 does not clip. If the norm is not finite nothing changes; that
-    is decided on the device, so that no host waits for it.
+    states: a ParameterState for each of adam's parameters, which form one group.
+    learning_rate: a 0-d tensor, like the norm. max_norm: 0 for no clipping.
+
+    If the norm is not finite, nothing changes. This is decided on the device, so that the host does
+    not wait for it.
     """
     weights = [state.weight for state in states if state.weight.grad is not None]
     norm = nn.utils.get_total_norm([weight.grad for weight in weights], foreach=False)
@@ -261,14 +263,14 @@ def adam_step(adam, states, learning_rate, max_norm):
 
 @torch.no_grad()
 def update_ema(states, rate):
-    """Moves every EMA towards its weight by a rate, a 0-d tensor: 1 - decay, or 0 to keep it."""
+    """Updates the EMA of every parameter. rate: 1 - decay, a 0-d tensor; 0 for no update."""
     for state in states:
         state.ema.lerp_(state.weight, rate)
 
 
 @contextlib.contextmanager
 def use_weights(model, weights):
-    """Within it the model has these weights, {name: tensor}; afterwards its own again."""
+    """A context in which the model has other weights. weights: {name: tensor}."""
     own = {name: model.get_parameter(name).data for name in weights}
     for name, value in weights.items():
         model.get_parameter(name).data = value
@@ -280,10 +282,11 @@ def use_weights(model, weights):
 # ------------------------------------------------------------------------------ the engine
 
 class Engine:
-    """Model, AdamW and EMA on the mesh, with the methods that zero.Engine has for DeepSpeed.
+    """Model, AdamW and EMA on the mesh, with the same methods as zero.Engine.
 
-    A micro-batch is one graph. The graph of the last one of a step also holds Adam's step, which
-    `step` records, and the update of the EMA: `update_ema` must follow, and runs it.
+    Each micro-batch is one graph. The graph of the last micro-batch of a step also contains Adam's
+    step, which `step` records, and the EMA update. `update_ema` must follow, because it runs the
+    graph.
     """
 
     def __init__(self, run, model, vae, checkpoint, accumulation, mesh):
@@ -295,14 +298,14 @@ class Engine:
         self.accumulation = accumulation
         self.max_grad_norm = run.max_grad_norm
         self.learning_rate = run.lr
-        self.micro_batches = 0              # how many this process has had
-        self.norm = None                    # of the last step's gradient
+        self.micro_batches = 0              # number of micro-batches so far
+        self.norm = None                    # gradient norm of the last step
 
         scan = make_scan(run.remat)
         mark = partial(mark_with_gradient, mesh)
         model.dit.layers = ScannedStack(model.dit.layers, scan, mark)
         model.llm.layers = ScannedStack(model.llm.layers, scan, mark)
-        # The VAE and CLIP are small: every device has all of them.
+        # The VAE and CLIP are small and are replicated on every device.
         if vae:
             vae.to(self.device)
         if model.clip_encoder:
@@ -312,7 +315,7 @@ class Engine:
         self.adam = self.build_adam(run, checkpoint)
 
     def shard_parameters(self, checkpoint):
-        """Moves the model's parameters to the mesh; returns the state of those that are trained."""
+        """Moves the model's parameters to the mesh. Returns the states of the trained ones."""
         states = {}
         for name, parameter in list(self.model.named_parameters()):
             weight = self.to_mesh(name, parameter.detach())
@@ -338,7 +341,7 @@ class Engine:
         return adam
 
     def to_mesh(self, name, tensor):
-        """The tensor on the device, cut as a parameter of this name is."""
+        """Moves a tensor to the device, sharded like the parameter of this name."""
         import torch_xla.distributed.spmd as xs
         tensor = tensor.to(self.device)
         spec = sharding.partition_spec(name, tensor.shape, self.mesh.shape())
@@ -346,10 +349,10 @@ class Engine:
         return tensor
 
     def to_scalar(self, number):
-        """A number as an input of the graph, a 0-d tensor; as a constant it would recompile.
+        """A number as a 0-d input tensor of the graph; a constant would require recompilation.
 
-        It travels as a vector: torch_xla makes constants of the scalars 0 and 1, and one input of
-        equal ones.
+        It is moved as a vector, because torch_xla turns the scalars 0 and 1 into constants, and
+        equal scalars into one input.
         """
         return torch.tensor([number]).to(self.device)[0]
 
@@ -359,19 +362,19 @@ class Engine:
         self.learning_rate = learning_rate
 
     def __call__(self, *args):
-        """FuseDiT's forward, with weights cast to the type that is computed in."""
+        """FuseDiT's forward, with weights cast to the dtype of the computation."""
         weights = {name: state.weight.to(self.dtype) for name, state in self.state.items()}
         return functional_call(self.model, weights, args)
 
     def backward(self, loss):
-        """Adds the gradients of a micro-batch up; they are cut as the weights are."""
+        """Accumulates the gradients of a micro-batch, sharded like the weights."""
         (loss / self.accumulation).backward()
         for name, state in self.state.items():
             if state.weight.grad is not None:
-                self.to_mesh(name, state.weight.grad)       # else XLA might keep it whole
+                self.to_mesh(name, state.weight.grad)       # or XLA might replicate it
 
     def step(self):
-        """Ends a micro-batch; after the last one of a step, records Adam's step."""
+        """Ends a micro-batch. After the last one of a step, records Adam's step."""
         self.micro_batches += 1
         if self.micro_batches % self.accumulation:
             sync()
@@ -381,7 +384,7 @@ class Engine:
                               self.max_grad_norm)
 
     def update_ema(self, decay):
-        """Updates the EMA and runs the step. decay 1 leaves the EMA, with no other graph."""
+        """Updates the EMA and runs the step. A decay of 1 leaves the EMA, with the same graph."""
         update_ema(self.state.values(), self.to_scalar(1 - decay))
         sync()
 
@@ -393,15 +396,16 @@ class Engine:
 
     @contextlib.contextmanager
     def use_ema(self):
-        """Within it the model has the EMA weights; yields the model."""
+        """A context in which the model has the EMA weights. Yields the model."""
         weights = {name: state.ema.to(self.dtype) for name, state in self.state.items()}
         with use_weights(self.model, weights):
             yield self.model
 
     def gather_state(self):
-        """This host's part of a checkpoint: (EMA, state), each {name: tensor on the CPU}.
+        """This host's part of a checkpoint: (EMA, state), each {name: tensor}, as CPU copies.
 
-        Each shard is written by one host. state has weight.NAME, exp_avg.NAME and exp_avg_sq.NAME.
+        Each shard is written by one host. The names in state are weight.NAME, exp_avg.NAME and
+        exp_avg_sq.NAME.
         """
         import torch_xla
         torch_xla.sync(wait=True)
@@ -416,7 +420,7 @@ class Engine:
 
 
 def local_shards(prefix, name, tensor):
-    """What this host stores of a tensor on the mesh: as sharding.slices_to_store returns it."""
+    """The part of a tensor on the mesh that this host writes; see sharding.slices_to_store."""
     import torch_xla.distributed.spmd as xs
     shards = xs.XLAShardedTensor(tensor).local_shards
     first = [(shard.indices, shard.data) for shard in shards if shard.replica_id == 0]
@@ -425,14 +429,14 @@ def local_shards(prefix, name, tensor):
 
 # ------------------------------------------------------------------------------ data
 
-# Dimensions of a batch's tensors (data/batches.py). The first is the batch: all devices share it.
+# Number of dimensions of a batch's tensors (data/batches.py). All devices share the first, B.
 DIMENSIONS = {"pixels": 4, "ids": 2, "mask": 2, "clip": 2, "normal": 1, "noise": 5, "counts": 1}
 
 
 def place_batches(batches, mesh):
-    """The batches with their tensors on the mesh, ahead of time, by threads.
+    """Yields batches with their tensors on the mesh. Threads place them ahead of time.
 
-    Each host brings its part of a batch. What is not a tensor stays as it is.
+    Each host provides its part of a batch. Values that are not tensors are passed on unchanged.
     """
     import torch_xla
     import torch_xla.distributed.spmd as xs
@@ -443,7 +447,7 @@ def place_batches(batches, mesh):
         spec = (sharding.AXES, *[None] * (dimensions - 1))
         specs[name] = xs.ShardingSpec(mesh, spec, minibatch=True)
 
-    # This is what an MpDeviceLoader has inside, but it can be closed before the data workers are.
+    # MpDeviceLoader does the same, but this loader can be closed before the data workers.
     device = torch_xla.device()
     others, errors = deque(), []
     tensors = split_batches(batches, others, errors)
@@ -458,9 +462,9 @@ def place_batches(batches, mesh):
 
 
 def split_batches(batches, others, errors):
-    """Yields the tensors of each batch, and appends its other values, a dict, to `others`.
+    """Yields the tensors of each batch, and appends a dict of its other values to `others`.
 
-    A thread reads this, in which an error would be lost: it is appended to `errors`.
+    This runs in a thread, where an exception would be lost, so exceptions are appended to `errors`.
     """
     try:
         for batch in batches:

@@ -1,10 +1,10 @@
 """The engine of train_gpu.py: DeepSpeed's, with an EMA and with checkpoints for any ZeRO stage.
 
-ZeRO gives each rank a share of Adam's state (stage 1), of the gradients (2) and of the weights (3).
-The functions here start the processes, merge DeepSpeed's settings, put float32 weights and moments
-together from the ranks' shares and take them apart again, and share out the EMA.
+ZeRO shards Adam's state (stage 1), the gradients (stage 2) and the weights (stage 3) across ranks.
+The functions here start the processes, merge DeepSpeed's settings, gather and scatter float32
+weights and moments, and shard the EMA.
 
-DeepSpeed is imported inside functions, since that takes seconds, which --help can do without.
+DeepSpeed is imported inside functions, because the import takes seconds and would slow down --help.
 """
 import contextlib
 import json
@@ -28,7 +28,7 @@ from fusedit_lib.train.build import trainable
 # ------------------------------------------------------------------------------ start
 
 def set_environment_defaults():
-    """Where no launcher has described the processes, says that this is the only one."""
+    """Sets the variables of a single process, unless a launcher has set them."""
     if "RANK" in os.environ:
         return
     with socket.socket() as free:
@@ -41,7 +41,8 @@ def set_environment_defaults():
 def pick_device(run):
     """The GPU of this process, or the device of --device.
 
-    Raises FuseDiTError if one of several processes has no GPU, and --device does not allow for it.
+    Raises FuseDiTError if one of several processes has no GPU although torch is built for CUDA,
+    unless --device is given.
     """
     if run.device != "cpu" and torch.cuda.is_available():
         device = backend.pick_device(f"cuda:{os.environ['LOCAL_RANK']}")
@@ -49,14 +50,14 @@ def pick_device(run):
         return device
     device = backend.pick_device(run.device)
     if int(os.environ["WORLD_SIZE"]) > 1 and run.device == "auto" and torch.version.cuda:
-        raise FuseDiTError(f"{socket.gethostname()} shows no GPU, which torch is built for "
-                           "(nvidia-smi?); on CPUs, --device cpu says that none is meant")
+        raise FuseDiTError(f"no GPU is visible on {socket.gethostname()}, although torch is built "
+                           "for GPUs: check nvidia-smi, or use --device cpu to train on CPUs")
     return device
 
 
 def start(device):
     """Connects the processes."""
-    os.environ.setdefault("DS_ACCELERATOR", device.type)    # DeepSpeed would guess
+    os.environ.setdefault("DS_ACCELERATOR", device.type)    # otherwise DeepSpeed guesses
     device_id = None
     if device.type == "cuda":
         device_id = device
@@ -64,20 +65,20 @@ def start(device):
         communication = "gloo"
     elif os.environ["WORLD_SIZE"] == "1":
         communication = "nccl"
-    else:                                   # the ranks also exchange numbers in the CPU's memory
+    else:                                   # ranks also exchange CPU tensors
         communication = "cpu:gloo,cuda:nccl"
     dist.init_process_group(communication, timeout=timedelta(minutes=30), device_id=device_id)
 
 
 def prepare_layers(run, model, vae):
-    """Tries the attention kernel; sets up float8, compilation and recomputation if asked for."""
+    """Checks the attention kernel. Applies --float8, --compile and --remat."""
     kernel = backend.check_attention(model, backend.torch_dtype(run.dtype))
     if kernel and dist.get_rank() == 0:
         print(kernel, flush=True)
     if run.float8:
         backend.use_float8(model.dit)
     if run.compile:
-        compile_llm = run.zero[0] != "3"    # there Gemma's weights are gathered one by one
+        compile_llm = run.zero[0] != "3"    # ZeRO 3 gathers Gemma's weights one by one
         backend.compile_model(model, vae, compile_llm, run.memory_budget)
     if run.remat:
         for layer in model.dit.layers:
@@ -87,10 +88,11 @@ def prepare_layers(run, model, vae):
 # ------------------------------------------------------------------------------ settings
 
 def merge_config(ours, path, defaults):
-    """DeepSpeed's settings: ours, those of the user's JSON file, and defaults.
+    """Merges our DeepSpeed settings, those of the user's JSON file, and defaults.
 
-    path: the file, or "". It may add to our settings, not contradict them, and may replace the
-    defaults. Raises FuseDiTError if it contradicts, or if it has settings that our flags make.
+    path: the file, or "". It may add to our settings and replace the defaults.
+    Raises FuseDiTError if it contradicts our settings, or has an optimizer or a scheduler, which
+    are set by flags.
     """
     theirs = {}
     if path:
@@ -99,8 +101,8 @@ def merge_config(ours, path, defaults):
         raise FuseDiTError(f"{path} is not a JSON object of DeepSpeed settings")
     for key in ("optimizer", "scheduler"):
         if key in theirs:
-            raise FuseDiTError(f"{path}: {key} is set by our flags (--lr, --beta1, --lr-schedule "
-                               "...)")
+            raise FuseDiTError(f"{path}: {key} must be set by flags instead (--lr, --beta1, "
+                               "--lr-schedule, ...)")
     merged = add_settings(theirs, ours, path)
 
     for key, value in defaults.items():
@@ -112,45 +114,47 @@ def merge_config(ours, path, defaults):
 
 
 def add_settings(theirs, ours, path, prefix=""):
-    """theirs, with ours added to it, level by level. prefix: the names of the levels above."""
+    """Adds ours to theirs recursively. prefix: the dotted path of this level, for errors."""
     for key, value in ours.items():
         if isinstance(value, dict) and isinstance(theirs.get(key, {}), dict):
             theirs[key] = add_settings(theirs.get(key, {}), value, path, f"{prefix}{key}.")
         elif key in theirs and theirs[key] not in (value, "auto"):
             raise FuseDiTError(f"{path}: {prefix}{key} is {json.dumps(theirs[key])}, but the flags "
-                               f"say {json.dumps(value)}: change one of them")
+                               f"set it to {json.dumps(value)}: change one of them")
         else:
             theirs[key] = value
     return theirs
 
 
 def skip_shared_memory_op():
-    """Keeps DeepSpeed from compiling its C++ for all-reduce in shared memory, on CPUs.
+    """Keeps DeepSpeed from compiling its C++ all-reduce in shared memory, on CPUs.
 
-    That takes a minute at the first start, and gloo does without it. DeepSpeed has no setting for
-    this, so an entry of its private table of ops is changed. (We know of no issue upstream.)
+    Compiling it takes a minute at the first start, and gloo does not need it. DeepSpeed has no
+    setting for this, so an entry of its private table of ops is changed. (We know of no upstream
+    issue.)
     """
     import deepspeed
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
 
 
 def adam_is_plain(run):
-    """Whether Adam works on the model's own weights: stage 0 in float32 needs no ZeRO optimizer."""
+    """Returns True for stage 0 in float32, where a plain Adam updates the model's own weights."""
     return run.zero[0] == "0" and run.dtype == "float32"
 
 
 def clip_and_skip(adam, max_norm):
     """Makes Adam clip gradients, and skip a step whose gradient is not finite.
 
-    For stage 0 in float32, where no optimizer of DeepSpeed's does it. It is decided on the device,
-    in the way of GradScaler, so that nothing waits. adam.norm is the norm before clipping.
+    This is for stage 0 in float32, where there is no DeepSpeed optimizer that does it. As with
+    GradScaler, the decision is made on the device, so that the host does not wait. adam.norm is the
+    norm before clipping.
     """
     def before_step(adam, args, kwargs):
         grads = [p.grad for p in adam.param_groups[0]["params"] if p.grad is not None]
         adam.norm = torch.nn.utils.get_total_norm(grads).nan_to_num(math.inf, math.inf)
         if max_norm:
             torch._foreach_mul_(grads, (max_norm / (adam.norm + 1e-6)).clamp(max=1))
-        # What fused Adam reads: a found_inf of 1 makes it leave everything as it is.
+        # Fused Adam reads these: with found_inf = 1 it changes nothing.
         adam.grad_scale = None
         adam.found_inf = (~adam.norm.isfinite()).float()
 
@@ -160,15 +164,15 @@ def clip_and_skip(adam, max_norm):
 # ------------------------------------------------------------------------------ float32 state
 
 class StateTensor(NamedTuple):
-    """A float32 weight, or a moment of one, wherever ZeRO keeps it."""
+    """A float32 weight or moment, wherever ZeRO keeps it."""
     key: str                                # "weight", "exp_avg" or "exp_avg_sq"
-    name: str                               # of the parameter
-    get: Callable                           # () -> all of it; under ZeRO every rank must call it
-    put: Callable                           # (all of it) -> None; not for stage 3
+    name: str                               # parameter name
+    get: Callable                           # () -> whole tensor; under ZeRO every rank must call it
+    put: Callable                           # (whole tensor) -> None; not for stage 3
 
 
 def full_precision_state(engine, keys=("weight", "exp_avg", "exp_avg_sq")):
-    """A StateTensor for each of the keys of each trained parameter. engine: DeepSpeed's."""
+    """Yields a StateTensor for each key of each trained parameter. engine: DeepSpeed's."""
     for i, (name, parameter) in enumerate(trainable(engine.module)):
         for key in keys:
             if engine.zero_optimization_stage() == 0:
@@ -179,7 +183,7 @@ def full_precision_state(engine, keys=("weight", "exp_avg", "exp_avg_sq")):
 
 
 def whole_state(adam, i, key):
-    """(get, put) for parameter i of an Adam that has all of it."""
+    """(get, put) for parameter i of an Adam that holds whole parameters."""
     parameter = adam.param_groups[0]["params"][i]
     tensor = parameter.data
     if key != "weight":
@@ -188,7 +192,7 @@ def whole_state(adam, i, key):
 
 
 def sharded_state(parameter, key):
-    """(get, put) for a parameter whose float32 state is shared out among ranks."""
+    """(get, put) for a parameter whose float32 state is sharded across ranks."""
     from deepspeed import utils as ds
     if key == "weight":
         get = partial(ds.safe_get_full_fp32_param, parameter)
@@ -200,11 +204,11 @@ def sharded_state(parameter, key):
 
 
 def load_optimizer_state(engine, checkpoint):
-    """Gives Adam its float32 weights, moments and step, for any ZeRO stage and number of ranks.
+    """Loads Adam's float32 weights, moments and step, for any ZeRO stage and number of ranks.
 
-    engine: DeepSpeed's. checkpoint: as load_checkpoint returns it, written with any stage and
-    number of ranks, or by train_tpu.py. If None, of a new run, the moments become zero, so that
-    there is something to save at any time.
+    engine: DeepSpeed's.
+    checkpoint: a Checkpoint, written with any stage and number of ranks or by train_tpu.py. For a
+        new run it is None, and the moments are set to zero, so that they can be saved at any time.
     """
     steps = 0.0
     if checkpoint is not None:
@@ -224,7 +228,7 @@ def load_optimizer_state(engine, checkpoint):
 
 
 def create_moments(engine, steps):
-    """Moments of zero for what DeepSpeed's engine has as Adam's parameters, after some steps."""
+    """Creates zero moments for the Adam of DeepSpeed's engine, with a count of steps."""
     stage = engine.zero_optimization_stage()
     adam = engine.basic_optimizer
     parameters = adam.param_groups[0]["params"]
@@ -233,17 +237,18 @@ def create_moments(engine, steps):
     for p in parameters:
         adam.state[p] = {"step": torch.tensor(steps, device=p.device),
                          "exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
-    if stage in (1, 2):                     # DeepSpeed would look for them after the first step
+    if stage in (1, 2):                     # DeepSpeed does this after the first step
         engine.optimizer._lazy_init_hp_params_optimizer_state()
 
 
 def put_stage_3(parameter, key, value):
-    """Sets this rank's part of a float32 weight or moment under ZeRO 3. value: all of it.
+    """Sets this rank's part of a float32 weight or moment under ZeRO 3. value: the whole tensor.
 
-    DeepSpeed's safe_set_full_... functions fail where a parameter does not divide into ranks.
+    DeepSpeed's safe_set_full_... functions fail for a parameter that is not divisible by the number
+    of ranks.
     """
     from deepspeed import utils as ds
-    size = parameter.ds_tensor.ds_numel     # of each rank's part; the last one is padded
+    size = parameter.ds_tensor.ds_numel     # size of each part; the last one is padded
     missing = size * dist.get_world_size() - parameter.ds_numel
     padded = torch.nn.functional.pad(value.flatten(), (0, missing))
     start = size * dist.get_rank()
@@ -257,20 +262,21 @@ def put_stage_3(parameter, key, value):
 # ------------------------------------------------------------------------------ EMA
 
 class ShardedEMA(NamedTuple):
-    """The exponential moving average of the weights, each tensor on one rank."""
-    owner: dict                             # {name: the rank that has it and writes it}
-    tensors: dict                           # {name: float32 tensor} of this rank
+    """The exponential moving average (EMA) of the weights, with each tensor on one rank."""
+    owner: dict                             # {name: rank that keeps and writes the tensor}
+    tensors: dict                           # {name: float32 tensor} on this rank
 
 
 def shard_ema(model, checkpoint, rank, world, offload=False):
-    """ShardedEMA of a model's trained weights, or of a checkpoint.
+    """ShardedEMA that starts from a model's trained weights, or is read from a checkpoint.
 
-    Ranks hold about the same: the largest tensor comes first, to the rank that has least.
-    offload: the tensors lie in the CPU's memory, where the weights are copied for an update.
+    To balance the ranks, the tensors are assigned from the largest to the smallest, each to the
+    rank with the fewest elements.
+    offload: keep the tensors in CPU memory, to which the weights are copied for an update.
     """
     weights = dict(trainable(model))
     owner = {}
-    load = [0] * world                      # numbers on each rank
+    load = [0] * world                      # elements on each rank
     for name in sorted(weights, key=lambda name: (-weights[name].numel(), name)):
         owner[name] = load.index(min(load))
         load[owner[name]] += weights[name].numel()
@@ -294,7 +300,7 @@ def shard_ema(model, checkpoint, rank, world, offload=False):
 # ------------------------------------------------------------------------------ the engine
 
 class Engine:
-    """DeepSpeed's engine and the EMA, with the methods that xla.Engine has on a mesh."""
+    """DeepSpeed's engine and the EMA, with the same methods as xla.Engine."""
 
     def __init__(self, deepspeed_engine, ema):
         self.deepspeed = deepspeed_engine
@@ -313,20 +319,20 @@ class Engine:
         return self.deepspeed(*args)
 
     def backward(self, loss):
-        """Adds the gradients of a micro-batch up."""
+        """Accumulates the gradients of a micro-batch."""
         self.deepspeed.backward(loss)
 
     def step(self):
-        """Ends a micro-batch; after the last one of a step, DeepSpeed makes Adam's step."""
+        """Ends a micro-batch. After the last one of a step, DeepSpeed runs Adam's step."""
         self.deepspeed.step()
 
     @torch.no_grad()
     def update_ema(self, decay):
-        """Moves this rank's EMA towards the new weights. decay 1 leaves it, and costs nothing."""
+        """Updates this rank's part of the EMA. A decay of 1 does nothing."""
         if decay == 1:
             return
         for tensor in full_precision_state(self.deepspeed, ["weight"]):
-            weight = tensor.get()           # gathers: every rank takes part
+            weight = tensor.get()           # gathers, so every rank takes part
             if tensor.name in self.ema.tensors:
                 ema = self.ema.tensors[tensor.name]
                 ema.lerp_(weight.to(ema), 1 - decay)
@@ -338,8 +344,8 @@ class Engine:
             return self.adam.norm
         offload = getattr(optimizer, "cpu_offload", False)
         if self.deepspeed.zero_optimization_stage() < 3 and offload and optimizer.overflow:
-            # DeepSpeed 0.19 would add the next step's gradients to those of the skipped one. (We
-            # know of no issue upstream; this can go when tests of skipped steps pass without.)
+            # DeepSpeed 0.19 would add the next step's gradients to those of the skipped step. (We
+            # know of no upstream issue. Remove this when the tests of skipped steps pass without.)
             gradients = optimizer.averaged_gradients
             gradients.update(dict.fromkeys(gradients))
         return self.deepspeed.get_global_grad_norm()
@@ -348,22 +354,24 @@ class Engine:
 
     @contextlib.contextmanager
     def use_ema(self):
-        """Within it the model has the EMA weights; yields the model, in eval mode.
+        """A context in which the model has the EMA weights. Yields the model in eval mode.
 
-        Afterwards it has the very same weights as before, of which each rank has kept its part.
+        Afterwards the model has exactly its previous weights again. Each rank keeps a part of them
+        in the meantime.
         """
         trained_weights = {}
         self.exchange_weights(self.ema.tensors, replaced=trained_weights)
         self.deepspeed.eval()
-        yield self.module                   # an error of one rank must not wait for the others
+        yield self.module                   # no finally: a failed rank must not wait for others
         self.deepspeed.train()
         self.exchange_weights(trained_weights)
 
     @torch.no_grad()
     def exchange_weights(self, new, replaced=None):
-        """Gives all ranks the new weights, {name: tensor} of the rank that owns them, one by one.
+        """Replaces the weights on all ranks, one by one.
 
-        replaced: a dict for CPU copies of the weights that this rank owns, as they were.
+        new: {name: tensor} of the weights that this rank owns.
+        replaced: a dict that receives CPU copies of the previous weights that this rank owns.
         """
         from deepspeed.runtime.zero import GatheredParameters
         rank = dist.get_rank()
@@ -375,18 +383,18 @@ class Engine:
                         replaced[name] = parameter.detach().to("cpu", copy=True)
                     parameter.copy_(new[name])
                 if self.deepspeed.zero_optimization_stage() < 3:
-                    # In DeepSpeed's group: the first use of another would take memory of the GPU.
+                    # DeepSpeed's group, because the first use of another one would take GPU memory.
                     dist.broadcast(parameter.data, owner, self.deepspeed.seq_data_parallel_group)
 
     def gather_state(self):
-        """This rank's part of a checkpoint: (EMA, state), each {name: tensor}, copies on the CPU.
+        """This rank's part of a checkpoint: (EMA, state), each {name: tensor}, as CPU copies.
 
-        Each tensor is written by the owner of its EMA. state has weight.NAME, exp_avg.NAME and
-        exp_avg_sq.NAME.
+        Each tensor is written by the rank that owns its EMA. The names in state are weight.NAME,
+        exp_avg.NAME and exp_avg_sq.NAME.
         """
         state = {}
         for tensor in full_precision_state(self.deepspeed):
-            whole = tensor.get()            # gathers: every rank takes part
+            whole = tensor.get()            # gathers, so every rank takes part
             if self.ema.owner[tensor.name] == dist.get_rank():
                 state[f"{tensor.key}.{tensor.name}"] = whole.to("cpu", torch.float32, copy=True)
             del whole                       # before the next one is gathered

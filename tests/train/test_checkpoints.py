@@ -1,4 +1,4 @@
-"""Run folders and checkpoints: complete or absent, whatever kills the run or fills the disk."""
+"""A checkpoint is complete or absent, even if the run is killed or the disk is full."""
 import os
 from dataclasses import replace
 from pathlib import Path
@@ -17,7 +17,7 @@ from fusedit_lib.train.config import model_config, parse_run
 
 @pytest.fixture(scope="module", autouse=True)
 def process_group(tmp_path_factory):
-    """A process group of this process alone: what a launcher starts with."""
+    """A process group of this process only, as a launcher creates."""
     store = tmp_path_factory.mktemp("store") / "file"
     torch.distributed.init_process_group("gloo", init_method=f"file://{store}", rank=0,
                                          world_size=1)
@@ -37,14 +37,14 @@ def folder(tmp_path, gemma):
 
 
 def tensors(value=1.0):
-    """What a rank writes: (EMA, trained weights and moments)."""
+    """The tensors that a rank writes: (EMA, trained weights and moments)."""
     ema = {"dit.w": torch.full((3,), value)}
     state = {f"{key}.dit.w": torch.full((3,), value) for key in ("weight", "exp_avg", "exp_avg_sq")}
     return ema, state
 
 
 def open_writer(run, config, first=0, data="some"):
-    """A CheckpointWriter of a run that is resumed from step `first`."""
+    """A CheckpointWriter for a run resumed from step `first`."""
     checkpoint = None
     if first:
         checkpoint = checkpoints.Checkpoint(step=first, data="some", adam_step=first, seen=0,
@@ -53,7 +53,7 @@ def open_writer(run, config, first=0, data="some"):
 
 
 def save(run, config, *steps, value=1.0):
-    """Save at these steps, as one process; returns the exit code of the last."""
+    """Save at these steps, as one process. Returns the exit code."""
     writer = open_writer(run, config, max(steps_of(run), default=0))
     for step in steps:
         counts = dict(adam_step=step, seen=0, skipped=0, skipped_steps=0)
@@ -64,7 +64,7 @@ def save(run, config, *steps, value=1.0):
 
 
 def resume(run, config, first, data="some"):
-    """Open the folder as a run that is resumed from step `first` does, and leave it."""
+    """Open the folder like a run that is resumed from step `first`, and release it."""
     open_writer(run, config, first, data).lock.release()
 
 
@@ -79,7 +79,7 @@ def no_space(*_):
 
 
 class Disk:
-    """What shutil.disk_usage returns."""
+    """Stands in for the result of shutil.disk_usage."""
     free = 40
 
 
@@ -94,27 +94,27 @@ def test_a_checkpoint_that_cannot_be_written_is_absent(folder, monkeypatch, caps
 
     with monkeypatch.context() as patch:
         patch.setattr(f"fusedit_lib.train.checkpoints.{broken}", no_space)
-        assert save(run, config, 4) == 1    # the last step is not saved: no success
+        assert save(run, config, 4) == 1    # the last step is not saved, so the run has failed
     err = capsys.readouterr().err
     assert "WARNING: step 4 is NOT saved" in err
     assert "No space" in err
     assert "The last checkpoint is step-0000003" in err
     assert steps_of(run) == [2, 3]
     assert not list(out.glob(".step*"))
-    assert save(run, config, 4) == 0        # with room again
+    assert save(run, config, 4) == 0        # there is room again
     assert steps_of(run) == [3, 4]
 
 
-def test_room_is_checked_before_any_is_taken(folder, monkeypatch, capsys):
+def test_free_space_is_checked_before_writing(folder, monkeypatch, capsys):
     run, config = folder
     monkeypatch.setattr(checkpoints.shutil, "disk_usage", lambda _: Disk)
     assert save(run, config, 4) == 1
     err = capsys.readouterr().err
-    assert "it takes 4.8e-08 GB and 4e-08 GB are free" in err
+    assert "it needs 4.8e-08 GB, but only 4e-08 GB are free" in err
     assert "There is no checkpoint yet" in err
 
 
-def test_a_checkpoint_has_what_was_saved(folder):
+def test_a_checkpoint_contains_what_was_saved(folder):
     run, config = folder
     out = Path(run.out)
     save(run, config, 1, 2, 3)
@@ -126,7 +126,7 @@ def test_a_checkpoint_has_what_was_saved(folder):
     assert checkpoint.step == checkpoint.adam_step == 4
 
 
-def test_what_a_killed_run_was_writing_is_removed(folder):
+def test_an_unfinished_checkpoint_of_a_killed_run_is_removed(folder):
     run, config = folder
     save(run, config, 4)
     (Path(run.out) / ".step-0000005.tmp" / "train_state").mkdir(parents=True)
@@ -134,7 +134,7 @@ def test_what_a_killed_run_was_writing_is_removed(folder):
     assert not list(Path(run.out).glob(".step*"))
 
 
-# Another process saves step 3 and dies at the point that the second argument names.
+# Another process saves step 3 and dies at the point given by the second argument.
 DIES = """
 import os, sys, torch
 import test_checkpoints
@@ -215,7 +215,7 @@ def test_two_runs_do_not_share_a_folder(folder):
     resume(run, config, 0)
 
 
-def test_some_checkpoints_are_kept_for_good(folder):
+def test_keep_every_protects_checkpoints(folder):
     run, config = folder
     run.keep = 1
     run.keep_every = 4
@@ -223,12 +223,12 @@ def test_some_checkpoints_are_kept_for_good(folder):
     assert steps_of(run) == [4, 8, 10]
 
 
-# ------------------------------------------------------------------------------ which one
+# ------------------------------------------------------------------------------ resuming
 
 @pytest.mark.parametrize("file, how", [
     ("model.safetensors", "cut"), ("train_state/state.safetensors", "cut"),
     ("train_state/state.json", "cut"), ("config.json", "gone")])
-def test_a_damaged_checkpoint_is_not_used_and_named(folder, capsys, file, how):
+def test_a_damaged_checkpoint_is_named_and_not_used(folder, capsys, file, how):
     run, config = folder
     out = Path(run.out)
     save(run, config, 1, 2)
@@ -239,17 +239,17 @@ def test_a_damaged_checkpoint_is_not_used_and_named(folder, capsys, file, how):
         os.truncate(path, path.stat().st_size - 3)
     assert checkpoints.open_run(run, config).name == "step-0000001"
     err = capsys.readouterr().err
-    assert "step-0000002 is damaged and not used" in err
+    assert "step-0000002 is damaged and is not used" in err
     assert Path(file).name in err
 
-    # resuming sets it aside, and writes `latest` anew
+    # resuming sets it aside and rewrites `latest`
     resume(run, config, 1)
     assert steps_of(run) == [1]
     assert list(out.glob("aside-*-step-0000002"))
     assert (out / "latest").read_text() == "step-0000001\n"
 
 
-def test_damage_that_leaves_nothing_to_resume_is_an_error(folder):
+def test_it_is_an_error_if_every_checkpoint_is_damaged(folder):
     run, config = folder
     out = Path(run.out)
     save(run, config, 1, 3)
@@ -259,7 +259,7 @@ def test_damage_that_leaves_nothing_to_resume_is_an_error(folder):
         checkpoints.open_run(run, config)
     run.resume = "auto"
     (out / "step-0000003" / "train_state" / "state.json").unlink()
-    with pytest.raises(FuseDiTError, match="every checkpoint is damaged"):
+    with pytest.raises(FuseDiTError, match="every checkpoint in .* is damaged"):
         checkpoints.open_run(run, config)
 
 
@@ -272,15 +272,15 @@ def test_which_checkpoint_to_resume(folder):
         run.resume = wanted
         assert checkpoints.open_run(run, config).name == "step-0000002"
 
-    # later ones are kept, under another name
+    # later checkpoints are kept under another name
     resume(run, config, 2)
     assert steps_of(run) == [1, 2]
     assert list(Path(run.out).glob("aside-*-step-0000013"))
     run.resume = "5"
-    with pytest.raises(FuseDiTError, match="--resume 5 is neither .* has step-0000001"):
+    with pytest.raises(FuseDiTError, match="--resume 5 is not .* has step-0000001"):
         checkpoints.open_run(run, config)
     run.resume = "none"
-    with pytest.raises(FuseDiTError, match="--resume auto resumes from there"):
+    with pytest.raises(FuseDiTError, match="use --resume auto to resume"):
         checkpoints.open_run(run, config)
 
 
@@ -291,7 +291,7 @@ def test_a_step_of_a_new_run_cannot_be_resumed(folder):
         checkpoints.open_run(run, config)
 
 
-def test_other_data_is_warned_of(folder, capsys):
+def test_changed_data_gives_a_warning(folder, capsys):
     run, config = folder
     save(run, config, 1)
     resume(run, config, 1)
@@ -300,7 +300,7 @@ def test_other_data_is_warned_of(folder, capsys):
     assert "--data has changed since step 1" in capsys.readouterr().err
 
 
-def test_a_model_folder_is_no_run(folder):
+def test_a_model_folder_is_not_a_run(folder):
     run, config = folder
     pretrained.save_model(run.out, config, {})
     with pytest.raises(FuseDiTError, match="holds a model, not a run"):
@@ -311,7 +311,7 @@ def test_the_folder_of_another_run_is_refused(folder):
     run, config = folder
     save(run, config, 5)
     run.lr = 0.5
-    run.steps = 7                           # this one and the next may change
+    run.steps = 7                           # steps and workers may change
     run.workers = 1
     with pytest.raises(FuseDiTError) as error:
         checkpoints.open_run(run, replace(config, pos_embed="ape"))
@@ -320,11 +320,11 @@ def test_the_folder_of_another_run_is_refused(folder):
     assert "model.pos_embed was '2d-rope', is 'ape'" in message
     assert "steps" not in message and "workers" not in message
     run.lr = 1e-4
-    checkpoints.open_run(run, replace(config, guidance=2.0))       # of sampling alone
+    checkpoints.open_run(run, replace(config, guidance=2.0))       # only used for sampling
 
 
 def test_a_model_folder_may_move(folder, tmp_path):
-    """A Gemma in another place, under its own name, is the same; under another name it is not."""
+    """A Gemma folder that has moved but kept its name is accepted; a renamed one is not."""
     run, config = folder
     save(run, config, 1)
     moved = str(tmp_path / "elsewhere" / Path(config.base).name)
@@ -336,7 +336,7 @@ def test_a_model_folder_may_move(folder, tmp_path):
 
 # ------------------------------------------------------------------------------ in a real run
 
-# Files cannot grow beyond MOST bytes from step 5 on, as if the disk were full.
+# From step 5 on, files cannot grow beyond MOST bytes, as on a full disk.
 FULL_DISK = """
 import resource, signal
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
@@ -351,7 +351,7 @@ resource.setrlimit(resource.RLIMIT_FSIZE, (1_000_000, 1_000_000))
 
 
 def test_a_full_disk_does_not_end_the_run(gemma, data, tmp_path):
-    """Whether checkpoints do not fit, or no line of the log."""
+    """One run has no room for checkpoints, the other not even for log lines."""
     sizes = {"run": "40_000", "log": "os.path.getsize(self.out / 'metrics.jsonl') + 20"}
     jobs = []
     for name, size in sizes.items():
@@ -360,8 +360,8 @@ def test_a_full_disk_does_not_end_the_run(gemma, data, tmp_path):
         jobs.append((argv, FULL_DISK.replace("MOST", size)))
     ends = launch_all(jobs, check=False)
     assert len(losses(tmp_path / "run")) == 10
-    assert 4 <= len(losses(tmp_path / "log")) < 7          # complete lines, none in part
-    assert "WARNING: not written: " in ends[1].stderr
+    assert 4 <= len(losses(tmp_path / "log")) < 7          # complete lines only
+    assert "WARNING: cannot write a log or sample file: " in ends[1].stderr
 
     for name, done in zip(sizes, ends, strict=True):
         assert done.returncode == 1
@@ -374,7 +374,7 @@ def test_a_full_disk_does_not_end_the_run(gemma, data, tmp_path):
         assert not list((tmp_path / name).glob(".step*"))
 
 
-# A clock that is 3 s later each time it is read, and on which 20 steps take 60 s.
+# A clock that advances by 3 s on each reading, so that 20 steps take 60 s.
 CLOCK = """
 import itertools, types
 seconds = itertools.count(0, 3)
@@ -382,7 +382,7 @@ checkpoints.time = types.SimpleNamespace(monotonic=lambda: next(seconds), time=t
 """
 
 
-def test_checkpoints_by_the_clock(gemma, data, tmp_path):
+def test_save_minutes(gemma, data, tmp_path):
     more = ("--steps", "20", "--keep", "99", "--sample-every", "99")
     launch_all([
         (flags(gemma, data, tmp_path / "often", *more, "--save-minutes", "0.2"), CLOCK),

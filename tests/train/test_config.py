@@ -1,4 +1,4 @@
-"""Run settings: flags and --help, usage errors, the model they describe, batch arithmetic."""
+"""Run settings: flags, --help, usage errors, model configuration and batch arithmetic."""
 import os
 import re
 from dataclasses import fields
@@ -17,13 +17,13 @@ from fusedit_lib.train.config import (
 
 
 def squeeze(text):
-    """Text without white space: --help wraps its lines."""
+    """Text without white space, because --help wraps lines."""
     return re.sub(r"\s", "", text)
 
 
 @pytest.mark.parametrize("engine", ["gpu", "tpu"])
-def test_every_setting_is_a_flag_with_its_help_and_default(engine):
-    """train_tpu.py, too, without torch_xla."""
+def test_every_setting_has_a_flag_with_help_and_default(engine):
+    """Also for train_tpu.py, without torch_xla."""
     out = launch(["--help"], engine=engine).stdout
     for setting in fields(RunConfig):
         name = "--" + setting.name.replace("_", "-")
@@ -39,7 +39,7 @@ def test_every_setting_is_a_flag_with_its_help_and_default(engine):
 
 @pytest.mark.parametrize("engine", ["gpu", "tpu"])
 def test_help_has_groups(engine):
-    """Every flag stands below the title of its subject."""
+    """Every flag is listed under the title of its group."""
     out = launch(["--help"], engine=engine).stdout
     titles = [f.metadata["group"] for f in fields(RunConfig) if f.metadata["group"]]
     assert titles[0] == "model" and len(titles) == 8
@@ -72,7 +72,7 @@ def test_bad_flags_are_usage_errors(argv, message, capsys):
     (["--set", "patch_size=two"], "patch_size"),
     (["--set", "patch_size=4", "--image-size", "30"], "28 or 32"),
     (["--set", "patch_size=4", "--image-size", "3"], "nearest: 4")])
-def test_bad_models_are_named(argv, message):
+def test_bad_model_settings_are_named(argv, message):
     with pytest.raises(FuseDiTError, match=re.escape(message)):
         model_config(parse_run(argv, ""))
 
@@ -88,7 +88,7 @@ def test_overrides_reach_the_model(tmp_path, monkeypatch):
     assert config.shift == 3
     assert config.qk_norm is False
     assert config.image_size == 32
-    assert config.base == str(tmp_path / "gemma")          # absolute: sample.py may run anywhere
+    assert config.base == str(tmp_path / "gemma")          # absolute: usable from anywhere
     hub = model_config(parse_run(["--preset", "fusedit"], ""))
     assert hub.base == "google/gemma-2-2b"
 
@@ -103,7 +103,7 @@ def test_prompts_come_from_flags_and_files(tmp_path):
         parse_run(["--prompts", str(path)], "")
 
 
-def test_a_mesh_may_begin_with_a_minus():
+def test_a_mesh_may_start_with_a_minus():
     assert parse_run(["--mesh", "-1,2", "--steps", "3"], "", "tpu").mesh == "-1,2"
 
 
@@ -115,11 +115,11 @@ def test_batch_arithmetic():
     assert split(512, 0, 8) == (64, 1)
     assert split(512, 16, 8) == (16, 4)
     assert split(6, 2, 3) == (2, 1)
-    with pytest.raises(FuseDiTError, match=r"--batch 504 or 528 would, or --micro-batch 2"):
+    with pytest.raises(FuseDiTError, match=r"use --batch 504 or 528, or --micro-batch 2"):
         split(512, 3, 8)
-    with pytest.raises(FuseDiTError, match=r"--batch 9 or 12 would$"):
+    with pytest.raises(FuseDiTError, match=r"use --batch 9 or 12$"):
         split(10, 0, 3)
-    with pytest.raises(FuseDiTError, match=r"--batch 4 would$"):
+    with pytest.raises(FuseDiTError, match=r"use --batch 4$"):
         split(2, 0, 4)
 
 
@@ -129,7 +129,7 @@ def test_batch_arithmetic():
     ("LOCAL_SIZE", 224, 8, 16),
     ("LOCAL_WORLD_SIZE", 2, 1, 1),
     ("LOCAL_WORLD_SIZE", 4, 8, 1)])
-def test_data_processes_are_by_the_cores(monkeypatch, variable, cores, ranks_here, workers):
+def test_data_processes_depend_on_the_cores(monkeypatch, variable, cores, ranks_here, workers):
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(cores)))
     monkeypatch.setattr(os, "cpu_count", lambda: cores)
     monkeypatch.setenv(variable, str(ranks_here))
@@ -137,7 +137,7 @@ def test_data_processes_are_by_the_cores(monkeypatch, variable, cores, ranks_her
     assert data_workers(parse_run(["--workers", "0"], "")) == 0
 
 
-def test_a_budget_needs_the_compiler(gemma, data, tmp_path):
+def test_a_memory_budget_needs_the_compiler(gemma, data, tmp_path):
     done = launch(flags(gemma, data, tmp_path / "run", "--memory-budget", "0.5"), check=False)
     assert done.returncode == 1
-    assert "--memory-budget is a setting of the compiler: add --compile" in done.stderr
+    assert "--memory-budget has no effect without --compile: add --compile" in done.stderr

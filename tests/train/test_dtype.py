@@ -1,4 +1,4 @@
-"""--dtype auto, on machines of every kind; and threads that do not take what others need."""
+"""--dtype auto on all kinds of machines, and threads that do not waste CPU time by spinning."""
 import json
 import os
 
@@ -13,7 +13,7 @@ from fusedit_lib.train import checkpoints
 from fusedit_lib.train.config import RunConfig
 
 CPU = torch.device("cpu")
-# This machine as if it had, or had not, bf16 in hardware.
+# Pretends that this machine has, or does not have, bf16 in hardware.
 NATIVE = """
 from fusedit_lib import backend
 backend.native_bf16 = lambda device: {}
@@ -23,7 +23,7 @@ backend.native_bf16 = lambda device: {}
 @pytest.mark.parametrize("capability, has, want", [
     ("AVX512", True, True), ("AVX512", False, False), ("AVX2", True, False),
     ("DEFAULT", True, False)])
-def test_a_cpu_has_bf16_if_it_may_use_avx512_with_it(monkeypatch, capability, has, want):
+def test_a_cpu_has_bf16_if_torch_may_use_avx512_bf16(monkeypatch, capability, has, want):
     monkeypatch.setattr(backend.platform, "machine", lambda: "x86_64")
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
     monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: has)
@@ -45,8 +45,8 @@ def test_other_devices(monkeypatch, has, pjrt_device):
     assert backend.native_bf16(torch.device("xla")) == has
 
 
-def test_variables_that_make_a_cpu_older_make_it_float32():
-    """As a newer one runs the tests in the place of an older one."""
+def test_a_cpu_limited_to_avx2_gets_float32():
+    """ATEN_CPU_CAPABILITY lets the tests on a new CPU stand in for an older one."""
     code = ("import torch\n"
             "from fusedit_lib import backend\n"
             "print(backend.dtype_name('auto', torch.device('cpu')))")
@@ -67,10 +67,10 @@ def test_a_run_resumes_in_its_own_dtype(gemma_folder, data, tmp_path):
     assert not first.stderr
     assert json.loads((out / "config.json").read_text())["run"]["dtype"] == "bf16"
 
-    other = run(4, "auto", native=False)    # on a machine without it
+    other = run(4, "auto", native=False)    # on a machine without bf16
     assert "images in bf16" in other.stdout
     assert len(losses(out)) == 4
-    assert other.stderr == (f"note: {out} was started in bf16 and is resumed in it; bf16 is "
+    assert other.stderr == (f"note: {out} was started in bf16 and continues in bf16; bf16 is "
                             "emulated on this cpu: float32 would be faster\n")
 
     refused = run(6, "float32", native=False)
@@ -117,7 +117,7 @@ def test_evaluate_says_that_bf16_is_emulated(tmp_path):
     assert first.returncode == 0
     assert "drawing in bf16 on cpu (" in first.stderr
 
-    # auto: as these images were begun
+    # auto: the dtype of the existing images
     (out / "guidance-3-steps-1" / "images" / "00001.png").unlink()
     again = evaluate()
     assert again.returncode == 0
@@ -129,7 +129,7 @@ def test_evaluate_says_that_bf16_is_emulated(tmp_path):
 
 # ------------------------------------------------------------------------------ threads
 
-# Prints a variable when a program begins to import torch, and ends.
+# Prints a variable when a program starts to import torch, and exits.
 WATCH_TORCH = """
 import os, sys
 class Watch:
@@ -147,7 +147,7 @@ import {0}
     ({}, "3000"), ({"GOMP_SPINCOUNT": "7"}, "7"), ({"OMP_WAIT_POLICY": "ACTIVE"}, "None")])
 @pytest.mark.parametrize("program", ["sample", "train_gpu", "train_tpu", "prepare_data",
                                      "evaluate"])
-def test_threads_wait_as_they_should_before_torch_is_there(program, given, want):
+def test_spinning_is_limited_before_torch_is_imported(program, given, want):
     env = dict(os.environ)
     env.pop("GOMP_SPINCOUNT", None)
     env.pop("OMP_WAIT_POLICY", None)

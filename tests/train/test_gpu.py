@@ -1,7 +1,7 @@
-"""Training and sampling on a GPU against the same on the CPU: pytest -m gpu, where there is one.
+"""Compares training and sampling on a GPU with the CPU. Run with pytest -m gpu on a GPU machine.
 
-All other tests are of the CPU and see no GPU (conftest.py). Each run here is a process of its own,
-in the environment that pytest was started in.
+All other tests run on the CPU and see no GPU (conftest.py). Each run here is a separate process, in
+the environment in which pytest was started.
 """
 import os
 import shutil
@@ -17,7 +17,7 @@ from PIL import Image
 
 
 def count_gpus():
-    """How many GPUs pytest was shown."""
+    """The number of GPUs that were visible to pytest."""
     if GPUS == "" or not shutil.which("nvidia-smi"):
         return 0
     if GPUS != "all":
@@ -27,7 +27,7 @@ def count_gpus():
 
 
 def environment():
-    """The environment of the processes, which see the GPUs that pytest was shown."""
+    """An environment in which processes see the GPUs that were visible to pytest."""
     env = os.environ | {"PYTHONPATH": f"{ROOT}:{ROOT}/tests", "CUDA_VISIBLE_DEVICES": GPUS}
     if GPUS == "all":
         del env["CUDA_VISIBLE_DEVICES"]
@@ -38,12 +38,12 @@ DEVICE = "cuda"
 FOUND = count_gpus()
 ENV = environment()
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not FOUND, reason="there is no GPU")]
-if os.environ.get("GPU_EXPECTED") and not FOUND:           # benchmarks/gpu: skipping is no success
+if os.environ.get("GPU_EXPECTED") and not FOUND:           # set by benchmarks/gpu: do not skip
     raise RuntimeError("GPU_EXPECTED is set, and there is no GPU")
 
 
 def program(name, *words, **env):
-    """Run one of the programs; if it fails, the test fails with the end of its output."""
+    """Run one of the programs. If it fails, the test fails and shows the end of its output."""
     done = subprocess.run([sys.executable, ROOT / name, *map(str, words)], env=ENV | env,
                           capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-1000:] + done.stderr[-3000:]
@@ -57,7 +57,7 @@ def train(gemma, data, out, *more, device=DEVICE):
 
 @pytest.fixture(scope="module")
 def first_step(gemma, data, tmp_path_factory):
-    """A run's first step, on the CPU: a GPU would have other random initial weights."""
+    """A run's first step on the CPU, because random initial weights on a GPU would differ."""
     out = tmp_path_factory.mktemp("first-step") / "run"
     train(gemma, data, out, "--steps", "1", device="cpu")
     return out
@@ -65,7 +65,7 @@ def first_step(gemma, data, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def on_cpu(gemma, data, first_step, tmp_path_factory):
-    """The run to its end on the CPU, in float32."""
+    """The whole run on the CPU, in float32."""
     out = tmp_path_factory.mktemp("cpu") / "run"
     shutil.copytree(first_step, out)
     train(gemma, data, out, device="cpu")
@@ -81,11 +81,11 @@ def on_cpu(gemma, data, first_step, tmp_path_factory):
     ("--dtype bf16", 2e-2),
     ("--dtype bf16 --zero 3", 2e-2),
     ("--dtype bf16 --compile --memory-budget 0.5", 2e-2)])
-def test_it_trains_as_a_cpu_does(gemma, data, tmp_path, first_step, on_cpu, more, near):
-    """float32 is TF32 there. It saves at the end, and its memory is the GPU's."""
+def test_training_matches_the_cpu(gemma, data, tmp_path, first_step, on_cpu, more, near):
+    """On the GPU, float32 is TF32. The run saves at the end, and logs GPU memory."""
     out = tmp_path / "run"
     shutil.copytree(first_step, out)
-    if "bf16" in more:                      # a run keeps its dtype: this one is told another
+    if "bf16" in more:                      # a run keeps its dtype, so change what it stored
         path = out / "config.json"
         path.write_text(path.read_text().replace('"dtype": "float32"', '"dtype": "bf16"'))
     done = train(gemma, data, out, *more.split())
@@ -95,8 +95,8 @@ def test_it_trains_as_a_cpu_does(gemma, data, tmp_path, first_step, on_cpu, more
     assert "attention by" in done.stdout
 
 
-def test_it_resumes_where_a_cpu_stopped(gemma, data, tmp_path, on_cpu):
-    """And back: what is stored is the same, whoever wrote it."""
+def test_a_run_of_a_cpu_resumes_on_a_gpu(gemma, data, tmp_path, on_cpu):
+    """It also resumes on the CPU again: a checkpoint does not depend on the device."""
     shutil.copytree(on_cpu, tmp_path / "run")
     train(gemma, data, tmp_path / "run", "--steps", "8")
     train(gemma, data, tmp_path / "run", "--steps", "9", device="cpu")
@@ -114,14 +114,14 @@ def generated(device, out):
     return np.asarray(Image.open(path), int)
 
 
-def test_it_generates_as_a_cpu_does(tmp_path):
+def test_sampling_matches_the_cpu(tmp_path):
     gpu = generated(DEVICE, tmp_path / "gpu")
     cpu = generated("cpu", tmp_path / "cpu")
     assert np.ptp(gpu) > 100
     assert abs(gpu - cpu).mean() < 1
 
 
-# The largest relative error of attention in bf16 and of its gradients, against float64.
+# Prints the largest relative error of attention and its gradients in bf16, compared with float64.
 ATTENTION = """
 import sys, torch
 sys.path.insert(0, sys.argv[1])
@@ -158,17 +158,17 @@ print(max(errors))
 """
 
 
-def test_its_attention_is_exact_at_full_size():
-    """Output and gradients, at the lengths that training has; bfloat16 alone is 0.4 % away."""
+def test_attention_is_exact_at_full_size():
+    """Output and gradients, at the lengths used in training. bfloat16 alone is 0.4 % off."""
     done = subprocess.run([sys.executable, "-c", ATTENTION, ROOT, DEVICE], env=ENV, text=True,
                           capture_output=True)
     assert done.returncode == 0, done.stderr[-3000:]
     assert float(done.stdout) < 0.02
 
 
-@pytest.mark.skipif(FOUND < 2, reason="there is one GPU alone")
+@pytest.mark.skipif(FOUND < 2, reason="there is only one GPU")
 @pytest.mark.parametrize("zero", "123")
-def test_two_train_as_one(gemma, data, tmp_path, first_step, on_cpu, zero):
+def test_two_gpus_match_the_cpu(gemma, data, tmp_path, first_step, on_cpu, zero):
     shutil.copytree(first_step, tmp_path / "run")
     argv = flags(gemma, data, tmp_path / "run", "--steps", "6", "--zero", zero,
                  "--sample-every", "3")
@@ -178,7 +178,7 @@ def test_two_train_as_one(gemma, data, tmp_path, first_step, on_cpu, zero):
     assert losses(tmp_path / "run") == pytest.approx(losses(on_cpu), rel=2e-3)
 
 
-def test_torch_here_sees_no_gpu():
-    """Nor do the processes that other tests start."""
+def test_torch_in_this_process_sees_no_gpu():
+    """Neither do the processes that other tests start."""
     assert not torch.cuda.is_available()
     assert os.environ["CUDA_VISIBLE_DEVICES"] == ""

@@ -1,4 +1,4 @@
-"""train_gpu.py as a process: a whole run and what it leaves, errors, its process group."""
+"""train_gpu.py as a process: a complete run and its files, errors, and the process group."""
 import numpy as np
 import pytest
 import torch
@@ -14,7 +14,7 @@ EXTRAS = ("--save-every", "20", "--sample-every", "20", "--ema-every", "5", "--w
           "--val-every", "20", "--val-samples", "20", "--tensorboard")
 
 
-def test_a_run_learns_and_saves_and_resumes(gemma, data, tmp_path):
+def test_a_run_learns_saves_and_resumes(gemma, data, tmp_path):
     out = tmp_path / "run"
     more = (*EXTRAS, "--val-data", str(data))
     first = launch(flags(gemma, data, out, "--steps", "40", *more))
@@ -25,7 +25,7 @@ def test_a_run_learns_and_saves_and_resumes(gemma, data, tmp_path):
     check_weights(out)
     assert pretrained.load_model(out).config.base == str(gemma)
 
-    # rows of steps that no checkpoint has
+    # add rows of steps after the last checkpoint
     with open(out / "metrics.jsonl", "a") as file:
         file.write('{"step": 41, "loss": 9.0}\n{"step": 42, "lo')
     second = launch(flags(gemma, data, out, "--steps", "44", *more))
@@ -33,7 +33,7 @@ def test_a_run_learns_and_saves_and_resumes(gemma, data, tmp_path):
     assert (out / "metrics-aside.jsonl").read_text() == '{"step": 41, "loss": 9.0}\n'
     assert [row["step"] for row in metrics(out) if "loss" in row] == list(range(1, 45))
 
-    # another run
+    # another run in the same folder
     other = launch(flags(gemma, data, out, "--steps", "50", "--seed", "1", *more), check=False)
     assert other.returncode == 1
     assert "run.seed was 42, is 1" in other.stderr
@@ -45,7 +45,7 @@ def test_a_run_learns_and_saves_and_resumes(gemma, data, tmp_path):
 
 
 def check_metrics(out):
-    """Of 40 steps, with validation at 20 and 40."""
+    """Check metrics.jsonl of 40 steps, with validation at 20 and 40."""
     table = [row for row in metrics(out) if "loss" in row]
     assert [row["step"] for row in table] == list(range(1, 41))
     assert np.mean(losses(out)[-5:]) < 0.8 * np.mean(losses(out)[:5])
@@ -60,18 +60,18 @@ def check_metrics(out):
 
 
 def check_files(out):
-    """Of 40 steps."""
+    """Check the files of a run of 40 steps."""
     assert (out / "latest").read_text() == "step-0000040\n"
     with Image.open(out / "samples" / "step-0000040.png") as grid:
         assert grid.size[0] > 32
         assert grid.info["prompts"].splitlines()[1] == "a star"
     files = [path for path in (out / "step-0000040").rglob("*.*") if path.is_file()]
     modes = {path.stat().st_mode & 0o777 for path in files}
-    assert len(modes) == 1                  # tensors too can be read by whom the umask lets
+    assert len(modes) == 1                  # tensors, too, have the permissions given by the umask
 
 
 def check_weights(out):
-    """A run folder is a model folder of the EMA; its trained weights can be had, too."""
+    """A run folder is a model folder of the EMA, and its trained weights can also be loaded."""
     ema = pretrained.load_model(out)
     raw = pretrained.load_model(out, ema=False)
     name = "layers.0.mlp.up_proj.weight"
@@ -81,7 +81,7 @@ def check_weights(out):
 
 
 def check_tensorboard(out):
-    """Of 44 steps, with validation at 20 and 40."""
+    """Check TensorBoard's events of 44 steps, with validation at 20 and 40."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
     board = EventAccumulator(str(out / "tensorboard")).Reload()
     assert [event.step for event in board.Scalars("loss")] == list(range(1, 45))
@@ -97,7 +97,7 @@ def test_an_error_is_one_line(gemma, data, tmp_path):
         (["--deepspeed-config", str(tmp_path / "bad.json")], "not JSON"),
         (["--out", str(tmp_path / "bad.json")], "is a file"),
         (["--deepspeed-config", str(tmp_path / "ds.json")],
-         "zero_optimization.stage is 2, but the flags say 1"),
+         "zero_optimization.stage is 2, but the flags set it to 1"),
         (["--plan", "8xH999"], "known: B200"),
     ]
     if not torch.cuda.is_available():
@@ -112,8 +112,8 @@ def test_an_error_is_one_line(gemma, data, tmp_path):
 
 # ------------------------------------------------------------------------------ process group
 
-# On one GPU the process group is NCCL's alone. In its place: collectives of ours, as opposed to
-# DeepSpeed's, that take a tensor of the CPU raise as they would there.
+# On one GPU the process group has NCCL only. This simulates it: our collectives on CPU tensors, as
+# opposed to DeepSpeed's, raise the error that they would raise there.
 ONE_GPU = """
 class OneGpu:
     def __getattr__(self, name):
@@ -126,8 +126,8 @@ for module in (checkpoints, distributed, monitor, validation):
 """
 
 
-def test_one_gpu_needs_no_collective_of_the_cpu(gemma, data, tmp_path):
-    """Checkpoints, log, grids and validation, and a resumed run."""
+def test_one_gpu_needs_no_collectives_on_cpu_tensors(gemma, data, tmp_path):
+    """Covers checkpoints, log, sample grids, validation and a resumed run."""
     def argv(steps):
         return flags(gemma, data, tmp_path / "run", "--steps", str(steps), "--save-every", "1",
                      "--sample-every", "2", "--val-data", str(data), "--val-every", "2",
@@ -139,8 +139,8 @@ def test_one_gpu_needs_no_collective_of_the_cpu(gemma, data, tmp_path):
 
 
 @pytest.mark.parametrize("world, backend", [("1", "nccl"), ("2", "cpu:gloo,cuda:nccl")])
-def test_a_process_group_knows_its_gpu(monkeypatch, tmp_path, world, backend):
-    """As it is started on a GPU, which is simulated here."""
+def test_a_process_group_is_bound_to_its_gpu(monkeypatch, tmp_path, world, backend):
+    """The GPU is simulated."""
     import train_gpu
     seen = {}
 

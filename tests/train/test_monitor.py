@@ -1,4 +1,4 @@
-"""What a run counts and reports: skipped steps and samples, model FLOPs utilization."""
+"""The counts of skipped steps and samples, and the model FLOPs utilization (MFU)."""
 import json
 import re
 
@@ -12,7 +12,7 @@ from fusedit_lib.data.batches import Batches
 from fusedit_lib.train import costs
 from fusedit_lib.train.config import model_config, parse_run
 
-# Noise levels of the steps BAD are not numbers, and so is the loss.
+# Makes the noise levels, and therefore the loss, of the steps BAD NaN.
 POISON = """
 real_sigma = fusedit.logit_normal_sigma
 step = -1
@@ -28,11 +28,11 @@ fusedit.logit_normal_sigma = poisoned
 
 
 def poison(*steps):
-    """Code that makes the loss of these steps, counted from 0, not a number."""
+    """Code that makes the loss of these steps, counted from 0, NaN."""
     return POISON.replace("BAD", str(steps))
 
 
-# A finite loss whose gradient's norm is not.
+# A finite loss with a gradient norm that is not finite.
 HUGE = """
 real_loss = fusedit.flow_loss
 step = -1
@@ -53,7 +53,7 @@ ALL_MODES = [*((zero, "float32") for zero in "023"), *((zero, "bf16") for zero i
 @pytest.mark.parametrize("modes", [
     [("1", "float32")], pytest.param(ALL_MODES, marks=pytest.mark.slow)], ids=["quick", "all"])
 def test_a_step_that_is_not_finite_is_skipped_and_counted(gemma, data, tmp_path, modes):
-    """And leaves no trace: after it the run is one that was stopped there and resumed."""
+    """The skipped step leaves no trace: the run equals one that was stopped there and resumed."""
     def job(name, steps, zero, dtype):
         return flags(gemma, data, tmp_path / name, "--steps", str(steps), "--ema-every", "1",
                      "--zero", zero, "--dtype", dtype, "--save-every", "3")
@@ -69,13 +69,13 @@ def test_a_step_that_is_not_finite_is_skipped_and_counted(gemma, data, tmp_path,
         assert [row["skipped_steps"] for row in table] == [0, 0, 1, 1, 1, 1], name
         assert table[2]["loss"] is None and table[2]["grad_norm"] is None
         assert all(np.isfinite(row["loss"]) for i, row in enumerate(table) if i != 2)
-        assert adam_step(tmp_path / f"a{name}", 3) == 2    # Adam has not seen it
+        assert adam_step(tmp_path / f"a{name}", 3) == 2    # the skipped step does not count
         assert adam_step(tmp_path / f"a{name}", 6) == 5
         assert_equal(state(tmp_path / f"a{name}", 6), state(tmp_path / f"b{name}", 6))
 
 
 def adam_step(out, step):
-    """The number of Adam's steps at a checkpoint."""
+    """The number of Adam steps in a checkpoint."""
     path = out / f"step-{step:07d}" / "train_state" / "state.json"
     return json.loads(path.read_text())["adam_step"]
 
@@ -92,8 +92,8 @@ def test_gradients_that_are_not_finite_are_skipped_and_ten_in_a_row_end_the_run(
     assert [row["skipped_steps"] for row in metrics(tmp_path / "huge")] == [0, 0, 1, 1]
     assert all(tensor.isfinite().all() for tensor in state(tmp_path / "huge", 4).values())
     assert dead.returncode == 1
-    assert re.search(r"error: the loss or gradient of 1[01] steps in a row, up to step 1[67], is "
-                     r"not finite.*last good checkpoint is step-00000(12|16)", dead.stderr)
+    assert re.search(r"error: the loss or gradient was not finite for 1[01] steps in a row, up to "
+                     r"step 1[67]: .*last good checkpoint is step-00000(12|16)", dead.stderr)
     assert all(tensor.isfinite().all() for tensor in state(tmp_path / "dead", 12).values())
     assert metrics(tmp_path / "lives")[-1]["skipped_steps"] == 11
 
@@ -130,15 +130,15 @@ def test_too_many_bad_samples_stop_the_run_and_are_named(gemma, tmp_path):
     assert "skipped samples 30" in lives.stdout
 
 
-# A machine whose peak is known.
+# Pretends that the peak FLOP/s of this machine are known.
 PEAK = """
 from fusedit_lib.train import plan
 plan.peak_flops = lambda device, world: 1e6
 """
 
 
-def test_the_mfu_counts_what_is_useful(gemma, data, tmp_path):
-    """Text tokens without padding."""
+def test_the_mfu_counts_useful_flops(gemma, data, tmp_path):
+    """Padding of the text does not count."""
     argv = flags(gemma, data, tmp_path / "run", "--steps", "3", "--sample-every", "9",
                  "--log-every", "3")
     done = launch(argv, PEAK)
@@ -147,9 +147,9 @@ def test_the_mfu_counts_what_is_useful(gemma, data, tmp_path):
     useful = costs.useful_flops(config, latents=False, train_llm=False)
     source = Batches(run, config, pretrained.load_tokenizer(config.base), 8)
     tokens = 0
-    for m in (1, 2):                        # of the log's second line
+    for m in (1, 2):                        # micro-batches of the second log line
         tokens += int(source[m]["mask"].sum())
-    tokens /= 2 * 8                         # of an image
+    tokens /= 2 * 8                         # per image
 
     row = metrics(tmp_path / "run")[-1]
     assert 0 < tokens < config.max_text_tokens

@@ -1,4 +1,4 @@
-"""--plan: its FLOPs and memory against formulas, and against what is really allocated."""
+"""Compares the FLOPs and memory of --plan with formulas and with actual allocations."""
 import json
 
 import pytest
@@ -12,9 +12,9 @@ from fusedit_lib.train.config import model_config, parse_run
 
 # ------------------------------------------------------------------------------ measured memory
 
-# In the last micro-batch of step 2, where gradients and moments are there: the bytes of the
-# storages that some tensor holds, autograd's among them, when the forward pass ends and when the
-# backward pass comes to a block, with ZeRO's buffers.
+# Measures the bytes of all storages that tensors hold, including those of autograd and ZeRO's
+# buffers, in the last micro-batch of step 2, when gradients and moments exist. It does so at the
+# beginning and the end of the forward pass, and when the backward pass reaches a block.
 MEASURE = """
 import gc
 from torch._subclasses.fake_tensor import is_fake
@@ -25,7 +25,7 @@ torch.backends.cuda.enable_flash_sdp = lambda on: enable_flash(True)   # as on a
 
 def live_bytes():
     tensors = [t for t in gc.get_objects() if issubclass(type(t), torch.Tensor)]
-    tensors = [t for t in tensors if not is_fake(t)]       # the compiler keeps some
+    tensors = [t for t in tensors if not is_fake(t)]       # the compiler keeps some fake tensors
     tensors += [t.grad for t in tensors if t.is_leaf and t.grad is not None]
     storages = [t.untyped_storage() for t in tensors]
     return sum({s.data_ptr(): s.nbytes() for s in storages}.values())
@@ -36,7 +36,7 @@ def measured(engine, x, text, sigma, eps):
     if calls != 4:
         return real_loss(engine, x, text, sigma, eps)
     batch = sum(t.untyped_storage().nbytes() for t in (x, eps))
-    batch += x.numel()                      # and the images as bytes
+    batch += x.numel()                      # images as bytes
     seen = [live_bytes() - batch]
 
     def backward(*_):
@@ -61,7 +61,7 @@ def three_layers(tmp_path_factory):
 
 
 def measure(argv, folder, ranks):
-    """The most bytes that each rank of a run has at a time."""
+    """The peak memory of each rank of a run, in bytes."""
     launch(argv, f"OUT = {str(folder / 'rank')!r}\n" + MEASURE, n=ranks)
     return [max(json.loads((folder / f"rank{rank}").read_text())) for rank in range(ranks)]
 
@@ -77,7 +77,7 @@ LARGE_ACTIVATIONS = "image_size=64 dit_hidden_size=256"
     pytest.param(2, LARGE_WEIGHTS, marks=pytest.mark.slow),
     pytest.param(3, LARGE_WEIGHTS, marks=pytest.mark.slow),
     pytest.param(3, LARGE_ACTIVATIONS, marks=pytest.mark.slow)])
-def test_the_memory_is_what_is_allocated(three_layers, data, tmp_path, stage, shape):
+def test_planned_memory_matches_allocations(three_layers, data, tmp_path, stage, shape):
     argv = flags(three_layers, data, tmp_path / "run", "--set", *shape.split(),
                  "--zero", str(stage), "--batch", "16", "--micro-batch", "4", "--steps", "2",
                  "--dtype", "bf16", "--sample-every", "9")
@@ -93,8 +93,8 @@ def test_the_memory_is_what_is_allocated(three_layers, data, tmp_path, stage, sh
 @pytest.mark.slow
 @pytest.mark.parametrize("more", [["--compile"], ["--compile", "--memory-budget", "0.5"],
                                   ["--ema-offload"]])
-def test_the_memory_with_other_flags_is_what_is_allocated(three_layers, data, tmp_path, more):
-    """Compiled blocks as they are and on a budget; an EMA that does not count on the GPU."""
+def test_planned_memory_with_other_flags_matches_allocations(three_layers, data, tmp_path, more):
+    """Compiled blocks, without and with a memory budget, and an EMA in CPU memory."""
     argv = flags(three_layers, data, tmp_path / "run", "--set", *LARGE_ACTIVATIONS.split(),
                  "--zero", "1", "--batch", "8", "--micro-batch", "4", "--steps", "2",
                  "--dtype", "bf16", "--sample-every", "9", *more)
@@ -125,8 +125,8 @@ def matrix_parameters(module):
     return sum(p.numel() for p in module.parameters() if p.dim() > 1)
 
 
-def test_flops_are_those_of_the_matrices():
-    """Twice the weights for every token, and twice two products of attention, at full size."""
+def test_flops_match_a_formula():
+    """At full size: 2 FLOPs per weight and token, and the two matrix products of attention."""
     config = preset("fusedit/large-scale")
     model = costs.abstract_model(config)
     forward = costs.flops(model, config)
@@ -160,7 +160,7 @@ def test_useful_flops_depend_on_captions_and_latents():
     assert 1.04 < full / of_80 < 1.12
 
 
-# ------------------------------------------------------------------------------ what is printed
+# ------------------------------------------------------------------------------ printed plan
 
 def test_the_plan_of_every_paper_run_needs_no_download():
     for name, run in json.loads((REFERENCE / "paper_runs.json").read_text()).items():
@@ -175,7 +175,7 @@ def show(argv, capsys, engine="gpu"):
     return capsys.readouterr().out.splitlines()
 
 
-def test_what_is_printed(capsys):
+def test_the_printed_plan(capsys):
     argv = ["--preset", "fusedit/large-scale", "--plan", "64xH100@0.5", "--steps", "800000"]
     lines = show(argv, capsys)
     out = "\n".join(lines)
@@ -200,7 +200,7 @@ def test_what_is_printed(capsys):
         assert sum(numbers[:8]) == pytest.approx(numbers[8], abs=0.05)
 
 
-EMA, ACTIVATIONS, SUM = 3, 7, 8             # numbers in a row of the plan's table
+EMA, ACTIVATIONS, SUM = 3, 7, 8             # columns of the plan's table
 
 
 def zero_2_row(capsys, *more):
@@ -211,8 +211,8 @@ def zero_2_row(capsys, *more):
     return [float(word) for word in line.split()[1:12]]
 
 
-def test_the_plan_knows_what_saves_memory(capsys):
-    """2.77 GB of activations an image compiled, where 5.34 were."""
+def test_flags_that_save_memory(capsys):
+    """Compiling reduces the activations from 5.34 to 2.77 GB per image."""
     plain = zero_2_row(capsys)
     compiled = zero_2_row(capsys, "--compile")
     budget = zero_2_row(capsys, "--compile", "--memory-budget", "0.7")
@@ -230,7 +230,7 @@ def test_the_plan_knows_what_saves_memory(capsys):
     pytest.param("v4-256", 128, 1, marks=pytest.mark.slow),
     pytest.param("v5e-256", 256, 1, marks=pytest.mark.slow),
     pytest.param("v5e-256", 256, 2, marks=pytest.mark.slow)])
-def test_a_tpus_plan_adds_up(capsys, name, chips, tensor):
+def test_the_numbers_of_a_tpu_plan_add_up(capsys, name, chips, tensor):
     argv = ["--preset", "fusedit/large-scale", "--plan", name, "--mesh", f"-1,{tensor}"]
     lines = show(argv, capsys, "tpu")
     assert f"batch 512 = {chips} " in lines[0]
@@ -248,7 +248,7 @@ def test_a_tpus_plan_adds_up(capsys, name, chips, tensor):
     assert remat < kept / 4
     assert lines[-3].endswith("fits")
 
-    # its numbers
+    # single numbers
     gb = dict(zip(titles[:-4], numbers, strict=False))
     sizes = dict(fsdp=chips // tensor, tensor=tensor)
     trained = sum(plan.chip(name, p.shape, sizes) for name, p in model.dit.named_parameters("dit"))
@@ -260,9 +260,9 @@ def test_a_tpus_plan_adds_up(capsys, name, chips, tensor):
 
 
 def check_sharding(lines, model, chips):
-    """The tensors that are printed are almost all of the model, and each chip has its share.
+    """The printed tensors are almost the whole model, and each chip has an equal share of them.
 
-    A line is as "26 9216 x 2304 tensor, fsdp 552.1 4.31 name".
+    Example of a line: "26 9216 x 2304 tensor, fsdp 552.1 4.31 name".
     """
     shown = 0.0
     for line in lines:
@@ -283,7 +283,7 @@ def check_sharding(lines, model, chips):
 
 @pytest.mark.parametrize("text", ["8", "8xH999", "0xH100", "8xH100@2", "xH100", "8xH100@0.0",
                                   "v9-8", "v4-1", "v5e-0", "8xv4"])
-def test_plans_that_make_no_sense(text):
+def test_invalid_devices_are_refused(text):
     with pytest.raises(FuseDiTError, match="known: B200.* v4, v5e"):
         plan.parse(text)
 
@@ -294,5 +294,5 @@ def test_plans_that_make_no_sense(text):
     ("v5litepod-16", (16, "v5e", 0.4)),
     ("8 x a100", (8, "A100", 0.4)),
     ("2xH100 PCIe@0.5", (2, "H100 PCIe", 0.5))])
-def test_plans_that_make_sense(text, devices):
+def test_valid_devices(text, devices):
     assert plan.parse(text) == devices

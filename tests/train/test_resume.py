@@ -1,4 +1,4 @@
-"""A resumed run equals one that was never stopped, whatever stopped it and whoever resumes it."""
+"""A resumed run equals one that never stopped, for every kind of stop and every ZeRO stage."""
 import json
 import random
 import signal
@@ -21,18 +21,18 @@ from launching import (
     pytest.param(["0", "2", "2-offload"], "float32", marks=pytest.mark.slow),
     pytest.param(["0", "1", "2", "3", "2-offload"], "bf16", marks=pytest.mark.slow)])
 def test_a_resumed_run_equals_one_never_stopped(gemma, data, tmp_path, stages, dtype):
-    """At every ZeRO stage, to the bit; and a checkpoint of one stage is resumed at another."""
+    """Bit for bit at every ZeRO stage. A checkpoint of one stage can be resumed at another."""
     def job(name, steps, zero, *more):
         return flags(gemma, data, tmp_path / name, "--steps", str(steps), "--zero", zero,
                      "--ema-every", "1", "--dtype", dtype, "--sample-every", "100", *more)
     jobs = [job("mixed", 2, "1"), job("mixed", 3, "3"), job("mixed", 4, "2")]
-    for zero in stages:                     # a saves and generates in passing, b is stopped
+    for zero in stages:                     # a also saves and samples at step 2; b stops there
         jobs += [job(f"a{zero}", 4, zero, "--save-every", "2", "--sample-every", "2"),
                  job(f"b{zero}", 2, zero), job(f"b{zero}", 4, zero)]
     launch_all(jobs)
 
     near = 1e-2
-    if dtype == "float32":                  # in bf16 the stages round at different points
+    if dtype == "float32":                  # in bf16, stages round at different points
         near = 1e-5
     for zero in stages:
         a = tmp_path / f"a{zero}"
@@ -44,7 +44,7 @@ def test_a_resumed_run_equals_one_never_stopped(gemma, data, tmp_path, stages, d
 
 @pytest.mark.slow
 def test_resumed_ranks_equal_ranks_never_stopped(gemma, data, tmp_path):
-    """Two ranks, to the bit; and three, into which few tensors divide, with ZeRO 3."""
+    """Bit for bit with two ranks, and under ZeRO 3 with three, by which few tensors divide."""
     def job(name, steps, zero, *more):
         return flags(gemma, data, tmp_path / name, "--steps", str(steps), "--zero", zero,
                      "--ema-every", "1", "--sample-every", "100", *more)
@@ -60,15 +60,15 @@ def test_resumed_ranks_equal_ranks_never_stopped(gemma, data, tmp_path):
 
 
 def state_in_one(out, step):
-    """state() without the folders that its names begin with."""
+    """state() without the folders at the start of its names."""
     return {name.rpartition("/")[2]: tensor for name, tensor in state(out, step).items()}
 
 
 @pytest.mark.parametrize("stages, more_ranks", [
     ("1", 2), pytest.param("0123", 2, marks=pytest.mark.slow),
     pytest.param("13", 4, marks=pytest.mark.slow)])
-def test_ranks_may_come_and_go(gemma, data, tmp_path, stages, more_ranks):
-    """More ranks, or fewer, in mid-run, accumulating: the losses of an undisturbed run."""
+def test_the_number_of_ranks_may_change(gemma, data, tmp_path, stages, more_ranks):
+    """More or fewer ranks in mid-run, with gradient accumulation, give the same losses."""
     def job(name, steps, *more):
         return flags(gemma, data, tmp_path / name, "--steps", str(steps), "--ema-every", "1",
                      "--sample-every", "100", *more)
@@ -89,7 +89,7 @@ def test_ranks_may_come_and_go(gemma, data, tmp_path, stages, more_ranks):
 # ------------------------------------------------------------------------------ kills
 
 def keys_of_steps(stdout):
-    """{micro-batch: keys of its samples} of a launcher with WATCHED."""
+    """{micro-batch: keys of its samples} from the output of a launcher with WATCHED."""
     found = {}
     for line in stdout.splitlines():
         if line.startswith("KEYS"):
@@ -100,7 +100,7 @@ def keys_of_steps(stdout):
 
 @pytest.mark.parametrize("kills, steps", [(3, 30), pytest.param(12, 90, marks=pytest.mark.slow)])
 def test_killed_again_and_again_equals_never_killed(gemma, data, tmp_path, kills, steps):
-    """SIGKILL at random moments, every third in the middle of writing a checkpoint."""
+    """SIGKILL at random moments, every third time while a checkpoint is being written."""
     def run(name, **env):
         argv = flags(gemma, data, tmp_path / name, "--steps", str(steps), "--save-every", "4",
                      "--ema-every", "1", "--caption-drop", "0", "--original-caption-rate", "1",
@@ -123,7 +123,7 @@ def test_killed_again_and_again_equals_never_killed(gemma, data, tmp_path, kills
     assert_equal(state(tmp_path / "killed", steps), state(tmp_path / "whole", steps))
     assert losses(tmp_path / "killed") == losses(tmp_path / "whole")
 
-    # every epoch of 24 samples, three steps of 8, has each of them once
+    # an epoch is 3 steps of 8 samples, and has each of the 24 samples once
     assert sorted(keys) == list(range(steps))
     for first in range(0, steps, 3):
         epoch = keys[first] + keys[first + 1] + keys[first + 2]
@@ -133,7 +133,7 @@ def test_killed_again_and_again_equals_never_killed(gemma, data, tmp_path, kills
 # ------------------------------------------------------------------------------ older versions
 
 def test_a_run_older_than_a_flag_resumes(gemma, data, tmp_path):
-    """A setting that an older run's config.json does not name had its default then."""
+    """A setting that is missing in an older run's config.json had its default in that run."""
     argv = flags(gemma, data, tmp_path / "run", "--steps", "2", "--sample-every", "9")
     launch(argv)
     path = tmp_path / "run" / "config.json"

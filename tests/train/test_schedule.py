@@ -1,4 +1,4 @@
-"""What depends on the number of the step: learning rate, EMA decay, what is due."""
+"""Functions of the step number: learning rate, EMA decay and actions that are due."""
 import pytest
 
 from fusedit_lib.train.config import RunConfig
@@ -37,24 +37,24 @@ EVERYTHING = (True, True, True)
 
 @pytest.mark.parametrize("step, due", [
     (7, NOTHING),
-    (1, LOG),                               # the first one
+    (1, LOG),                               # the first step
     (20, LOG),
     (30, LOG_AND_VALIDATE),
     (50, LOG_AND_SAVE),
-    (100, EVERYTHING)])                     # the last one
-def test_what_is_due(step, due):
+    (100, EVERYTHING)])                     # the last step
+def test_actions_that_are_due(step, due):
     run = RunConfig(steps=100, log_every=20, sample_every=30, save_every=50)
     assert due_after(run, step, 0, stop=0, save_now=False) == due
 
 
-def test_a_checkpoint_by_the_clock_or_a_signal_is_logged():
+def test_the_log_is_due_with_a_checkpoint_by_the_clock_or_a_signal():
     """After a signal there is no time for validation."""
     run = RunConfig(steps=100, log_every=20, sample_every=30, save_every=50)
     assert due_after(run, 7, 0, stop=0, save_now=True) == LOG_AND_SAVE
     assert due_after(run, 30, 0, stop=15, save_now=False) == LOG_AND_SAVE
 
 
-def test_validation_is_due_with_held_out_data():
+def test_validation_is_only_due_with_held_out_data():
     run = RunConfig(steps=100, sample_every=0, val_every=7)
     assert due_after(run, 7, 0, stop=0, save_now=False) == NOTHING
     run.val_data = ("shards",)

@@ -1,4 +1,4 @@
-"""The parts of the XLA engine that are plain PyTorch: rules, scanned layers, the step, shards."""
+"""The plain PyTorch parts of the XLA engine: rules, scanned layers, optimizer step, shards."""
 import json
 
 import pytest
@@ -26,7 +26,7 @@ def test_mesh_shapes(text, devices, shape):
 
 @pytest.mark.parametrize("text", ["3,1", "3,-1", "-1,-1", "a", "0,8", ""])
 def test_a_mesh_that_does_not_fit_is_refused(text):
-    with pytest.raises(FuseDiTError, match="does not make up 8 devices"):
+    with pytest.raises(FuseDiTError, match="does not match 8 devices"):
         sharding.mesh_shape(text, 8)
 
 
@@ -42,14 +42,14 @@ def test_a_mesh_that_does_not_fit_is_refused(text):
     ("dit.proj_out.bias", (64,), (None,)),
     ("dit.proj_out.weight", (64, 8), ("fsdp", "tensor")),
     ("llm.embed_tokens.weight", (256, 8), ("tensor", "fsdp"))])
-def test_heads_and_mlp_lie_along_tensor(name, shape, spec):
+def test_heads_and_mlp_are_sharded_along_tensor(name, shape, spec):
     assert sharding.partition_spec(name, shape, SIZES) == spec
 
 
 @pytest.mark.parametrize("name", ["fusedit", "fusedit/baseline", "fusedit/adaln-single",
                                   "baselinedit/cross-attention", "fusedit/paligemma"])
-def test_what_stays_whole_is_small(name):
-    """On 64 x 4 chips a chip holds a 256th of every tensor, except norms, biases and the like."""
+def test_only_small_tensors_are_replicated(name):
+    """On 64 x 4 chips, each holds 1/256 of every tensor, except norms, biases and the like."""
     sizes = {"fsdp": 64, "tensor": 4}
     whole = 0
     total = 0
@@ -65,7 +65,7 @@ def test_what_stays_whole_is_small(name):
 # ------------------------------------------------------------------------------ scan over layers
 
 def plain_scan(step, carry, rows):
-    """What torch_xla's scan computes."""
+    """Computes the same as torch_xla's scan, in plain PyTorch."""
     weights, _ = rows
     layers = len(next(iter(weights.values())))
     outputs = []
@@ -79,7 +79,7 @@ def plain_scan(step, carry, rows):
 
 
 def gradients(model):
-    """{name in checkpoints: gradient} of every weight that has one."""
+    """{name in checkpoints: gradient} of every weight with a gradient."""
     found = {}
     for name, parameter in model.named_parameters():
         if parameter.grad is None:
@@ -102,8 +102,8 @@ POINTS = [
 
 @pytest.mark.parametrize("changes", POINTS, ids=str)
 @pytest.mark.parametrize("train_llm", [False, True])
-def test_a_scanned_stack_computes_what_its_layers_do(gemma_folder, changes, train_llm, float64):
-    """Values, and gradients of every weight, by their names in checkpoints."""
+def test_a_scanned_stack_computes_the_same_as_its_layers(gemma_folder, changes, train_llm, float64):
+    """Outputs and gradients of every weight are equal, by their names in checkpoints."""
     base = {"base": str(gemma_folder), "pos_embed": "2d-rope", "sandwich_norm": True,
             "in_channels": 3, "vae": None, "timestep_conditioning": None}
     config = FuseDiTConfig.from_dict(base | changes)
@@ -141,7 +141,7 @@ def test_a_scanned_stack_computes_what_its_layers_do(gemma_folder, changes, trai
     for name in got_gradients.keys() - want_gradients.keys():
         assert not got_gradients[name].any()
 
-    # scan keeps a graph for each function: one with gradients, one without.
+    # scan keeps one graph per function: one with gradients, one without
     with torch.no_grad():
         assert torch.equal(model(x_t, sigma, (ids, mask)), got)
     assert len(model.dit.layers.steps) == 2
@@ -150,7 +150,7 @@ def test_a_scanned_stack_computes_what_its_layers_do(gemma_folder, changes, trai
 
 
 def test_only_layers_of_one_kind_are_scanned():
-    """Those at the beginning; the others keep their numbers."""
+    """The layers at the beginning are scanned; the others keep their numbers."""
     def layer(width, flag=False):
         module = torch.nn.Linear(2, width)
         module.flag = flag
@@ -172,7 +172,7 @@ def three_parameters():
 
 
 def state_of(adam, parameter):
-    """ParameterState of a parameter before adam's first step, with an EMA of its own."""
+    """ParameterState of a parameter before Adam's first step. The EMA is a copy of the weight."""
     adam.state[parameter] = {"step": torch.zeros(()), "exp_avg": torch.zeros_like(parameter),
                              "exp_avg_sq": torch.zeros_like(parameter)}
     moments = adam.state[parameter]
@@ -181,20 +181,20 @@ def state_of(adam, parameter):
 
 
 def set_gradients(parameters, gradients):
-    """The last of the three parameters gets none."""
+    """Sets gradients of the first two of three parameters; the last one has none."""
     for parameter, gradient in zip(parameters[:2], gradients[:2], strict=True):
         parameter.grad = gradient.clone()
 
 
 @pytest.mark.parametrize("max_norm, bad", [(0.0, float("nan")), (0.5, float("inf"))])
-def test_the_step_is_torchs_own(max_norm, bad, float64):
-    """AdamW with clipping. A step with a gradient that is not finite changes nothing at all."""
+def test_the_step_equals_torchs_adamw(max_norm, bad, float64):
+    """Includes clipping. A step with a gradient that is not finite changes nothing."""
     torch.manual_seed(0)
     ours = three_parameters()
     theirs = three_parameters()
     settings = {"betas": (0.8, 0.99), "weight_decay": 0.1}
     adam = torch.optim.AdamW(ours, **settings)
-    adam.defaults["capturable"] = False     # that takes a GPU or TPU
+    adam.defaults["capturable"] = False     # capturable needs a GPU or TPU
     reference = torch.optim.AdamW(theirs, **settings)
     states = [state_of(adam, parameter) for parameter in ours]
     reference_ema = [parameter.detach().clone() for parameter in theirs]
@@ -233,7 +233,7 @@ def test_the_step_is_torchs_own(max_norm, bad, float64):
     assert [int(adam.state[parameter]["step"]) for parameter in ours] == [5, 5, 0]
 
 
-def test_weights_are_lent_for_a_while():
+def test_weights_are_restored_after_use():
     model = torch.nn.Linear(3, 2)
     own = model.weight.detach().clone()
     with xla.use_weights(model, {"weight": torch.zeros(2, 3)}):
@@ -244,9 +244,9 @@ def test_weights_are_lent_for_a_while():
 # ------------------------------------------------------------------------------ checkpoints
 
 def shards_of(tensor, cuts):
-    """The shards of a tensor on a mesh, one device after the other: [(slices, values)].
+    """The shards of a tensor on a mesh, in the order of devices, as [(slices, values)].
 
-    cuts: into how many parts each dimension is cut.
+    cuts: the number of parts of each dimension.
     """
     places = [()]
     for size, parts in zip(tensor.shape, cuts, strict=True):
@@ -256,7 +256,7 @@ def shards_of(tensor, cuts):
     return [(place, tensor[place].clone()) for place in places]
 
 
-HOSTS = {                                   # the devices of each host, of a mesh of 2 x 4
+HOSTS = {                                   # devices of each host, on a 2 x 4 mesh
     "one": [range(8)],
     "rows": [range(4), range(4, 8)],
     "columns": [[0, 1, 4, 5], [2, 3, 6, 7]],
@@ -265,15 +265,15 @@ HOSTS = {                                   # the devices of each host, of a mes
 
 
 def part_name(stem, host, hosts):
-    """The file that a host writes."""
+    """The name of the file that a host writes."""
     if hosts == 1:
         return f"{stem}.safetensors"
     return f"{stem}-{host + 1:05d}-of-{hosts:05d}.safetensors"
 
 
 @pytest.mark.parametrize("layout", HOSTS)
-def test_what_hosts_write_is_read_as_whole_tensors(tmp_path, layout):
-    """Slices of stacked and of single tensors, in as many files as there are hosts."""
+def test_shards_of_all_hosts_are_read_as_whole_tensors(tmp_path, layout):
+    """Slices of stacked and of single tensors, in one file per host."""
     stacked = torch.randn(3, 6, 8)
     single = torch.randn(4, 8)
     small = torch.randn(5)
@@ -294,7 +294,7 @@ def test_what_hosts_write_is_read_as_whole_tensors(tmp_path, layout):
         else:
             assert sharding.slices_to_store("", "c", [], (5,)) == {}
         files.save_file(stored, tmp_path / names[host], {"config": "{}"})
-        if layout != "scattered":           # neighbours become one piece
+        if layout != "scattered":           # adjacent shards are joined
             assert len(stored) == 5 + (host == 0)
 
     if len(hosts) > 1:
@@ -321,7 +321,7 @@ def test_a_missing_piece_is_named(tmp_path):
         file.get_tensor(key)
 
 
-# Two hosts of 2 x 2 devices, each with its half of every tensor, save together.
+# One of two hosts that together have 2 x 2 devices. Each saves its half of every tensor.
 TWO_HOSTS = """
 import sys, torch, torch.distributed as dist
 from fusedit_lib.train import checkpoints, sharding

@@ -1,4 +1,4 @@
-"""Ctrl-C, SIGTERM and dead ranks: how a run of the real launcher ends."""
+"""The real launcher stops correctly on Ctrl-C, SIGTERM or a dead rank."""
 import os
 import shutil
 import signal
@@ -32,7 +32,7 @@ def test_a_signal_ends_the_step_and_saves(gemma, data, tmp_path, number, while_s
     if while_saving:
         line = "WRITING"
     read_until(process, line)
-    os.killpg(process.pid, number)          # as a terminal or a launcher does, workers included
+    os.killpg(process.pid, number)          # like a terminal or launcher, including data workers
     out, err = process.communicate()
     latest = (tmp_path / "run" / "latest").read_text().strip()
     step = int(latest.removeprefix("step-"))
@@ -66,7 +66,7 @@ def two_ranks(launcher):
 
 
 def running(out):
-    """Ids of the processes with the run's folder in their command line."""
+    """Ids of the processes whose command line contains the run folder."""
     done = subprocess.run(["pgrep", "-f", str(out)], text=True, capture_output=True)
     return [int(line) for line in done.stdout.split()]
 
@@ -83,6 +83,6 @@ def test_a_dead_rank_ends_the_others(gemma, data, tmp_path, launcher):
     second = [pid for pid in running(out)
               if b"LOCAL_RANK=1" in Path(f"/proc/{pid}/environ").read_bytes()]
     os.kill(second[-1], signal.SIGKILL)
-    process.communicate(timeout=500)        # and not the half hour of a collective
+    process.communicate(timeout=500)        # less than the half-hour timeout of a collective
     assert process.returncode != 0
     assert not running(out)

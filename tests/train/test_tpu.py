@@ -1,4 +1,4 @@
-"""train_tpu.py on a CPU's virtual devices, where PyTorch/XLA's sharding is real."""
+"""train_tpu.py on virtual devices of a CPU, with PyTorch/XLA's real sharding."""
 import importlib.util
 import json
 import os
@@ -21,14 +21,14 @@ from fusedit_lib.train import checkpoints, costs
 from fusedit_lib.train.config import model_config, parse_run
 
 pytestmark = [
-    pytest.mark.timeout(3000),              # each process compiles, half a minute on two cores
+    pytest.mark.timeout(3000),              # each process compiles for half a minute on two cores
     pytest.mark.skipif(not importlib.util.find_spec("torch_xla"),
                        reason="needs PyTorch/XLA: pip install -e '.[tpu,test]'")]
 
 
 @pytest.fixture(scope="module", autouse=True)
 def compiled(tmp_path_factory):
-    """Programs that these tests' processes compile, for each other."""
+    """Lets the processes of these tests share compiled programs."""
     launching.ENV["XLA_PERSISTENT_CACHE_PATH"] = str(tmp_path_factory.mktemp("xla"))
 
 
@@ -40,16 +40,17 @@ def gemma(tmp_path_factory):
 
 
 def virtual(devices):
-    """The environment in which a CPU has several devices.
+    """An environment in which a CPU has several devices.
 
-    LLVM need not optimise the code of a program that runs for a second: half of a test's time.
+    It turns off LLVM's optimisations, which take half of a test's time and do not pay off for a
+    program that runs for a second.
     """
     return ENV | {"PJRT_DEVICE": "CPU", "CPU_NUM_DEVICES": str(devices),
                   "XLA_FLAGS": "--xla_backend_optimization_level=0"}
 
 
 def on_devices(devices, jobs):
-    """Runs jobs of train_tpu.py, as launch_all takes them, on so many virtual devices."""
+    """Runs jobs of train_tpu.py on virtual devices. jobs: as for launch_all."""
     return launch_all(jobs, engine="tpu", env=virtual(devices))
 
 
@@ -79,7 +80,7 @@ VARIANTS = {
 
 
 def comparable(gemma, data, out, steps, *more):
-    """Flags of a run that both launchers can make."""
+    """Flags of a run for both launchers."""
     return flags(gemma, data, out, "--steps", str(steps), "--caption-drop", "0.3",
                  "--ema-every", "3", "--warmup-steps", "5", "--lr-schedule", "cosine",
                  "--sample-every", "0", *more)
@@ -87,7 +88,7 @@ def comparable(gemma, data, out, steps, *more):
 
 @pytest.fixture(scope="module")
 def gpu_run(gemma, data, tmp_path_factory):
-    """The run of one process of train_gpu.py."""
+    """A run of train_gpu.py with one process."""
     out = tmp_path_factory.mktemp("gpu")
     launch(comparable(gemma, data, out, 30, "--zero", "0"))
     assert len(losses(out)) == 30 and losses(out)[-1] < losses(out)[0]
@@ -97,9 +98,9 @@ def gpu_run(gemma, data, tmp_path_factory):
 @pytest.mark.parametrize("devices, mesh, micro_batch", [
     (1, "1,1", 0), (2, "2,1", 0), (4, "4,1", 0), (4, "4,1", 1), (8, "8,1", 0), (8, "4,2", 0),
     (8, "2,4", 0)])
-def test_every_mesh_trains_as_one_process_of_train_gpu(gemma, data, gpu_run, tmp_path, devices,
-                                                       mesh, micro_batch):
-    """30 steps of the same weights, data and noise; micro-batches of 1 are accumulated."""
+def test_every_mesh_matches_one_process_of_train_gpu(gemma, data, gpu_run, tmp_path, devices, mesh,
+                                                     micro_batch):
+    """30 steps with the same initial weights, data and noise. One case accumulates gradients."""
     job = comparable(gemma, data, tmp_path, 30, "--mesh", mesh, "--micro-batch", str(micro_batch))
     on_devices(devices, [job])
     assert losses(tmp_path) == pytest.approx(losses(gpu_run), rel=1e-4)
@@ -107,8 +108,8 @@ def test_every_mesh_trains_as_one_process_of_train_gpu(gemma, data, gpu_run, tmp
 
 
 @pytest.mark.parametrize("name", VARIANTS)
-def test_every_kind_of_model_trains_as_with_train_gpu(gemma, data, tmp_path, name):
-    """8 steps on 2 x 2."""
+def test_every_kind_of_model_matches_train_gpu(gemma, data, tmp_path, name):
+    """8 steps on a 2 x 2 mesh."""
     clip = str(tiny_clip(tmp_path / "clip"))
     more = [word.replace("CLIP", clip) for word in VARIANTS[name]]
     launch(comparable(gemma, data, tmp_path / "gpu", 8, *more, "--zero", "0"))
@@ -117,8 +118,8 @@ def test_every_kind_of_model_trains_as_with_train_gpu(gemma, data, tmp_path, nam
     assert_equal(state(tmp_path / "tpu", 8), state(tmp_path / "gpu", 8), atol=1e-4)
 
 
-# Print the bytes on each device: of gradients after the first of two micro-batches, and of each
-# field of ParameterState when a checkpoint is gathered.
+# Prints the bytes on each device: those of gradients after the first of two micro-batches, and
+# those of each field of ParameterState when a checkpoint is gathered.
 BYTES = """
 import torch_xla
 import torch_xla.distributed.spmd as xs
@@ -154,7 +155,7 @@ xla.Engine = Engine
 
 
 def after(word, lines):
-    """What follows a word at the beginning of a line, in each such line."""
+    """The rest of each line that starts with a word."""
     return [line.removeprefix(word) for line in lines if line.startswith(word)]
 
 
@@ -166,8 +167,8 @@ def wide_gemma(tmp_path_factory):
 
 
 def test_a_device_holds_its_share(wide_gemma, data, tmp_path):
-    """EMA, weights and both of Adam's moments, read from the shards themselves."""
-    total = None                            # bytes of each field, on a single device
+    """EMA, weights and both of Adam's moments. The sizes are read from the shards."""
+    total = None                            # bytes of each field on one device
     for devices, meshes in ((1, ["1,1"]), (2, ["2,1"]), (4, ["2,2"]), (8, ["8,1", "2,4"])):
         jobs = []
         for mesh in meshes:
@@ -193,7 +194,7 @@ def test_a_device_holds_its_share(wide_gemma, data, tmp_path):
 
 COMPILES = """
 import os
-os.environ["XLA_PERSISTENT_CACHE_PATH"] = CACHE         # not what others have compiled
+os.environ["XLA_PERSISTENT_CACHE_PATH"] = CACHE         # not shared with other tests
 import torch_xla.debug.metrics as met
 
 class Engine(xla.Engine):
@@ -206,7 +207,7 @@ xla.Engine = Engine
 
 
 def test_nothing_compiles_after_the_second_step(gemma, data, tmp_path):
-    """Learning rates, updates of the EMA, log lines, checkpoints: 100 steps."""
+    """In 100 steps with changing learning rates, EMA updates, log lines and checkpoints."""
     job = flags(gemma, data, tmp_path / "run", "--steps", "100", "--warmup-steps", "30",
                 "--lr-schedule", "cosine", "--ema-every", "10", "--save-every", "20", "--log-every",
                 "7", "--sample-every", "0", "--mesh", "2,2")
@@ -219,7 +220,7 @@ def test_nothing_compiles_after_the_second_step(gemma, data, tmp_path):
     assert 0 < counts[2] == counts[100] <= 3
 
 
-# Print the size of the second step's graph, before it is run.
+# Prints the size of the graph of the second step before it runs.
 GROWTH = """
 import torch_xla
 run_graph = xla.sync
@@ -255,11 +256,11 @@ def test_the_graph_does_not_grow_with_depth(data, tmp_path):
     assert 1000 < sizes[2] < sizes[26] < 1.1 * sizes[2], sizes
 
 
-def test_remat_takes_the_memory_that_the_plan_says(data, tmp_path, monkeypatch):
-    """Of what XLA says it needs between a step's inputs and outputs; and without, at most."""
+def test_remat_takes_the_planned_memory(data, tmp_path, monkeypatch):
+    """Compares XLA's intermediate tensors with the plan, which is a bound without --remat."""
     tiny_gemma(tmp_path / "gemma", num_hidden_layers=12)
     monkeypatch.setitem(launching.ENV, "PT_XLA_DEBUG_LEVEL", "1")
-    taken = {}                              # GB, by whether it recomputes
+    taken = {}                              # GB; the key is True with --remat
     planned = {}
     for remat in (False, True):
         argv = flags(tmp_path / "gemma", data, tmp_path / str(remat), "--steps", "1", "--set",
@@ -277,9 +278,9 @@ def test_remat_takes_the_memory_that_the_plan_says(data, tmp_path, monkeypatch):
     assert 3 * taken[True] < taken[False] < planned[False]
 
 
-@pytest.mark.skipif(importlib.util.find_spec("jax"), reason="tells what happens without JAX")
+@pytest.mark.skipif(importlib.util.find_spec("jax"), reason="tests the behaviour without JAX")
 def test_the_replaced_function_of_scan_is_still_needed():
-    """When this fails, xla.make_scan need not replace _backward_shard_alike any more."""
+    """When this fails, xla.make_scan no longer needs to replace _backward_shard_alike."""
     from torch_xla.experimental import scan
     weight = torch.ones(2)
     with pytest.raises(ModuleNotFoundError, match="jax"):
@@ -288,7 +289,7 @@ def test_the_replaced_function_of_scan_is_still_needed():
 
 # ------------------------------------------------------------------------------ checkpoints
 
-# The process kills its group a moment after its AFTER-th batch from now; some 6 are made ahead.
+# Kills the process group a moment after the AFTER-th batch; about 6 batches are loaded ahead.
 DIES = """
 import random, signal, threading
 left = int(os.environ.get("AFTER", 10**9))
@@ -303,7 +304,7 @@ def count(batches):
         yield batch
 
 def load_and_count(*args):
-    return count(load_batches(*args))       # whose workers start at once
+    return count(load_batches(*args))       # its workers start immediately
 
 launcher.load_batches = load_and_count
 """
@@ -329,7 +330,7 @@ def test_killed_again_and_again_equals_never_killed(gemma, data, tmp_path):
 
 
 def sample(model, out):
-    """The pixels of the only image that sample.py makes of a run."""
+    """The pixels of the image that sample.py generates with a run."""
     done = warm.run([ROOT / "sample.py", "--model", model, "--prompt", "a red square", "--steps",
                      "4", "--out", out, "--dtype", "float32"])
     assert done.returncode == 0, done.stderr
@@ -338,7 +339,7 @@ def sample(model, out):
 
 
 def test_other_meshes_and_gpus_resume_a_run(gemma, data, tmp_path):
-    """8 x 1 to 4 x 2 and to 2 x 1, to train_gpu.py and back; the same images from sample.py."""
+    """From 8 x 1 to 4 x 2, to 2 x 1, and to train_gpu.py and back. sample.py gives equal images."""
     def job(name, steps, *more):
         return flags(gemma, data, tmp_path / name, "--steps", str(steps), "--ema-every", "1",
                      "--save-every", "6", "--sample-every", "0", *more)
@@ -376,7 +377,7 @@ batches.decode = slow_decode
 
 
 def test_a_signal_ends_the_step_and_saves(gemma, data, tmp_path):
-    """Also while the threads that feed the mesh wait for data."""
+    """Even while the threads that feed the mesh wait for data."""
     argv = flags(gemma, data, tmp_path / "run", "--steps", "100000", "--log-every", "5",
                  "--workers", "1")
     process = warm.start(command(argv, SLOW, "tpu"), virtual(2), merge=True)
@@ -389,7 +390,7 @@ def test_a_signal_ends_the_step_and_saves(gemma, data, tmp_path):
     assert checkpoints.damage(tmp_path / "run" / last) is None
 
 
-# ------------------------------------------------------------------------------ other
+# ------------------------------------------------------------------------------ other cases
 
 POISON = """
 real = fusedit.logit_normal_sigma
@@ -424,12 +425,12 @@ def test_a_step_that_is_not_finite_is_skipped_and_counted(gemma, data, tmp_path)
 
 
 def validations(out):
-    """The rows of metrics.jsonl that have a validation loss."""
+    """The rows of metrics.jsonl with a validation loss."""
     return [row for row in metrics(out) if "val_loss" in row]
 
 
-def test_validation_is_that_of_train_gpu(gemma, data, tmp_path):
-    """Validation loss and sample grids, with the EMA weights; and the compute type, bf16."""
+def test_validation_matches_train_gpu(gemma, data, tmp_path):
+    """Validation loss and sample grids of the EMA weights, in float32 and in bf16."""
     def job(name, *more):
         return flags(gemma, data, tmp_path / name, "--steps", "6", "--ema-every", "1",
                      "--sample-every", "3", "--val-data", str(data), "--val-every", "3",
@@ -449,24 +450,24 @@ def test_validation_is_that_of_train_gpu(gemma, data, tmp_path):
 
 
 def fails(argv, env):
-    """What a run that must fail says on stderr."""
+    """The stderr of a run that must fail."""
     done = launch(argv, engine="tpu", env=env, check=False)
     assert done.returncode == 1
     return done.stderr
 
 
 @pytest.mark.parametrize("more, says", [
-    (["--mesh", "3,1"], "--mesh 3,1 does not make up 2 devices"),
-    (["--batch", "9"], "--batch 9 does not divide into 2 devices; --batch 8 or 10 would"),
+    (["--mesh", "3,1"], "--mesh 3,1 does not match 2 devices"),
+    (["--batch", "9"], "--batch 9 is not divisible by 2 devices; use --batch 8 or 10"),
     (["--data", "none-*.tar"], "no file matches")])
-def test_what_goes_wrong_is_one_line(gemma, data, tmp_path, more, says):
+def test_an_error_is_one_line(gemma, data, tmp_path, more, says):
     stderr = fails([*flags(gemma, data, tmp_path / "run"), *more], virtual(2))
     assert says in stderr and stderr.count("\n") == 1
     assert not list(tmp_path.glob("run/step-*"))
 
 
-def test_data_that_cannot_be_read_is_one_line(gemma, tmp_path):
-    """The error of a thread, raised where the batches are used."""
+def test_data_that_cannot_be_read_is_an_error_in_one_line(gemma, tmp_path):
+    """An exception of a thread is raised where the batches are used."""
     broken = numbered(tmp_path)
     for tar in broken.glob("*.tar"):
         tar.write_bytes(b"")
@@ -478,4 +479,4 @@ def test_data_that_cannot_be_read_is_one_line(gemma, tmp_path):
 def test_a_missing_tpu_is_named(gemma, data, tmp_path):
     env = virtual(2)
     del env["PJRT_DEVICE"]
-    assert "no TPU is here" in fails(flags(gemma, data, tmp_path / "run"), env)
+    assert "no TPU found" in fails(flags(gemma, data, tmp_path / "run"), env)

@@ -1,4 +1,4 @@
-"""DeepSpeed's ZeRO stages, on one process and several, against plain torch and each other."""
+"""Compares ZeRO stages, on one and several processes, with plain torch and each other."""
 import math
 import re
 
@@ -19,7 +19,7 @@ SIZES = {f"layer_{i}": n for i, n in enumerate([100, 90, 60, 40, 40, 30, 20, 10,
 
 
 def model_of(names):
-    """A module with a weight of SIZES[name] elements, all of that value, for each name."""
+    """A module with a weight for each name, of SIZES[name] elements with the value SIZES[name]."""
     model = torch.nn.Module()
     for name in names:
         layer = torch.nn.Module()
@@ -29,7 +29,7 @@ def model_of(names):
 
 
 def owners(names, world):
-    """{parameter name: rank}, after a check that each rank has the EMA that it owns."""
+    """{parameter name: rank}. Checks that each rank has exactly the EMA tensors that it owns."""
     model = model_of(names)
     shards = [zero.shard_ema(model, None, rank, world) for rank in range(world)]
     owner, _ = shards[0]
@@ -49,10 +49,10 @@ def test_shards_of_the_ema_are_even_and_the_same_on_all_ranks(world):
     for name, rank in owner.items():
         load[rank] += SIZES[name.removesuffix(".weight")]
     assert max(load) <= sum(load) / world + max(SIZES.values())
-    assert owner == owners(reversed(SIZES), world)         # in whatever order they come
+    assert owner == owners(reversed(SIZES), world)         # in any order
 
 
-def test_an_ema_on_the_cpu_is_the_same(gemma, data, tmp_path):
+def test_an_offloaded_ema_is_the_same(gemma, data, tmp_path):
     for name, more in (("on", []), ("off", ["--ema-offload"])):
         for steps in ("2", "4"):
             launch(flags(gemma, data, tmp_path / name, "--steps", steps, "--ema-every", "1",
@@ -74,7 +74,7 @@ def cosine_lr(run, step):
 
 
 def plain_torch(argv):
-    """(losses, EMA weights) of a run of PARITY, written out in plain torch without DeepSpeed."""
+    """(losses, EMA weights) of a run with the flags PARITY, in plain torch without DeepSpeed."""
     run = parse_run(argv, "")
     torch.manual_seed(run.seed)
     model = pretrained.build_model(model_config(run))
@@ -115,9 +115,9 @@ def plain(gemma, data):
 
 
 def check_parity(tmp_path, gemma, data, plain, single, pairs):
-    """Runs of PARITY equal plain torch's.
+    """Check that runs with the flags PARITY match plain torch.
 
-    single, pairs: {name: further flags} of runs of one process and of two.
+    single, pairs: {name: additional flags} of runs with one process and with two.
     """
     def jobs(runs):
         return [flags(gemma, data, tmp_path / name, *PARITY, *more) for name, more in runs.items()]
@@ -128,7 +128,7 @@ def check_parity(tmp_path, gemma, data, plain, single, pairs):
     for name in single | pairs:
         assert losses(tmp_path / name) == pytest.approx(known, rel=1e-5), name
 
-    # two ranks generate what one does
+    # two ranks generate the same grid as one
     one = next(iter(single))
     grids = {(tmp_path / name / "samples" / "step-0000015.png").read_bytes()
              for name in [one, *pairs]}
@@ -143,7 +143,7 @@ def check_parity(tmp_path, gemma, data, plain, single, pairs):
         assert_equal(pretrained.load_model(tmp_path / name).dit.state_dict(), ema, atol=1e-5)
 
 
-def test_deepspeed_trains_as_plain_torch_does(gemma, data, tmp_path, plain):
+def test_deepspeed_matches_plain_torch(gemma, data, tmp_path, plain):
     check_parity(
         tmp_path, gemma, data, plain,
         single={"one": ["--zero", "0"], "remat": ["--remat", "--micro-batch", "2"]},
@@ -151,8 +151,8 @@ def test_deepspeed_trains_as_plain_torch_does(gemma, data, tmp_path, plain):
 
 
 @pytest.mark.slow
-def test_every_stage_and_split_trains_alike(gemma, data, tmp_path, plain):
-    """ZeRO 0 to 3 on two processes, accumulating 1 and 4; Adam on the CPU."""
+def test_every_stage_and_split_matches_plain_torch(gemma, data, tmp_path, plain):
+    """ZeRO 0 to 3 on two processes, with 1 and 4 micro-batches per step; Adam on the CPU."""
     single = {"plain4": ["--zero", "0", "--micro-batch", "2"]}
     for zero_stage in "123":
         single[f"offload{zero_stage}"] = ["--zero", f"{zero_stage}-offload"]
@@ -176,14 +176,14 @@ atexit.register(print_counters)
 
 
 def counters(done):
-    """(graph breaks, graphs) of a launcher with COUNTERS."""
+    """(graph breaks, graphs) from the output of a launcher with COUNTERS."""
     breaks, graphs = re.search(r"breaks (\d+) graphs (\d+)", done.stdout).groups()
     return int(breaks), int(graphs)
 
 
 @pytest.mark.slow
-def test_compiled_blocks_train_alike(gemma, data, tmp_path):
-    """In one piece, also where ZeRO 3 gathers a block's weights; a deeper one needs no more."""
+def test_compiled_blocks_train_the_same(gemma, data, tmp_path):
+    """Without graph breaks, even under ZeRO 3. A deeper model does not need more graphs."""
     tiny_gemma(tmp_path / "deep", num_hidden_layers=4)
 
     def job(name, *more, base=gemma):
@@ -202,8 +202,8 @@ def test_compiled_blocks_train_alike(gemma, data, tmp_path):
 
 
 @pytest.mark.slow
-def test_float8_trains_nearly_alike_and_resumes(gemma, data, tmp_path):
-    """Emulated; at ZeRO 2 and 3, and from a checkpoint to the bit."""
+def test_float8_trains_nearly_the_same_and_resumes(gemma, data, tmp_path):
+    """Emulated, at ZeRO 2 and 3. Resuming from a checkpoint is exact."""
     pytest.importorskip("torchao")
 
     def job(name, steps, zero_stage, *more):
@@ -216,12 +216,12 @@ def test_float8_trains_nearly_alike_and_resumes(gemma, data, tmp_path):
     two = losses(tmp_path / "two")
     three = losses(tmp_path / "three")
     assert two == pytest.approx(plain, rel=0.01)
-    assert two[-1] != plain[-1]             # the first prediction is 0 in either
+    assert two[-1] != plain[-1]             # the first prediction is 0 in both
     assert three == pytest.approx(two, rel=1e-3)
     assert_equal(state(tmp_path / "resumed", 4), state(tmp_path / "two", 4))
 
 
-def test_gemma_can_be_trained_too(gemma, data, tmp_path):
+def test_gemma_can_be_trained(gemma, data, tmp_path):
     out = tmp_path / "run"
     more = ("--train-llm", "--ema-every", "1")
     launch_all([
