@@ -3,7 +3,7 @@
     python prepare_data.py shapes shards/shapes -n 200000
     python prepare_data.py emoji shards/emoji                # 5,017 emoji, downloaded
     python prepare_data.py folder photos/ captions.jsonl shards/photos
-    python prepare_data.py folder photos/ shards/photos      # captions in .txt files beside the images
+    python prepare_data.py folder photos/ shards/photos      # captions in .txt files
     python prepare_data.py cc12m cc12m-wds/ train.jsonl.gz shards/cc12m
     python prepare_data.py sa1b-download links.txt sa1b/
     python prepare_data.py sa1b sa1b/ captions/ shards/sa1b
@@ -276,7 +276,8 @@ def add_sa1b(commands):
 
 
 def add_journeydb(commands):
-    p = commands.add("journeydb", journeydb.journeydb, "pack JourneyDB with its prompts as captions",
+    p = commands.add("journeydb", journeydb.journeydb,
+                     "pack JourneyDB with its prompts as captions",
                      "train_anno_realease_repath.jsonl imgs/ shards/journeydb",
                      ". Prompts are stored as synthetic captions, which training uses by default, "
                      "and the captions that GPT wrote as original captions")

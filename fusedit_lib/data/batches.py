@@ -140,7 +140,7 @@ class Batches(Dataset):
             self.reader.local_files(shard)
 
     def prefetch(self, position):
-        """If the shard of a position is remote, start to copy it in the background."""
+        """Start to copy the shard of a position in the background if it is remote."""
         shard, _ = self.order[position]
         if shard in self.downloads or not is_url(self.shards[shard].path):
             return
