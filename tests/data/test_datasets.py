@@ -288,9 +288,9 @@ def test_emoji_hold_out_style_concept_pairs(tmp_path):
 
 # ---- restarts and processes ----------------------------------------------------------------------
 
-# Runs a command in a child process, kills it eight times at random moments, then lets it finish. The
-# child is forked from a process that has already imported everything. Writing is slowed down so that
-# the kills occur during the work.
+# Runs a command in a child process, kills it eight times at random moments, and then lets it
+# finish. The child is forked from a process that has already imported everything. Writing is slowed
+# down so that the kills occur during the work.
 KILLER = """
 import json, os, random, signal, sys, time
 import duckdb, prepare_data

@@ -187,7 +187,7 @@ def write_model_folder(folder, rights, distance):
 
 @pytest.fixture
 def models(tmp_path):
-    """Two folders of results, a training run with a half-written last line, and GenEval's result."""
+    """Two folders of results, a training run with a half-written last line, a GenEval result."""
     write_model_folder(tmp_path / "one", [1] * 9 + [0], 12.5)
     write_model_folder(tmp_path / "two", [1, 0] * 5, 10.25)
     (tmp_path / "run").mkdir()
