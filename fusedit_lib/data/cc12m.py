@@ -43,7 +43,7 @@ class TarItems:
 
 
 def cc12m_sample(rules, item):
-    """The sample of an Item. Raises Skip, also if there is no synthetic caption."""
+    """The sample of an Item. Raises Skip, for example if it has no synthetic caption."""
     has_image = not isinstance(item.image, Skip)
     if has_image and not item.captions["synthetic_caption"]:
         raise Skip("no synthetic caption")

@@ -43,7 +43,7 @@ class ImageNumber(NamedTuple):
 
 
 def image_seed(seed, prompt, image):
-    """The seed of an image's noise. With `--seed`, sample.py draws the same image from it."""
+    """The seed of an image's noise, from which `sample.py --seed` draws the same image."""
     return int(np.random.SeedSequence((seed, prompt, image)).generate_state(1)[0])
 
 
@@ -174,7 +174,7 @@ def draw_missing(run, benchmark, model, vae, settings):
     start = time.monotonic()
     with progress_bar(done + count, done, hidden=rank > 0) as bar:
         draw_batches(run, benchmark, model, vae, missing, paths, bar)
-    if missing and done == 0 and world == 1:               # only then it is the whole run's speed
+    if missing and done == 0 and world == 1:               # only then is it the whole run's speed
         settings["images_per_s"] = round(count / (time.monotonic() - start), 3)
         settings["device"] = str(model.llm.embed_tokens.weight.device)
         write_settings(settings, run.out)
@@ -222,7 +222,7 @@ def draw_batches(run, benchmark, model, vae, batches, paths, bar):
     def after_step(step, x):
         bar.update(len(x) / run.steps)
 
-    with ThreadPoolExecutor(4) as pool:     # compressing a PNG takes as long as steps on a GPU do
+    with ThreadPoolExecutor(4) as pool:     # PNG compression takes as long as steps on a GPU
         writer = ImageWriter(run, benchmark, paths, pool)
         for batch in batches:
             images = generate(

@@ -246,9 +246,9 @@ class PairedTest(NamedTuple):
 def paired_test(groups):
     """Test the differences {category: values} between two models on the same prompts.
 
-    p is the probability of a difference at least this large, in either direction, if the models
-    were equally good, that is, if the signs of the differences were random (a sign-flip
-    permutation test).
+    Returns a PairedTest. Its p is the probability of a difference at least this large, in either
+    direction, if the models were equally good, that is, if the signs of the differences were random
+    (a sign-flip permutation test).
     """
     rng = np.random.default_rng(0)
     mean = np.mean([np.mean(values) for values in groups.values()])

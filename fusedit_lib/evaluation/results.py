@@ -50,8 +50,10 @@ def format_interval(interval):
 
 
 def write(result, path, overwrite=False):
-    """Write a result and print its path. Unless overwrite, a different file of that name is kept
-    and the result gets a new name."""
+    """Write a result and print its path.
+
+    If overwrite is False, a different file of that name is kept and the result gets a new name.
+    """
     text = json.dumps(result, indent=1) + "\n"
     unchanged = path.exists() and path.read_text() == text
     if not unchanged:

@@ -27,9 +27,9 @@ from fusedit_lib.shapes.scenes import (
 COLOUR_NAMES = tuple(COLOURS)
 PALETTE = np.array(list(COLOURS.values()), np.float32)     # [colours, 3]
 PIXELS = int(SIDE)                      # images are resized to 64 x 64
-FOREGROUND_DISTANCE = 45.0              # RGB distance between background and foreground pixels
+FOREGROUND_DISTANCE = 45.0              # RGB distance of foreground pixels from the background
 MIN_AREA = 16                           # pixels; smaller regions are specks, not objects
-MIN_INTERIOR = 30                       # pixels; in smaller ones only the strongest colours count
+MIN_INTERIOR = 30                       # pixels; below, the strongest colours of a region are used
 MIN_OVERLAP = 0.6                       # intersection over union with the best silhouette
 MIN_COLOUR_SHARE = 0.6                  # of the interior's pixels that have the same nearest colour
 LARGE_RADIUS = 10.6                     # objects of this radius or more are large

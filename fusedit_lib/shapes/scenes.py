@@ -90,7 +90,7 @@ class EvaluationPrompt(NamedTuple):
 
 # ---------------------------------------------------------------------------- held out of training
 def is_held_out_count(count: int, colour: str, shape: str) -> bool:
-    """True if training never contains this number of equal objects, as for one number in six."""
+    """True if this number of equal objects is held out of training, as is one number in six."""
     if count < 2:
         return False
     index = count + list(COLOURS).index(colour) + 2 * SHAPES.index(shape)

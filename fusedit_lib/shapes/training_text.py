@@ -75,7 +75,7 @@ def referring_phrase(description: Scene, k: int, rng: random.Random) -> str | No
     others = description.groups[:k] + description.groups[k + 1:]
     same_shape = [other for other in others if other.shape == group.shape]
 
-    adjectives = []                     # lists, each of which identifies the group with the noun
+    adjectives = []                     # lists; each identifies the group together with the noun
     if not same_shape:
         adjectives.append([])
     for field in ("colour", "size"):
@@ -135,8 +135,7 @@ def ask_background(description, rng):
 
 
 def ask_count(description, rng):
-    """Asks "how many red squares ?". The answer is the sum over groups; "zero" if there are none.
-    """
+    """Asks "how many red squares ?". The answer is the sum over all groups, which may be zero."""
     groups = description.groups
     if rng.random() < 0.2:
         return Question("how many objects ?", NUMBERS[sum(group.count for group in groups)])
