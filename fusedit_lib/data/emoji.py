@@ -63,8 +63,8 @@ def download_packages(folder: Path, registry: str) -> None:
                 fetch(url, archive, partial(checksum_fault, package.sha512),
                       partial(bar.advance, file_name))
         except DownloadFailed as reason:
-            raise FuseDiTError(f"cannot get {package.name} {package.version} from {registry} "
-                               f"({reason}); --registry names another npm registry") from None
+            raise FuseDiTError(f"cannot download {package.name} {package.version} from {registry} "
+                               f"({reason}): give another npm registry with --registry") from None
         unpack(archive, folder / kind, f"package/{package.files}")
         archive.unlink()
 

@@ -60,7 +60,7 @@ def score_distance(real, fake, extractor, device, batch_size, workers, out=None)
     label = extractor.label
     print(f"{label:<26}{distance:10.4f}   {len(x)} real, {len(y)} drawn: compare only with equal "
           "numbers")
-    print(f"{'KID x 1000':<26}{1000 * kid:10.4f}   unbiased: comparable for any numbers")
+    print(f"{'KID x 1000':<26}{1000 * kid:10.4f}   unbiased: comparable between any numbers")
     result = dict(benchmark="distance", label=label, distance=distance, kid=kid, real=len(x),
                   fake=len(y), folders=[str(real), str(fake)])
     if out is None:
