@@ -1,4 +1,4 @@
-"""Benchmarks: draw images of fixed prompts, score them, compare models.
+"""Draw the images of benchmarks, score them, and compare models.
 
     python evaluate.py shapes                                      # the demo, 600 prompts
     python evaluate.py shapes --guidance 1,2,3,6 --steps 10,25     # a sweep, with a figure
@@ -6,9 +6,10 @@
     python evaluate.py fid --real photos --fake evaluation/mjhq-my-model/guidance-6-steps-25/images
     python evaluate.py report a=evaluation/shapes-a b=evaluation/shapes-b
 
-A benchmark that draws writes DIR/guidance-G-steps-S/: run.json, and images/ in the layout that its
-official scorer expects. The noise of an image depends only on the seed, the place of its prompt and
-the number of the image. A run that was stopped is resumed by the same command.
+For each combination of settings, a benchmark writes run.json and images/ to
+DIR/guidance-G-steps-S/, in the layout that its official scorer expects. The noise of an image
+depends only on the seed, the index of its prompt and the number of the image within that prompt. To
+resume a run that was stopped, repeat the command.
 """
 import argparse
 import inspect
@@ -17,7 +18,7 @@ from pathlib import Path
 
 from fusedit_lib import threads
 
-threads.limit_spinning()                    # before torch is imported
+threads.limit_spinning()                    # has no effect once torch is imported
 
 from fusedit import FuseDiTError
 from fusedit_lib import backend, cli
@@ -33,7 +34,7 @@ from fusedit_lib.evaluation.report import report
 from fusedit_lib.pretrained import last_checkpoint
 from fusedit_lib.sampling import check_guidance_span
 
-# What to do with the images of benchmarks whose scorers are programs of their own (see README).
+# Commands that score the images of benchmarks with external scorers (see docs/evaluation.md).
 NEXT_COMMANDS = {
     "geneval": ["python geneval/evaluation/evaluate_images.py {out}/images --outfile "
                 "{out}/results.jsonl --model-path DETECTOR",
@@ -49,17 +50,17 @@ NEXT_COMMANDS = {
 # ---- benchmarks that draw ------------------------------------------------------------------------
 
 def draw_command(args):
-    """Draw a benchmark at every --guidance and --steps, and score what can be scored here."""
+    """Draw a benchmark with every combination of --guidance and --steps, and finish each run."""
     check_guidance_span(args.guidance_span)
     benchmark = load_benchmark(args)
     if not benchmark.prompts:
-        raise FuseDiTError(f"there is no prompt in {args.prompts}")
+        raise FuseDiTError(f"no prompts in {args.prompts}")
     points = len(args.steps)
     if args.guidance is not None:
         points *= len(args.guidance)
     is_sweep = args.name == "shapes" and points > 1
     if is_sweep:
-        import matplotlib  # noqa: F401     fails now, not after the drawing, if missing
+        import matplotlib  # noqa: F401     if it is missing, fail before drawing
 
     folder = args.out
     if folder is None:
@@ -81,7 +82,7 @@ def draw_command(args):
 
 
 def load_benchmark(args):
-    """The prompts and files of the benchmark, from --prompts or from the demo's grammar."""
+    """Load the prompts and file names of the benchmark from --prompts or the demo's grammar."""
     if args.name == "shapes":
         return benchmarks.shapes(args.n, args.seed)
     load = {"geneval": benchmarks.geneval, "dpg": benchmarks.dpg, "mjhq": benchmarks.mjhq}
@@ -89,7 +90,7 @@ def load_benchmark(args):
 
 
 def model_name(model):
-    """The last part of a model's path, of a checkpoint the last two: RUN-step-0001000."""
+    """The last part of a model's path; for a checkpoint, the last two, as RUN-step-0001000."""
     path = Path(last_checkpoint(model))
     if path.name.startswith("step-"):
         return "-".join(path.parts[-2:])
@@ -116,8 +117,8 @@ def sampling_runs(args, folder, loaded):
 
 def finish_run(run, benchmark, settings, args):
     """Score the images of a run, or print the commands that do."""
-    print(f"{len(benchmark.prompts)} prompts, {benchmark.images_per_prompt} of each: "
-          f"{run.out}/images")
+    count = len(benchmark.prompts) * benchmark.images_per_prompt
+    print(f"{run.out}/images: {count} images for {len(benchmark.prompts)} prompts")
     if run.name == "shapes":
         judging.score_shapes(run.out, args.n, args.seed, settings)
         return
@@ -127,10 +128,10 @@ def finish_run(run, benchmark, settings, args):
 
 
 def draw_sweep(runs, folder):
-    """The figure of a sweep, once all of its runs have been scored."""
+    """Draw the figure of a sweep if all of its runs have been scored."""
     paths = [run.out / "shapes.json" for run in runs]
     if not all(path.exists() for path in paths):
-        return                              # by the process that ends last
+        return                              # the last process to finish draws it
     scales = list(dict.fromkeys(f"{run.guidance:g}" for run in runs))
     steps = list(dict.fromkeys(str(run.steps) for run in runs))
     name = f"sweep-guidance-{'-'.join(scales)}-steps-{'-'.join(steps)}.png"
@@ -140,7 +141,7 @@ def draw_sweep(runs, folder):
 # ---- other commands ------------------------------------------------------------------------------
 
 def shapes_command(args):
-    """Draw and score the shapes benchmark or, with --ground-truth, score its detector."""
+    """Draw and score the shapes benchmark; with --ground-truth, score the detector instead."""
     if args.ground_truth:
         judging.score_detector(args.n, args.seed)
     else:
@@ -148,11 +149,11 @@ def shapes_command(args):
 
 
 def fid_command(args):
-    """Frechet and kernel distance between two folders of images.
+    """Compute the Frechet and kernel distances between two folders of images.
 
-    A distance compares features: numbers that a vision network computes from each image. With
-    those of Inception, prepared as clean-fid does, the Frechet distance is FID. With any other
-    network it is a useful number of another kind, and is never called FID.
+    Both distances compare features that a vision network computes from each image. With Inception
+    features and the image preparation of clean-fid, the Frechet distance is FID. With any other
+    network it is a different measure and is never called FID.
     """
     device = backend.pick_device(args.device)
     extractor = metrics.load_extractor(args.features, device, args.inception)
@@ -179,7 +180,7 @@ def report_command(args):
 # ---- the command line ----------------------------------------------------------------------------
 
 def add_command(commands, name, function, documented, summary):
-    """A subcommand; the description of its --help is the docstring of `documented`."""
+    """Add a subcommand whose description in --help is the docstring of `documented`."""
     parser = commands.add_parser(name, formatter_class=HelpFormatter, help=summary,
                                  description=inspect.getdoc(documented))
     parser.set_defaults(command=function)
@@ -187,7 +188,7 @@ def add_command(commands, name, function, documented, summary):
 
 
 def add_draw_command(commands, name, documented, summary, prompts_help=None):
-    """A benchmark that draws, with the flags that all of these share. Returns the parser."""
+    """Add a benchmark with the flags that all benchmarks share. Returns its parser."""
     parser = add_command(commands, name, draw_command, documented, summary)
     parser.set_defaults(name=name, prompts=None)
 
@@ -196,101 +197,106 @@ def add_draw_command(commands, name, documented, summary, prompts_help=None):
         group.add_argument("--prompts", type=Path, required=True, metavar="PATH",
                            help=prompts_help)
     group.add_argument("--seed", type=uint32, default=0, metavar="N",
-                       help="random seed of the noise (and of the prompts of shapes)")
+                       help="random seed for the noise, and for the prompts of the shapes "
+                            "benchmark")
     group.add_argument("--out", type=Path, metavar="DIR",
-                       help="folder for a subfolder per setting "
+                       help="output folder, with one subfolder per combination of settings "
                             "(default: evaluation/BENCHMARK-MODEL)")
 
     cli.add_model_flags(parser)
 
     sampler = parser.add_argument_group("sampler")
     sampler.add_argument("--steps", type=number_list(positive), default="25", metavar="N,...",
-                         help="number of Euler steps; several numbers are a sweep")
+                         help="number of Euler steps; several values run a sweep")
     sampler.add_argument("--guidance", type=number_list(float), metavar="SCALE,...",
-                         help="scale of classifier-free guidance: how strictly images follow the "
-                              "prompt; several numbers are a sweep (default: the model's own, 6 "
+                         help="classifier-free guidance scale: how closely images follow the "
+                              "prompt; several values run a sweep (default: the model's own, 6 "
                               "in the paper)")
     cli.add_guidance_span(sampler)
     sampler.add_argument("--batch-size", type=positive, default=32, metavar="N",
-                         help="number of images that are drawn at once, at most; lower it if "
-                              "memory runs out")
+                         help="maximum number of images drawn at once; lower it if memory runs "
+                              "out")
     return parser
 
 
 def add_draw_commands(commands):
     parser = add_draw_command(commands, "shapes", benchmarks.shapes,
-                              "coloured shapes, judged by an exact pixel detector")
+                              "coloured shapes, scored by an exact pixel detector")
     parser.set_defaults(command=shapes_command)
     group = parser.add_argument_group("shapes")
     group.add_argument("-n", type=positive, default=600,
                        help="number of prompts, spread evenly over the categories")
     group.add_argument("--ground-truth", action="store_true",
                        help="score the detector instead of a model: render N scenes exactly and "
-                            "read them back")
+                            "detect them")
     add_draw_command(commands, "geneval", benchmarks.geneval,
                      "objects, counts, colours and positions, for GenEval's scorer",
                      "GenEval's prompts/evaluation_metadata.jsonl")
     add_draw_command(commands, "dpg", benchmarks.dpg,
                      "long prompts, for DPG-Bench's scorer",
-                     "ELLA's folder dpg_bench/prompts of .txt files")
+                     "ELLA's folder dpg_bench/prompts, which contains .txt files")
     add_draw_command(commands, "mjhq", benchmarks.mjhq,
                      "30,000 images for FID", "MJHQ-30K's meta_data.json")
 
 
 def add_fid_command(commands):
     parser = add_command(commands, "fid", fid_command, fid_command,
-                         "distance between two folders of images")
-    parser.add_argument("--real", type=Path, required=True, metavar="DIR",
-                        help="folder of real images, which may lie in folders below it")
-    parser.add_argument("--fake", type=Path, required=True, metavar="DIR",
-                        help="folder of drawn images, likewise")
-    parser.add_argument("--features", default="inception", metavar="NAME",
-                        help="network whose features are compared: inception (FID), "
-                             "efficientnet-lite0 (needs no download), or a vision model of "
-                             "transformers by folder or hub id")
-    parser.add_argument("--inception", type=Path, metavar="DIR",
-                        default=Path.home() / ".cache/fusedit",
-                        help=f"folder that holds {metrics.INCEPTION} "
-                             "(default: .cache/fusedit in your home folder)")
-    parser.add_argument("--batch-size", type=positive, default=64, metavar="N",
-                        help="number of images that the network sees at once")
-    parser.add_argument("--workers", type=positive, default=os.cpu_count(), metavar="N",
-                        help="number of threads that read images (default: one per core)")
-    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, ...")
-    parser.add_argument("--out", type=Path, metavar="FILE",
-                        help="the result (default: fid.json, or fd-NAME.json, beside the folder "
-                             "--fake)")
+                         "distances between two folders of images")
+    group = parser.add_argument_group("what to compare")
+    group.add_argument("--real", type=Path, required=True, metavar="DIR",
+                       help="folder of real images, searched recursively")
+    group.add_argument("--fake", type=Path, required=True, metavar="DIR",
+                       help="folder of drawn images, searched recursively")
+    group.add_argument("--features", default="inception", metavar="NAME",
+                       help="network whose features are compared: inception (FID), "
+                            "efficientnet-lite0 (no download needed), or the folder or hub id of "
+                            "a vision model that transformers can load")
+    group.add_argument("--inception", type=Path, metavar="DIR",
+                       default=Path.home() / ".cache/fusedit",
+                       help=f"folder that contains {metrics.INCEPTION} "
+                            "(default: ~/.cache/fusedit)")
+    group.add_argument("--out", type=Path, metavar="FILE",
+                       help="output file (default: fid.json or fd-NAME.json, beside the --fake "
+                            "folder)")
+    group = parser.add_argument_group("execution")
+    group.add_argument("--batch-size", type=positive, default=64, metavar="N",
+                       help="number of images passed to the network at once")
+    group.add_argument("--workers", type=positive, default=os.cpu_count(), metavar="N",
+                       help="number of threads that read images (default: one per core)")
+    group.add_argument("--device", default="auto",
+                       help="device to compute on: auto, cpu, cuda, cuda:1, ...")
 
 
 def add_score_commands(commands):
     parser = add_command(commands, "geneval-score", geneval_score_command, results.geneval_score,
-                         "GenEval's table, from the official scorer's file")
+                         "GenEval's table, from the official scorer's output")
     parser.add_argument("results", type=Path, metavar="FILE", help="the scorer's results.jsonl")
     parser.add_argument("--out", type=Path, metavar="FILE",
-                        help="the result (default: geneval.json beside FILE)")
+                        help="output file (default: geneval.json beside the scorer's file)")
 
     parser = add_command(commands, "dpg-score", dpg_score_command, results.dpg_score,
-                         "DPG-Bench's table, from the official scorer's file")
+                         "DPG-Bench's table, from the official scorer's output")
     parser.add_argument("results", type=Path, metavar="FILE",
-                        help="the file given to the scorer as --res-path")
+                        help="the file passed to the scorer as --res-path")
     parser.add_argument("--out", type=Path, metavar="FILE",
-                        help="the result (default: dpg.json beside FILE)")
+                        help="output file (default: dpg.json beside the scorer's file)")
 
     parser = add_command(commands, "compare", compare_command, results.compare,
-                         "two models on the same prompts, with a paired test")
+                         "comparison of two models on the same prompts, with a paired test")
     parser.add_argument("a", type=Path, metavar="A.json", help="result of the first model")
     parser.add_argument("b", type=Path, metavar="B.json", help="result of the second model")
 
     parser = add_command(commands, "report", report_command, report,
-                         "several models in one table and one figure")
+                         "results of several models in one table and one figure")
     parser.add_argument("results", nargs="+", metavar="NAME=PATH",
-                        help="a result or a folder of them; a training run's folder gives its "
-                             "validation loss and speed. Equal names share a row")
+                        help="a result or a folder of results; a training run's folder adds its "
+                             "validation loss and speed; equal names share a row")
     parser.add_argument("--out", type=Path, default=Path("report.md"), metavar="FILE.md",
-                        help="the table; the figure is FILE.png")
+                        help="output file for the table; the figure is saved as FILE.png")
 
 
 def parse_args(argv=None):
+    """Parse the command line, or a list of its words; args.command(args) runs the command."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
     commands = parser.add_subparsers(required=True, metavar="COMMAND", title="commands")
     add_draw_commands(commands)

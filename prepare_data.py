@@ -1,23 +1,23 @@
-"""Make data sets: images and their captions as WebDataset shards, and the demo's tiny Gemma.
+"""Pack images and their captions into WebDataset shards, and train the demo's tiny Gemma.
 
     python prepare_data.py shapes shards/shapes -n 200000
-    python prepare_data.py emoji shards/emoji                # 5,017 real ones, downloaded
+    python prepare_data.py emoji shards/emoji                # 5,017 emoji, downloaded
     python prepare_data.py folder photos/ captions.jsonl shards/photos
-    python prepare_data.py folder photos/ shards/photos      # captions in .txt beside the images
+    python prepare_data.py folder photos/ shards/photos      # captions in .txt files
     python prepare_data.py cc12m cc12m-wds/ train.jsonl.gz shards/cc12m
     python prepare_data.py sa1b-download links.txt sa1b/
     python prepare_data.py sa1b sa1b/ captions/ shards/sa1b
     python prepare_data.py journeydb train_anno_realease_repath.jsonl imgs/ shards/journeydb
-    python prepare_data.py encode shards/cc12m --vae PATH    # latents beside the shards
+    python prepare_data.py encode shards/cc12m --vae PATH    # writes VAE latents beside the shards
     python prepare_data.py check shards/cc12m --grid cc12m.png
-    python prepare_data.py index shards/others               # shards that came without index.json
+    python prepare_data.py index shards/others               # for shards that have no index.json
     python prepare_data.py tiny-gemma demo/gemma
 
-A shard is a tar of KEY.image.jpg (or png, webp), KEY.synthetic_caption.txt (written by a model) and
-KEY.original_caption.txt (the one that came with the image). Beside the shards, index.json lists
-them, offsets.npy says where in them each sample begins, and report.json counts what became of every
-input. A run that was interrupted or killed is resumed by the same command. Train on OUT with
-`python train_gpu.py --data OUT`.
+For each sample, a shard contains the files KEY.image.jpg (or .png, .webp),
+KEY.synthetic_caption.txt (written by a model) and KEY.original_caption.txt (supplied with the
+image). Beside the shards, index.json lists them, offsets.npy stores the byte offset of each sample,
+and report.json accounts for every input. To resume a run that was interrupted or killed, repeat the
+command. To train on OUT, run `python train_gpu.py --data OUT`.
 """
 import argparse
 import os
@@ -26,7 +26,7 @@ from pathlib import Path
 
 from fusedit_lib import threads
 
-threads.limit_spinning()                    # takes effect only before torch is imported
+threads.limit_spinning()                    # has no effect once torch is imported
 
 from fusedit_lib.backend import local_world, pick_device
 from fusedit_lib.cli import DTYPE, HelpFormatter, RenamedFlag, natural, positive, run
@@ -43,7 +43,7 @@ from fusedit_lib.data import (
 )
 from fusedit_lib.shapes import tiny_gemma
 
-SEED_HELP = "seed of all random choices"
+SEED_HELP = "random seed"
 
 
 def make_tiny_gemma(args):
@@ -55,15 +55,15 @@ def make_tiny_gemma(args):
 
 # ---------------------------------------------------------------------------- argument types
 def aspect_ratio(text):
-    """argparse type of the ratio of an image's longer to its shorter side."""
+    """argparse type for an aspect ratio: the longer side divided by the shorter side."""
     ratio = float(text)
-    if not ratio >= 1:                      # "nan" as well
+    if not ratio >= 1:                      # also rejects "nan"
         raise argparse.ArgumentTypeError("must be at least 1")
     return ratio
 
 
 def jpeg_quality(text):
-    """argparse type of the quality of a JPEG."""
+    """argparse type for a JPEG quality."""
     quality = int(text)
     if not 1 <= quality <= 100:
         raise argparse.ArgumentTypeError("must be from 1 to 100")
@@ -76,65 +76,79 @@ def add_out(p, what="folder for the shards"):
 
 
 def add_image_rules(p, size=0):
-    """Which images are packed, and how they are stored."""
-    p.add_argument("--size", type=natural, default=size, metavar="PIXELS",
-                   help="shrink images to this shorter side; 0: store their files as they are")
-    p.add_argument("--quality", type=jpeg_quality, default=95,
-                   help="JPEG quality of images that are shrunk")
-    p.add_argument("--min-size", type=natural, default=1, metavar="PIXELS",
-                   help="skip images whose shorter side is below it")
-    p.add_argument("--max-aspect", type=aspect_ratio, default=1000, metavar="RATIO",
-                   help="skip images with a larger ratio of longer to shorter side")
+    """Add the flags that select images and determine how they are stored."""
+    group = p.add_argument_group("images")
+    group.add_argument("--size", type=natural, default=size, metavar="PIXELS",
+                       help="downscale larger images so that their shorter side has this length; "
+                            "0 stores image files unchanged where possible")
+    group.add_argument("--quality", type=jpeg_quality, default=95,
+                       help="JPEG quality of downscaled images")
+    group.add_argument("--min-size", type=natural, default=1, metavar="PIXELS",
+                       help="skip images whose shorter side is shorter than this")
+    group.add_argument("--max-aspect", type=aspect_ratio, default=1000, metavar="RATIO",
+                       help="skip images whose longer side is more than RATIO times the shorter")
 
 
-def add_shard_size(p):
-    p.add_argument("--shard-size", type=positive, default=2000, help="inputs of each shard")
+def add_shard_options(p, seed=True):
+    """Add the flags that determine which sample is written to which shard."""
+    group = p.add_argument_group("shards")
+    group.add_argument("--shard-size", type=positive, default=2000, metavar="N",
+                       help="number of inputs per shard")
+    if seed:
+        group.add_argument("--seed", type=int, default=0, help=SEED_HELP)
 
 
 def add_run_options(p):
-    """Arguments that have no influence on what is written."""
-    p.add_argument("--overwrite", action="store_true",
-                   help="start again: replace what an earlier run wrote to OUT")
-    add_workers(p, "number of processes; what they write does not depend on it")
+    """Add the flags that do not affect the contents of the shards."""
+    group = p.add_argument_group("execution")
+    group.add_argument("--overwrite", action="store_true",
+                       help="start over and replace what an earlier run wrote to OUT")
+    add_workers(group, "number of worker processes; the output does not depend on it")
 
 
-def add_workers(p, what, default=os.cpu_count()):
-    p.add_argument("--workers", type=positive, default=default, help=what)
+def add_workers(group, what, default=os.cpu_count()):
+    group.add_argument("--workers", type=positive, default=default, metavar="N", help=what)
 
 
 def add_caption_columns(p, key, caption):
-    """For captions that are stored in files of their own."""
-    p.add_argument("--key-column", default=key, metavar="NAME",
-                   help="column of CAPTIONS that holds the key of the image")
-    p.add_argument("--caption-column", default=caption, metavar="NAME",
-                   help="column of CAPTIONS that holds the caption")
+    """Add the flags for captions that are stored in separate files."""
+    group = p.add_argument_group("captions")
+    group.add_argument("--key-column", default=key, metavar="NAME",
+                       help="column of CAPTIONS that contains the image's key")
+    group.add_argument("--caption-column", default=caption, metavar="NAME",
+                       help="column of CAPTIONS that contains the caption")
 
 
-def add_device(p):
-    p.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, ...")
+def add_device(group):
+    group.add_argument("--device", default="auto",
+                       help="device to compute on: auto, cpu, cuda, cuda:1, ...")
 
 
 def add_shard_folder(p):
-    p.add_argument("folder", type=Path, metavar="FOLDER", help="folder of the *.tar")
+    p.add_argument("folder", type=Path, metavar="FOLDER",
+                   help="folder that contains the shards (*.tar)")
 
 
 # ---------------------------------------------------------------------------- the commands
 class Commands:
-    """The commands of a parser.
+    """Adds commands to a parser.
 
-    The settings in report.json have the order in which a command's arguments are added here.
+    report.json lists the settings in the order in which a command's arguments are added below.
     """
 
     def __init__(self, parser):
-        self.subparsers = parser.add_subparsers(required=True, metavar="COMMAND")
+        self.subparsers = parser.add_subparsers(required=True, metavar="COMMAND", title="commands")
 
     def add(self, name, function, summary, example, details=""):
-        """The parser of a new command, which calls function(args).
+        """Add a command that calls function(args), and return its parser.
 
-        summary: one line for the list of commands. details: what --help adds to it.
+        summary: one line for the list of commands. details: continues the summary in the
+        description that the command's own --help prints.
         """
+        description = f"{summary[0].upper()}{summary[1:]}{details}."
         p = self.subparsers.add_parser(
-            name, help=summary, description=textwrap.fill(summary + details, 80),
+            name, help=summary,
+            description=textwrap.fill(description, 80, break_on_hyphens=False),
             epilog=f"example:\n  python prepare_data.py {name} {example}",
             formatter_class=HelpFormatter)
         p.set_defaults(run=function, command=name)
@@ -142,7 +156,7 @@ class Commands:
 
 
 def parse_args(argv=None):
-    """The arguments of the command line, or of a list; args.run(args) runs the command."""
+    """Parse the command line, or a list of its words; args.run(args) runs the command."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
     commands = Commands(parser)
     add_shapes(commands)
@@ -163,52 +177,56 @@ def add_shapes(commands):
     p = commands.add("shapes", shapes.shapes, "draw scenes of coloured shapes, the demo's data set",
                      "shards/shapes -n 200000")
     add_out(p)
-    add_shard_size(p)
-    p.add_argument("--seed", type=int, default=0, help=SEED_HELP)
+    group = p.add_argument_group("images")
+    add_shard_options(p)
     add_run_options(p)
-    p.add_argument("-n", type=positive, default=200000, help="number of images")
-    p.add_argument("--image-size", type=positive, default=32, help="their side in pixels")
+    group.add_argument("-n", type=positive, default=200000, help="number of images")
+    group.add_argument("--image-size", type=positive, default=32, metavar="PIXELS",
+                       help="width and height of the images")
 
 
 def add_emoji(commands):
-    p = commands.add("emoji", emoji.emoji, "pack about 5,000 real emoji", "shards/emoji",
-                     " in two styles, with captions; some (style, concept) pairs are held out")
+    p = commands.add("emoji", emoji.emoji, "download and pack about 5,000 emoji", "shards/emoji",
+                     " in two styles, with captions. Some (style, concept) pairs are held out of "
+                     "OUT/train and written to OUT/held-out")
     add_out(p)
     add_image_rules(p)
-    add_shard_size(p)
-    p.add_argument("--seed", type=int, default=0, help=SEED_HELP)
+    add_shard_options(p)
     add_run_options(p)
+    group = p.add_argument_group("download")
     cache = Path("~/.cache/fusedit/emoji").expanduser()
-    p.add_argument("--packages", type=Path, default=cache, metavar="DIR",
-                   help="where the downloaded packages, 25 MB, are kept")
+    group.add_argument("--packages", type=Path, default=cache, metavar="DIR",
+                       help="folder for the downloaded packages, 25 MB")
     registry = os.environ.get("NPM_CONFIG_REGISTRY", "https://registry.npmjs.org")
-    p.add_argument("--registry", default=registry, metavar="URL",
-                   help="npm registry to download them from")
+    group.add_argument("--registry", default=registry, metavar="URL",
+                       help="npm registry to download the packages from")
 
 
 def add_folder(commands):
     p = commands.add("folder", folder.folder, "pack a folder of images and their captions",
                      "photos/ captions.jsonl shards/photos")
     p.add_argument("images", type=Path, metavar="IMAGES",
-                   help="folder that is searched, with all folders below it")
+                   help="folder of images, searched recursively")
     p.add_argument("captions", type=Path, metavar="CAPTIONS", nargs="?",
                    help=".json, .jsonl or .csv file with an image name and a caption in each row "
-                   "(columns `image` and `caption`, and `synthetic_caption` if a model wrote one), "
-                   "or a folder of .txt files; if left out: .txt files beside the images")
+                   "(columns `image` and `caption`, and `synthetic_caption` for a caption written "
+                   "by a model), or a folder of .txt files (default: .txt files beside the images)")
     add_out(p)
     add_image_rules(p)
-    add_shard_size(p)
-    p.add_argument("--seed", type=int, default=0, help=SEED_HELP)
+    add_shard_options(p)
     add_run_options(p)
 
 
 def add_tiny_gemma(commands):
     p = commands.add("tiny-gemma", make_tiny_gemma, "train the demo's frozen text tower",
-                     "demo/gemma", ", a Gemma 2 of two million parameters, on text about scenes")
+                     "demo/gemma", ", a Gemma 2 with two million parameters, on text about scenes "
+                     "of coloured shapes")
     add_out(p, "folder for the model and its tokenizer")
-    p.add_argument("--steps", type=positive, default=1200, help="training steps")
-    p.add_argument("--batch-size", type=positive, default=64, help="texts in each step")
-    p.add_argument("--lr", type=float, default=2e-3, help="highest learning rate")
+    p.add_argument("--steps", type=positive, default=1200, metavar="N",
+                   help="number of training steps")
+    p.add_argument("--batch-size", type=positive, default=64, metavar="N",
+                   help="number of texts per step")
+    p.add_argument("--lr", type=float, default=2e-3, help="peak learning rate")
     add_device(p)
     p.add_argument("--seed", type=int, default=0, help=SEED_HELP)
     p.add_argument("--overwrite", action="store_true", help="replace the model in OUT")
@@ -217,11 +235,12 @@ def add_tiny_gemma(commands):
 def add_cc12m(commands):
     p = commands.add("cc12m", cc12m.cc12m, "pack CC12M with its LLaVA-NeXT captions",
                      "cc12m-wds/ train.jsonl.gz shards/cc12m",
-                     ": pixparse/cc12m-wds and CaptionEmporium/conceptual-captions-cc12m-"
-                     "llavanext, one shard for each tar of the former")
-    p.add_argument("images", type=Path, metavar="IMAGES", help="folder of the tars")
+                     ". Download the images (pixparse/cc12m-wds) and the captions "
+                     "(CaptionEmporium/conceptual-captions-cc12m-llavanext) from the Hugging Face "
+                     "Hub first. Each tar of images becomes one shard")
+    p.add_argument("images", type=Path, metavar="IMAGES", help="folder of cc12m-wds's tars")
     p.add_argument("captions", type=Path, metavar="CAPTIONS",
-                   help=".jsonl, .jsonl.gz or .parquet file, or a folder of them")
+                   help=".jsonl, .jsonl.gz or .parquet file, or a folder of such files")
     add_caption_columns(p, "key", "caption_llava")
     add_out(p)
     add_image_rules(p)
@@ -230,76 +249,88 @@ def add_cc12m(commands):
 
 def add_sa1b_download(commands):
     p = commands.add("sa1b-download", sa1b.sa1b_download, "download and unpack SA-1B",
-                     "links.txt sa1b/", " from Meta's list of links. Every tar is checked; those "
-                     "that fail are tried again by the same command")
-    p.add_argument("links", type=Path, metavar="LINKS", help="Meta's list: file_name TAB cdn_link")
-    add_out(p, "folder for sa_000000/ and so on")
-    p.add_argument("--md5", type=Path, metavar="FILE", help="checksums, as md5sum writes them")
-    p.add_argument("--keep-tars", action="store_true", help="do not delete tars once unpacked")
-    add_workers(p, "number of files to download at a time", 8)
+                     "links.txt sa1b/", " from Meta's list of links. Every tar is checked; repeat "
+                     "the command to retry those that failed")
+    p.add_argument("links", type=Path, metavar="LINKS",
+                   help="Meta's list of links, with lines of file_name TAB cdn_link")
+    add_out(p, "folder for the images, in subfolders sa_000000/, sa_000001/, ...")
+    p.add_argument("--md5", type=Path, metavar="FILE",
+                   help="file of MD5 checksums in the format of md5sum")
+    p.add_argument("--keep-tars", action="store_true", help="keep the tars after unpacking them")
+    add_workers(p, "number of simultaneous downloads", 8)
 
 
 def add_sa1b(commands):
     p = commands.add("sa1b", sa1b.sa1b, "pack SA-1B with PixArt's SAM-LLaVA captions",
                      "sa1b/ captions/ shards/sa1b")
     p.add_argument("images", type=Path, metavar="IMAGES",
-                   help="folder that is searched, with all folders below it")
+                   help="folder of images, searched recursively")
     p.add_argument("captions", type=Path, metavar="CAPTIONS",
-                   help="folder of sa_1.txt and so on; or a .jsonl, .jsonl.gz or .parquet file, or "
-                   "a folder of them")
+                   help="folder of sa_1.txt, sa_2.txt, ...; or a .jsonl, .jsonl.gz or .parquet "
+                   "file, or a folder of such files")
     add_caption_columns(p, "__key__", "txt")
     add_out(p)
     add_image_rules(p, size=512)
-    add_shard_size(p)
+    add_shard_options(p, seed=False)
     add_run_options(p)
 
 
 def add_journeydb(commands):
-    p = commands.add("journeydb", journeydb.journeydb, "pack JourneyDB, with prompts as captions",
+    p = commands.add("journeydb", journeydb.journeydb,
+                     "pack JourneyDB with its prompts as captions",
                      "train_anno_realease_repath.jsonl imgs/ shards/journeydb",
-                     "; GPT's captions are stored as the original ones")
+                     ". Prompts are stored as synthetic captions, which training uses by default, "
+                     "and the captions that GPT wrote as original captions")
     p.add_argument("annotations", type=Path, metavar="ANNOTATIONS",
                    help="train_anno_realease_repath.jsonl")
-    p.add_argument("images", type=Path, metavar="IMAGES", help="folder of 000/, 001/ and so on")
+    p.add_argument("images", type=Path, metavar="IMAGES",
+                   help="folder that contains 000/, 001/, ...")
     add_out(p)
     add_image_rules(p, size=512)
-    add_shard_size(p)
+    add_shard_options(p, seed=False)
     add_run_options(p)
 
 
 def add_check(commands):
-    p = commands.add("check", check.check, "read shards and report what is wrong with them",
+    p = commands.add("check", check.check, "read shards and report their contents and problems",
                      "shards/cc12m --grid cc12m.png",
-                     ". Every image is decoded; an index.json that is missing or wrong is replaced")
+                     ". Every image is decoded, and a missing or wrong index.json is rewritten")
     add_shard_folder(p)
     p.add_argument("--grid", type=Path, metavar="OUT.png",
-                   help="save an image grid of some samples with their captions")
+                   help="save an image grid of random samples with their captions")
     p.add_argument("--sheet", type=Path, action=RenamedFlag, new_name="--grid", dest="grid")
-    add_workers(p, "number of processes")
+    add_workers(p, "number of worker processes")
 
 
 def add_index(commands):
-    p = commands.add("index", index.index, "write index.json for shards that came without it",
+    p = commands.add("index", index.index, "write index.json for shards that have none",
                      "shards/others", ", without decoding their images")
     add_shard_folder(p)
-    add_workers(p, "number of processes")
+    add_workers(p, "number of worker processes")
 
 
 def add_encode(commands):
-    p = commands.add("encode", latents.encode, "write the VAE latents of shards beside them",
-                     "shards/cc12m --vae PATH_OR_HUB_ID", ". Training then reads the latents in "
-                     "place of the images. torchrun distributes the shards over several GPUs")
+    p = commands.add("encode", latents.encode, "encode the images of shards to VAE latents",
+                     "shards/cc12m --vae PATH_OR_HUB_ID", ". The latents are stored beside the "
+                     "shards, and training reads them in place of the images. Start the command "
+                     "with torchrun to distribute the shards over several GPUs")
     add_shard_folder(p)
-    p.add_argument("--vae", required=True, help="as in the model's config: a folder or a hub id")
-    p.add_argument("--image-size", type=positive, default=512, help="the model's, in pixels")
-    p.add_argument("--batch-size", type=positive, default=16, help="images encoded at a time")
-    add_device(p)
-    p.add_argument("--dtype", **DTYPE,
-                   help="of the computation; auto: bf16 where the device supports it, else float32")
-    p.add_argument("--compile", action="store_true",
-                   help="on a GPU, compile the VAE: faster, after a minute")
-    p.add_argument("--overwrite", action="store_true", help="replace existing latents")
-    add_workers(p, "number of processes that decode images",
+    group = p.add_argument_group("latents")
+    group.add_argument("--vae", required=True, metavar="PATH_OR_HUB_ID",
+                       help="the VAE that the model's config names: a folder or a hub id")
+    group.add_argument("--image-size", type=positive, default=512, metavar="PIXELS",
+                       help="image size of the model")
+    group = p.add_argument_group("execution")
+    group.add_argument("--batch-size", type=positive, default=16, metavar="N",
+                       help="number of images encoded at once")
+    add_device(group)
+    group.add_argument("--dtype", **DTYPE,
+                       help="precision of the computation; auto is bf16 where the device computes "
+                            "in it natively, else float32")
+    group.add_argument("--compile", action="store_true",
+                       help="compile the VAE on a GPU: faster after about a minute")
+    group.add_argument("--overwrite", action="store_true", help="replace existing latents")
+    add_workers(group, "number of processes that decode images",
                 max(1, os.cpu_count() // local_world()))
 
 

@@ -1,11 +1,12 @@
-"""WebDataset shards to training batches, in an order that is a function of the seed alone.
+"""Makes training batches from WebDataset shards, in an order that depends only on the seed.
 
-Every position of the run is found directly, without replaying what came before it:
+Each position of the run is computed directly, without replaying earlier positions:
 
     position -> data set, epoch, offset in it -> shard, sample -> pixels, caption, noise
 
-Whichever rank or worker asks for a position gets the same pixels, caption and noise. The first two
-arrows are order.py, the reading is shards.py; this file makes the batches, in worker processes.
+A position has the same pixels, caption and noise on every rank and in every worker. order.py
+implements the first two arrows and shards.py reads the samples; this file makes the batches in
+worker processes.
 """
 import atexit
 import contextlib
@@ -28,8 +29,8 @@ from fusedit_lib.data.order import CYCLE, Mixture
 from fusedit_lib.data.shards import ShardReader, can_read_latents, expand_shards, is_url
 from fusedit_lib.pretrained import ClipTokenizer
 
-DOWNLOAD_AHEAD = 20_000                     # positions by which copying of remote shards is ahead
-BATCH_TIMEOUT = 1800                        # seconds for a batch, after which its worker is killed
+DOWNLOAD_AHEAD = 20_000                     # positions ahead at which remote shards are copied
+BATCH_TIMEOUT = 1800                        # seconds per batch before its worker is killed
 MAX_ATTEMPTS = 100                          # samples tried for one position before giving up
 
 
@@ -37,14 +38,14 @@ class Sample(NamedTuple):
     """One position of the run."""
     pixels: torch.Tensor                    # uint8 [3,H,W]; or latents, see Batches
     caption: str
-    normal: torch.Tensor                    # [] standard normal number, for the noise level
+    normal: torch.Tensor                    # [] standard normal number for the noise level
     noise: torch.Tensor                     # [1,C,h,w]; with a VAE [2,C,h,w]
 
 
 def decode(files, run, size, rng):
-    """(pixels uint8 [3,size,size] or latents, caption) of a sample's files.
+    """Decode a sample's files to (pixels uint8 [3,size,size] or latents, caption).
 
-    Raises ValueError, or whatever Pillow does, if the sample cannot be used.
+    Raises ValueError or an exception of Pillow's if the sample cannot be used.
     """
     image = None
     for name in files:
@@ -76,23 +77,25 @@ def decode(files, run, size, rng):
 # ------------------------------------------------------------------------------ micro-batches
 
 class Batches(Dataset):
-    """The micro-batches of one rank: self[m] is a dict, for any m >= 0, and no state is kept.
+    """The micro-batches of one rank. self[m] is a dict for any m >= 0; no state is kept.
 
         pixels     uint8 [B,3,H,W]; or latents [B,2*C,h,w]: a VAE's mean and log variance
         ids, mask  [B,T] tokens of the captions, padded to self.pad_to
-        captions   the captions themselves
-        normal     [B] standard normal numbers, for the noise levels
+        captions   the text of the captions
+        normal     [B] standard normal numbers for the noise levels
         noise      [B,1,C,h,w]; with a VAE [B,2,C,h,w]: the second is for sampling its posterior
-        clip       [B,77] CLIP's tokens, if the model has CLIP modulation
-        bad        a line for each sample that could not be read, and was replaced by another
+        clip       [B,77] CLIP tokens, if the model has CLIP modulation
+        bad        one line for each sample that could not be read and was replaced by another
 
-    Or {"error": message}: an exception that a worker raises would arrive as a traceback.
+    In case of an error it is {"error": message} instead, since an exception raised in a worker
+    would arrive with the worker's traceback.
     """
 
     def __init__(self, run, config, tokenizer, micro_batch, accumulation=1, rank=0, world=1):
-        """micro_batch: of this rank; accumulation: micro-batches of a rank in a training step.
+        """micro_batch: samples per micro-batch; accumulation: micro-batches per training step.
 
-        Raises FuseDiTError if --data or --data-weights is missing or wrong.
+        Both numbers are per rank. Raises FuseDiTError if --data is missing or matches nothing, or
+        if --data-weights does not fit it.
         """
         self.run = run
         self.config = config
@@ -103,14 +106,15 @@ class Batches(Dataset):
         self.world = world
 
         if not run.data:
-            raise FuseDiTError("--data is missing: say what to train on, --data 'shards/*.tar'")
+            raise FuseDiTError("--data is missing: give the shards to train on, such as "
+                               "--data 'shards/*.tar'")
         sets = [expand_shards(pattern) for pattern in run.data]
         if run.data_weights and len(run.data_weights) != len(sets):
-            raise FuseDiTError(f"--data-weights has {len(run.data_weights)} numbers for the "
-                               f"{len(sets)} data sets of --data")
+            raise FuseDiTError(f"--data-weights has {len(run.data_weights)} numbers, but --data "
+                               f"has {len(sets)} data sets")
         self.shards = sum(sets, [])
         weights = run.data_weights
-        if not weights:                     # one data set: an epoch has each sample of all once
+        if not weights:                     # one data set: an epoch has every sample once
             sets = [self.shards]
             weights = [1]
         self.digest = digest(self.shards)
@@ -118,24 +122,25 @@ class Batches(Dataset):
 
         self.latents = can_read_latents(self.shards, run, config, rank)
         self.reader = ShardReader(self.shards, run.mix_shards * len(sets), run.cache, self.latents)
-        self.downloads = {}                 # shards that download() was called for, oldest first
+        self.downloads = {}                 # shards passed to download(), oldest first
         self.clip_tokenizer = None
         if config.clip:
             self.clip_tokenizer = ClipTokenizer(config.clip)
-        # One length for all batches, as XLA needs it; to_device cuts them for other devices.
+        # All batches have the same length, as XLA requires; to_device cuts the text for other
+        # devices.
         _, self.pad_to = fusedit.token_ids(tokenizer, [""], config)
 
     def __len__(self):
-        """Samples in an epoch of all shards."""
+        """Number of samples in one epoch of all shards."""
         return sum(shard.samples for shard in self.shards)
 
     def download(self, shard):
-        """Copy a remote shard; an error is left to the reader, which will try again."""
+        """Copy a remote shard. Errors are ignored here: the reader will try again."""
         with contextlib.suppress(Exception):
             self.reader.local_files(shard)
 
     def prefetch(self, position):
-        """Start to copy the shard of a position, if it is remote, while others are read."""
+        """Start to copy the shard of a position in the background if it is remote."""
         shard, _ = self.order[position]
         if shard in self.downloads or not is_url(self.shards[shard].path):
             return
@@ -146,7 +151,7 @@ class Batches(Dataset):
         threading.Thread(target=self.download, args=[shard], daemon=True).start()
 
     def draw_noise(self, rng):
-        """(normal [], noise [1,C,h,w] or, with a VAE, [2,C,h,w]) for one sample."""
+        """Draw (normal [], noise [1,C,h,w] or, with a VAE, [2,C,h,w]) for one sample."""
         side = self.config.image_size
         count = 1
         if self.config.vae:
@@ -158,9 +163,9 @@ class Batches(Dataset):
         return normal, noise
 
     def sample(self, position, bad):
-        """The Sample at a position. One that cannot be read is replaced by one near it.
+        """The Sample at a position. If it cannot be read, a sample near it replaces it.
 
-        bad: list to which a line about the first replaced sample is appended. Raises FuseDiTError
+        bad: list to which a line about the unreadable sample is appended. Raises FuseDiTError
         after MAX_ATTEMPTS.
         """
         rng = random.Random(f"{self.run.seed} {position}")
@@ -173,12 +178,12 @@ class Batches(Dataset):
                 return Sample(pixels, caption, normal, noise)
             except MemoryError:
                 raise
-            except Exception as e:          # Pillow's decoders raise anything on broken files
+            except Exception as e:          # Pillow raises many kinds of errors on broken files
                 reason = str(e).split(" <")[0] or type(e).__name__
             problem = f"sample {i} of {self.shards[shard].path}: {reason}"
-            if attempt == 0:                # a position counts once, whatever replaced it
+            if attempt == 0:                # report each position only once
                 bad.append(problem)
-            position += 1 + rng.randrange(CYCLE)           # near: in a shard that is open already
+            position += 1 + rng.randrange(CYCLE)           # near, where shards are already open
         raise FuseDiTError(f"{MAX_ATTEMPTS} samples in a row cannot be read; the last is {problem}")
 
     def make_batch(self, m):
@@ -194,7 +199,7 @@ class Batches(Dataset):
 
         captions = tuple(sample.caption for sample in samples)
         ids, mask = fusedit.tokenize(self.tokenizer, captions, self.config, self.pad_to)
-        # Images lie in memory channels last; stacked that way they are copied in one piece.
+        # Images are channels last in memory; stacking them in that layout copies each in one piece.
         pixels = torch.stack([sample.pixels.movedim(0, -1) for sample in samples])
         batch = dict(
             pixels=pixels.movedim(-1, 1),
@@ -212,7 +217,7 @@ class Batches(Dataset):
     def __getitem__(self, m):
         if get_worker_info() is None:
             return self.make_batch(m)
-        signal.alarm(BATCH_TIMEOUT)         # ends this worker, and so the run
+        signal.alarm(BATCH_TIMEOUT)         # kills this worker, which ends the run
         try:
             return self.make_batch(m)
         finally:
@@ -220,7 +225,7 @@ class Batches(Dataset):
 
 
 def digest(shards):
-    """A hash of the shards' names and sample counts, on which the order of samples depends."""
+    """A hash of the shards' names and sample counts, which determine the order of samples."""
     counts = [(os.path.basename(shard.path), shard.samples) for shard in shards]
     return hashlib.sha1(json.dumps(counts).encode()).hexdigest()
 
@@ -228,18 +233,19 @@ def digest(shards):
 # ------------------------------------------------------------------------------ worker processes
 
 def start_worker(_):
-    """Set a worker up. Signals are the launcher's to handle: it needs batches to end its step."""
+    """Set up a worker. It ignores signals: the launcher, which handles them, needs batches to
+    finish its step."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     torch.set_num_threads(1)
 
 
 class DoneEvent:
-    """Stands in for the event by which a DataLoader tells its workers to end: it kills them.
+    """Replaces the event with which a DataLoader tells its workers to exit. It kills them instead.
 
-    The DataLoader's own event has a lock, which a worker that was killed may have held; setting it
-    then waits forever (reports of such hangs: pytorch/pytorch#21554 and #39570). Workers hold
-    nothing that has to be saved.
+    The DataLoader's own event contains a lock. If a worker was killed while holding it, setting the
+    event blocks forever (such hangs are reported in pytorch/pytorch#21554 and #39570). Killing the
+    workers is safe because they hold nothing that has to be saved.
     """
 
     def __init__(self, workers):
@@ -256,15 +262,15 @@ class DoneEvent:
 
 
 def is_worker_death(error):
-    """Whether an error that the DataLoader raised means that a worker died."""
+    """True if an error raised by the DataLoader means that a worker died."""
     if isinstance(error, RuntimeError):
         names = "DataLoader worker", "Pin memory thread"
         return any(name in str(error) for name in names)
-    return True                             # OSError, EOFError: a pipe broke within a batch
+    return True                             # OSError, EOFError: a pipe broke in mid-batch
 
 
 def stream_batches(batches, which, workers, device):
-    """The generator of load_batches. Its first item is None, when the workers have started."""
+    """The generator behind load_batches. It first yields None, once the workers have started."""
     prefetch = None
     if workers:
         prefetch = 4
@@ -272,8 +278,8 @@ def stream_batches(batches, which, workers, device):
     iterator = iter(DataLoader(batches, batch_size=None, sampler=which, num_workers=workers,
                                pin_memory=pin, worker_init_fn=start_worker,
                                prefetch_factor=prefetch))
-    # PyTorch's handler of SIGCHLD raises an error wherever the main thread happens to be. Without
-    # it a worker's death is noticed in next(iterator), which checks every 5 seconds.
+    # PyTorch's SIGCHLD handler raises an error wherever the main thread happens to be. Without the
+    # handler, next(iterator) detects a worker's death; it checks every 5 seconds.
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     if workers:
         iterator._workers_done_event = DoneEvent(iterator._workers)
@@ -291,42 +297,42 @@ def stream_batches(batches, which, workers, device):
         raise FuseDiTError(f"a data process died ({reason}): out of memory? Then lower --workers. "
                            f"Or did a batch take over {BATCH_TIMEOUT / 60:g} minutes?") from e
     finally:
-        iterator = None                     # its destructor ends the workers
+        iterator = None                     # its destructor stops the workers
 
 
 def load_batches(batches, which, workers, device=None):
-    """A generator of the micro-batches `which` (a range), made ahead of time by processes.
+    """A generator of the micro-batches `which` (a range), prepared ahead of time by processes.
 
-    The processes start at once. Call this before there is an optimizer, since a worker keeps a copy
-    of all memory that this process has. workers: number of processes, 0 for none; device: where
-    the batches will go. Raises FuseDiTError if data cannot be read or a process dies.
+    The processes start immediately. Call this before creating the optimizer, since each worker
+    keeps a copy of all memory of this process. workers: number of processes, 0 for none; device:
+    where the batches will be used. Raises FuseDiTError if data cannot be read or a process dies.
     """
     os.environ["TOKENIZERS_PARALLELISM"] = "false"         # its threads do not survive a fork
     stream = stream_batches(batches, which, workers, device)
     next(stream)
-    atexit.register(stream.close)           # or Python would wait forever for the workers to end
+    atexit.register(stream.close)           # otherwise Python would wait forever for the workers
     return stream
 
 
 # ------------------------------------------------------------------------------ on the device
 
 class TrainingBatch(NamedTuple):
-    """A micro-batch on the device where it is used."""
+    """A micro-batch on the device that trains on it."""
     x: torch.Tensor                         # pixels [B,3,H,W] in [-1,1]; or latents [B,2*C,h,w]
     ids: torch.Tensor                       # [B,T]
     mask: torch.Tensor                      # [B,T] True: a real token
-    clip_ids: torch.Tensor | None           # [B,77] CLIP's tokens, with CLIP modulation
+    clip_ids: torch.Tensor | None           # [B,77] CLIP tokens, with CLIP modulation
     normal: torch.Tensor                    # [B] for the noise levels
     eps: torch.Tensor                       # [B,C,h,w] noise of the flow
-    vae_noise: torch.Tensor | None          # [B,C,h,w] with a VAE: to sample its posterior
+    vae_noise: torch.Tensor | None          # [B,C,h,w] with a VAE: for sampling its posterior
 
 
 def cut_text_length(mask, device):
-    """The length to which a batch's text is cut: its longest caption, rounded up.
+    """The length to which a batch's text is cut: that of its longest caption, rounded up.
 
-    Rounded to quarters of the full length, since a compiled model is compiled anew for some
-    lengths; on a GPU whole tiles (backend.round_up_to_tile). mask: [B,T], all tokens, on the CPU,
-    so that the device is not waited for.
+    It is rounded up to quarters of the full length, since a compiled model is recompiled for some
+    new lengths; on a GPU, to whole tiles (backend.round_up_to_tile). mask: [B,T], of all tokens. It
+    is on the CPU, which avoids waiting for the device.
     """
     full = mask.shape[1]
     longest = int(mask.sum(1).max())
@@ -337,9 +343,9 @@ def cut_text_length(mask, device):
 
 
 def to_device(batch, device, cut_text=False):
-    """TrainingBatch of a batch (dict of CPU tensors) on a device.
+    """Move a batch (a dict of CPU tensors) to a device. Returns a TrainingBatch.
 
-    cut_text: cut the text to cut_text_length. It is cut after the copy: a slice is not
+    cut_text: cut the text to cut_text_length. This is done after the copy because a slice is not
     contiguous, and copying such a tensor makes the CPU wait.
     """
     moved = {}

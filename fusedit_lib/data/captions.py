@@ -1,4 +1,4 @@
-"""Captions that are stored apart from their images, and are found by key."""
+"""Captions that are stored separately from their images and looked up by key."""
 import itertools
 import shutil
 import sys
@@ -6,13 +6,13 @@ import sys
 from fusedit import FuseDiTError
 from fusedit_lib.files import atomic_write
 
-LOOKUP_SIZE = 250                           # items whose captions are looked up at a time
+LOOKUP_SIZE = 250                           # number of captions that are looked up at once
 
 
 class CaptionTable:
-    """Captions by key, in a DuckDB file sorted by key: millions would not fit into memory.
+    """Captions by key, in a DuckDB file sorted by key, since millions would not fit into memory.
 
-    Of a key with several captions, the one that sorts first is used, so the order of the rows in
+    If a key has several captions, the one that sorts first is used, so the order of the rows in
     the original files does not matter.
     """
 
@@ -21,10 +21,10 @@ class CaptionTable:
 
     @classmethod
     def from_files(cls, source, key_column, caption_column, path):
-        """Build the table at `path` from .jsonl, .jsonl.gz or .parquet files, unless it is there.
+        """Build the table at `path` from .jsonl, .jsonl.gz or .parquet files unless it exists.
 
-        source: one file, or a folder with files of these kinds. Raises FuseDiTError if there is no
-        such file, it cannot be read, or it has no such column.
+        source: one file, or a folder that contains such files. Raises FuseDiTError if there is no
+        such file, if a file cannot be read, or if a column is missing.
         """
         import duckdb  # an optional dependency
         if path.exists():
@@ -34,7 +34,7 @@ class CaptionTable:
             raise FuseDiTError(f"no .jsonl, .jsonl.gz or .parquet file in {source}")
         remove_leftovers(path)
 
-        print(f"sorting the captions of {source}, which takes a while", file=sys.stderr)
+        print(f"sorting the captions of {source}; this takes a while", file=sys.stderr)
         with atomic_write(path) as tmp:
             config = dict(memory_limit="700MB", temp_directory=f"{tmp}.d", threads=2,
                           preserve_insertion_order="false")
@@ -60,7 +60,7 @@ class CaptionTable:
         return duckdb.connect(str(self.path), read_only=True, config=config)
 
     def counts(self):
-        """The number of rows, of different keys, and of rows that are unreadable or have no key."""
+        """The numbers of rows, of distinct keys, and of rows without a readable key."""
         with self.open() as db:
             rows, keys, unreadable = db.execute(
                 "SELECT count(*), count(DISTINCT key), count(*) - count(key) FROM captions"
@@ -68,9 +68,9 @@ class CaptionTable:
         return dict(rows=rows, keys=keys, unreadable=unreadable)
 
     def lookup(self, keys):
-        """{key: caption} of those of the keys that have a caption."""
+        """{key: caption} for the keys that have a caption."""
         keys = list(keys)
-        # The range lets DuckDB skip the blocks of the sorted table that hold none of the keys.
+        # The range lets DuckDB skip blocks of the sorted table that contain none of the keys.
         parameters = dict(low=min(keys), high=max(keys), keys=keys)
         with self.open() as db:
             rows = db.execute(
@@ -80,7 +80,7 @@ class CaptionTable:
 
 
 def find_caption_files(source):
-    """`source` itself if it is a file, otherwise the caption files in and below this folder."""
+    """[source] if it is a file, otherwise all caption files in and below this folder."""
     if source.is_file():
         return [source]
     files = []
@@ -90,7 +90,7 @@ def find_caption_files(source):
 
 
 def read_expression(files, key_column, caption_column):
-    """SQL that reads the two columns of the files. A line of JSON that is broken gives NULLs."""
+    """SQL that reads the two columns of the files. A broken line of JSON yields NULLs."""
     quoted = []
     for path in files:
         name = str(path).replace("'", "''")
@@ -104,7 +104,7 @@ def read_expression(files, key_column, caption_column):
 
 
 def remove_leftovers(path):
-    """Delete the temporary files and folders of a run that was killed while it wrote `path`."""
+    """Delete the temporary files and folders of a run that was killed while writing `path`."""
     for leftover in path.parent.glob(f".{path.name}.*"):
         if leftover.is_dir():
             shutil.rmtree(leftover)
@@ -113,13 +113,13 @@ def remove_leftovers(path):
 
 
 class CaptionFolder:
-    """Captions by key, in files KEY.txt of a folder."""
+    """Captions by key, in a folder of files KEY.txt."""
 
     def __init__(self, folder):
         self.folder = folder
 
     def lookup(self, keys):
-        """{key: caption} of those of the keys that have a caption."""
+        """{key: caption} for the keys that have a caption."""
         captions = {}
         for key in keys:
             path = self.folder / f"{key}.txt"
@@ -131,7 +131,7 @@ class CaptionFolder:
 
 
 class WithCaptions:
-    """Iterates over items, to which it adds the synthetic captions of their keys."""
+    """Iterates over items and adds to each the synthetic caption of its key."""
 
     def __init__(self, items, captions):
         self.items = items

@@ -1,7 +1,7 @@
-"""CC12M: the images of pixparse/cc12m-wds with the captions that LLaVA-NeXT wrote for them.
+"""CC12M: the images of pixparse/cc12m-wds with captions written by LLaVA-NeXT.
 
-Both are on the Hugging Face Hub; the captions are those of
-CaptionEmporium/conceptual-captions-cc12m-llavanext. Each tar of images becomes one shard.
+The captions are those of CaptionEmporium/conceptual-captions-cc12m-llavanext. Both data sets are on
+the Hugging Face Hub. Each tar of images becomes one shard.
 """
 from functools import partial
 
@@ -20,9 +20,9 @@ from fusedit_lib.data.shards import ends_well, read_sample, sample_offsets
 
 
 class TarItems:
-    """Iterates over the samples KEY.jpg, KEY.txt, KEY.json of a tar.
+    """Iterates over the samples of a tar, each with KEY.jpg, KEY.txt and KEY.json.
 
-    If the tar is damaged or cut short, one more item reports from which byte on.
+    If the tar is damaged or truncated, one extra item names the byte where the damage starts.
     """
 
     def __init__(self, path):
@@ -43,7 +43,7 @@ class TarItems:
 
 
 def cc12m_sample(rules, item):
-    """The sample of an Item, which must have a synthetic caption; raises Skip."""
+    """The sample of an Item. Raises Skip, for example if it has no synthetic caption."""
     has_image = not isinstance(item.image, Skip)
     if has_image and not item.captions["synthetic_caption"]:
         raise Skip("no synthetic caption")
@@ -55,7 +55,7 @@ def cc12m(args):
     require_exists(args.images, args.captions)
     tars = sorted(args.images.rglob("*.tar"))
     if not tars:
-        raise FuseDiTError(f"no *.tar in {args.images}, which must be a folder of cc12m-wds's tars")
+        raise FuseDiTError(f"no *.tar in {args.images}: give the folder of cc12m-wds's tars")
     names_and_sizes = digest((tar.name, tar.stat().st_size) for tar in tars)
     if not packing.begin(args, **output_settings(args, tars=names_and_sizes)):
         return

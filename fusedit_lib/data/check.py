@@ -1,4 +1,4 @@
-"""`prepare_data.py check`: what shards hold, what is wrong with them, and a grid of samples."""
+"""`prepare_data.py check`: reports the contents and problems of shards and draws samples."""
 import hashlib
 import io
 import random
@@ -19,7 +19,7 @@ from fusedit_lib.data.shards import ends_well, read_sample
 from fusedit_lib.files import atomic_write
 
 CAPTIONS = "synthetic_caption", "original_caption"
-EXAMPLES = 5                                # names shown of each problem
+EXAMPLES = 5                                # number of examples printed for each problem
 
 
 class Problem(NamedTuple):
@@ -29,13 +29,13 @@ class Problem(NamedTuple):
 
 
 class ShardContents(NamedTuple):
-    """What a shard holds, a few numbers a sample: millions of samples fit into memory."""
+    """A summary of a shard: a few numbers per sample, so that millions fit into memory."""
     path: Path
     entry: dict                             # packing.index_entry
     sizes: np.ndarray                       # int32 [samples,2] width and height; 0: unknown
-    words: np.ndarray                       # int32 [samples,2] in each of CAPTIONS; -1: not there
+    words: np.ndarray                       # int32 [samples,2] words of both CAPTIONS; -1: missing
     keys: np.ndarray                        # uint64 [samples] a hash of the key
-    formats: Counter                        # samples by image format
+    formats: Counter                        # number of samples by image format
     problems: list                          # of Problem
 
 
@@ -50,7 +50,7 @@ def image_name(files):
 
 
 def check_image(files):
-    """(size, format, problem or "") of a sample's image, which is decoded to its end."""
+    """Decode a sample's image completely; returns (size, format, problem or "")."""
     name = image_name(files)
     if name is None:
         return (0, 0), "none", "no image"
@@ -62,17 +62,17 @@ def check_image(files):
             image = Image.open(io.BytesIO(files[name]), formats=FORMATS)
         size = image.size
         kind = image.format
-        image.draft("L", (1, 1))            # decode a JPEG at 1/8 of its size: all of it is read
+        image.draft("L", (1, 1))            # decodes a JPEG at 1/8 of its size, reading all of it
         image.load()
     except MemoryError:
         raise
-    except Exception:                       # Pillow's decoders raise anything on broken files
+    except Exception:                       # Pillow raises many kinds of errors on broken files
         return size, kind, "damaged image"
     return size, kind, ""
 
 
 def count_words(files, caption):
-    """Words of one kind of caption of a sample; -1 if it has none."""
+    """Number of words in one kind of caption of a sample; -1 if it has none."""
     text = files.get(f"{caption}.txt")
     if text is None:
         return -1
@@ -80,7 +80,7 @@ def count_words(files, caption):
 
 
 def read_shard(path):
-    """ShardContents of a shard, of which every byte is read."""
+    """Read a shard completely; returns its ShardContents."""
     entry = packing.index_entry(path)
     offsets = entry["offsets"]
     sizes = []
@@ -116,7 +116,7 @@ def read_shard(path):
 
 
 def read_shards(tars, workers):
-    """ShardContents of every tar, in their order, with a progress bar."""
+    """The ShardContents of every tar, in the same order, with a progress bar."""
     contents = {}
     samples = 0
     with tqdm(unit="image", desc="reading", disable=None, smoothing=0.05) as bar:
@@ -133,12 +133,12 @@ def read_shards(tars, workers):
 # ------------------------------------------------------------------------------ the command
 
 def check(args):
-    """`prepare_data.py check`: report on stdout; returns the exit code, 1 if anything is wrong.
+    """Run `prepare_data.py check`; returns the exit code, 1 if there are problems.
 
-    Also repairs the index and, with args.grid (a Path), draws samples.
+    Prints a report, repairs the index and, if args.grid (a Path) is set, draws samples.
     """
     shards = read_shards(list_tars(args.folder), args.workers)
-    problems = {}                           # {kind: the samples or shards that have it}
+    problems = {}                           # {kind: names of the samples or shards}
     for shard in shards:
         for problem in shard.problems:
             problems.setdefault(problem.kind, []).append(problem.where)
@@ -150,7 +150,7 @@ def check(args):
         print(f"{len(names)} x {kind}: {', '.join(names[:EXAMPLES])}{more}")
     repeated, examples = duplicate_keys(shards)
     if repeated:
-        print(f"{repeated} keys come more than once, as {', '.join(examples)}")
+        print(f"{repeated} keys occur more than once, such as {', '.join(examples)}")
     print(repair_index(args.folder, [shard.entry for shard in shards]))
     if args.grid:
         write_image_grid(args.grid, shards)
@@ -160,13 +160,13 @@ def check(args):
 
 
 def print_contents(shards, problems):
-    """Print counts and formats, image sizes and caption lengths; problems: how many there are."""
+    """Print counts, formats, image sizes and caption lengths; problems: the number of problems."""
     samples = sum(len(shard.keys) for shard in shards)
     size = sum(shard.entry["bytes"] for shard in shards)
     formats = sum((shard.formats for shard in shards), Counter())
     formats = ", ".join(f"{count:,} {kind}" for kind, count in formats.most_common())
-    print(f"{samples:,} samples in {len(shards)} shards, {size / 1e9:.3f} GB, of which "
-          f"{problems:,} problems; {formats}")
+    print(f"{samples:,} samples in {len(shards)} shards, {size / 1e9:.3f} GB, {problems:,} "
+          f"problems; {formats}")
 
     sizes = np.concatenate([shard.sizes for shard in shards])
     sizes = sizes[sizes[:, 0] > 0]
@@ -181,19 +181,19 @@ def print_contents(shards, problems):
         lengths = lengths[lengths >= 0]
         line = f"{caption}: {len(lengths):,}"
         if len(lengths):
-            line += f", of {distribution(lengths)} words"
+            line += f", length {distribution(lengths)} words"
         print(line)
 
 
 def distribution(values):
-    """Range, median and central 90 % of numbers, in words."""
+    """The range, median and central 90 % of numbers, as text."""
     low, median, high = np.percentile(values, [5, 50, 95])
     return (f"{values.min():.4g} to {values.max():.4g}, median {median:.4g}, 90 % from {low:.4g} "
             f"to {high:.4g}")
 
 
 def duplicate_keys(shards):
-    """(number of keys that several samples have, the first few of them)"""
+    """(number of keys that occur more than once, the first few of them)"""
     hashes = np.concatenate([shard.keys for shard in shards])
     hashes, counts = np.unique(hashes, return_counts=True)
     repeated = hashes[counts > 1]
@@ -214,14 +214,14 @@ def read_shard_sample(shard, i):
 
 # ------------------------------------------------------------------------------ image grid
 
-CAPTION_WIDTH = 31                          # characters of a line under an image
+CAPTION_WIDTH = 31                          # characters per line under an image
 CAPTION_LINES = 4
 LINE_HEIGHT = 15                            # pixels, at a font size of 12
 MARGIN = 8
 
 
 def draw_sample(page, corner, side, shard, i):
-    """Draw a sample's image and, below it, its caption; corner: (x, y) of its upper left."""
+    """Draw a sample's image with its caption below; corner: (x, y) of the upper left corner."""
     key, files = read_shard_sample(shard, i)
     text = "(no caption)"
     for caption in CAPTIONS:
@@ -231,7 +231,7 @@ def draw_sample(page, corner, side, shard, i):
     try:
         pixels = read_square(files[image_name(files)], side)           # [3,side,side]
         page.paste(Image.fromarray(pixels.movedim(0, -1).numpy()), corner)
-    except Exception:                       # Pillow's decoders raise anything on broken files
+    except Exception:                       # Pillow raises many kinds of errors on broken files
         text = f"({key} cannot be drawn) {text}"
     x, y = corner
     lines = textwrap.wrap(text, CAPTION_WIDTH, max_lines=CAPTION_LINES, placeholder=" ...")
@@ -240,7 +240,7 @@ def draw_sample(page, corner, side, shard, i):
 
 
 def write_image_grid(out, shards, columns=6, rows=4, side=192):
-    """Write a PNG with random samples, side x side pixels each, with their captions."""
+    """Write a PNG of random samples, each side x side pixels, with their captions."""
     count = columns * rows
     candidates = []                         # at least `count` of each shard, evenly spaced
     for shard in shards:
@@ -260,4 +260,4 @@ def write_image_grid(out, shards, columns=6, rows=4, side=192):
         draw_sample(page, corner, side, shard, i)
     with atomic_write(out) as tmp:
         page.save(tmp, "PNG")
-    print(f"{len(chosen)} samples drawn: {out}")
+    print(f"image grid of {len(chosen)} samples: {out}")

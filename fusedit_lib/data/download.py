@@ -1,4 +1,4 @@
-"""Downloads that are complete or absent: SA-1B's thousand tars, and the packages of emoji."""
+"""Downloads SA-1B's thousand tars and the emoji packages. A file is complete or absent."""
 import errno
 import os
 import shutil
@@ -15,13 +15,13 @@ from tqdm import tqdm
 
 from fusedit_lib.data.shards import ends_well
 
-CHUNK = 1 << 20                             # bytes to read at a time, at most
+CHUNK = 1 << 20                             # maximum number of bytes to read at once
 SILENCE = 60                                # seconds without data before a connection is dropped
-SLOWEST = 1000                              # bytes per second; a slower one is dropped as well
-TRIES = 6                                   # in a row with (almost) no new data
+SLOWEST = 1000                              # bytes per second; slower connections are dropped too
+TRIES = 6                                   # consecutive attempts with (almost) no new data
 WAIT = 1.0                                  # seconds before the second try; then 2, 4, ...
-FINAL = {400, 401, 403, 404, 405, 410, 451}     # HTTP errors that trying again does not change
-LOCAL = {errno.ENOSPC, errno.EACCES, errno.EROFS}   # the disk's errors, not the network's
+FINAL = {400, 401, 403, 404, 405, 410, 451}     # HTTP errors for which retrying is pointless
+LOCAL = {errno.ENOSPC, errno.EACCES, errno.EROFS}   # errors of the disk, not of the network
 
 
 class DownloadFailed(Exception):
@@ -30,15 +30,15 @@ class DownloadFailed(Exception):
 
 # ---------------------------------------------------------------------------- one file
 def fetch(url, path, find_fault, on_data):
-    """Download a file to `path`, resuming from PATH.part if there is one.
+    """Download a file to `path`, resuming from PATH.part if it exists.
 
-    The file must have the length that the server announces. find_fault(path) returns what is wrong
-    with a complete file, or None. on_data(bytes, length) is called for all data that arrives, and
-    may raise DownloadFailed to stop. Raises DownloadFailed, or OSError if the disk is full or
-    cannot be written.
+    The file must have the length that the server announces. find_fault(path) describes the fault of
+    a complete file, or returns None. on_data(bytes, length) is called whenever data arrives and may
+    raise DownloadFailed to stop. Raises DownloadFailed, or OSError if the disk is full or not
+    writable.
 
-    PATH.part.id holds the server's name for this version of the file, so that parts of two
-    versions are never put together.
+    PATH.part.id holds the server's identifier of this version of the file, so that parts of two
+    versions are never combined.
     """
     part = path.with_name(path.name + ".part")
     tries = 0
@@ -52,7 +52,7 @@ def fetch(url, path, find_fault, on_data):
                 raise OSError(fault)
             with open(part, "rb") as file:
                 os.fsync(file.fileno())
-            # Renaming comes last: whoever finds PATH does not look for the other files.
+            # Rename last: once PATH exists, nothing cleans up the other files.
             version_path(part).unlink(missing_ok=True)
             os.replace(part, path)
             return
@@ -70,7 +70,7 @@ def fetch(url, path, find_fault, on_data):
 
 
 def receive(url, part, have, on_data):
-    """Append to `part`, which has `have` bytes, what is missing of the file; raises OSError."""
+    """Append the rest of the file to `part`, which already has `have` bytes; raises OSError."""
     response = request(url, part, have)
     if response is None:
         return
@@ -79,8 +79,8 @@ def receive(url, part, have, on_data):
         mode = "ab"
         content_range = response.headers.get("Content-Range", "")
         if not content_range.startswith(f"bytes {have}-"):
-            raise OSError("the server sent another part than it was asked for")
-    else:                                   # the whole file, whatever was asked for
+            raise OSError("the server sent a different part of the file than requested")
+    else:                                   # the whole file, whether or not a part was requested
         mode = "wb"
         have = 0
         version = response.headers.get("ETag", "") or response.headers.get("Last-Modified", "")
@@ -92,7 +92,7 @@ def receive(url, part, have, on_data):
     if announced:
         length = int(announced) + have
     with response, open(part, mode) as file:
-        checked = time.monotonic()          # when the speed was last checked, and the bytes then
+        checked = time.monotonic()          # time of the last speed check, and bytes at that time
         checked_bytes = have
         while True:
             data = response.read1(CHUNK)
@@ -111,7 +111,7 @@ def receive(url, part, have, on_data):
 
 
 def request(url, part, have):
-    """The response to a request for what is missing after `have` bytes, or None: nothing is."""
+    """Request everything after the first `have` bytes. Returns None if nothing is missing."""
     headers = {"User-Agent": "fusedit"}
     if have:
         headers["Range"] = f"bytes={have}-"
@@ -144,7 +144,7 @@ def size_of(path):
 
 
 def reason_of(error):
-    """An exception as a few words."""
+    """A short description of an exception."""
     code = getattr(error, "code", None)
     if code:
         return f"{code} {error.reason}"
@@ -153,10 +153,10 @@ def reason_of(error):
 
 # ---------------------------------------------------------------------------- archives
 def unpack(archive, folder, pattern):
-    """Extract the files of a tar that match `pattern`; returns how many.
+    """Extract the files of a tar that match `pattern`; returns their number.
 
-    The folder appears complete or not at all. Files are named by the last part of their names in
-    the tar, so that none can be written elsewhere; links and other special files are left out.
+    The folder appears complete or not at all. Only the last part of a name in the tar is used, so
+    no file can be written outside the folder. Links and other special files are ignored.
     """
     tmp = folder.with_name(f".{folder.name}.tmp")
     shutil.rmtree(tmp, ignore_errors=True)
@@ -169,17 +169,17 @@ def unpack(archive, folder, pattern):
                 with open(tmp / name, "wb") as copy:
                     shutil.copyfileobj(tar.extractfile(member), copy)
                 count += 1
-    os.sync()                               # all files must be on disk before the folder is renamed
+    os.sync()                               # put all files on disk before renaming the folder
     os.replace(tmp, folder)
     return count
 
 
 def tar_fault(path):
-    """What is wrong with a tar, or None: every header must be valid, and its end be there."""
+    """The fault of a tar, or None if every header is valid and the end marker is present."""
     try:
         with tarfile.open(path, "r:") as tar:
             for _ in tar:
-                tar.members.clear()         # it would keep them all in memory
+                tar.members.clear()         # tarfile would keep all members in memory
             if not ends_well(tar.fileobj, tar.offset):
                 return "the tar is cut short"
     except tarfile.TarError as e:
@@ -189,20 +189,20 @@ def tar_fault(path):
 
 # ---------------------------------------------------------------------------- progress
 class DownloadBar(tqdm):
-    """Progress in bytes of several downloads, which threads may report at the same time.
+    """Progress in bytes of several downloads, updated by several threads.
 
-    The total is estimated from the files whose length is known so far.
+    The total is estimated from the files whose lengths are known so far.
     """
 
     def __init__(self, files, **options):
         super().__init__(unit="B", unit_scale=True, disable=None, smoothing=0.05, **options)
-        self.files = files                  # how many
+        self.files = files                  # number of files
         self.lengths = {}                   # file name -> bytes
         self.stop = False                   # set it to stop all downloads
         self.lock = threading.Lock()
 
     def advance(self, name, size, length):
-        """Count `size` bytes that have arrived of a file; length: of all of it, or None."""
+        """Count `size` more bytes of a file; length: of the whole file, or None if unknown."""
         with self.lock:
             if self.stop:
                 raise DownloadFailed("interrupted")

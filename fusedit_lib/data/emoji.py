@@ -1,7 +1,7 @@
-"""Emoji: about 5,000 real images in two styles, with their names, from packages of npm.
+"""Emoji: about 5,000 real images in two styles, with their names, from npm packages.
 
-Some (style, concept) pairs are held out. Their concepts are in the training data in the other
-style, so the held-out images show whether a model can combine a known style and a known concept.
+Some (style, concept) pairs are held out. Training contains their concepts in the other style, so
+the held-out images show whether a model can combine a known style with a known concept.
 """
 import base64
 import hashlib
@@ -20,16 +20,16 @@ from fusedit_lib.data.images import image_rules
 from fusedit_lib.data.items import Item, in_chunks, make_sample, output_settings
 
 STYLES = {"google": "a flat emoji of", "fluent": "a glossy 3D emoji of"}
-TONES = (1, 5)                              # of emojibase's skin tones: light and dark
-TAGS = 6                                    # how many of an emoji's tags its caption names
+TONES = (1, 5)                              # light and dark, among emojibase's skin tones
+TAGS = 6                                    # maximum number of tags in an emoji's caption
 
 
 class Package(NamedTuple):
-    """A package of npm at one version."""
+    """An npm package at a fixed version."""
     name: str
     version: str
     files: str                              # pattern of the files that are used
-    sha512: str                             # of the package, in base64 as npm gives it
+    sha512: str                             # of the package, base64 as published by npm
 
 
 PACKAGES = {
@@ -47,9 +47,9 @@ PACKAGES = {
 
 # ---------------------------------------------------------------------------- the packages
 def download_packages(folder: Path, registry: str) -> None:
-    """Put the images of both styles and emojibase's words into FOLDER/google, fluent and words.
+    """Download both styles and emojibase's words to google/, fluent/ and words/ in the folder.
 
-    What is there already is not downloaded again. Raises FuseDiTError.
+    Existing folders are not downloaded again. Raises FuseDiTError.
     """
     folder.mkdir(parents=True, exist_ok=True)
     for kind, package in PACKAGES.items():
@@ -63,14 +63,14 @@ def download_packages(folder: Path, registry: str) -> None:
                 fetch(url, archive, partial(checksum_fault, package.sha512),
                       partial(bar.advance, file_name))
         except DownloadFailed as reason:
-            raise FuseDiTError(f"cannot get {package.name} {package.version} from {registry} "
-                               f"({reason}); --registry names another npm registry") from None
+            raise FuseDiTError(f"cannot download {package.name} {package.version} from {registry} "
+                               f"({reason}): give another npm registry with --registry") from None
         unpack(archive, folder / kind, f"package/{package.files}")
         archive.unlink()
 
 
 def checksum_fault(sha512, path):
-    """What is wrong with a downloaded file, or None if it has this checksum."""
+    """The fault of a downloaded file, or None if it has this checksum."""
     with open(path, "rb") as file:
         digest = hashlib.file_digest(file, "sha512").digest()
     if base64.b64encode(digest).decode() != sha512:
@@ -86,17 +86,17 @@ class Emoji(NamedTuple):
 
 
 def concept_of(code_points: str) -> str:
-    """Code points, joined by "-", in one spelling for all packages.
+    """Normalise the spelling of code points joined by "-", so that it is equal in all packages.
 
-    The packages differ in case, in leading zeros, and in whether they name the code point FE0F,
-    which only asks for an image in place of a black and white glyph.
+    The packages differ in case, in leading zeros, and in whether they include the code point FE0F,
+    which only requests an image instead of a black and white glyph.
     """
     parts = [part.lower() for part in code_points.split("-")]
     return "-".join(part.lstrip("0") for part in parts if part != "fe0f")
 
 
 def list_emoji(packages: Path) -> list[Emoji]:
-    """Every image that emojibase has words for, in its order."""
+    """All images that emojibase has words for, in the order of emojibase."""
     images = {}
     for style in STYLES:
         images[style] = {concept_of(path.stem): path
@@ -120,7 +120,7 @@ def list_emoji(packages: Path) -> list[Emoji]:
 
 
 def choose_held_out(all_emoji: list[Emoji], rng: random.Random) -> set[tuple[str, str]]:
-    """(concept, style) pairs: one style of every twentieth concept that has both styles."""
+    """(concept, style) pairs: one style each of a twentieth of the concepts with both styles."""
     counts = Counter(emoji.concept for emoji in all_emoji)
     in_both_styles = [concept for concept, count in counts.items() if count == len(STYLES)]
     held_out = set()

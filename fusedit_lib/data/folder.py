@@ -1,4 +1,4 @@
-"""Anyone's images: a folder, with captions in a file or in .txt files beside the images."""
+"""Your own images: a folder of images with captions in one file or in .txt files."""
 import csv
 import io
 import json
@@ -19,16 +19,16 @@ from fusedit_lib.data.items import (
     require_exists,
 )
 
-# Names that others use for the columns of a caption file.
+# Common names for the columns of a caption file.
 IMAGE_FIELDS = ("image", "file_name", "filename", "file", "path", "image_path", "name")
 CAPTION_FIELDS = ("caption", "original_caption", "text", "prompt", "description")
 
 
 # ---------------------------------------------------------------------------- rows of captions
 def rows_of_text_files(files: dict[str, Path], folder: Path, skipped: list) -> list[dict]:
-    """A row for every image, with the text of the .txt file of its name; no file counts as empty.
+    """A row for every image with the text of the .txt file of the same name, or "" without one.
 
-    An image whose caption is not UTF-8 moves from `files` to `skipped`.
+    An image whose caption is not UTF-8 is moved from `files` to `skipped`.
     """
     rows = []
     for name in list(files):
@@ -48,8 +48,8 @@ def rows_of_text_files(files: dict[str, Path], folder: Path, skipped: list) -> l
 def rows_of_file(path: Path, skipped: list) -> list:
     """The rows of a .csv, .json or .jsonl file.
 
-    A line of a .jsonl file that is not JSON is added to `skipped`. Raises FuseDiTError if the
-    file as a whole cannot be read.
+    Lines of a .jsonl file that are not JSON are added to `skipped`. Raises FuseDiTError if the file
+    cannot be read at all.
     """
     try:
         text = path.read_text("utf-8-sig")
@@ -73,7 +73,7 @@ def rows_of_file(path: Path, skipped: list) -> list:
 
 
 def rows_of_json(content) -> list:
-    """Rows of a list of rows, of {"a.png": "a red fox"} or of {"a.png": {"caption": "a fox"}}."""
+    """Rows from a list of rows, {"a.png": "a red fox"} or {"a.png": {"caption": "a fox"}}."""
     if isinstance(content, list):
         return content
     rows = []
@@ -85,9 +85,10 @@ def rows_of_json(content) -> list:
 
 
 def first_text(row, fields) -> str:
-    """The first of the fields of a row that is not empty, as one line of text, or "".
+    """The first non-empty field of a row, as one line of text, or "".
 
-    Of a list the first element counts. Rows and values of another type are the same as empty ones.
+    If the value is a list, its first element is used. Rows and values of any other type count as
+    empty.
     """
     if not isinstance(row, dict):
         return ""
@@ -101,11 +102,11 @@ def first_text(row, fields) -> str:
 
 # ---------------------------------------------------------------------------- items
 def folder_items(files: dict[str, Path], rows: list, skipped: list) -> list[Item]:
-    """An Item of every row that names an image and has a caption.
+    """An Item for every row that names an image and has a caption.
 
-    Every other row, and every image that no row names, is added to `skipped` with the reason.
+    All other rows, and images that no row names, are added to `skipped` with the reason.
     """
-    by_stem = {name.rsplit(".", 1)[0]: name for name in files}  # rows may leave the suffix out
+    by_stem = {name.rsplit(".", 1)[0]: name for name in files}  # rows may omit the suffix
     items = []
     without_row = dict(files)
     for number, row in enumerate(rows, 1):
@@ -141,8 +142,8 @@ def folder(args):
     captions = args.captions or args.images
     require_exists(args.images, captions)
     if not captions.is_dir() and captions.suffix not in (".json", ".jsonl", ".csv"):
-        raise FuseDiTError(f"CAPTIONS is {captions}; it must end in .json, .jsonl or .csv, or be "
-                           "a folder of .txt files")
+        raise FuseDiTError(f"CAPTIONS is {captions}, but must be a .json, .jsonl or .csv file or a "
+                           "folder of .txt files")
     files = {name: args.images / name for name in list_images(args.images)}
     if not files:
         raise FuseDiTError(f"no images in {args.images} ({', '.join(sorted(SUFFIXES))})")
@@ -156,7 +157,7 @@ def folder(args):
 
     content = digest((item.name, item.captions) for item in items)
     if packing.begin(args, **output_settings(args, items=content)):
-        random.Random(args.seed).shuffle(items)            # a folder is often sorted by subject
+        random.Random(args.seed).shuffle(items)            # folders are often sorted by subject
         jobs = in_chunks(items, args.shard_size)
         make = partial(make_sample, image_rules(args))
         packing.pack(args, "folder", jobs, make, skipped, len(items))

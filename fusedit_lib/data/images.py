@@ -1,4 +1,4 @@
-"""Images: from a file to a square of pixels for training, and from any file to one in a shard."""
+"""Decodes image files to squares of pixels for training, and prepares image files for shards."""
 import io
 import warnings
 from typing import NamedTuple
@@ -7,38 +7,38 @@ import numpy as np
 import torch
 from PIL import Image, ImageOps
 
-# What Pillow may decode. Not EPS, for which it runs another program.
+# The formats that Pillow may decode. EPS is excluded because Pillow runs Ghostscript to decode it.
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF")
 SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif"}
 
-# Formats whose files are stored in shards as they are, where that is possible, and their suffix.
+# Formats whose files are stored in shards unchanged where possible, and their suffixes.
 STORED = {"JPEG": "jpg", "PNG": "png", "WEBP": "webp"}
 
-LONGEST_JPEG = 65500                        # pixels of the longer side that libjpeg can write
+LONGEST_JPEG = 65500                        # longest side in pixels that libjpeg can write
 
 
 class Skip(Exception):
-    """The reason why an input is left out of a data set; the other inputs are packed."""
+    """Raised to leave an input out of a data set; its message is the reason."""
 
 
 # ---------------------------------------------------------------------------- for training
 def read_square(data, size, crop="center", rng=None):
     """Decode the bytes of an image file to uint8 [3,size,size].
 
-    crop: "center" or "random", for which rng is a random.Random. Raises whatever Pillow raises for
-    a broken file, and DecompressionBombWarning from 90 megapixels.
+    crop: "center" or "random"; the latter uses rng, a random.Random. Raises whatever Pillow raises
+    for a broken file, and DecompressionBombWarning for images over 90 megapixels.
     """
     image = open_safely(data)
-    image.draft("RGB", (size, size))        # a JPEG is decoded at the smallest scale that suffices
+    image.draft("RGB", (size, size))        # decodes a JPEG at the smallest sufficient scale
     pixels = np.array(square(image, size, crop, rng))
     return torch.from_numpy(pixels).permute(2, 0, 1)
 
 
 def square(image, size, crop, rng):
-    """A PIL image in RGB and upright, its shorter side resized to `size`, cropped to a square.
+    """Turn a PIL image upright, convert it to RGB and crop and resize it to size x size.
 
-    Transparent parts become white. Pillow's bicubic filter widens when it shrinks an image, so
-    nothing aliases; it is sharper than a box filter at odd ratios and rings less than Lanczos.
+    Transparent parts become white. Pillow's bicubic filter widens when it downscales an image, so
+    there is no aliasing. It is sharper than a box filter at odd ratios and rings less than Lanczos.
     """
     ImageOps.exif_transpose(image, in_place=True)
     if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
@@ -64,7 +64,7 @@ def square(image, size, crop, rng):
 
 
 def open_safely(data):
-    """Open the bytes of an image file without decoding it. From 90 megapixels, raise an error.
+    """Open the bytes of an image file without decoding it. Raises an error over 90 megapixels.
 
     A small file that decodes to a huge image may be an attack (a decompression bomb).
     """
@@ -75,20 +75,20 @@ def open_safely(data):
 
 # ---------------------------------------------------------------------------- for shards
 class ImageRules(NamedTuple):
-    """Which images are packed, and how they are stored."""
-    size: int               # of the shorter side, in pixels, if it is longer; 0: leave it as it is
-    quality: int            # of a JPEG that is encoded again
-    min_size: int           # images with a shorter side below it are skipped
-    max_aspect: float       # and those with a larger ratio of longer to shorter side
+    """The rules for selecting and storing images."""
+    size: int               # larger images are downscaled to this shorter side; 0: never
+    quality: int            # of JPEGs that are encoded again
+    min_size: int           # images whose shorter side is shorter are skipped
+    max_aspect: float       # images with a larger ratio of longer to shorter side are skipped
 
 
 def image_rules(args):
-    """The ImageRules that the flags ask for."""
+    """The ImageRules given by the flags."""
     return ImageRules(args.size, args.quality, args.min_size, args.max_aspect)
 
 
 def open_image(data, rules):
-    """Open the bytes of an image file without decoding it; raise Skip if it is not wanted."""
+    """Open the bytes of an image file without decoding it. Raises Skip if the rules exclude it."""
     if not data:
         raise Skip("empty file")
     try:
@@ -97,7 +97,7 @@ def open_image(data, rules):
         raise
     except (Image.DecompressionBombWarning, Image.DecompressionBombError):
         raise Skip("over 90 megapixels") from None
-    except Exception:                       # Pillow raises a dozen kinds on broken files
+    except Exception:                       # Pillow raises many kinds of errors on broken files
         raise Skip("not an image") from None
 
     short, long = sorted(image.size)
@@ -111,15 +111,15 @@ def open_image(data, rules):
 
 
 def pack_image(data, rules):
-    """(suffix, bytes) of the file to store for the bytes of an image file; raises Skip.
+    """Convert the bytes of an image file to (suffix, bytes) of the file to store; raises Skip.
 
-    The bytes stay as they are wherever possible. Every image is decoded to its end, to find files
-    that are cut short. A JPEG that stays as it is is decoded at an eighth of its size, which takes
-    hardly longer than reading it.
+    The bytes are kept unchanged where possible. Every image is decoded completely in order to find
+    truncated files. A JPEG that is kept is decoded at an eighth of its size, which takes hardly
+    longer than reading it.
     """
     image = open_image(data, rules)
     kind = image.format
-    if kind == "MPO":                       # a phone's JPEG with a second image behind the first
+    if kind == "MPO":                       # a phone's JPEG with a second image after the first
         kind = "JPEG"
     shrink = 0 < rules.size < min(image.size)
     keep = not shrink and can_keep(image, kind)
@@ -146,21 +146,21 @@ def pack_image(data, rules):
     scale = rules.size / min(image.size)
     size = [max(rules.size, round(side * scale)) for side in image.size]
     image = image.resize(size, Image.Resampling.BICUBIC)
-    if image.mode not in ("RGB", "L"):      # transparency, which a JPEG cannot store
+    if image.mode not in ("RGB", "L"):      # has transparency, which a JPEG cannot store
         return "png", encode_png(image)
     return "jpg", encode_jpeg(image, rules.quality)
 
 
 def can_keep(image, kind):
-    """Whether a file can be stored as it is: a still image of 8 bits in one of the formats."""
+    """True if a file can be stored unchanged: a still 8-bit image in one of the STORED formats."""
     if kind not in STORED or image.mode[0] in "IF":        # I and F have 16 and 32 bits
         return False
     return kind == "JPEG" or getattr(image, "n_frames", 1) == 1
 
 
 def to_common_mode(image):
-    """The image in RGB, RGBA, L or LA: 8 bits, which every reader of JPEG and PNG knows."""
-    if image.mode[0] == "I":                # 16 bits, which Pillow itself would clip at 255
+    """Convert an image to 8-bit RGB, RGBA, L or LA, which every JPEG or PNG decoder supports."""
+    if image.mode[0] == "I":                # 16 bits, which Pillow's conversion would clip at 255
         return image.convert("I").point(lambda value: value / 256).convert("L")
     if image.mode == "PA" or "transparency" in image.info:
         return image.convert("RGBA")

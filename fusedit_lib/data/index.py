@@ -1,6 +1,6 @@
-"""index.json and offsets.npy of a folder of shards: `prepare_data.py index`, and their repair.
+"""Writes and repairs index.json and offsets.npy of a folder of shards: `prepare_data.py index`.
 
-What the two files hold is described in shards.py, which reads them.
+shards.py, which reads the two files, describes their contents.
 """
 import sys
 
@@ -13,18 +13,18 @@ from fusedit_lib.data.shards import ends_well
 
 
 def list_tars(folder):
-    """The sorted tars of a folder (a Path); FuseDiTError if there are none."""
+    """The sorted tars of a folder (a Path). Raises FuseDiTError if there are none."""
     tars = sorted(folder.glob("*.tar"))
     if not tars:
-        raise FuseDiTError(f"no *.tar in {folder}, which must be a folder of them")
+        raise FuseDiTError(f"no *.tar in {folder}: give a folder of shards")
     return tars
 
 
 def index(args):
-    """`prepare_data.py index`: write both files for the tars of args.folder.
+    """Run `prepare_data.py index`: write both files for the tars of args.folder.
 
-    Damaged tars are named on stderr and listed up to the damage. Raises FuseDiTError if no sample
-    can be read at all.
+    Damaged tars are reported on stderr and indexed up to the damage. Raises FuseDiTError if no
+    sample can be read at all.
     """
     tars = list_tars(args.folder)
     entries = {}
@@ -44,33 +44,33 @@ def index(args):
             print(f"{path.name} is damaged or cut short at byte {end:,}, after "
                   f"{entry['samples']} samples", file=sys.stderr)
     if not any(entry["samples"] for entry in entries):
-        raise FuseDiTError(f"{args.folder}: no sample in any of {len(tars)} shards")
+        raise FuseDiTError(f"{args.folder}: no samples in any of {len(tars)} shards")
     samples = packing.write_index(args.folder, entries)
     print(f"{samples} samples in {len(tars)} shards: {args.folder}/index.json")
 
 
-def is_right(folder, index, entries):
-    """Whether index (the content of index.json) and offsets.npy say what `entries` say."""
+def is_correct(folder, index, entries):
+    """True if `index` (the content of index.json) and offsets.npy agree with `entries`."""
     try:
         listed = [packing.same_shard(shard) for shard in index["shards"]]
         stored = np.load(folder / "offsets.npy")
     except (TypeError, KeyError, AttributeError, OSError, ValueError):
-        return False                        # a file is missing, or is something else
+        return False                        # a file is missing or has some other content
     actual = [packing.same_shard(entry) for entry in entries]
     offsets = np.concatenate([entry["offsets"] for entry in entries])
     return listed == actual and np.array_equal(stored, offsets)
 
 
 def repair_index(folder, entries):
-    """Write both files anew if they are not right; returns a line that says what was done.
+    """Rewrite both files if they are missing or wrong; returns a line that reports this.
 
-    entries: for each tar of the folder its packing.index_entry.
+    entries: packing.index_entry of each tar of the folder.
     """
     index = packing.read_json_or_none(folder / "index.json")
-    if is_right(folder, index, entries):
-        return f"{folder}/index.json is right"
+    if is_correct(folder, index, entries):
+        return f"{folder}/index.json is correct"
     packing.write_index(folder, entries)
     problem = "missing"
     if index:
         problem = "wrong"
-    return f"{folder}/index.json was {problem}: written anew"
+    return f"{folder}/index.json was {problem} and has been rewritten"

@@ -1,7 +1,7 @@
-"""What a data set is made of before it is packed: items, files of lines, folders of images.
+"""The inputs of packing: items, files of lines, and folders of images.
 
-A data set (cc12m.py, sa1b.py, journeydb.py, folder.py, emoji.py) decides which items make up which
-shard; packing.py does the rest. Items are read by the process that packs them.
+The module of a data set (cc12m.py, sa1b.py, journeydb.py, folder.py, emoji.py) assigns items to
+shards; packing.py does the rest. Items are read by the process that packs them.
 """
 import hashlib
 from pathlib import Path
@@ -10,7 +10,7 @@ from typing import NamedTuple
 from fusedit import FuseDiTError
 from fusedit_lib.data.images import SUFFIXES, Skip, pack_image
 
-# Flags that have no influence on what is written, and `run`, the function of the command.
+# Flags that do not affect the contents of the shards, and `run`, the function of the command.
 NOT_OUTPUT_SETTINGS = {"out", "overwrite", "workers", "run", "packages", "registry"}
 
 
@@ -18,22 +18,22 @@ NOT_OUTPUT_SETTINGS = {"out", "overwrite", "workers", "run", "packages", "regist
 class Item(NamedTuple):
     """An image to pack with its captions. str(item) is its name in the report."""
     name: str
-    image: Path | bytes | Skip      # a file, the bytes of a file, or why there is no image
+    image: Path | bytes | Skip      # a file, the bytes of a file, or the reason for having none
     captions: dict                  # kind, such as "synthetic_caption" -> text, which may be empty
-    key: str = ""                   # of the sample; "": the name
+    key: str = ""                   # of the sample; "": use the name
 
     def __str__(self):
         return self.name
 
 
 def make_sample(rules, item):
-    """The sample of an Item, a dict for WebDataset's TarWriter; raises Skip.
+    """Convert an Item to a sample, a dict for WebDataset's TarWriter; raises Skip.
 
     rules: ImageRules.
     """
     if isinstance(item.image, Skip):
         raise item.image
-    if not any(item.captions.values()):     # checked first, as decoding the image takes longer
+    if not any(item.captions.values()):     # checked first, since decoding the image takes longer
         raise Skip("no caption")
     data = item.image
     if isinstance(data, Path):
@@ -45,7 +45,7 @@ def make_sample(rules, item):
 
 
 def encode_captions(captions):
-    """{"KIND.txt": bytes} of captions by kind, each on one line, without empty ones; or Skip."""
+    """{"KIND.txt": bytes} of the non-empty captions, each on one line; raises Skip."""
     files = {}
     for kind, text in captions.items():
         text = " ".join((text or "").split())
@@ -72,7 +72,7 @@ def read_image_file(path):
 
 # ---------------------------------------------------------------------------- files and folders
 class LineRange:
-    """Consecutive lines of a file. Iterating reads them: (line number, bytes), no blank lines."""
+    """Consecutive lines of a file. Iterating yields (line number, bytes), without blank lines."""
 
     def __init__(self, path, first, start, stop):
         self.path = path
@@ -90,15 +90,15 @@ class LineRange:
 
 
 def split_lines(path, size):
-    """Split a file of any length into LineRanges of `size` lines, without keeping its text.
+    """Split a file of any length into LineRanges of `size` lines, without storing its text.
 
-    Returns the LineRanges and the number of lines that are not blank.
+    Returns the LineRanges and the number of non-blank lines.
     """
     parts = []
-    number = 0                              # lines read so far, and how many were not blank
-    not_blank = 0
-    first = 1                               # the part that is being read: its first line and byte
-    start = 0
+    number = 0                              # lines read so far
+    not_blank = 0                           # non-blank lines among them
+    first = 1                               # first line of the current part
+    start = 0                               # and its first byte
     position = 0
     with open(path, "rb") as file:
         for line in file:
@@ -116,10 +116,10 @@ def split_lines(path, size):
 
 
 def list_images(folder):
-    """Yield the path, relative to `folder`, of every image file in or below it, in order.
+    """Yield the relative path of every image file in or below `folder`, in order.
 
-    Reads one folder at a time. Hidden files and folders are left out: they belong to the system,
-    or to a download that was killed.
+    Reads one folder at a time. Hidden files and folders are ignored, since they belong to the
+    system or to an interrupted download.
     """
     for path in sorted(folder.iterdir()):
         if path.name.startswith("."):
@@ -140,7 +140,7 @@ def require_exists(*paths):
 
 # ---------------------------------------------------------------------------- settings of a run
 def output_settings(args, **more):
-    """The settings that determine what a command writes: of its flags, and `more`.
+    """The settings that determine a command's output: some of its flags, and `more`.
 
     packing.begin compares them with those of an interrupted run.
     """
@@ -152,7 +152,7 @@ def output_settings(args, **more):
 
 
 def digest(parts):
-    """SHA-1, as hexadecimal digits, of the text of all the parts."""
+    """The SHA-1 of all parts as text, in hexadecimal digits."""
     sha1 = hashlib.sha1()
     for part in parts:
         sha1.update(f"{part}\n".encode(errors="surrogatepass"))

@@ -1,4 +1,4 @@
-"""JourneyDB: Midjourney's images, with their prompts and the captions that GPT wrote for them."""
+"""JourneyDB: images by Midjourney, with their prompts and captions written by GPT."""
 import json
 from functools import partial
 
@@ -14,9 +14,9 @@ from fusedit_lib.data.items import (
 
 
 class AnnotatedItems:
-    """Iterates over the items of some lines of the annotations.
+    """Iterates over the items in a range of lines of the annotations.
 
-    lines: a LineRange of train_anno_realease_repath.jsonl. folder: holds 000/, 001/ and so on.
+    lines: a LineRange of train_anno_realease_repath.jsonl. folder: contains 000/, 001/, ...
     """
 
     def __init__(self, lines, folder):
@@ -35,8 +35,8 @@ class AnnotatedItems:
 def annotated_item(row, folder):
     """The Item of one row of the annotations.
 
-    The prompt is stored as the synthetic caption, since training uses that one by default; GPT's
-    caption is stored as the original one.
+    The prompt is stored as the synthetic caption, which training uses by default. GPT's caption is
+    stored as the original caption.
     """
     name = row["img_path"].removeprefix("./")
     prompt = " ".join(row["prompt"].split())

@@ -1,14 +1,14 @@
-"""`prepare_data.py encode`: VAE latents of shards, written beside them once and for all.
+"""`prepare_data.py encode`: encodes the images of shards to VAE latents, stored beside the shards.
 
-Training then reads them and need not encode images in every step.
+Training then reads the latents and does not have to encode images in every step.
 
     cc12m-000012.tar                    the samples
     cc12m-000012.latents.safetensors    latents bf16 [samples,2*C,H/8,W/8]: mean and log variance of
-                                        the posterior of each image, whose shorter side was resized
-                                        to H and which was cropped to its central square;
+                                        each image's posterior, after resizing the shorter side to H
+                                        and cropping to the central square;
                                         whole uint8 [samples]: 0 where the image cannot be read
 
-Training samples the posterior with the same noise that it would use on pixels.
+Training samples the posterior with the same noise that it would use with pixels.
 """
 import json
 import sys
@@ -32,7 +32,7 @@ from fusedit_lib.vae import load_vae
 
 
 class ShardImages(Dataset):
-    """The images of a shard: self[i] is (uint8 [3,size,size], 1), or (zeros, 0) if unreadable."""
+    """The images of a shard. self[i] is (uint8 [3,size,size], 1), or (zeros, 0) if unreadable."""
 
     def __init__(self, path, offsets, size):
         self.path = path
@@ -50,19 +50,19 @@ class ShardImages(Dataset):
             return read_square(files[name], self.size), 1
         except MemoryError:
             raise
-        except Exception:                   # Pillow's decoders raise anything on broken files
+        except Exception:                   # Pillow raises many kinds of errors on broken files
             return torch.zeros(3, self.size, self.size, dtype=torch.uint8), 0
 
 
 # ------------------------------------------------------------------------------ one shard
 
 def latents_path(tar):
-    """Where the latents of a shard (a Path) are."""
+    """The path of a shard's latents; tar: path of the shard."""
     return tar.with_name(tar.stem + LATENTS_SUFFIX)
 
 
 def read_description(tar):
-    """The description stored with a shard's latents; {} if there are none that can be read."""
+    """The description stored with a shard's latents; {} if they are missing or unreadable."""
     try:
         with safe_open(latents_path(tar), "pt") as file:
             return json.loads(file.metadata()["encoded"])
@@ -74,7 +74,7 @@ def read_description(tar):
 def encode_shard(tar, vae, args, description, progress):
     """Write the latents of one shard.
 
-    description: a dict that is stored with them; progress: called with the number of images done.
+    description: a dict to store with them; progress: called with the number of images encoded.
     """
     images = ShardImages(tar, packing.index_entry(tar)["offsets"], args.image_size)
     device = next(vae.parameters()).device
@@ -95,7 +95,7 @@ def encode_shard(tar, vae, args, description, progress):
         progress(len(pixels))
 
     tensors = dict(latents=latents, whole=whole)
-    # All in one entry: safetensors writes several in no fixed order.
+    # All in one entry, since safetensors writes several entries in no fixed order.
     metadata = dict(encoded=json.dumps(description))
     with atomic_write(latents_path(tar)) as tmp:
         save_file(tensors, tmp, metadata)
@@ -104,14 +104,14 @@ def encode_shard(tar, vae, args, description, progress):
 # ------------------------------------------------------------------------------ the command
 
 def check_overwrite(descriptions, overwrite):
-    """FuseDiTError if shards have other latents than those wanted, and overwrite is not given."""
+    """Raise FuseDiTError if shards have different latents already, unless overwrite is True."""
     other = []
     for tar, description in descriptions.items():
         if read_description(tar) not in ({}, description):
             other.append(tar.name)
     if other and not overwrite:
-        raise FuseDiTError(f"{other[0]} has latents of another VAE, size or shard already (as have "
-                           f"{len(other) - 1} more): --overwrite replaces them")
+        raise FuseDiTError(f"{len(other)} shards, such as {other[0]}, already have latents of "
+                           "another VAE, image size or shard: --overwrite replaces them")
 
 
 def encode_shards(tars, vae, args, descriptions, samples, rank):
@@ -119,23 +119,23 @@ def encode_shards(tars, vae, args, descriptions, samples, rank):
 
     samples: {tar name: number of samples}.
     """
-    disable = None                          # tqdm: no bar where stderr is no terminal
+    disable = None                          # tqdm: show no bar if stderr is not a terminal
     if rank != 0:
         disable = True
     total = sum(samples[tar.name] for tar in tars)
     with tqdm(total=total, unit="image", desc="encoding", disable=disable, smoothing=0.05) as bar:
         for tar in tars:
-            # temporary files of a killed run
+            # delete temporary files of a killed run
             for old in args.folder.glob(f".{latents_path(tar).name}.*.tmp"):
                 old.unlink()
             encode_shard(tar, vae, args, descriptions[tar], bar.update)
 
 
 def encode(args):
-    """`prepare_data.py encode`: write the latents that are missing, and list them in index.json.
+    """Run `prepare_data.py encode`: write missing latents and list them in index.json.
 
-    Under torchrun the ranks divide the shards among themselves. Shards that have these latents
-    already are left out, so the same command continues after an interruption.
+    Under torchrun, the shards are divided among the ranks. Shards that already have these latents
+    are skipped, so repeating the command resumes an interrupted run.
     """
     rank, world = rank_and_world()
     device, dtype = pick_dtype(args)
@@ -152,7 +152,7 @@ def encode(args):
     if args.image_size % vae.factor:
         raise FuseDiTError(f"--image-size {args.image_size} is not a multiple of {vae.factor}")
 
-    # A shard's latents are those wanted if they were made of it by this VAE at this size.
+    # Existing latents are kept if they were made from the same shard, with this VAE and size.
     wanted = dict(vae=vae_fingerprint(args.vae), image_size=args.image_size)
     descriptions = {tar: wanted | dict(shard=tar.stat().st_size) for tar in tars}
     check_overwrite(descriptions, args.overwrite)
@@ -162,14 +162,14 @@ def encode(args):
 
     missing = [tar for tar in tars[rank::world] if is_missing(tar)]
     encode_shards(missing, vae, args, descriptions, samples, rank)
-    if not any(is_missing(tar) for tar in tars):           # true on the rank that ends last
+    if not any(is_missing(tar) for tar in tars):           # true on the last rank to finish
         list_in_index(args.folder, wanted)
 
 
 def list_in_index(folder, wanted):
-    """Enter the latents into index.json, which is where training looks for them.
+    """List the latents in index.json, where training looks for them.
 
-    wanted: vae and image_size of all of them.
+    wanted: vae and image_size of all latents.
     """
     index = packing.read_json_or_none(folder / "index.json")
     size = 0

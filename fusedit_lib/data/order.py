@@ -1,8 +1,9 @@
-"""The order of training samples: a function of the seed and nothing else.
+"""The order of training samples, which depends only on the seed.
 
 A position is the number of a sample in the run, counted over all steps and ranks: 0, 1, 2, ...
-Order maps a position to a sample of one data set, Mixture to a sample of several. Neither keeps
-state, so a run resumes at any position, on any number of ranks, without replaying what came before.
+Order maps a position to a sample of one data set, Mixture to a sample of several data sets. Neither
+keeps state, so a run can resume at any position, on any number of ranks, without replaying earlier
+positions.
 """
 import functools
 
@@ -10,15 +11,15 @@ import numpy as np
 
 from fusedit import FuseDiTError
 
-CYCLE = 1000                                # positions over which a mixture's weights are exact
+CYCLE = 1000                                # number of positions over which weights are exact
 
 
 class Order:
     """The order in which the samples of one data set are read.
 
-    Every epoch has each sample once. The shards are shuffled and divided into pools of `pool`
-    shards, and the samples of a pool are shuffled among themselves. So a process has only a few
-    shards open at a time, and a permutation of the whole data set is never held in memory.
+    Every epoch contains each sample once. The shards are shuffled and divided into pools of `pool`
+    shards, and the samples of each pool are shuffled. A process therefore has only a few shards
+    open at a time, and a permutation of the whole data set is never held in memory.
     """
 
     def __init__(self, counts, seed, pool):
@@ -29,13 +30,13 @@ class Order:
         self.total = int(self.counts.sum())
 
     def permutation(self, size, *stream):
-        """A permutation of range(size); `stream` selects one of this seed's."""
-        # numpy promises that the numbers of RandomState never change; those of Generator may
+        """A permutation of range(size), determined by the seed and the numbers `stream`."""
+        # NumPy guarantees that RandomState's numbers never change; Generator's may change.
         return np.random.RandomState([self.seed, *stream]).permutation(size)
 
     @functools.lru_cache(16)
     def epoch(self, number):
-        """(shards in this epoch's order, offset in the epoch at which each starts [shards + 1])"""
+        """(shards in the order of this epoch, offset of each in the epoch [shards + 1])"""
         shards = self.permutation(len(self.counts), number)
         starts = np.concatenate([[0], np.cumsum(self.counts[shards])])
         return shards, starts
@@ -44,7 +45,7 @@ class Order:
     def pool_samples(self, number, first):
         """The shuffled samples of a pool, as offsets in the unshuffled epoch.
 
-        first: index in the epoch's order of the pool's first shard.
+        first: index of the pool's first shard in the order of the epoch.
         """
         _, starts = self.epoch(number)
         last = min(first + self.pool, len(self.counts))
@@ -60,21 +61,21 @@ class Order:
         index = np.searchsorted(starts, offset, "right") - 1
         first = index // self.pool * self.pool
 
-        # the sample that the pool's permutation has there
+        # the sample at this position in the pool's permutation
         sample = self.pool_samples(number, first)[offset - starts[first]]
         index = np.searchsorted(starts, sample, "right") - 1
         return int(shards[index]), int(sample - starts[index])
 
 
 class Mixture:
-    """The order of several data sets, mixed by weight.
+    """The order of samples from several data sets, mixed by weight.
 
-    Of every CYCLE positions each data set has a fixed number, spread out at random; the pattern
-    repeats. Within its positions a data set keeps its own order and epochs.
+    Each data set has a fixed number of every CYCLE positions. Its positions are scattered at
+    random, and this pattern repeats. Each data set keeps its own order and epochs.
     """
 
     def __init__(self, sets, weights, seed, pool):
-        """sets: for each data set its shards, as from expand_shards; weights: one for each set.
+        """sets: the shards of each data set, as from expand_shards; weights: one for each set.
 
         Raises FuseDiTError if a weight is too small for one position in CYCLE.
         """
@@ -92,7 +93,7 @@ class Mixture:
             raise FuseDiTError(f"--data-weights: a data set with a share below 1 in {CYCLE} would "
                                "never be read; give it a larger weight")
 
-        # the set at each position of a cycle, and how often that set came earlier in the cycle
+        # the set at each position of a cycle, and how often it occurred earlier in the cycle
         slots = np.repeat(range(len(sets)), self.per_cycle)
         self.slots = np.random.RandomState([seed]).permutation(slots)
         earlier = [(self.slots[:i] == chosen).sum() for i, chosen in enumerate(self.slots)]

@@ -1,15 +1,15 @@
-"""The engine under prepare_data.py: packs items into shards, in parallel, and resumes when killed.
+"""Packs items into shards for prepare_data.py, in parallel, and resumes interrupted runs.
 
     if packing.begin(args, **settings):          # a new OUT, or an interrupted run to resume
         packing.pack(args, name, jobs, make)
 
-Each process packs one shard at a time: it turns the shard's items, in order, into samples with
-make(item), and writes them to a tar. Which items a shard holds is decided before packing begins, so
-the bytes of a shard depend on nothing else, in particular not on the number of processes.
+Each process packs one shard at a time: it converts the shard's items, in order, to samples with
+make(item) and writes them to a tar. Items are assigned to shards before packing begins, so the
+bytes of a shard depend only on its items and not, for example, on the number of processes.
 
-OUT/.progress holds a record of every finished shard. A run that was killed finds these records and
-packs the remaining shards. At the end, report.json counts what became of every input, index.json
-lists the shards for the data loader, and OUT/.progress is deleted.
+OUT/.progress contains a record of every finished shard. After an interruption, the next run reads
+these records and packs only the remaining shards. At the end, report.json accounts for every input,
+index.json lists the shards for the data loader, and OUT/.progress is deleted.
 """
 import json
 import multiprocessing
@@ -36,20 +36,20 @@ from fusedit_lib.data.images import Skip
 from fusedit_lib.data.shards import sample_offsets
 from fusedit_lib.files import atomic_write
 
-# The names of all that a run writes into OUT, temporary files included.
+# The names of everything that a run writes to OUT, including temporary files.
 OUTPUT_NAME = re.compile(
     r"\.?(index\.json|offsets\.npy|report\.json|[a-z0-9-]+-\d{6}\.(tar|latents\.safetensors))"
     r"(\.\d+\.tmp)?|\.progress")
 
-# How many items all processes together have packed or skipped so far. pack() creates this shared
-# counter before it forks the workers, which inherit it.
+# The number of items that all processes together have packed or skipped so far. pack() creates this
+# shared counter before it forks the workers, which inherit it.
 _items_done = None
 
 
 class ShardJob(NamedTuple):
-    """The work of one process at a time: one tar to write."""
+    """A tar to be written by one process."""
     path: Path
-    items: object      # iterable; a lazy one is read by the process that packs the shard
+    items: object      # iterable; if lazy, the process that packs the shard reads it
 
 
 # ---------------------------------------------------------------------------- one shard
@@ -57,7 +57,7 @@ def write_shard(make, shard):
     """Write the tar of a ShardJob and then its record, which marks the shard as finished.
 
     make(item) returns a sample, a dict for WebDataset's TarWriter, or raises Skip. A shard without
-    any sample leaves a record but no tar.
+    samples has a record but no tar.
     """
     skipped = []
     inputs = 0
@@ -68,7 +68,7 @@ def write_shard(make, shard):
                 inputs += 1
                 try:
                     sample = make(item)
-                    if sample["__key__"] == last_key:      # would be read as one sample
+                    if sample["__key__"] == last_key:      # they would be read as one sample
                         raise Skip("same key as the one before")
                     tar.write(sample)
                     last_key = sample["__key__"]
@@ -88,7 +88,7 @@ def write_shard(make, shard):
 
 
 def index_entry(path):
-    """A tar's entry of the index: its name, samples, bytes, and the offsets [samples + 1]."""
+    """A tar's entry in the index: its name, samples, bytes and offsets [samples + 1]."""
     offsets = sample_offsets(path)
     size = path.stat().st_size
     return dict(name=path.name, samples=len(offsets) - 1, bytes=size, offsets=offsets)
@@ -99,7 +99,7 @@ def record_path(shard):
 
 
 def read_record(shard):
-    """The record of a finished ShardJob, or None if the shard has still to be packed."""
+    """The record of a ShardJob, or None if the shard is not finished."""
     try:
         record = json.loads(record_path(shard).read_text())
         if record["samples"] > 0 and shard.path.stat().st_size != record["bytes"]:
@@ -111,7 +111,7 @@ def read_record(shard):
 
 # ---------------------------------------------------------------------------- worker processes
 def start_worker(parent):
-    """Set up a worker process: the parent handles Ctrl-C, and no worker outlives the parent."""
+    """Set up a worker process: it leaves Ctrl-C to its parent, and exits when the parent exits."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     threading.Thread(target=exit_with_parent, args=[parent], daemon=True).start()
 
@@ -125,8 +125,8 @@ def exit_with_parent(parent):
 def in_parallel(function, jobs, workers):
     """Call function(job) for all jobs in `workers` processes, in any order.
 
-    Yields (job, result) for every finished job and, about three times a second, None, so that the
-    caller can update a progress bar. With one worker all jobs run in this process.
+    Yields (job, result) for every finished job and, about three times a second, None to let the
+    caller update a progress bar. With one worker, all jobs run in this process.
     """
     if workers == 1 or not jobs:
         for job in jobs:
@@ -134,7 +134,7 @@ def in_parallel(function, jobs, workers):
         return
 
     workers = min(workers, len(jobs))
-    fork = multiprocessing.get_context("fork")             # quick, and shares _items_done
+    fork = multiprocessing.get_context("fork")             # starts fast and shares _items_done
     with ProcessPoolExecutor(workers, fork, start_worker, [os.getpid()]) as pool:
         waiting = {pool.submit(function, job): job for job in jobs}
         try:
@@ -145,7 +145,7 @@ def in_parallel(function, jobs, workers):
                 yield None
         except BrokenProcessPool:
             raise FuseDiTError("a worker died (out of memory?): lower --workers") from None
-        except BaseException:               # Ctrl-C, a full disk: do not wait for the other jobs
+        except BaseException:               # Ctrl-C or a full disk: do not wait for other jobs
             for process in multiprocessing.active_children():
                 process.terminate()
             pool.shutdown(wait=False, cancel_futures=True)
@@ -156,13 +156,13 @@ def in_parallel(function, jobs, workers):
 def begin(args, **settings):
     """Prepare OUT for a run whose output is determined by `settings`; False if OUT is complete.
 
-    A run with the same settings that was interrupted is resumed. OUT must be empty otherwise, or
-    hold nothing but what a run has written if --overwrite is given, which deletes that. Raises
-    FuseDiTError if OUT holds something else.
+    An interrupted run with the same settings is resumed. Otherwise OUT must be empty. With
+    --overwrite, it may contain the output of an earlier run, which is deleted. Raises FuseDiTError
+    if OUT contains anything else.
     """
     out = args.out
     progress = out / ".progress"
-    settings = json.loads(json.dumps(settings, default=str))    # as they come back from JSON
+    settings = json.loads(json.dumps(settings, default=str))    # as they are read from JSON
     if out.exists() and not out.is_dir():
         raise FuseDiTError(f"{out} is a file; OUT must be a folder")
     names = []
@@ -177,7 +177,7 @@ def begin(args, **settings):
         report = read_json_or_none(out / "report.json") or {}
         if report.get("settings") == settings:
             shutil.rmtree(progress, ignore_errors=True)
-            print(f"{out} is finished: {report['outputs']} images, by this command")
+            print(f"{out} is already complete: {report['outputs']} images with these settings")
             return False
     else:
         earlier = read_json_or_none(progress / "settings.json")
@@ -195,7 +195,7 @@ def begin(args, **settings):
 
 
 def check_same_settings(out, earlier, settings):
-    """Raise FuseDiTError, which names the differences, unless both runs have the same settings."""
+    """Raise FuseDiTError with the differences if two runs have different settings."""
     if earlier == settings:
         return
     differences = []
@@ -204,18 +204,18 @@ def check_same_settings(out, earlier, settings):
         now = settings.get(name)
         if before != now:
             differences.append(f"{name} {before}, now {now}")
-    raise FuseDiTError(f"{out} was started with other settings ({', '.join(differences)}): resume "
-                       "with the settings it was started with, give a new folder, or --overwrite")
+    raise FuseDiTError(f"{out} was started with other settings ({', '.join(differences)}): repeat "
+                       "the original settings to resume it, or give a new folder or --overwrite")
 
 
 def not_empty_error(out, names, overwrite):
-    content = f"{names[0]}, which is not an interrupted run"
+    content = f"{names[0]}, which does not belong to an interrupted run"
     if "index.json" in names:
         content = "finished shards"
-    remedy = "give a new folder or --overwrite, which replaces shards and what lists them"
+    remedy = "give a new folder or --overwrite, which replaces shards and their index and report"
     if overwrite:
-        remedy = "give a new folder, as --overwrite only replaces shards"
-    return FuseDiTError(f"{out} is not empty (it holds {content}); {remedy}")
+        remedy = "give a new folder, since --overwrite only replaces shards"
+    return FuseDiTError(f"{out} is not empty (it contains {content}): {remedy}")
 
 
 def read_json_or_none(path):
@@ -227,7 +227,7 @@ def read_json_or_none(path):
 
 
 def remove_output(out):
-    """Delete everything that a run has written to OUT, and nothing else."""
+    """Delete everything that a run has written to OUT and nothing else."""
     if not out.is_dir():
         return
     for path in out.iterdir():
@@ -238,7 +238,7 @@ def remove_output(out):
 
 
 def remove_temporary_files(out):
-    """Delete the files that a killed run was writing."""
+    """Delete the temporary files of a killed run."""
     for path in list(out.iterdir()):
         if path.name.endswith(".tmp") and OUTPUT_NAME.fullmatch(path.name):
             path.unlink()
@@ -248,9 +248,9 @@ def remove_temporary_files(out):
 def pack(args, name, jobs, make, skipped=(), total=None, **more):
     """Pack the shards that are not finished yet, then write the report and the index.
 
-    name: tars are called NAME-000000.tar and so on. jobs: an iterable of items for each shard.
-    make: see write_shard. skipped: [(reason, key)] of inputs that are in no shard. total: the
-    number of items in all shards, if it is known. more: further entries of report.json.
+    name: the tars are named NAME-000000.tar, NAME-000001.tar, ... jobs: an iterable of items for
+    each shard. make: see write_shard. skipped: [(reason, key)] of inputs that are in no shard.
+    total: the number of items in all shards, if known. more: further entries of report.json.
     """
     global _items_done
     shards = []
@@ -260,7 +260,7 @@ def pack(args, name, jobs, make, skipped=(), total=None, **more):
     todo = [shard for shard in shards if records[shard.path] is None]
     finished = len(shards) - len(todo)
     if finished:
-        print(f"{finished} of {len(shards)} shards are packed already", file=sys.stderr)
+        print(f"{finished} of {len(shards)} shards are already packed", file=sys.stderr)
 
     earlier_inputs = sum(record["inputs"] for record in records.values() if record is not None)
     _items_done = multiprocessing.get_context("fork").Value("q", earlier_inputs)
@@ -271,19 +271,19 @@ def pack(args, name, jobs, make, skipped=(), total=None, **more):
             for result in in_parallel(partial(write_shard, make), todo, args.workers):
                 if result is not None:
                     finished += 1
-                if not total and finished:  # estimate it from the shards that are finished
+                if not total and finished:  # estimate the total from the finished shards
                     bar.total = _items_done.value * len(shards) // finished
                 bar.update(_items_done.value - bar.n)
     except BaseException:
         finished = sum(read_record(shard) is not None for shard in shards)
-        print(f"stopped: {finished} of {len(shards)} shards are packed; the same command resumes "
-              "from there", file=sys.stderr)
+        print(f"stopped: {finished} of {len(shards)} shards are packed; repeat the command to "
+              "resume", file=sys.stderr)
         raise
     finish(args.out, [read_record(shard) for shard in shards], skipped, more)
 
 
 def finish(out, records, skipped, more):
-    """Write report.json, offsets.npy and, last of all, index.json; delete OUT/.progress."""
+    """Write report.json, offsets.npy and finally index.json; then delete OUT/.progress."""
     outputs = sum(record["samples"] for record in records)
     inputs = len(skipped) + sum(record["inputs"] for record in records)
     skipped = list(skipped)
@@ -316,7 +316,7 @@ def finish(out, records, skipped, more):
 
 
 def report_skipped(keys):
-    """Print to stderr how many inputs were skipped, for which reason, and the first of them.
+    """Print to stderr, for each reason, the number of skipped inputs and the first few of them.
 
     keys: {reason: keys of the skipped inputs}.
     """
@@ -328,9 +328,9 @@ def report_skipped(keys):
 
 
 def write_index(out, entries):
-    """Write offsets.npy and then index.json from index_entry's dicts; return the sample count.
+    """Write offsets.npy and then index.json from index_entry's dicts; returns the sample count.
 
-    What an earlier index.json says about the latents of a shard is kept if the shard is the same.
+    The latents that an earlier index.json lists for a shard stay listed if the shard is the same.
     """
     with atomic_write(out / "offsets.npy") as tmp, open(tmp, "wb") as file:
         np.save(file, np.concatenate([entry["offsets"] for entry in entries]))
@@ -354,5 +354,5 @@ def write_index(out, entries):
 
 
 def same_shard(entry):
-    """What identifies a shard: two entries of an index that agree in it list the same shard."""
+    """The values that identify a shard: index entries with equal values list the same shard."""
     return entry["name"], entry["samples"], entry["bytes"]

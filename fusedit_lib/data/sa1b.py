@@ -1,4 +1,4 @@
-"""SA-1B: Meta's images, with the captions that LLaVA wrote for PixArt. Download, then packing."""
+"""SA-1B: downloads Meta's images and packs them with the captions that LLaVA wrote for PixArt."""
 import hashlib
 import json
 import re
@@ -37,10 +37,10 @@ MD5 = re.compile(r"[0-9a-f]{32}")
 
 # ---------------------------------------------------------------------------- packing
 class ListedItems:
-    """Iterates over the items of some lines of a list of images.
+    """Iterates over the items in a range of lines of a list of images.
 
     lines: a LineRange of paths relative to `folder`. An image's key is its file name without the
-    suffix; the captions are added by WithCaptions.
+    suffix. WithCaptions adds the captions.
     """
 
     def __init__(self, lines, folder):
@@ -58,7 +58,7 @@ def sa1b(args):
     require_exists(args.images, args.captions)
     folders = [path for path in sorted(args.images.iterdir())
                if path.is_dir() and not path.name.startswith(".")]
-    # Listing millions of files takes long, so a change is noticed by the times of the folders.
+    # Listing millions of files takes long, so changes are detected by the folders' times instead.
     times = digest((path.name, path.stat().st_mtime_ns) for path in folders or [args.images])
     if not packing.begin(args, **output_settings(args, folders=times)):
         return
@@ -85,14 +85,14 @@ def sa1b(args):
 
 
 def write_image_list(folder, path):
-    """Write the path of every image below `folder` to a text file, one a line."""
+    """Write the path of every image below `folder` to a text file, one per line."""
     with atomic_write(path) as tmp, open(tmp, "w", errors="surrogateescape") as file:
         for name in tqdm(list_images(folder), unit="image", desc="listing", disable=None):
             file.write(f"{name}\n")
 
 
 def is_caption_folder(path):
-    """Whether this is a folder of .txt files: a folder without .parquet and .jsonl files."""
+    """True for a folder of .txt files, that is, a folder without .parquet and .jsonl files."""
     if not path.is_dir():
         return False
     for pattern in ("*.parquet", "*.jsonl*", "*/*.parquet"):
@@ -103,9 +103,9 @@ def is_caption_folder(path):
 
 # ---------------------------------------------------------------------------- lists to download
 def read_links(path):
-    """{file name: url} of Meta's list: a heading, then lines of NAME TAB URL.
+    """{file name: url} from Meta's list, a heading followed by lines of NAME TAB URL.
 
-    Raises FuseDiTError if the file cannot be read or is something else.
+    Raises FuseDiTError if the file cannot be read or has another format.
     """
     try:
         lines = path.read_text("utf-8-sig").splitlines()
@@ -118,19 +118,19 @@ def read_links(path):
         if line.strip():
             rows.append([word.strip() for word in line.split("\t")])
     if rows and "://" not in rows[0][-1]:
-        rows = rows[1:]                     # without the heading
+        rows = rows[1:]                     # drop the heading
 
     if not rows:
         raise FuseDiTError(f"{path} is not a list of file_name TAB cdn_link")
     for row in rows:
         if len(row) != 2 or not TAR_NAME.fullmatch(row[0]) or "://" not in row[1]:
-            raise FuseDiTError(f"{path} is not a list of file_name TAB cdn_link: it has "
+            raise FuseDiTError(f"{path} is not a list of file_name TAB cdn_link: it contains "
                                f"{' '.join(row)[:60]!r}")
     return dict(rows)
 
 
 def read_checksums(path):
-    """{file name: md5} of lines as md5sum writes them; the name may also come first."""
+    """{file name: md5} from lines in md5sum's format; the name may also come first."""
     checksums = {}
     for line in path.read_text().lower().splitlines():
         words = line.replace("*", " ").split()
@@ -150,12 +150,12 @@ class TarDownload:
     def __init__(self, out, links, checksums, keep_tars, bar):
         self.out = out
         self.links = links                  # file name -> url
-        self.checksums = checksums          # file name -> md5, of some of them or none
+        self.checksums = checksums          # file name -> md5, for all, some or none of the files
         self.keep_tars = keep_tars
         self.bar = bar                      # a DownloadBar
 
     def __call__(self, name):
-        """Download one file, which then is in OUT as a folder; raises DownloadFailed."""
+        """Download one tar and unpack it to a folder in OUT; raises DownloadFailed."""
         tar = self.out / name
         folder = image_folder(self.out, name)
         find_fault = partial(self.find_fault, name)
@@ -165,12 +165,12 @@ class TarDownload:
         if not unpack(tar, folder, "*.jpg"):
             folder.rmdir()
             tar.unlink()
-            raise DownloadFailed("it contains no image")
+            raise DownloadFailed("the tar contains no images")
         if not self.keep_tars:
             tar.unlink()
 
     def find_fault(self, name, path):
-        """What is wrong with a downloaded tar, or None."""
+        """The fault of a downloaded tar, or None."""
         if name in self.checksums:
             with open(path, "rb") as file:
                 md5 = hashlib.file_digest(file, "md5").hexdigest()
@@ -203,15 +203,15 @@ def sa1b_download(args):
         tmp.write_text(json.dumps(report, indent=1) + "\n")
     print(f"{complete} of {len(links)} files are complete: {args.out}")
     if failed:
-        message = (f"{len(failed)} of {len(links)} files could not be downloaded (see above, or "
-                   "download.json); the same command tries them again")
+        message = (f"{len(failed)} of {len(links)} files could not be downloaded (see above or "
+                   "download.json); repeat the command to retry them")
         if any(reason.startswith("403") for reason in failed.values()):
-            message += ", with a new list from Meta where links have expired (403)"
+            message += ", with a new list from Meta if links have expired (403)"
         raise FuseDiTError(message)
 
 
 def remove_leftovers(args, complete):
-    """Delete what a killed run left in OUT: tars that are unpacked, and a report half-written."""
+    """Delete what a killed run left in OUT: unpacked tars and half-written reports."""
     if not args.keep_tars:
         for name in complete:
             (args.out / name).unlink(missing_ok=True)
@@ -220,7 +220,7 @@ def remove_leftovers(args, complete):
 
 
 def download_all(download, names, workers):
-    """Call download(name) for all names, `workers` at a time; returns {name: why it failed}."""
+    """Call download(name) for all names, `workers` at a time; returns {failed name: reason}."""
     failed = {}
     with ThreadPoolExecutor(workers) as pool:
         jobs = {pool.submit(download, name): name for name in names}
@@ -232,7 +232,7 @@ def download_all(download, names, workers):
                     name = jobs[job]
                     failed[name] = str(reason)
                     tqdm.write(f"{name}: {reason}", file=sys.stderr)
-        except BaseException:               # Ctrl-C, a full disk
+        except BaseException:               # Ctrl-C or a full disk
             download.bar.stop = True
             pool.shutdown(cancel_futures=True)
             raise

@@ -1,4 +1,4 @@
-"""Shapes: the demo's data set, images of coloured shapes that are drawn with their captions."""
+"""Shapes: the demo's data set, rendered images of coloured shapes with generated captions."""
 import random
 from functools import partial
 
@@ -9,16 +9,16 @@ from fusedit_lib.shapes import render, scenes
 
 
 def shapes_sample(seed: int, image_size: int, i: int) -> dict:
-    """Sample number i of a seed: an image of image_size pixels and two captions of its scene.
+    """Sample number i of a seed: an image with a side of image_size pixels, and two captions.
 
-    It depends on the arguments alone, so any process may draw it.
+    The sample depends only on the arguments, so any process can draw it.
     """
     rng = random.Random(f"shapes {seed} {i}")
     scene = scenes.training_scene(rng)
     discs = scenes.layout(scene, rng)
     image = render.render(scene, discs, image_size)
     captions = []
-    for _ in range(2):                      # each leaves other details of the scene out
+    for _ in range(2):                      # each omits different details of the scene
         captions.append(scenes.caption(scenes.omit_defaults(scene, rng), rng))
     return {"__key__": f"{i:09d}", "image.png": encode_png(image),
             "synthetic_caption.txt": captions[0].encode(),

@@ -1,10 +1,10 @@
-"""WebDataset shards: which ones a pattern names, and reading single samples from them.
+"""Finds the WebDataset shards that a pattern names, and reads single samples from them.
 
-A shard is a tar in which the files of a sample stand together: KEY.image.png (or jpg, webp),
-KEY.synthetic_caption.txt, KEY.original_caption.txt. Two files beside the shards describe them:
+A shard is a tar in which the files of a sample are adjacent: KEY.image.png (or .jpg, .webp),
+KEY.synthetic_caption.txt and KEY.original_caption.txt. Two files beside the shards describe them:
 
-    index.json     for each shard its name, samples, bytes and, if there are any, its VAE latents
-    offsets.npy    where each sample begins (optional: without it a shard is scanned when opened)
+    index.json     name, samples and bytes of each shard and, if there are any, its VAE latents
+    offsets.npy    the offset of each sample (optional; without it, a shard is scanned when opened)
 
 `prepare_data.py index` writes both.
 """
@@ -34,17 +34,17 @@ from fusedit import FuseDiTError
 from fusedit_lib.files import atomic_write
 from fusedit_lib.pretrained import vae_fingerprint
 
-LATENTS_SUFFIX = ".latents.safetensors"     # of the latents of a shard, in place of its .tar
-RETRY_SECONDS = 600                         # after which an unreadable shard is tried again
+LATENTS_SUFFIX = ".latents.safetensors"     # replaces .tar in the name of a shard's latents
+RETRY_SECONDS = 600                         # time after which an unreadable shard is tried again
 
 
 class Shard(NamedTuple):
-    """A shard, as index.json describes it."""
+    """A shard as described by index.json."""
     path: str                               # file or URL of the tar
     samples: int
-    bytes: int | None                       # size of the tar, if the index has it
-    latents: dict | None                    # vae, image_size, bytes of the latents beside it
-    first: int                              # number of its first sample in the folder's offsets
+    bytes: int | None                       # size of the tar, if the index contains it
+    latents: dict | None                    # vae, image_size and bytes of the latents beside it
+    first: int                              # number of samples in the folder's earlier shards
 
 
 # ------------------------------------------------------------------------------ index.json
@@ -54,7 +54,7 @@ def is_url(path):
 
 
 def load_index(folder):
-    """The content of index.json in a folder or below a URL."""
+    """The content of index.json in a folder or under a URL."""
     if is_url(folder):
         with gopen(f"{folder}/index.json") as file:
             return json.load(file)
@@ -63,9 +63,9 @@ def load_index(folder):
 
 @functools.lru_cache
 def read_index(folder):
-    """{tar name: Shard} of a folder or URL with an index.json; the path of a Shard is its name.
+    """{tar name: Shard} from the index.json of a folder or URL; a Shard's path is just its name.
 
-    Raises FuseDiTError if there is no index.json or it is not one.
+    Raises FuseDiTError if index.json is missing or invalid.
     """
     shards = {}
     first = 0
@@ -75,16 +75,16 @@ def read_index(folder):
             shards[name] = Shard(name, entry["samples"], entry.get("bytes"), entry.get("latents"),
                                  first)
             first += entry["samples"]
-    except Exception as e:                  # each kind of URL has its own errors
+    except Exception as e:                  # each kind of URL raises different errors
         raise FuseDiTError(f"cannot read {folder}/index.json, the list of its shards ({e}): "
-                           f"`python prepare_data.py index {folder}` writes one") from None
+                           f"`python prepare_data.py index {folder}` writes it") from None
     return shards
 
 
 # ------------------------------------------------------------------------------ --data patterns
 
 def shard_paths(path):
-    """The tars that a file, folder, glob or URL names; a URL that ends in / is a whole folder."""
+    """The tars that a file, folder, glob or URL names. A URL ending in / names a whole folder."""
     if is_url(path):
         folder, _, name = path.rpartition("/")
         if name:
@@ -98,15 +98,15 @@ def shard_paths(path):
     paths = sorted(glob.glob(pattern))
     if not paths:
         raise FuseDiTError(f"--data: no file matches {pattern}; `python prepare_data.py "
-                           "shapes DIR -n 10000` makes shards to begin with")
+                           "shapes DIR -n 10000` makes shards to start with")
     return paths
 
 
 def expand_shards(pattern):
-    """A list with the Shard of every tar that --data's pattern names.
+    """A list of the Shard of every tar that a pattern of --data names.
 
     pattern: files, folders, globs, {000..012} ranges and URLs, joined by "::". Raises FuseDiTError
-    if it matches nothing, if an index.json lacks a tar, or if there are no samples.
+    if it matches nothing, if an index.json does not list a tar, or if there are no samples.
     """
     shards = []
     for part in pattern.split("::"):
@@ -117,50 +117,53 @@ def expand_shards(pattern):
                 index = read_index(folder)
                 if name not in index:
                     raise FuseDiTError(f"{folder}/index.json does not list {name}: `python "
-                                       f"prepare_data.py index {folder}` writes it anew")
+                                       f"prepare_data.py index {folder}` rewrites it")
                 shards.append(index[name]._replace(path=tar))
     if sum(shard.samples for shard in shards) == 0:
-        raise FuseDiTError(f"--data {pattern}: its index.json counts no samples")
+        raise FuseDiTError(f"--data {pattern}: index.json lists no samples")
     return shards
 
 
 def can_read_latents(shards, run, config, rank):
-    """Whether to train on the latents beside the shards, which `prepare_data.py encode` wrote.
+    """True if the run can train on the latents that `prepare_data.py encode` wrote beside shards.
 
-    If there are some, rank 0 prints whether they are read and, if not, why.
+    If there are latents, rank 0 prints whether they are used and, if not, why.
     """
     known = [shard.latents for shard in shards if shard.samples]
     if not config.vae or not run.latents or not any(known):
         return False
     problem = latents_problem(known, run, config)
     if rank == 0:
-        message = "reading the latents beside the shards, not their images"
+        message = "reading the latents beside the shards instead of the images"
         if problem:
-            message = f"latents beside the shards are not read: {problem}"
+            message = f"the latents beside the shards are not used: {problem}"
         print(message, file=sys.stderr)
     return not problem
 
 
 def latents_problem(known, run, config):
-    """Why a run cannot use the latents of its shards, "" if it can; known: Shard.latents."""
+    """The reason why a run cannot use the latents of its shards, or "".
+
+    known: latents of every Shard that has samples.
+    """
     if run.crop == "random":
         return "--crop random needs the images"
     if not all(known):
-        return "some shards have none"
+        return "some shards have no latents"
     wanted = dict(vae=vae_fingerprint(config.vae), image_size=config.image_size)
     for latents in known:
         for key, value in wanted.items():
             if latents.get(key) != value:
-                return f"they are of {key} {latents.get(key)}, not {value}"
+                return f"their {key} is {latents.get(key)}, not {value}"
     return ""
 
 
 # ------------------------------------------------------------------------------ samples in a tar
 
 def sample_offsets(path):
-    """Byte offset of each sample in a tar, and where the last one ends: int64 [samples + 1].
+    """The byte offset of each sample in a tar and the end of the last one: int64 [samples + 1].
 
-    Of a damaged tar those before the damage; [0] if nothing can be read.
+    A damaged tar yields the samples before the damage; [0] if nothing can be read.
     """
     offsets = []
     end = 0
@@ -180,13 +183,13 @@ def sample_offsets(path):
 
 
 def ends_well(file, end):
-    """Whether an open tar has its end marker, a block of zeros, where its last sample ends."""
+    """True if an open tar has its end marker, a block of zeros, at offset `end`."""
     file.seek(end)
     return file.read(512) == bytes(512)
 
 
 def read_sample(file, offsets, i):
-    """(key, {"image.jpg": bytes, ...}) of sample i of an open tar; ValueError if it is damaged."""
+    """(key, {"image.jpg": bytes, ...}) of sample i of an open tar. Raises ValueError if damaged."""
     size = int(offsets[i + 1] - offsets[i])
     data = os.pread(file.fileno(), size, int(offsets[i]))
     key = ""
@@ -205,12 +208,12 @@ def read_sample(file, offsets, i):
 # ------------------------------------------------------------------------------ open shards
 
 class OpenShard(NamedTuple):
-    """A shard that has been opened, or the reason why it could not be."""
+    """A shard that has been opened, or the reason why it could not be opened."""
     file: Any = None                        # the tar; None: it cannot be read
     offsets: Any = None                     # of its samples [samples + 1]
     latents: Any = None                     # safetensors slice [samples,2*C,h,w], if they are read
     whole: Any = None                       # [samples]: 0 where an image could not be encoded
-    problem: str = ""                       # why it cannot be read
+    problem: str = ""                       # reason why it cannot be read
     expires: float = math.inf               # time.monotonic() at which to try again
 
 
@@ -218,11 +221,11 @@ class ShardReader:
     """Reads samples of shards by number. Remote shards are copied to a local cache.
 
     At most 2 * keep shards are open at a time: those of the current pool and, towards its end,
-    of the next. The cache is bounded too; its oldest copies are deleted.
+    those of the next. The size of the cache is bounded by deleting the oldest copies.
     """
 
     def __init__(self, shards, keep, cache, latents=False):
-        """shards: of expand_shards; cache: a folder, or "" for one in the temporary folder."""
+        """shards: from expand_shards; cache: a folder, or "" for one in the temporary folder."""
         self.shards = shards
         self.keep = keep
         self.latents = latents
@@ -230,7 +233,7 @@ class ShardReader:
         self.opened = {}                    # {number: OpenShard}, oldest first
 
     def fetch(self, url, size):
-        """Path of the local copy of a remote file. One process copies it, the others wait."""
+        """Path of the local copy of a remote file. One process copies it while others wait."""
         self.cache.mkdir(parents=True, exist_ok=True)
         path = self.cache / f"{hashlib.sha1(url.encode()).hexdigest()}.tar"
         with FileLock(path.with_suffix(".lock")):
@@ -240,14 +243,14 @@ class ShardReader:
                     shutil.copyfileobj(source, copy)
                     if size not in (None, copy.tell()):
                         raise OSError(f"{copy.tell()} of {size} bytes arrived")
-            os.utime(path)                  # its age counts from its last use
+            os.utime(path)                  # so that its age is the time since its last use
         return path
 
     def make_room(self):
         """Delete the oldest copies. A process that has one open can still read it."""
         kept = 3 * self.keep
         if self.latents:
-            kept *= 2                       # of each shard two files
+            kept *= 2                       # there are two files per shard
         with FileLock(self.cache / "lock"):
             copies = sorted(self.cache.glob("*.tar"), key=os.path.getmtime)
             for old in copies[:-kept]:
@@ -268,7 +271,7 @@ class ShardReader:
         return local
 
     def try_open(self, number):
-        """OpenShard of a shard; raises whatever goes wrong."""
+        """Open a shard. Returns an OpenShard, or raises the error that occurs."""
         tar, *latents_files = self.local_files(number)
         latents = whole = None
         for path in latents_files:
@@ -281,7 +284,10 @@ class ShardReader:
         return OpenShard(open(tar, "rb"), offsets, latents, whole)
 
     def known_offsets(self, number, tar):
-        """Offsets of a shard from the offsets.npy beside it; None if it does not fit the index."""
+        """A shard's offsets from the offsets.npy beside it.
+
+        Returns None if there is no such file or it does not match the index.
+        """
         path = Path(tar).with_name("offsets.npy")
         if not path.exists():
             return None
@@ -289,13 +295,16 @@ class ShardReader:
         index = read_index(str(path.parent))
         if len(offsets) != sum(shard.samples + 1 for shard in index.values()):
             return None
-        # each shard has samples + 1 numbers there
+        # The file has samples + 1 numbers for each shard.
         shard = self.shards[number]
         begin = shard.first + list(index).index(Path(shard.path).name)
         return offsets[begin:begin + shard.samples + 1]
 
     def open(self, number):
-        """OpenShard of a shard, with its problem if it cannot be read; a remote one is retried."""
+        """Open a shard, with retries if it is remote. Returns an OpenShard.
+
+        If the shard cannot be read, OpenShard.problem holds the reason.
+        """
         waits = [0]
         if is_url(self.shards[number].path):
             waits = [1, 10, 0]
@@ -308,10 +317,10 @@ class ShardReader:
         return OpenShard(problem=problem, expires=time.monotonic() + RETRY_SECONDS)
 
     def read(self, number, i):
-        """{"image.jpg": bytes, ...} of sample i of a shard; also "latents", if they are read.
+        """{"image.jpg": bytes, ...} of sample i of a shard; with "latents" if they are read.
 
-        "latents": [2*C,h,w], or None where the image could not be encoded. Raises ValueError for
-        what cannot be read.
+        "latents": [2*C,h,w], or None if the image could not be encoded. Raises ValueError if the
+        shard or sample cannot be read.
         """
         shard = self.opened.get(number)
         if shard is None or time.monotonic() > shard.expires:
@@ -325,10 +334,10 @@ class ShardReader:
             raise ValueError(f"the shard cannot be read ({shard.problem})")
         readable = len(shard.offsets) - 1
         if i >= readable:
-            raise ValueError(f"the shard holds {readable} samples that can be read")
+            raise ValueError(f"only {readable} samples of the shard can be read")
         try:
             _, files = read_sample(shard.file, shard.offsets, i)
-        except OSError:                     # a network disk may have failed: open the file again
+        except OSError:                     # a network disk may have failed: reopen the file later
             del self.opened[number]
             raise
         if self.latents:

@@ -1,6 +1,6 @@
 """The prompts of each benchmark, and the image files that its official scorer expects.
 
-Each function's docstring is the description that `evaluate.py BENCHMARK --help` prints.
+`evaluate.py BENCHMARK --help` prints the docstring of the benchmark's function.
 """
 import json
 import re
@@ -11,16 +11,16 @@ from fusedit_lib.shapes import scenes
 
 
 class Benchmark(NamedTuple):
-    """What is drawn, and to which files below images/."""
+    """The prompts to draw and the files for their images, below images/."""
     prompts: list[str]
-    files: list[list[str]]                  # per prompt: one file per image, or one for a grid
+    files: list[list[str]]                  # for each prompt: a file per image, or one for a grid
     images_per_prompt: int = 1
     texts: dict[str, str] = {}              # other files that the scorer reads: name -> content
 
 
 def geneval(path):
-    """GenEval (arXiv 2310.11513): four images per prompt, NUMBER/samples/0000.png to 0003.png,
-    beside NUMBER/metadata.jsonl."""
+    """GenEval (arXiv 2310.11513). Four images are drawn for each prompt and saved as
+    NUMBER/samples/0000.png to 0003.png, with NUMBER/metadata.jsonl."""
     lines = [line for line in read_text(path).splitlines() if line.strip()]
     prompts = []
     files = []
@@ -37,8 +37,8 @@ def geneval(path):
 
 
 def dpg(folder):
-    """DPG-Bench (arXiv 2403.05135): NAME.png for each prompt NAME.txt, a grid of four images in
-    two rows."""
+    """DPG-Bench (arXiv 2403.05135). For each prompt NAME.txt, four images are drawn and saved as
+    NAME.png, an image grid of two rows."""
     paths = sorted(folder.glob("*.txt"))
     prompts = [read_text(path).strip() for path in paths]
     files = [[f"{path.stem}.png"] for path in paths]
@@ -46,31 +46,31 @@ def dpg(folder):
 
 
 def mjhq(path):
-    """MJHQ-30K (arXiv 2402.17245): one image per prompt, CATEGORY/NAME.jpg, the names of the real
-    images."""
+    """MJHQ-30K (arXiv 2402.17245). One image is drawn for each prompt and saved under the name of
+    the real image, CATEGORY/NAME.jpg."""
     prompts = []
     files = []
     for name, row in parse_object(read_text(path), str(path)).items():
         if not is_mjhq_row(name, row):
-            raise FuseDiTError(f"{path}: {name} has no category or prompt, or no plain name: is "
-                               "this MJHQ-30K's meta_data.json?")
+            raise FuseDiTError(f"{path}: {name} has no category or prompt, or is not a plain file "
+                               "name: is this MJHQ-30K's meta_data.json?")
         prompts.append(row["prompt"])
         files.append([f"{row['category']}/{name}.jpg"])
     return Benchmark(prompts, files)
 
 
 def is_mjhq_row(name, row):
-    """Whether an entry of meta_data.json has what is needed, and names a file below images/."""
+    """True if an entry of meta_data.json is complete and names a file below images/."""
     if not isinstance(row, dict) or not has_strings(row, "category", "prompt"):
         return False
-    plain_name = r"[^./\\][^/\\]*"          # no separator, and not "..": it must stay in images/
+    plain_name = r"[^./\\][^/\\]*"          # no separator and no "..", which could leave images/
     return bool(re.fullmatch(f"{plain_name}/{plain_name}", f"{row['category']}/{name}"))
 
 
 def shapes(n, seed):
-    """Held-out scenes of coloured shapes, the demo's world (fusedit_lib/shapes/scenes.py), in
-    GenEval's categories. An image is right if it holds exactly the objects that the prompt names,
-    as the prompt describes them, and no others."""
+    """Scenes of coloured shapes from the demo's world (fusedit_lib/shapes/scenes.py), in GenEval's
+    categories and held out of training. An image is correct if it contains exactly the objects
+    that the prompt describes, and no others."""
     prompts = [prompt for _, _, prompt in scenes.evaluation_prompts(n, seed)]
     files = [[f"{k:05}.png"] for k in range(len(prompts))]
     return Benchmark(prompts, files)
@@ -79,7 +79,7 @@ def shapes(n, seed):
 # ---- files ---------------------------------------------------------------------------------------
 
 def read_text(path):
-    """The text of a UTF-8 file. Raises FuseDiTError."""
+    """Read a UTF-8 file. Raises FuseDiTError."""
     try:
         return path.read_text("utf-8-sig")
     except OSError as e:
@@ -89,7 +89,7 @@ def read_text(path):
 
 
 def parse_object(text, source):
-    """The dict of a JSON object; source: what the text is, for the error. Raises FuseDiTError."""
+    """Parse a JSON object. Raises FuseDiTError, which names `source`, the origin of the text."""
     try:
         value = json.loads(text)
     except ValueError:
@@ -100,5 +100,5 @@ def parse_object(text, source):
 
 
 def has_strings(row, *keys):
-    """Whether the values of all these keys of a dict are strings."""
+    """True if the values of all these keys of a dict are strings."""
     return all(isinstance(row.get(key), str) for key in keys)

@@ -1,10 +1,10 @@
-"""Draws the images of a benchmark, shared among processes, and resumes where a run was stopped.
+"""Draws the images of a benchmark in one or more processes, and resumes interrupted runs.
 
     OUT/run.json     the settings; a folder with other settings is refused
     OUT/images/...   the images, named as the benchmark's scorer expects
 
-The noise of an image depends only on the seed, the place of its prompt in the benchmark and the
-number of the image.
+The noise of an image depends only on the seed, the index of its prompt in the benchmark and the
+number of the image within that prompt.
 """
 import hashlib
 import io
@@ -25,7 +25,7 @@ from fusedit_lib.sampling import batches_of, generate, png_info, progress_bar
 
 
 class SamplingRun(NamedTuple):
-    """One set of images: a benchmark, drawn with these settings into this folder."""
+    """A benchmark, the settings to draw it with, and the folder for its images."""
     name: str                               # of the benchmark
     out: Path
     model: str                              # path of the checkpoint
@@ -39,20 +39,20 @@ class SamplingRun(NamedTuple):
 class ImageNumber(NamedTuple):
     """One image of a benchmark."""
     prompt: int                             # index of the prompt
-    image: int                              # number of the image among those of its prompt
+    image: int                              # number of the image within its prompt
 
 
 def image_seed(seed, prompt, image):
-    """The seed of an image's noise. `sample.py --seed` with it draws the same image."""
+    """The seed of an image's noise, from which `sample.py --seed` draws the same image."""
     return int(np.random.SeedSequence((seed, prompt, image)).generate_state(1)[0])
 
 
 # ---- settings ------------------------------------------------------------------------------------
 
 def started_dtype(folder):
-    """The dtype in which the runs below a folder were started, maybe on another machine, or auto.
+    """The dtype with which the runs below a folder were started; "auto" if there are none.
 
-    It takes the place of --dtype auto, so that resuming a run does not mix two precisions.
+    It replaces --dtype auto, so that resuming a run on another machine does not mix precisions.
     """
     for path in folder.glob("*/run.json"):
         settings = parse_object(read_text(path), str(path))
@@ -61,7 +61,7 @@ def started_dtype(folder):
 
 
 def weights_digest(model):
-    """A short hash of a model's weights: of about 64 values of every tensor, bit by bit."""
+    """A short hash of a model's weights, computed from about 64 values of each tensor."""
     digest = hashlib.sha256()
     for name, tensor in model.named_parameters():
         stride = max(1, tensor.numel() // 64)
@@ -71,7 +71,7 @@ def weights_digest(model):
 
 
 def run_settings(run, benchmark, model):
-    """What run.json says about a run. Two runs with equal settings draw the same images."""
+    """The settings of a run, for run.json. Two runs with equal settings draw the same images."""
     prompts = json.dumps([benchmark.prompts, benchmark.files])
     dtype = next(model.dit.parameters()).dtype
     settings = {
@@ -92,13 +92,13 @@ def run_settings(run, benchmark, model):
 
 
 def claim_folder(run, benchmark, model):
-    """Write the settings to run.json, or check those that are there. Returns run.json's content.
+    """Write run.json or, if it exists, compare the settings with it. Returns its content.
 
-    Raises FuseDiTError if the folder belongs to something else.
+    Raises FuseDiTError if the settings differ or the folder contains something else.
     """
     settings = run_settings(run, benchmark, model)
     path = run.out / "run.json"
-    # List the folder before looking for run.json, which another process may write just now.
+    # List the folder before looking for run.json, which another process may be about to write.
     names = []
     if run.out.exists():
         names = [p.name for p in run.out.iterdir() if not p.name.startswith(".")]
@@ -110,8 +110,8 @@ def claim_folder(run, benchmark, model):
             if key != "model" and before.get(key) != value:        # a model may have moved
                 changes.append(f"{key} {before.get(key)}, now {value}")
         if changes:
-            raise FuseDiTError(f"{run.out} holds images drawn with other settings "
-                               f"({'; '.join(changes)}): give another --out, or delete it")
+            raise FuseDiTError(f"{run.out} contains images drawn with other settings "
+                               f"({'; '.join(changes)}): give another --out or delete the folder")
         return before
 
     if names:
@@ -128,7 +128,7 @@ def write_settings(settings, folder):
 # ---- drawing -------------------------------------------------------------------------------------
 
 class ImagePaths:
-    """Where the images of a run are stored."""
+    """The paths of a run's images."""
 
     def __init__(self, run, benchmark):
         folder = run.out / "images"
@@ -143,19 +143,19 @@ class ImagePaths:
         return paths[number.image]
 
     def complete(self):
-        """Whether all images have been drawn."""
+        """True if all images have been drawn."""
         return all(path.exists() for paths in self.by_prompt for path in paths)
 
 
 def draw_missing(run, benchmark, model, vae, settings):
-    """Draw this process's share of the images that are missing.
+    """Draw this process's share of the missing images.
 
-    Adds the speed to run.json and to settings, where it could be measured. Returns whether all
-    images are there now, by the work of this process, which then scores them.
+    Adds the speed to run.json and to settings if it could be measured. Returns True if this process
+    has to score the images: all exist, and it drew some of them or is rank 0.
 
-    A batch always consists of the same images, whoever draws it and whichever of them exist: sums
-    over another batch may differ in the last bit, and a pixel then by one level. So all images of
-    an incomplete batch are drawn again; files that exist are not replaced.
+    A batch always consists of the same images, regardless of which process draws it and which of
+    them already exist, because in another batch a sum may differ in the last bit and a pixel by one
+    level. All images of an incomplete batch are therefore drawn again; existing files are kept.
     """
     rank, world = backend.rank_and_world()
     paths = ImagePaths(run, benchmark)
@@ -174,7 +174,7 @@ def draw_missing(run, benchmark, model, vae, settings):
     start = time.monotonic()
     with progress_bar(done + count, done, hidden=rank > 0) as bar:
         draw_batches(run, benchmark, model, vae, missing, paths, bar)
-    if missing and done == 0 and world == 1:               # else it is not the speed of the whole
+    if missing and done == 0 and world == 1:               # only then is it the whole run's speed
         settings["images_per_s"] = round(count / (time.monotonic() - start), 3)
         settings["device"] = str(model.llm.embed_tokens.weight.device)
         write_settings(settings, run.out)
@@ -186,7 +186,7 @@ def draw_missing(run, benchmark, model, vae, settings):
 def share_of_batches(run, benchmark, rank, world):
     """The batches that a rank draws: lists of ImageNumber.
 
-    A batch holds all images of several prompts or, if they do not fit, some images of one prompt.
+    A batch contains all images of one or more prompts or, if they do not fit, some images of one.
     """
     images = benchmark.images_per_prompt
     prompts_per_batch = max(1, run.batch_size // images)
@@ -199,9 +199,9 @@ def share_of_batches(run, benchmark, rank, world):
 
 
 def prepare_folder(run, paths, share, rank):
-    """Delete files that a killed process left half written, and write the scorer's text files.
+    """Delete the half-written files of a killed process, and write the scorer's text files.
 
-    Each rank deletes those of its own images, since the other ranks may be writing theirs.
+    Each rank deletes only files of its own images, since other ranks may be writing theirs.
     """
     own = {paths.path(number) for batch in share for number in batch}
     if rank == 0:
@@ -222,7 +222,7 @@ def draw_batches(run, benchmark, model, vae, batches, paths, bar):
     def after_step(step, x):
         bar.update(len(x) / run.steps)
 
-    with ThreadPoolExecutor(4) as pool:     # compressing a PNG takes as long as steps on a GPU
+    with ThreadPoolExecutor(4) as pool:     # PNG compression takes as long as steps on a GPU
         writer = ImageWriter(run, benchmark, paths, pool)
         for batch in batches:
             images = generate(
@@ -237,14 +237,14 @@ def draw_batches(run, benchmark, model, vae, batches, paths, bar):
 # ---- storing -------------------------------------------------------------------------------------
 
 class ImageWriter:
-    """Stores images by the threads of a pool. The images of a grid are collected first."""
+    """Stores images with the threads of a pool. The images of a grid are collected first."""
 
     def __init__(self, run, benchmark, paths, pool):
         self.run = run
         self.benchmark = benchmark
         self.paths = paths
         self.pool = pool
-        self.jobs = []                      # not finished, when last looked at
+        self.jobs = []                      # those that were unfinished at the last check
         self.grid = []                      # images of the current prompt's grid
         self.grid_seeds = []
 
@@ -282,7 +282,7 @@ class ImageWriter:
 
 
 def grid_of_four(images):
-    """Four images in two rows, in reading order, as DPG-Bench's scorer cuts them out again."""
+    """Four images in two rows, in the order in which DPG-Bench's scorer cuts them out again."""
     width, height = images[0].size
     grid = Image.new("RGB", (2 * width, 2 * height))
     for i, image in enumerate(images):
@@ -292,7 +292,7 @@ def grid_of_four(images):
 
 
 def save_image(image, path, info):
-    """Write a PNG with text chunks, or a JPEG of high quality. An existing file is left alone."""
+    """Write a PNG with text chunks, or a high-quality JPEG. An existing file is kept."""
     if path.exists():
         return
     data = io.BytesIO()

@@ -1,4 +1,4 @@
-"""Figures: several models compared, a sweep over sampler settings, images with verdicts."""
+"""Draws figures: comparisons of models, sweeps over sampler settings, and images with verdicts."""
 import textwrap
 from typing import NamedTuple
 
@@ -9,7 +9,7 @@ from fusedit_lib.files import atomic_write
 RIGHT_COLOUR = (20, 150, 60)                # of the frame around an image
 WRONG_COLOUR = (205, 30, 40)
 CELL = 132                                  # pixels: side of an image with its frame
-LABEL = 40                                  # pixels: height of the prompt below it
+LABEL = 40                                  # pixels: height of the prompt below the image
 
 TEXT_COLOUR = "#333333"
 LINE_COLOUR = "#e4e4e4"
@@ -17,8 +17,8 @@ DOT_COLOUR = "#2a6fbb"
 
 
 class Measurement(NamedTuple):
-    """One number about a model."""
-    measure: str                            # what was measured
+    """One measured value of a model."""
+    measure: str                            # name of the measure
     value: float
     interval: list[float] | None            # low, high (95 %)
     higher_is_better: bool
@@ -27,7 +27,7 @@ class Measurement(NamedTuple):
 # ---- charts --------------------------------------------------------------------------------------
 
 def new_figure(columns, width, height):
-    """A figure of width x height inches with a row of axes, and these axes."""
+    """Create a figure of width x height inches with one row of axes. Returns (figure, axes)."""
     import matplotlib
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
@@ -48,7 +48,7 @@ def save_figure(figure, path):
 
 
 def compare_models(table, models, path):
-    """A chart per measure: a dot per model, with its interval.
+    """Draw one chart per measure, in which each model is a dot with its interval.
 
     table: {measure: {model: Measurement}}; models: their names, from top to bottom.
     """
@@ -62,9 +62,9 @@ def compare_models(table, models, path):
         axis.set_yticks(range(len(models)), [""] * len(models))
         axis.set(ylim=(len(models) - 0.5, -0.7))
         axis.margins(x=0.25)
-        better = "less"
+        better = "lower"
         if next(iter(by_model.values())).higher_is_better:
-            better = "more"
+            better = "higher"
         axis.set_title(f"{measure} ({better} is better)", fontsize=9, color=TEXT_COLOUR)
     axes[0].set_yticks(range(len(models)), models)
     save_figure(figure, path)
@@ -80,10 +80,10 @@ def draw_dot(axis, measurement, y):
 
 
 def sweep(results, path):
-    """Scores against guidance, one line per number of steps, and the other way round.
+    """Plot scores against guidance, with one line per number of steps, and vice versa.
 
-    results: of the shapes benchmark, one per point of the sweep. A chart whose horizontal axis
-    would have one value only is left out.
+    results: of the shapes benchmark, one per point of the sweep. A chart is omitted if its
+    horizontal axis would have only one value.
     """
     names = {"guidance": "guidance", "steps": "Euler steps"}
     charts = []
@@ -107,7 +107,7 @@ def sweep(results, path):
 
 
 def draw_sweep_lines(axis, results, x, line):
-    """Scores against setting x, one line per value of setting `line`."""
+    """Plot scores against setting `x`, with one line per value of setting `line`."""
     from matplotlib import colormaps
     values = sorted({result["settings"][line] for result in results})
     for i, value in enumerate(values):
@@ -125,9 +125,10 @@ def draw_sweep_lines(axis, results, x, line):
 # ---- images with verdicts ------------------------------------------------------------------------
 
 def verdict_grid(categories, rows, images, columns=10):
-    """The first images of every category in a row. A frame and a mark say whether each is right.
+    """An image grid whose rows show the first images of each category.
 
-    rows: dicts with category, prompt and right, one per image.
+    A frame and a mark show whether an image is right. rows: dicts with category, prompt and right,
+    one per image.
     """
     size = (columns * CELL, len(categories) * (CELL + LABEL))
     grid = Image.new("RGB", size, "white")
@@ -143,7 +144,7 @@ def verdict_grid(categories, rows, images, columns=10):
 
 
 def draw_verdict(grid, pen, x, y, row, image):
-    """One framed image with its mark and prompt; x, y: its upper left corner."""
+    """Draw one framed image with its mark and prompt; x, y: its upper left corner."""
     colour = WRONG_COLOUR
     strokes = [((2, 2), (9, 10)), ((9, 2), (2, 10))]       # a cross
     if row["right"]:

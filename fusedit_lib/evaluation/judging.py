@@ -1,4 +1,4 @@
-"""Scores images by themselves: coloured shapes by the pixel detector, folders by their distance."""
+"""Scores images: the shapes benchmark with the pixel detector, folders by their distance."""
 import random
 import re
 
@@ -11,9 +11,9 @@ from fusedit_lib.shapes import detector, render, scenes
 
 
 def score_shapes(folder, n, seed, settings):
-    """Judge the images of the shapes benchmark in folder/images; write shapes.json, shapes.png.
+    """Score the images of the shapes benchmark in folder/images; writes shapes.json and shapes.png.
 
-    Both follow from the images, so they may be written again.
+    Existing files are overwritten, since both are determined by the images.
     """
     rows = []
     images = []
@@ -31,24 +31,24 @@ def score_shapes(folder, n, seed, settings):
 
 
 def score_detector(n, seed):
-    """Print the detector's own score: n exact renders of scenes of every kind, read back."""
+    """Print the detector's own score on n exact renders of scenes of every kind."""
     wrong = 0
-    for i in tqdm(range(n), unit="image", desc="reading", disable=None):
+    for i in tqdm(range(n), unit="image", desc="detecting", disable=None):
         rng = random.Random(f"ground truth {seed} {i}")
         scene = scenes.random_scene(rng)
         image = render.render(scene, scenes.layout(scene, rng))
         mistake = detector.mismatch(scene, detector.detect(image))
         if mistake:
             wrong += 1
-            tqdm.write(f"wrong: {mistake}; drawn: {scenes.caption(scene, rng)}")
-    print(f"detector: {n - wrong} of {n} ground-truth renders read back right "
+            tqdm.write(f"wrong: {mistake}; rendered: {scenes.caption(scene, rng)}")
+    print(f"detector: {n - wrong} of {n} ground-truth renders detected correctly "
           f"({1 - wrong / n:.2%})")
 
 
 def score_distance(real, fake, extractor, device, batch_size, workers, out=None):
-    """Write the Frechet and kernel distance between two folders of images.
+    """Write the Frechet and kernel distances between two folders of images.
 
-    out: by default fid.json beside the folder `fake`, or fd-NAME.json of another network.
+    out: by default fid.json, or fd-NAME.json with another network, beside the folder `fake`.
     """
     real_paths = metrics.image_files(real)
     fake_paths = metrics.image_files(fake)
@@ -58,8 +58,9 @@ def score_distance(real, fake, extractor, device, batch_size, workers, out=None)
     kid = metrics.kid(x, y)
 
     label = extractor.label
-    print(f"{label:<26}{distance:10.4f}   {len(x)} real, {len(y)} drawn: compare with as many")
-    print(f"{'KID x 1000':<26}{1000 * kid:10.4f}   without bias, of any number")
+    print(f"{label:<26}{distance:10.4f}   {len(x)} real, {len(y)} drawn: compare only with equal "
+          "numbers")
+    print(f"{'KID x 1000':<26}{1000 * kid:10.4f}   unbiased: comparable between any numbers")
     result = dict(benchmark="distance", label=label, distance=distance, kid=kid, real=len(x),
                   fake=len(y), folders=[str(real), str(fake)])
     if out is None:

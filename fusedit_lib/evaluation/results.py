@@ -1,8 +1,8 @@
-"""Results: their files, those made of the official scorers' files, and two of them compared.
+"""Writes, reads and compares results, and makes them from the output of official scorers.
 
-A result is a JSON file with its "benchmark". Where every prompt has a score it also has "overall"
-(the mean of the categories, as in GenEval), "categories", their 95 % "intervals", the "settings"
-and all "prompts".
+A result is a JSON file that names its "benchmark". If every prompt has a score, it also contains
+"overall" (the mean of the categories, as in GenEval), "categories", their 95 % "intervals", the
+"settings" and all "prompts".
 """
 import json
 from collections import defaultdict
@@ -18,7 +18,7 @@ GENEVAL = ("single_object", "two_object", "counting", "colors", "position", "col
 # ---- a result ------------------------------------------------------------------------------------
 
 def make_result(benchmark, rows, settings):
-    """A result of rows: dicts with category, prompt and right (0 to 1), one per prompt."""
+    """Make a result from rows, one per prompt: dicts with category, prompt and right (0 to 1)."""
     groups = values_by_category(rows)
     scores = {category: sum(values) / len(values) for category, values in groups.items()}
     overall = sum(scores.values()) / len(scores)
@@ -27,7 +27,7 @@ def make_result(benchmark, rows, settings):
 
 
 def values_by_category(rows):
-    """{category: values of "right"}."""
+    """{category: values of "right"} of the rows."""
     groups = defaultdict(list)
     for row in rows:
         groups[row["category"]].append(row["right"])
@@ -35,7 +35,7 @@ def values_by_category(rows):
 
 
 def print_result(result):
-    """Print a table of the categories with their intervals."""
+    """Print a table of the categories' scores with their intervals."""
     groups = values_by_category(result["prompts"])
     for category, score in result["categories"].items():
         interval = format_interval(result["intervals"][category])
@@ -50,7 +50,10 @@ def format_interval(interval):
 
 
 def write(result, path, overwrite=False):
-    """Write a result and print its path. Another result of that name is kept, unless overwrite."""
+    """Write a result and print its path.
+
+    If overwrite is False, a different file of that name is kept and the result gets a new name.
+    """
     text = json.dumps(result, indent=1) + "\n"
     unchanged = path.exists() and path.read_text() == text
     if not unchanged:
@@ -63,7 +66,7 @@ def write(result, path, overwrite=False):
 
 
 def load(path):
-    """A result from its file. Raises FuseDiTError."""
+    """Load a result from its file. Raises FuseDiTError."""
     try:
         result = json.loads(path.read_text("utf-8"))
     except OSError as e:
@@ -76,7 +79,7 @@ def load(path):
 
 
 def is_result(value):
-    """Whether JSON has what this file reads of a result, or of a run.json."""
+    """True if JSON has the keys that are read from a result or a run.json."""
     if not isinstance(value, dict) or "benchmark" not in value:
         return False
     if "overall" in value:
@@ -93,8 +96,8 @@ def is_result(value):
 # ---- the official scorers ------------------------------------------------------------------------
 
 def geneval_score(path, out=None):
-    """Make GenEval's table from the results.jsonl of its evaluation/evaluate_images.py."""
-    rights = defaultdict(list)              # (metadata, tag, prompt) -> of each image, is it right
+    """Make GenEval's table from the results.jsonl that its evaluation/evaluate_images.py writes."""
+    rights = defaultdict(list)              # (metadata, tag, prompt) -> True or False per image
     for number, line in enumerate(read_lines(path), 1):
         try:
             row = json.loads(line)
@@ -103,14 +106,14 @@ def geneval_score(path, out=None):
             raise FuseDiTError(f"{path}: line {number} is not one of GenEval's results") from None
     counts = {len(images) for images in rights.values()}
     if len(counts) > 1:
-        raise FuseDiTError(f"prompts have {min(counts)} to {max(counts)} images: the drawing is "
-                           "not finished; the same geneval command resumes it")
+        raise FuseDiTError(f"prompts have {min(counts)} to {max(counts)} images: drawing is not "
+                           "finished; repeat the geneval command to resume it")
 
     rows = []
     for (_, tag, prompt), images in rights.items():
         rows.append(dict(category=tag, prompt=prompt, right=sum(images) / len(images)))
-    rows.sort(key=geneval_order)            # the file has no order
-    print(f"{len(rows)} prompts of GenEval's 553, {max(counts)} images of each")
+    rows.sort(key=geneval_order)            # the file is in no particular order
+    print(f"{len(rows)} of GenEval's 553 prompts, {max(counts)} images per prompt")
     result = make_result("geneval", rows, dict(results=str(path)))
     print_result(result)
     if out is None:
@@ -119,7 +122,7 @@ def geneval_score(path, out=None):
 
 
 def geneval_order(row):
-    """Sorts by category, as the paper does, then by prompt."""
+    """Sort key: the category in the paper's order, then the prompt."""
     tag = row["category"]
     if tag in GENEVAL:
         return GENEVAL.index(tag), row["prompt"]
@@ -127,15 +130,15 @@ def geneval_order(row):
 
 
 def dpg_score(path, out=None):
-    """Make DPG-Bench's score and broad categories from the --res-path file of its
-    compute_dpg_bench.py."""
+    """Make DPG-Bench's table of the overall score and the broad categories from the file that its
+    compute_dpg_bench.py writes to --res-path."""
     try:
         result, count = parse_dpg(read_lines(path))
     except (ValueError, IndexError):
-        raise FuseDiTError(f"{path} is not a complete file of compute_dpg_bench.py --res-path "
-                           "(its last line is 'DPG-Bench score: ...')") from None
+        raise FuseDiTError(f"{path} is not a complete --res-path file of compute_dpg_bench.py, "
+                           "whose last line is 'DPG-Bench score: ...'") from None
     result["settings"] = dict(results=str(path))
-    print(f"{count} prompts of DPG-Bench's 1,065")
+    print(f"{count} of DPG-Bench's 1,065 prompts")
     for name, value in result["categories"].items():
         print(f"{name:<16}{100 * value:6.2f}")
     print(f"{'overall':<16}{100 * result['overall']:6.2f}")
@@ -145,7 +148,7 @@ def dpg_score(path, out=None):
 
 
 def parse_dpg(lines):
-    """A result without settings, and the number of prompts. Raises ValueError or IndexError."""
+    """(result without settings, number of prompts). Raises ValueError or IndexError."""
     start = lines.index("L1 category scores:")
     end = lines.index("L2 category scores:")
     total = float(lines[-1].removeprefix("DPG-Bench score: "))
@@ -154,7 +157,7 @@ def parse_dpg(lines):
         name, value = line.strip().split(": ")
         categories[name] = float(value) / 100
 
-    # The line of a prompt ends with the mean of its four images; the mean of these is the total.
+    # A prompt's line ends with the mean of its four images; the mean of these means is the total.
     means = [float(line.rsplit(", ", 1)[1]) for line in lines[:start] if ", " in line]
     if not means:
         raise ValueError("no prompts")
@@ -165,7 +168,7 @@ def parse_dpg(lines):
 
 
 def read_lines(path):
-    """The lines of a file that are not empty. Raises FuseDiTError if there are none."""
+    """The non-empty lines of a file. Raises FuseDiTError if there are none."""
     try:
         text = path.read_text("utf-8")
     except OSError as e:
@@ -181,13 +184,13 @@ def read_lines(path):
 # ---- comparing -----------------------------------------------------------------------------------
 
 def compare(path_a, path_b):
-    """Is B better than A? Compares two results of one benchmark on the same prompts, prompt by
-    prompt, and tests whether the difference may be chance."""
+    """Compare two results of one benchmark on the same prompts, prompt by prompt, and test whether
+    the difference between B and A may be due to chance."""
     a = load(path_a)
     b = load(path_b)
     same_prompts = prompt_keys(a) == prompt_keys(b)
     if a["benchmark"] != b["benchmark"] or not same_prompts or not prompt_keys(a):
-        raise FuseDiTError(f"{path_a} and {path_b} are not of the same prompts: compare runs of "
+        raise FuseDiTError(f"{path_a} and {path_b} do not have the same prompts: compare runs of "
                            "one benchmark with the same -n and --seed")
 
     rows = []
@@ -204,7 +207,7 @@ def compare(path_a, path_b):
 
     test = metrics.paired_test(groups)
     if test.p >= 0.05:
-        verdict = "may well be chance"
+        verdict = "may be due to chance"
     elif test.mean > 0:
         verdict = "B is better"
     else:
@@ -214,5 +217,5 @@ def compare(path_a, path_b):
 
 
 def prompt_keys(result):
-    """What must be equal for two results to be compared: category and text of each prompt."""
+    """The category and text of each prompt, which must be equal in two results to compare."""
     return [(row["category"], row["prompt"]) for row in result.get("prompts", ())]

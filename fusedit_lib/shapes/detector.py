@@ -1,10 +1,10 @@
-"""Recovers the scene from an image, and compares it with what the caption describes.
+"""Recovers the scene from an image, and compares it with the description in the caption.
 
 Nothing is learned. The background is the most frequent colour of the border. Pixels that differ
 from it form connected regions. Each region is an object: its colour is the nearest named colour of
 its interior, and its shape is the one whose silhouette, scaled to the same area, overlaps it best.
-This is exact on rendered scenes, and it tolerates the soft edges, tints and specks of generated
-images.
+This method is exact on rendered scenes, and it tolerates the soft edges, tints and specks of
+generated images.
 """
 import functools
 from itertools import permutations
@@ -27,14 +27,14 @@ from fusedit_lib.shapes.scenes import (
 COLOUR_NAMES = tuple(COLOURS)
 PALETTE = np.array(list(COLOURS.values()), np.float32)     # [colours, 3]
 PIXELS = int(SIDE)                      # images are resized to 64 x 64
-FOREGROUND_DISTANCE = 45.0              # in RGB, from the background
+FOREGROUND_DISTANCE = 45.0              # RGB distance of foreground pixels from the background
 MIN_AREA = 16                           # pixels; smaller regions are specks, not objects
 MIN_INTERIOR = 30                       # pixels; below, the strongest colours of a region are used
 MIN_OVERLAP = 0.6                       # intersection over union with the best silhouette
-MIN_COLOUR_SHARE = 0.6                  # of an object's interior that has the same nearest colour
+MIN_COLOUR_SHARE = 0.6                  # of the interior's pixels that have the same nearest colour
 LARGE_RADIUS = 10.6                     # objects of this radius or more are large
 TEMPLATE = 128                          # side of a silhouette; its inscribed disc has radius 1
-RADIUS_FACTORS = (0.94, 1.0, 1.06)      # tried around the radius that the area suggests
+RADIUS_FACTORS = (0.94, 1.0, 1.06)      # tried on the radius estimated from the area
 UNKNOWN = "?"
 
 
@@ -74,7 +74,7 @@ def detect(image: Image.Image) -> Detection:
         image = image.resize((PIXELS, PIXELS), Image.Resampling.BICUBIC)
     pixels = np.asarray(image.convert("RGB"), np.float32)                # [64, 64, 3]
 
-    # the background: the most frequent colour of the border, with the exact tint that it has here
+    # the background: the most frequent colour of the border, with its exact tint in this image
     border = _border(pixels)
     names = nearest_colours(border)
     background = np.bincount(names, minlength=len(COLOUR_NAMES)).argmax()
@@ -87,7 +87,7 @@ def detect(image: Image.Image) -> Detection:
 
 
 def _border(pixels):
-    """The pixels [n, 3] of a frame that is two pixels wide."""
+    """The pixels [n, 3] of the border, which is two pixels wide."""
     top = pixels[:2].reshape(-1, 3)
     bottom = pixels[-2:].reshape(-1, 3)
     left = pixels[2:-2, :2].reshape(-1, 3)
@@ -102,15 +102,15 @@ def nearest_colours(pixels: np.ndarray) -> np.ndarray:
 
 
 def _neighbours(x):
-    """The image x [64, 64] shifted by one pixel to each of the four sides; zeros come in."""
+    """The image x [64, 64] shifted by one pixel in all four directions and padded with zeros."""
     padded = np.pad(x, 1)
     return [padded[:-2, 1:-1], padded[2:, 1:-1], padded[1:-1, :-2], padded[1:-1, 2:]]
 
 
 def connected_regions(mask: np.ndarray) -> list[np.ndarray]:
     """The 4-connected regions of a mask [64, 64], each as a mask, without specks."""
-    # Every pixel starts with a label of its own and takes the largest of its neighbours' labels,
-    # until all pixels of a region have the same one.
+    # Every pixel starts with a unique label and repeatedly takes the largest of its neighbours'
+    # labels, until all pixels of a region have the same label.
     labels = np.arange(1, mask.size + 1).reshape(mask.shape)
     labels = np.where(mask, labels, 0)
     while True:
@@ -125,18 +125,18 @@ def connected_regions(mask: np.ndarray) -> list[np.ndarray]:
 
 
 def dilate(mask: np.ndarray) -> np.ndarray:
-    """The mask and all pixels next to it."""
+    """The mask extended by all adjacent pixels."""
     return np.logical_or.reduce([mask, *_neighbours(mask)])
 
 
 def detect_object(pixels: np.ndarray, region: np.ndarray, tint: np.ndarray,
                   distance: np.ndarray) -> DetectedObject:
-    """Colour, shape and size of one region.
+    """Determine the colour, shape and size of one region.
 
     pixels: the image [64, 64, 3]. region: bool [64, 64]. tint: the background's colour [3].
-    distance: of every pixel from it [64, 64].
+    distance: of every pixel from the tint [64, 64].
     """
-    # colour: of the interior, or if the region is small or thin, of what differs most
+    # colour: of the interior or, in a small or thin region, of the pixels that differ most
     interior = ~dilate(~region)
     if interior.sum() < MIN_INTERIOR:
         interior = region & (distance >= np.quantile(distance[region], 0.7))
@@ -145,7 +145,7 @@ def detect_object(pixels: np.ndarray, region: np.ndarray, tint: np.ndarray,
     if counts.max() >= MIN_COLOUR_SHARE * counts.sum():
         colour = COLOUR_NAMES[counts.argmax()]
 
-    # coverage: how much of each pixel belongs to the object, from its mixture of two colours
+    # coverage: the share of each pixel that belongs to the object, from its mix of both colours
     direction = np.median(pixels[interior], axis=0) - tint
     length = max(float(direction @ direction), 1.0)
     coverage = ((pixels - tint) @ direction / length).clip(0, 1)
@@ -179,7 +179,7 @@ def silhouettes() -> tuple[Silhouette, ...]:
 
 
 def best_silhouette(coverage: np.ndarray) -> Fit:
-    """The shape that best overlaps a coverage map [64, 64] with values from 0 to 1."""
+    """The silhouette that best overlaps a coverage map [64, 64] with values from 0 to 1."""
     centres = np.arange(PIXELS) + 0.5
     area = coverage.sum()
     centroid_x = coverage.sum(0) @ centres / area
@@ -217,7 +217,7 @@ def sample_mask(mask: np.ndarray, x: np.ndarray, y: np.ndarray) -> np.ndarray:
 def mismatch(description: Scene, detection: Detection) -> str:
     """The first difference between an image and its caption; "" if there is none.
 
-    The image has to contain all that the caption describes, and nothing else.
+    The image has to contain everything that the caption describes and nothing else.
     """
     wanted = [group for group in description.groups for _ in range(group.count)]
     objects = detection.objects
@@ -242,7 +242,7 @@ def _all_match(wanted, objects):
 
 
 def _matches(group: Group, detected: DetectedObject):
-    """Whether a detected object is one of a group, as far as the group is described."""
+    """True if a detected object agrees with everything that is mentioned about a group."""
     if detected.shape != group.shape:
         return False
     if group.colour not in (None, detected.colour):

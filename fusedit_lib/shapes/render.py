@@ -1,4 +1,4 @@
-"""Draws a scene: flat shapes on a flat background, anti-aliased by drawing at 4 times the size."""
+"""Draws scenes: flat shapes on a flat background, anti-aliased by drawing at 4 times the size."""
 import math
 
 from PIL import Image, ImageDraw
@@ -62,7 +62,7 @@ def draw_shape(draw: ImageDraw.ImageDraw, shape: str, disc: Disc, scale: float, 
 
 
 def render(scene: Scene, discs: list[Disc], image_size: int = 32) -> Image.Image:
-    """The image of a full scene whose objects are at `discs` (see scenes.layout)."""
+    """Draw a full scene whose objects are at `discs` (see scenes.layout)."""
     side = image_size * SUPERSAMPLE
     image = Image.new("RGB", (side, side), COLOURS[scene.background])
     draw = ImageDraw.Draw(image)

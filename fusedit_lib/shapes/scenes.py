@@ -1,26 +1,26 @@
-"""Scenes of coloured shapes: random scenes, captions, layouts, and what training never contains.
+"""Scenes of coloured shapes: random scenes, captions, layouts, and held-out compositions.
 
-A Scene has one to four flat shapes on a flat background. The same type holds a full scene (every
-field is known, so it can be drawn) and a description (a field is None where the caption does not
-mention it). A description is a full scene with some fields omitted, and an image is checked by
-comparing the fields that are left.
+A Scene has one to four flat shapes on a flat background. The same type represents a full scene
+(every field is known, so it can be drawn) and a description (fields that the caption does not
+mention are None). A description is a full scene with some fields omitted, and an image is checked
+by comparing the remaining fields.
 
-These compositions are held out of training, both of the images and of the text that the tiny Gemma
+These compositions are held out of training, from both the images and the text that the tiny Gemma
 is trained on, whether or not the caption mentions them:
 
     HELD_OUT_PAIRS        a colour on a shape                          "a red star"
     HELD_OUT_TOGETHER     two shapes in one image                      "a star and a heart"
     is_held_out_count()   a number of one shape in one colour, 1 in 6  "three pink squares"
 
-(The text may name one in order to deny it: "is there a red star ? no".) The prompts of evaluate.py
-are held-out compositions in every category that can have them. A shape alone ("a large circle")
-cannot be held out, so the prompts of the category "single object" may occur in training.
+(The text may name one only to deny it: "is there a red star ? no".) The prompts of evaluate.py are
+held-out compositions in every category where this is possible. A single shape ("a large circle")
+cannot be held out, so prompts of the category "single object" may occur in training.
 """
 import random
 from collections import Counter
 from typing import NamedTuple
 
-# At least 100 apart in RGB, so that the nearest colour is the right one even in a poor image.
+# At least 100 apart in RGB, so that the nearest colour is correct even in a poor image.
 COLOURS = {
     "red": (215, 25, 45),
     "orange": (250, 135, 0),
@@ -41,9 +41,9 @@ OPPOSITE = {"left of": "right of", "right of": "left of", "above": "below", "bel
 NUMBERS = ("zero", "one", "two", "three", "four")
 CATEGORIES = ("single object", "two objects", "counting", "colours", "position", "attribution")
 
-SIDE = 64.0        # the side of the image; all lengths here are in this unit, 1/64 of the side
-BORDER = 2.5       # free space that an object leaves on each side of its quarter of the image
-WOBBLE = 5.0       # how far an object may be from its regular position
+SIDE = 64.0        # side of the image; all lengths in this file are in units of 1/64 of the side
+BORDER = 2.5       # free space between an object and the edges of its quarter of the image
+WOBBLE = 5.0       # maximum offset of an object from its regular position, along each axis
 
 HELD_OUT_PAIRS = frozenset({
     ("red", "star"),
@@ -69,7 +69,7 @@ class Group(NamedTuple):
 
 
 class Scene(NamedTuple):
-    """A full scene, or the description of one, where fields that are not mentioned are None."""
+    """A full scene, or the description of one, in which fields that are not mentioned are None."""
     groups: tuple[Group, ...]
     relation: str | None                # of groups[0] to groups[1], if these are two single objects
     background: str | None
@@ -84,13 +84,13 @@ class Disc(NamedTuple):
 
 class EvaluationPrompt(NamedTuple):
     category: str                       # one of CATEGORIES
-    description: Scene                  # what the text says
+    description: Scene                  # the scene that the text describes
     text: str
 
 
 # ---------------------------------------------------------------------------- held out of training
 def is_held_out_count(count: int, colour: str, shape: str) -> bool:
-    """Whether training never contains this number of equal objects; true of one in six."""
+    """True if this number of equal objects is held out of training, as is one number in six."""
     if count < 2:
         return False
     index = count + list(COLOURS).index(colour) + 2 * SHAPES.index(shape)
@@ -98,7 +98,7 @@ def is_held_out_count(count: int, colour: str, shape: str) -> bool:
 
 
 def is_held_out(scene: Scene) -> bool:
-    """Whether a full scene contains any composition that training never contains."""
+    """True if a full scene contains any composition that is held out of training."""
     shapes = {group.shape for group in scene.groups}
     if any(pair <= shapes for pair in HELD_OUT_TOGETHER):
         return True
@@ -119,12 +119,13 @@ COUNTS = (2, 3, 3, 4, 4)
 MIXED_COUNTS = ((1, 1, 1), (1, 1, 1), (2, 1), (1, 2), (3, 1), (1, 3), (2, 2), (2, 1, 1),
                 (1, 1, 1, 1))
 
-# Captions omit only default values: a white background, black objects (white ones on black), large,
-# and left to right. What a caption leaves open is the hardest for the model: all patches have to
-# agree on one colour or position while they see nothing but noise. When unmentioned backgrounds,
-# colours and positions were random, samples were still fragmented after 320,000 training images.
+# Captions omit only default values: a white background, black objects (white on a black
+# background), large size, and left-to-right order. What a caption leaves open is hardest for the
+# model, because all patches have to agree on one colour or position while their only input is
+# noise. When unmentioned backgrounds, colours and positions were random, samples were still
+# fragmented after 320,000 training images.
 BACKGROUNDS = tuple(COLOURS) + 9 * ("white",)
-DEFAULT_COLOUR_SHARE = 0.2              # scenes in which all objects have the default colour
+DEFAULT_COLOUR_SHARE = 0.2              # of scenes, in which all objects have the default colour
 
 
 def default_colour(background: str) -> str:
@@ -135,11 +136,14 @@ def default_colour(background: str) -> str:
 
 
 def random_scene(rng: random.Random, kind: str | None = None) -> Scene:
-    """A full scene, held out or not. kind: a key of KIND_WEIGHTS; None: any, with these weights."""
+    """A random full scene, which may be held out.
+
+    kind: a key of KIND_WEIGHTS, or None to choose one with these weights.
+    """
     if kind is None:
         kind = rng.choices(list(KIND_WEIGHTS), list(KIND_WEIGHTS.values()))[0]
 
-    # This choice is made for every kind: the random stream of a seed depends on it.
+    # Drawn for every kind, since the random stream of a seed depends on it.
     count = rng.choice(COUNTS)
     if kind == "single":
         counts = (1,)
@@ -177,7 +181,7 @@ def _random_groups(rng, counts, colours):
 
 
 def training_scene(rng: random.Random) -> Scene:
-    """A full scene that contains nothing held out."""
+    """A random full scene that contains no held-out composition."""
     while True:
         scene = random_scene(rng)
         if not is_held_out(scene):
@@ -188,9 +192,9 @@ def omit_defaults(scene: Scene, rng: random.Random, size=0.5, colour=0.3, backgr
                   relation=0.5) -> Scene:
     """A description of a full scene, in which some default values are None.
 
-    size, colour, background, relation: probabilities that a default value is mentioned all the
-    same. Values other than the default always are. Default colours (and sizes) are mentioned for
-    all groups or for none, but always where they tell two groups of one shape apart.
+    size, colour, background, relation: probabilities of mentioning a default value. Other values
+    are always mentioned. Default colours (and sizes) are mentioned for all groups or for none, but
+    always if they are needed to distinguish two groups of the same shape.
     """
     shapes = {group.shape for group in scene.groups}
     colours_and_shapes = {(group.colour, group.shape) for group in scene.groups}
@@ -238,7 +242,7 @@ LEADING_BACKGROUND_PHRASES = ("on a {1} background, {0}", "a {1} background with
 
 
 def synonym(word: str, rng: random.Random) -> str:
-    """The word itself, or sometimes another word for it."""
+    """The word itself or, at random, another word for it."""
     if word in SYNONYMS:
         return rng.choice(SYNONYMS[word])
     return word
@@ -251,7 +255,7 @@ def plural(shape: str) -> str:
 
 
 def article(words: str) -> str:
-    """The words with "a" or "an" in front."""
+    """The words preceded by "a" or "an"."""
     if words[0] in "aeio":
         return "an " + words
     return "a " + words
@@ -271,7 +275,7 @@ def group_phrase(group: Group, rng: random.Random, bare: bool = False) -> str:
 
 
 def caption(description: Scene, rng: random.Random) -> str:
-    """One of many ways to put a description into words."""
+    """A random caption for a description."""
     bare = rng.random() < 0.06
     if description.relation:
         text, is_sentence = _relation_phrase(description, rng, bare)
@@ -291,10 +295,10 @@ def caption(description: Scene, rng: random.Random) -> str:
 
 
 def _relation_phrase(description, rng, bare):
-    """Such as "a star above a circle"; and whether it is a sentence, with "is"."""
+    """(text such as "a star above a circle", True if it is a sentence with "is")"""
     first, second = description.groups
     relation = description.relation
-    if rng.random() < 0.5:                                 # the same fact from the other side
+    if rng.random() < 0.5:                                 # state it from the other object's side
         first, second = second, first
         relation = OPPOSITE[relation]
     is_sentence = rng.random() < 0.12
@@ -307,7 +311,7 @@ def _relation_phrase(description, rng, bare):
 
 
 def _list_phrase(description, rng, bare):
-    """Such as "a star, a cross and two circles"; and whether it is a sentence, "there is ..."."""
+    """(text such as "a star, a cross and two circles", True if it starts with "there is")"""
     phrases = [group_phrase(group, rng, bare) for group in description.groups]
     is_sentence = rng.random() < 0.08
     if is_sentence:
@@ -334,12 +338,11 @@ REGULAR_POSITIONS = {                   # number of objects -> their centres, in
 
 
 def layout(scene: Scene, rng: random.Random) -> list[Disc]:
-    """A disc for every object, in the order of the groups. They touch neither each other nor the
-    border of the image.
+    """A disc for every object, in the order of the groups. No disc touches another or the border.
 
-    Objects are in reading order: one in the middle, two side by side, more in two rows; two with a
-    relation as it says. Each is moved from its regular position by up to WOBBLE, where there is
-    room.
+    Objects are placed in reading order: one in the middle, two side by side, more in two rows. If
+    there is a relation, the two objects are placed accordingly. Each object is moved from its
+    regular position by up to WOBBLE along each axis if there is room.
     """
     radii = []
     for group in scene.groups:
@@ -368,7 +371,7 @@ def _moved(coordinate, r, rng):
 
 
 def relation_holds(relation: str, a: Disc, b: Disc) -> bool:
-    """Whether a is left of (right of, above, below) b: further along that axis than across it."""
+    """True if a is left of (right of, above, below) b, and further along that axis than across."""
     dx = b.x - a.x
     dy = b.y - a.y
     if relation == "left of":
@@ -403,7 +406,7 @@ def evaluation_prompts(n: int, seed: int = 0) -> list[EvaluationPrompt]:
 
 
 def evaluation_scene(category: str, rng: random.Random) -> Scene:
-    """The description of one prompt: held out of training wherever its category can be."""
+    """The description for one prompt, held out of training if its category allows it."""
     while True:
         scene = random_scene(rng, SCENE_KINDS[category])
         if _suits(scene, category):
@@ -411,7 +414,7 @@ def evaluation_scene(category: str, rng: random.Random) -> Scene:
     if category == "position":
         return omit_defaults(scene, rng, size=0.4, colour=0.5, background=0.3, relation=1)
 
-    # In the other categories either all colours are mentioned or none.
+    # In the other categories, either all colours are mentioned or none.
     with_colours = category not in ("single object", "two objects")
     description = omit_defaults(scene, rng, size=0.4, colour=float(with_colours), background=0.3,
                                 relation=1)
@@ -425,7 +428,7 @@ def evaluation_scene(category: str, rng: random.Random) -> Scene:
 
 
 def _suits(scene, category):
-    """Whether a scene contains the held-out composition that its category is about."""
+    """True if a scene contains the kind of held-out composition that its category tests."""
     shapes = [group.shape for group in scene.groups]
     together = frozenset(shapes) in HELD_OUT_TOGETHER
     paired = any((group.colour, group.shape) in HELD_OUT_PAIRS for group in scene.groups)

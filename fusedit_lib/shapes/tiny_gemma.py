@@ -1,7 +1,7 @@
-"""Trains a Gemma 2 of two million parameters to be the frozen text tower of the demo.
+"""Trains a Gemma 2 with two million parameters, which is the demo's frozen text tower.
 
-It is trained on the text of training_text.py, and saved as any other Gemma is. The report says how
-many questions about unseen captions it answers correctly.
+It is trained on the text of training_text.py and saved like any other Gemma. The report shows the
+share of questions about unseen captions that it answers correctly.
 """
 import json
 import math
@@ -21,7 +21,7 @@ from fusedit_lib.shapes import scenes
 from fusedit_lib.shapes.scenes import Scene
 from fusedit_lib.shapes.training_text import PAD_ID, batches, vocabulary
 
-# What save() writes; --overwrite replaces a folder only if it contains nothing else.
+# The files that save() writes; --overwrite replaces a folder only if it contains nothing else.
 FILES = {"config.json", "generation_config.json", "model.safetensors", "tokenizer.json",
          "tokenizer_config.json"}
 
@@ -57,7 +57,7 @@ def build_tokenizer(words: list[str]):
 
 # ---------------------------------------------------------------------------- training
 def next_token_loss(model, ids: torch.Tensor) -> torch.Tensor:
-    """Mean cross entropy of the next token over ids [B,T], without padding."""
+    """The mean cross entropy of the next token over ids [B,T], ignoring padding."""
     inputs = ids[:, :-1]
     targets = ids[:, 1:]
     mask = (inputs != PAD_ID).long()
@@ -66,14 +66,14 @@ def next_token_loss(model, ids: torch.Tensor) -> torch.Tensor:
 
 
 def learning_rate(step: int, steps: int, peak: float) -> float:
-    """Linear warm-up over the first twentieth of the steps, bounded by a cosine down to 0."""
+    """Linear warm-up over the first twentieth of the steps, capped by a cosine decay to 0."""
     warmup_steps = max(1, steps // 20)
     cosine = 0.5 + 0.5 * math.cos(math.pi * step / steps)
     return peak * min(step / warmup_steps, cosine)
 
 
 def train(steps, batch_size, lr, seed, device):
-    """Train a new model; returns it and its vocabulary. lr: the highest learning rate."""
+    """Train a new model; returns it and its vocabulary. lr: the peak learning rate."""
     torch.manual_seed(seed)
     rng = random.Random(f"text {seed}")
     words = vocabulary()
@@ -83,7 +83,7 @@ def train(steps, batch_size, lr, seed, device):
     optimizer = torch.optim.AdamW(model.parameters(), lr, betas=(0.9, 0.98), weight_decay=0.05)
 
     start = time.time()
-    losses = []                         # since the last line of the log
+    losses = []                         # since the last log line
     for step in tqdm(range(1, steps + 1), unit="step", desc="training", disable=None):
         optimizer.param_groups[0]["lr"] = learning_rate(step, steps, lr)
         batch, _ = next(texts)
@@ -104,7 +104,7 @@ def train(steps, batch_size, lr, seed, device):
 
 # ---------------------------------------------------------------------------- report
 def held_out_scene(rng: random.Random) -> Scene:
-    """A full scene that contains something held out of training."""
+    """A random full scene that contains a held-out composition."""
     while True:
         scene = scenes.random_scene(rng)
         if scenes.is_held_out(scene):
@@ -113,10 +113,10 @@ def held_out_scene(rng: random.Random) -> Scene:
 
 @torch.no_grad()
 def answer_accuracy(model, ids: dict, draw_scene, count=768, seed=1) -> dict[str, float]:
-    """The share of correct answers to `count` new texts, for each kind of question and for all.
+    """The share of correct answers in `count` new texts, by kind of question and for "all".
 
-    An answer is correct if every token of it is the model's most likely one. draw_scene: makes a
-    random full scene, as in training_text.batches.
+    An answer is correct if each of its tokens is the one that the model finds most likely.
+    draw_scene: returns a random full scene, as in training_text.batches.
     """
     rng = random.Random(f"answers {seed}")
     correct = {}                        # kind of question -> one bool per answer
@@ -124,7 +124,7 @@ def answer_accuracy(model, ids: dict, draw_scene, count=768, seed=1) -> dict[str
         predicted = model(input_ids=batch.to(model.device)).logits.argmax(-1).cpu()
         for row, predicted_row, spans in zip(batch, predicted, answers, strict=True):
             for span in spans:
-                if span.kind == "again":                   # any of many wordings would be correct
+                if span.kind == "again":                   # many wordings would be correct
                     continue
                 answer = row[span.start:span.end]
                 guess = predicted_row[span.start - 1:span.end - 1]
@@ -145,11 +145,11 @@ def print_accuracy(model, words, title, draw_scene):
 
 # ---------------------------------------------------------------------------- saving
 def save(model, words: list[str], folder: Path) -> None:
-    """Save as any Gemma is saved: config.json, model.safetensors (bfloat16), tokenizer.json."""
+    """Save like any other Gemma: config.json, model.safetensors (bfloat16), tokenizer.json."""
     model.to(torch.bfloat16).save_pretrained(folder)
     build_tokenizer(words).save_pretrained(folder)
 
-    # name a tokenizer class that every version of transformers knows
+    # name a tokenizer class that exists in every version of transformers
     path = folder / "tokenizer_config.json"
     config = json.loads(path.read_text())
     config["tokenizer_class"] = "PreTrainedTokenizerFast"
@@ -157,7 +157,7 @@ def save(model, words: list[str], folder: Path) -> None:
 
 
 def check_replaceable(out: Path, overwrite: bool) -> None:
-    """Raises FuseDiTError unless `out` is new, empty, or a tiny Gemma that may be overwritten."""
+    """Raise FuseDiTError unless `out` is new, empty, or a tiny Gemma that may be overwritten."""
     if not out.exists():
         return
     if out.is_dir():
@@ -165,16 +165,16 @@ def check_replaceable(out: Path, overwrite: bool) -> None:
         if not names or (overwrite and names <= FILES):
             return
     if overwrite:
-        remedy = "give a new folder, as --overwrite only replaces a tiny Gemma"
+        remedy = "give a new folder, since --overwrite only replaces a tiny Gemma"
     else:
         remedy = "give a new folder or --overwrite"
-    raise FuseDiTError(f"{out} is not empty; {remedy}")
+    raise FuseDiTError(f"{out} is not empty: {remedy}")
 
 
 def make(out: Path, steps, batch_size, lr, seed, device, overwrite=False) -> None:
     """Train a model, print its report and save it to `out`.
 
-    Afterwards `out` is a complete model, or if anything fails, what it was before.
+    `out` then contains the complete model. If anything fails, `out` is left unchanged.
     """
     check_replaceable(out, overwrite)
     out.parent.mkdir(parents=True, exist_ok=True)
@@ -183,7 +183,7 @@ def make(out: Path, steps, batch_size, lr, seed, device, overwrite=False) -> Non
     try:
         tmp.mkdir()
         model, words = train(steps, batch_size, lr, seed, device)
-        print_accuracy(model, words, "scenes like those of training", scenes.training_scene)
+        print_accuracy(model, words, "scenes like those in training", scenes.training_scene)
         print_accuracy(model, words, "held-out compositions", held_out_scene)
         save(model, words, tmp)
         if out.exists():

@@ -1,11 +1,11 @@
-"""The text that the tiny Gemma is trained on: captions of scenes, followed by questions on them.
+"""The text that the tiny Gemma is trained on: captions of scenes, followed by questions about them.
 
-What a frozen text tower is good for depends on what its own training asked of it. On captions
-alone, the next-token loss never asks which colour belongs to which shape: any colour may follow
-"a", so nothing is lost by forgetting it. Here every caption is followed by the same caption in
-other words, by statements, and by questions with answers ("what color is the small circle ? red").
-To predict those, the keys and values at the words of the caption have to carry colour, size, number
-and position, each bound to its object. These keys and values are what the DiT attends to.
+A frozen text tower retains only what its own training required. With captions alone, the next-token
+loss never requires it to bind a colour to a shape: any colour may follow "a", so forgetting the
+colour costs nothing. Here every caption is followed by the same caption in other words, by
+statements, and by questions with answers ("what color is the small circle ? red"). To predict
+these, the keys and values at the words of the caption have to carry colour, size, number and
+position, each bound to its object. These keys and values are what the DiT attends to.
 """
 import random
 import re
@@ -29,7 +29,7 @@ PAD_ID = 0
 class Part(NamedTuple):
     """A piece of text."""
     words: str
-    kind: str                           # "": no answer; "twice": the caption once more; otherwise
+    kind: str                           # "": not an answer; "twice": the repeated caption; else
                                         # the kind of question that it answers, as in QUESTIONS
 
 
@@ -50,7 +50,7 @@ def vocabulary() -> list[str]:
     plurals = [scenes.plural(shape) for shape in scenes.SHAPES]
     words = [*SPECIAL_TOKENS, *scenes.COLOURS, *scenes.SIZES, *scenes.SHAPES, *plurals,
              *OTHER_WORDS]
-    return list(dict.fromkeys(words))                      # without repetitions
+    return list(dict.fromkeys(words))                      # without duplicates
 
 
 def split_words(text: str) -> list[str]:
@@ -59,23 +59,23 @@ def split_words(text: str) -> list[str]:
 
 # ---------------------------------------------------------------------------- phrases
 class _FirstChoice(random.Random):
-    """Always makes the first choice: without synonyms, a phrase has one fixed wording."""
+    """Always makes the first choice, so that a phrase has one fixed wording without synonyms."""
     def choice(self, seq):
         return seq[0]
 
 
 def fixed_phrase(group: Group) -> str:
-    """All that is mentioned of a group, in one fixed wording: "a large red circle"."""
+    """Everything that is mentioned about a group, in one fixed wording: "a large red circle"."""
     return scenes.group_phrase(group, _FirstChoice(0))
 
 
 def referring_phrase(description: Scene, k: int, rng: random.Random) -> str | None:
-    """Words that refer to group k and to no other, without an article; None if there are none."""
+    """Words, without an article, that refer only to group k; None if there are none."""
     group = description.groups[k]
     others = description.groups[:k] + description.groups[k + 1:]
     same_shape = [other for other in others if other.shape == group.shape]
 
-    adjectives = []                     # each of these lists is enough together with the noun
+    adjectives = []                     # lists; each identifies the group together with the noun
     if not same_shape:
         adjectives.append([])
     for field in ("colour", "size"):
@@ -92,11 +92,11 @@ def referring_phrase(description: Scene, k: int, rng: random.Random) -> str | No
 
 
 # ---------------------------------------------------------------------------- questions
-# Each function makes a question on a description, or returns None if the one that it has chosen
+# Each function makes a random question about a description, or returns None if the chosen question
 # cannot be asked or answered.
 
 def ask_field(description, rng):
-    """Asks "what color is the circle ?": the value that was mentioned, or unknown."""
+    """Asks "what color is the circle ?". The answer is the mentioned value or "unknown"."""
     k = rng.randrange(len(description.groups))
     field = rng.choice(("colour", "colour", "size"))
     group = description.groups[k]
@@ -117,7 +117,7 @@ def ask_field(description, rng):
 
 
 def ask_which(description, rng):
-    """Asks "what shape is red ?": circle."""
+    """Asks "what shape is red ?". The answer is a shape, such as "circle"."""
     k = rng.randrange(len(description.groups))
     field = rng.choice(("colour", "size"))
     group = description.groups[k]
@@ -135,12 +135,12 @@ def ask_background(description, rng):
 
 
 def ask_count(description, rng):
-    """Asks "how many red squares ?": the sum over groups; zero of a shape that is not there."""
+    """Asks "how many red squares ?". The answer is the sum over all groups, which may be zero."""
     groups = description.groups
     if rng.random() < 0.2:
         return Question("how many objects ?", NUMBERS[sum(group.count for group in groups)])
 
-    # shapes that are there are three times as likely to be asked for
+    # shapes in the scene are chosen more often than the others
     shape = rng.choice([group.shape for group in groups] * 3 + list(scenes.SHAPES))
     same_shape = [group for group in groups if group.shape == shape]
     colours = [group.colour for group in same_shape if group.colour]
@@ -208,21 +208,21 @@ def _list_order(group: Group) -> tuple:
 
 
 def ask_list(description, rng):
-    """Asks for all of it in a fixed order: "list : a large red circle , two stars , on white"."""
+    """Asks for a list in a fixed order: "list : a large red circle , two stars , on white"."""
     phrases = [fixed_phrase(group) for group in sorted(description.groups, key=_list_order)]
     phrases.append(f"on {description.background or 'unknown'}")
     return Question("list :", " , ".join(phrases))
 
 
 def ask_again(description, rng):
-    """Asks for the caption in other words, where only the choice of words is uncertain."""
+    """Asks for the caption in other words. Only the choice of words is uncertain."""
     return Question("same :", scenes.caption(description, rng))
 
 
 class QuestionKind(NamedTuple):
     name: str
     ask: Callable
-    weight: int                         # of the random choice among all kinds
+    weight: int                         # in the random choice among all kinds
 
 
 QUESTIONS = (
@@ -241,7 +241,7 @@ QUESTIONS = (
 def random_text(description: Scene, rng: random.Random) -> list[Part]:
     """A caption, sometimes repeated, then a few questions with their answers.
 
-    No question comes twice: each has to be answered from the caption, not from an earlier answer.
+    No question is repeated, so each has to be answered from the caption, not an earlier answer.
     """
     caption = scenes.caption(description, rng) + " ."
     parts = [Part(caption, "")]
@@ -263,7 +263,7 @@ def random_text(description: Scene, rng: random.Random) -> list[Part]:
 
 
 def encode(parts: list[Part], ids: dict) -> tuple[list[int], list[AnswerSpan]]:
-    """Token ids of a text, and its answers. Parts beyond MAX_TOKENS are left out."""
+    """The token ids of a text and the spans of its answers. Parts beyond MAX_TOKENS are omitted."""
     tokens = [ids["<bos>"]]
     answers = []
     for part in parts:
@@ -282,10 +282,11 @@ def encode(parts: list[Part], ids: dict) -> tuple[list[int], list[AnswerSpan]]:
 
 def batches(rng: random.Random, batch_size: int, ids: dict, draw_scene=scenes.training_scene,
             pool=16):
-    """Yields without end: token ids [B,T], padded on the right with 0, and each row's answers.
+    """Yield (token ids [B,T] padded on the right with 0, answers of each row) indefinitely.
 
-    draw_scene: makes a random full scene from rng. Texts of similar length share a batch, taken
-    from a pool of this many batches: otherwise half of the tokens would be padding.
+    draw_scene(rng): returns a random full scene. pool: number of batches whose texts are sorted by
+    length together. Texts of similar length then share a batch; otherwise half of the tokens would
+    be padding.
     """
     while True:
         rows = []

@@ -1,6 +1,6 @@
-"""Small copies of the data sets that prepare_data.py packs, in the layouts they are published in.
+"""Small versions of the data sets that prepare_data.py packs, in their published layouts.
 
-Their images are of all kinds that occur: unusual files, broken ones, and plain ones.
+They contain plain images, unusual image files and broken files.
 """
 import gzip
 import io
@@ -16,7 +16,7 @@ KEPT = ["cmyk", "sixteen", "palette", "animated", "turned"]   # unusual, but val
 LOST = {"zero": "empty file", "broken": "not an image", "short": "damaged or cut short",
         "huge": "over 90 megapixels"}
 KINDS = ["plain", *KEPT, *LOST]
-EVERY = 50                                  # one in so many images is of each unusual kind: 2 %
+EVERY = 50                                  # one in 50 images is of each unusual kind
 
 
 # ---- image files of all kinds --------------------------------------------------------------------
@@ -25,7 +25,7 @@ class ImageFile(NamedTuple):
     number: int
     kind: str                               # one of KINDS
     data: bytes                             # content of the file
-    image: Image.Image | None               # what it shows, or None if it has to be skipped
+    image: Image.Image | None               # the image it shows; None if it must be skipped
 
 
 def saved(image, file_format, **options):
@@ -39,13 +39,13 @@ def jpeg(image, **options):
 
 
 def scene(seed):
-    """An image with another colour in each quarter, so that it differs from itself turned."""
+    """An image with a different colour in each quarter, so that a rotation changes it."""
     colours = np.random.RandomState(seed).randint(0, 256, (2, 2, 3), dtype=np.uint8)
     return Image.fromarray(colours.repeat(24, 0).repeat(32, 1))              # 64 x 48
 
 
 def image_file(kind, seed):
-    """An ImageFile of a kind; its number is its seed."""
+    """An ImageFile of the given kind, whose number is the seed."""
     image = scene(seed)
     shown = image
     if kind == "plain":
@@ -62,7 +62,7 @@ def image_file(kind, seed):
         data = saved(image, "GIF", save_all=True, append_images=[scene(seed + 1)])
     elif kind == "turned":
         exif = Image.Exif()
-        exif[0x0112] = 6                    # orientation: to be turned by 90 degrees to the right
+        exif[0x0112] = 6                    # orientation: rotate by 90 degrees to the right
         data = jpeg(image.transpose(Image.Transpose.ROTATE_90), exif=exif)
     else:
         data = broken_data(kind, image)
@@ -82,7 +82,7 @@ def broken_data(kind, image):
 
 
 def image_files(count, first=0):
-    """ImageFiles with numbers from `first`; 2 % are of each kind but plain."""
+    """ImageFiles with numbers from `first`; 2 % are of each kind other than plain."""
     kinds = []
     for kind in KINDS[1:]:
         kinds += [kind] * (count // EVERY)
@@ -115,7 +115,7 @@ class DataSet(NamedTuple):
 
 
 def cc12m(folder, n=100):
-    """pixparse/cc12m-wds: KEY.jpg, KEY.json, KEY.txt; train.jsonl.gz of CaptionEmporium.
+    """pixparse/cc12m-wds (KEY.jpg, KEY.json, KEY.txt) and CaptionEmporium's train.jsonl.gz.
 
     The first plain image has no synthetic caption, and the second has two.
     """
@@ -150,7 +150,7 @@ def cc12m(folder, n=100):
 
 
 def sa1b(folder, n=100):
-    """What sa1b-download leaves: sa_000000/sa_1.jpg; captions as sa_1.txt.
+    """The output of sa1b-download (sa_000000/sa_1.jpg) and captions as sa_1.txt.
 
     The first plain image has no caption.
     """
@@ -169,9 +169,9 @@ def journeydb_name(number):
 
 
 def journeydb(folder, n=100):
-    """train_anno_realease_repath.jsonl, and imgs/000/NAME.jpg and so on.
+    """train_anno_realease_repath.jsonl, and imgs/000/NAME.jpg, ...
 
-    The row of the first plain image names another file; that of the second lacks GPT's caption.
+    The row of the first plain image names a missing file; that of the second has no GPT caption.
     """
     all_files = image_files(n)
     rows = []
@@ -198,7 +198,7 @@ def photo_folder(folder):
 
 
 def emoji_packages(folder):
-    """The packages as they are unpacked: 30 concepts, of which 5 in one style, 1 with tones."""
+    """The unpacked packages: 30 concepts, of which 5 have one style and 1 has skin tones."""
     words = []
     packages = folder / "packages"
     for i in range(30):

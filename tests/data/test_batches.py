@@ -1,4 +1,4 @@
-"""From shards to batches: the same at any step and on any ranks, whatever is broken."""
+"""Batches from shards: reproducible at any step and on any ranks, with damaged data and workers."""
 import io
 import json
 import multiprocessing
@@ -45,14 +45,14 @@ def shards(tmp_path):
 
 
 @pytest.fixture(autouse=True)
-def no_known_index():
+def empty_index_cache():
     read_index.cache_clear()
 
 
-# ------------------------------------------------------------------------------ in which order
+# ------------------------------------------------------------------------------ the order
 
 def global_batches(gemma, shards, micro_batch, accumulation, world):
-    """The keys of three training steps, whose micro-batches are put together in order."""
+    """The keys of three training steps, with their micro-batches concatenated in order."""
     ranks = []
     for rank in range(world):
         batches = tiny_batches(gemma, shards, *ORIGINAL_CAPTIONS, micro_batch=micro_batch,
@@ -68,7 +68,7 @@ def global_batches(gemma, shards, micro_batch, accumulation, world):
     return steps
 
 
-def test_the_order_depends_on_the_seed_alone(gemma_folder, shards):
+def test_the_order_depends_only_on_the_seed(gemma_folder, shards):
     whole = global_batches(gemma_folder, shards, 8, 1, 1)
     assert whole == global_batches(gemma_folder, shards, 2, 4, 1)
     assert whole == global_batches(gemma_folder, shards, 2, 2, 2)
@@ -80,8 +80,8 @@ def test_the_order_depends_on_the_seed_alone(gemma_folder, shards):
     assert sorted(sum(other, [])) == sample_names(0, 24)
 
 
-def test_noise_and_captions_belong_to_the_sample(gemma_folder, shards):
-    """However a batch is divided, a position has its own noise, noise level, crop and caption."""
+def test_noise_and_captions_depend_only_on_the_position(gemma_folder, shards):
+    """A position's noise, noise level, crop and caption do not depend on how a batch is divided."""
     flags = ["--caption-drop", "0.5", "--original-caption-rate", "0.5"]
     whole = tiny_batches(gemma_folder, shards, *flags, micro_batch=8)[3]
     ranks = [tiny_batches(gemma_folder, shards, *flags, micro_batch=2, accumulation=2, rank=rank,
@@ -95,7 +95,7 @@ def test_noise_and_captions_belong_to_the_sample(gemma_folder, shards):
     assert abs(whole["noise"].std() - 1) < 0.05
 
 
-# Print how long batch 800,000 takes, and how much memory.
+# Prints the time and memory that batch 800,000 takes.
 LATE_STEP = """
 import resource, sys, time
 from fusedit_lib import pretrained
@@ -113,10 +113,10 @@ print(time.time() - begin, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 
 
 
 @pytest.mark.parametrize("known", [True, pytest.param(False, marks=pytest.mark.slow)])
-def test_any_step_is_reached_at_once(gemma_folder, tmp_path, known):
-    """2,600 shards x 10,000 samples, step 800,000 at batch 512; one tar under many names.
+def test_any_step_is_reached_directly(gemma_folder, tmp_path, known):
+    """2,600 shards of 10,000 samples, step 800,000 at batch 512; all shards are links to one tar.
 
-    Also without offsets.npy, when the 16 tars that the batch is of are scanned for their offsets.
+    Also without offsets.npy, where the 16 tars of the batch are scanned for their offsets.
     """
     tar = tmp_path / "one.tar"
     files = {"image.png": b"x", "synthetic_caption.txt": "a"}
@@ -139,9 +139,9 @@ def test_any_step_is_reached_at_once(gemma_folder, tmp_path, known):
     assert seconds < 10 and gigabytes < 1
 
 
-# ------------------------------------------------------------------------------ what is in a batch
+# ------------------------------------------------------------------------------ batch contents
 
-def test_a_batch_is_what_the_shards_hold(gemma_folder, shards):
+def test_a_batch_matches_the_shards(gemma_folder, shards):
     batch = tiny_batches(gemma_folder, shards, "--caption-drop", "0")[0]
     assert batch["pixels"].shape == (4, 3, 16, 16)
     assert batch["pixels"].dtype == torch.uint8
@@ -201,7 +201,7 @@ def test_cropping():
     for _ in range(20):
         crop = np.asarray(images.square(image, 16, "random", rng))
         red.add(float(crop[..., 0].mean()))
-    assert len(red) > 5                     # squares from everywhere
+    assert len(red) > 5                     # crops at different positions
 
     pixels = np.random.default_rng(0).integers(0, 256, (16, 16, 3), np.uint8)
     noise = Image.fromarray(pixels)
@@ -225,7 +225,7 @@ def test_transparent_images_are_put_on_white():
 # ------------------------------------------------------------------------------ broken samples
 
 def huge():
-    """A small PNG whose header says 100 megapixels."""
+    """A small PNG whose header declares 100 megapixels."""
     data = bytearray(png(Image.new("1", (16, 16))))
     data[16:24] = (10_000).to_bytes(4, "big") * 2
     data[29:33] = zlib.crc32(data[12:29]).to_bytes(4, "big")
@@ -233,7 +233,7 @@ def huge():
 
 
 def reencode(data, format):
-    """A PNG's bytes as a jpg, webp or png."""
+    """Re-encode the bytes of a PNG as jpg, webp or png."""
     buffer = io.BytesIO()
     pillow_name = {"jpg": "jpeg"}.get(format, format)
     Image.open(io.BytesIO(data)).save(buffer, pillow_name)
@@ -250,12 +250,12 @@ def unreadable(data):
 
 
 def parse_problem(line):
-    """(tar name, sample) of a line of batch["bad"], "sample 3 of FOLDER/a.tar: why"."""
+    """(tar name, sample) from a line of batch["bad"] such as "sample 3 of FOLDER/a.tar: reason"."""
     sample, _, rest = line.partition(" of ")
     return Path(rest.split(":")[0]).name, int(sample.removeprefix("sample "))
 
 
-def test_bad_samples_are_named_and_others_replace_them(gemma_folder, tmp_path):
+def test_bad_samples_are_reported_and_replaced(gemma_folder, tmp_path):
     good = png(Image.new("RGB", (16, 16)))
     no_captions = {"synthetic_caption.txt": None, "original_caption.txt": None}
     write_shard(tmp_path / "a.tar", [
@@ -286,7 +286,7 @@ def test_bad_samples_are_named_and_others_replace_them(gemma_folder, tmp_path):
 
 
 def damaged_scene(key, rng):
-    """(sample, whether it is unusable): a scene that is damaged in one of seven ways, or whole."""
+    """(sample, is it unusable) for a scene that is damaged in one of six ways or undamaged."""
     key, files = scene(key, size=(24, 20))
     format = rng.choice(["png", "jpg", "webp"])
     image = reencode(files.pop("image.png"), format)
@@ -313,8 +313,8 @@ def damaged_scene(key, rng):
     pytest.param(True, 40, marks=pytest.mark.slow),
     pytest.param(False, 40, marks=pytest.mark.slow),
 ])
-def test_flipped_bytes_and_cut_tars_are_counted_exactly(gemma_folder, tmp_path, offsets, count):
-    """Shards of 50 samples, most of them broken, in every way; none hangs or is missed."""
+def test_all_kinds_of_damage_are_counted_exactly(gemma_folder, tmp_path, offsets, count):
+    """Shards of 50 samples, most of them damaged in different ways; each is reported once."""
     rng = random.Random(0)
     names = [f"s-{s:02d}.tar" for s in range(count)]
     expected = set()
@@ -328,12 +328,12 @@ def test_flipped_bytes_and_cut_tars_are_counted_exactly(gemma_folder, tmp_path, 
         write_shard(tmp_path / name, samples)
     index(tmp_path, offsets)
 
-    for s in (3, 11):                       # cut short
+    for s in (3, 11):                       # truncated
         data = (tmp_path / names[s]).read_bytes()
         cut = data.index(f"n{50 * s + 30:04d}.".encode())
         (tmp_path / names[s]).write_bytes(data[:cut])
         expected |= {(names[s], i) for i in range(30, 50)}
-    (tmp_path / names[7]).write_bytes(b"")  # nothing is left
+    (tmp_path / names[7]).write_bytes(b"")  # empty
     expected |= {(names[7], i) for i in range(50)}
 
     batches = tiny_batches(gemma_folder, tmp_path, *ORIGINAL_CAPTIONS, micro_batch=50)
@@ -348,18 +348,18 @@ def test_flipped_bytes_and_cut_tars_are_counted_exactly(gemma_folder, tmp_path, 
     (("a", {"txt": "a cat"}), "no image"),
 ])
 @pytest.mark.parametrize("workers", [0, 1])
-def test_data_that_holds_nothing_is_an_error(gemma_folder, tmp_path, sample, message, workers):
+def test_data_without_usable_samples_is_an_error(gemma_folder, tmp_path, sample, message, workers):
     write_shard(tmp_path / "a.tar", [sample])
     index(tmp_path)
     batches = tiny_batches(gemma_folder, tmp_path)
     with pytest.raises(FuseDiTError, match=message) as raised:
         next(load_batches(batches, range(9), workers))
-    assert "\n" not in str(raised.value)    # no worker's traceback in it
+    assert "\n" not in str(raised.value)    # no traceback of a worker
 
 
 # ------------------------------------------------------------------------------ workers
 
-def test_workers_give_the_batches_in_order_and_end(gemma_folder, shards):
+def test_workers_yield_batches_in_order_and_stop(gemma_folder, shards):
     batches = tiny_batches(gemma_folder, shards, *ORIGINAL_CAPTIONS)
     stream = load_batches(batches, range(2, 9), 2)
     keys = [batch_keys(next(stream)) for _ in range(4)]
@@ -370,22 +370,22 @@ def test_workers_give_the_batches_in_order_and_end(gemma_folder, shards):
 
 
 @pytest.mark.parametrize("milliseconds", range(6))
-def test_a_dead_worker_is_an_error_with_its_cause(gemma_folder, shards, milliseconds):
-    """At whatever moment: at once it may be in the middle of handing over a batch."""
+def test_a_dead_worker_is_reported_with_its_cause(gemma_folder, shards, milliseconds):
+    """Killed at different times; immediately after the start, it may be transferring a batch."""
     stream = load_batches(tiny_batches(gemma_folder, shards), range(1000), 1)
     next(stream)
     time.sleep(milliseconds / 1000)
     begin = time.time()
     os.kill(multiprocessing.active_children()[0].pid, signal.SIGKILL)
-    time.sleep(0.1)                         # during a training step nothing is raised
+    time.sleep(0.1)                         # nothing is raised during a training step
     with pytest.raises(FuseDiTError, match="a data process died.*--workers"):
         for _ in stream:
             pass
     assert time.time() - begin < 30
 
 
-def test_a_worker_may_die_while_it_holds_a_lock(gemma_folder, shards, monkeypatch):
-    """The DataLoader's event has one: whoever asks the event after that waits forever."""
+def test_a_worker_may_die_while_holding_a_lock(gemma_folder, shards, monkeypatch):
+    """The DataLoader's event has a lock; if its owner is dead, setting the event blocks forever."""
     events = []
 
     def make_event():
@@ -406,7 +406,7 @@ def test_a_worker_may_die_while_it_holds_a_lock(gemma_folder, shards, monkeypatc
     assert not any(worker.is_alive() for worker in workers)
 
 
-def test_a_worker_that_hangs_is_an_error(gemma_folder, shards, monkeypatch):
+def test_a_hanging_worker_is_reported(gemma_folder, shards, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(batches_module, "BATCH_TIMEOUT", 1)
         patch.setattr(batches_module, "decode", lambda *_: time.sleep(60))
@@ -414,7 +414,7 @@ def test_a_worker_that_hangs_is_an_error(gemma_folder, shards, monkeypatch):
         with pytest.raises(FuseDiTError, match="a data process died.*did a batch take over"):
             next(stream)
 
-    # one that has nothing to do may wait for long
+    # An idle worker may wait for longer than the limit.
     monkeypatch.setattr(batches_module, "BATCH_TIMEOUT", 1)
     stream = load_batches(tiny_batches(gemma_folder, shards), range(20), 1)
     next(stream)

@@ -1,4 +1,4 @@
-"""Every data set is packed from its published layout, in small, with every kind of damage."""
+"""Packs a small version of every data set from its published layout, with all kinds of damage."""
 import io
 import json
 from functools import partial
@@ -32,7 +32,7 @@ from fusedit_lib.data.shards import ShardReader, expand_shards
 duckdb = pytest.importorskip("duckdb")
 
 
-# ---- their commands ------------------------------------------------------------------------------
+# ---- commands of the data sets -------------------------------------------------------------------
 
 def cc12m_command(folder):
     return ["cc12m", folder / "cc12m-wds", folder / "train.jsonl.gz"]
@@ -59,10 +59,10 @@ def shapes_command(folder):
     return ["shapes", "-n", 300, "--shard-size", 9]
 
 
-# ---- what the shards must hold -------------------------------------------------------------------
+# ---- expected shards -----------------------------------------------------------------------------
 
 def expected_skips(data_set, **more):
-    """The counts by reason that report.json must hold."""
+    """The counts by reason that report.json must contain."""
     kinds = [one.kind for one in data_set.image_files]
     skips = {reason: kinds.count(kind) for kind, reason in LOST.items()}
     return skips | more
@@ -77,14 +77,14 @@ def text_of(sample, kind):
 
 
 def assert_shows(data, image, near=12):
-    """The file shows the image, but for compression: mean absolute difference of pixels."""
+    """Assert that a file shows an image, up to compression: mean absolute difference of pixels."""
     got = images.read_square(data, 24).permute(1, 2, 0).numpy().astype(int)
     want = np.asarray(images.square(image, 24, "center", None)).astype(int)
     assert np.abs(got - want).mean() < near
 
 
 def assert_loader_reads(out):
-    """The data loader reads every sample of the shards."""
+    """Assert that the data loader can read every sample of the shards."""
     index = json.loads((out / "index.json").read_text())
     reader = ShardReader(expand_shards(str(out)), 2, "")
     for k, shard in enumerate(index["shards"]):
@@ -94,9 +94,10 @@ def assert_loader_reads(out):
 
 
 def packed_images(data_set, samples, key_of):
-    """(ImageFile, sample) pairs; all but the skipped images and the first plain one must be there.
+    """(ImageFile, sample) pairs of the packed images.
 
-    key_of(number): the key of an image.
+    Asserts that all are packed except the images to skip and the first plain one. key_of(number):
+    returns the key of an image.
     """
     pairs = []
     for one in data_set.image_files:
@@ -127,7 +128,7 @@ def test_cc12m(tmp_path):
     assert_loader_reads(tmp_path / "out")
 
 
-def test_cc12m_with_parquet_and_a_tar_that_is_cut(tmp_path):
+def test_cc12m_with_parquet_and_a_truncated_tar(tmp_path):
     cc12m(tmp_path)
     duckdb.sql(f"COPY (SELECT * FROM read_json('{tmp_path}/train.jsonl.gz', ignore_errors=true)) "
                f"TO '{tmp_path}/part-0.parquet'")
@@ -158,7 +159,7 @@ def test_sa1b(tmp_path):
 
 
 def test_sa1b_captions_as_rows(tmp_path):
-    """The form that the hub's viewer gives: __key__ and txt, in Parquet files of a folder."""
+    """The format of the hub's dataset viewer: columns __key__ and txt, in a folder of Parquets."""
     sa1b(tmp_path)
     pack(*sa1b_command(tmp_path), tmp_path / "texts")
     rows = [dict(__key__=path.stem, txt=path.read_text())
@@ -192,7 +193,7 @@ def test_journeydb(tmp_path):
     assert_loader_reads(tmp_path / "out")
 
 
-def test_sizes_and_shapes_that_are_not_wanted_are_skipped(tmp_path):
+def test_unwanted_sizes_and_aspect_ratios_are_skipped(tmp_path):
     for name, size in (("good", (64, 48)), ("small", (64, 31)), ("long", (200, 40))):
         write_file(tmp_path / "in" / f"{name}.png", saved(Image.new("RGB", size), "PNG"))
         write_file(tmp_path / "in" / f"{name}.txt", name)
@@ -202,7 +203,7 @@ def test_sizes_and_shapes_that_are_not_wanted_are_skipped(tmp_path):
                                       "longer than 4 times its shorter side": ["long.png"]}
 
 
-def test_odd_rows_and_keys_that_meet_are_skipped_not_fatal(tmp_path):
+def test_odd_rows_and_duplicate_keys_are_skipped(tmp_path):
     (tmp_path / "imgs").mkdir()
     for name in ("a.jpg", "a.png", "b.jpg", "c.jpg"):
         scene(0).save(tmp_path / "imgs" / name)
@@ -235,7 +236,7 @@ def test_long_images_and_hidden_folders(tmp_path):
     assert report["outputs"] == 1
 
 
-def test_captions_without_the_column_and_a_sort_that_was_killed(tmp_path):
+def test_a_missing_caption_column_and_an_interrupted_sort(tmp_path):
     cc12m(tmp_path)
     out = tmp_path / "out"
     with pytest.raises(FuseDiTError, match="no row of .* has a column caption_lava"):
@@ -245,7 +246,7 @@ def test_captions_without_the_column_and_a_sort_that_was_killed(tmp_path):
     assert len(read_shards(out)[0]) == 91
 
 
-def test_sixteen_bits_keep_their_light_and_transparency_stays():
+def test_brightness_of_16_bits_and_transparency_are_kept():
     rules = images.ImageRules(size=0, quality=95, min_size=1, max_aspect=1000)
     shrink = rules._replace(size=30)
 
@@ -266,7 +267,7 @@ def test_sixteen_bits_keep_their_light_and_transparency_stays():
     assert (images.read_square(data, 16) == 255).all()     # a transparent image becomes white
 
 
-def test_emoji_hold_styles_of_concepts_out(tmp_path):
+def test_emoji_hold_out_style_concept_pairs(tmp_path):
     emoji_packages(tmp_path)
     pack("emoji", tmp_path / "out", "--packages", tmp_path / "packages")
     train, report = read_shards(tmp_path / "out" / "train")
@@ -287,9 +288,9 @@ def test_emoji_hold_styles_of_concepts_out(tmp_path):
 
 # ---- restarts and processes ----------------------------------------------------------------------
 
-# Runs the command in a child, which is killed at a random moment, eight times, and then to its end.
-# The child is forked from a process that has imported all it needs. Writing is slowed down, so that
-# the kills come in the middle of the work.
+# Runs a command in a child process, kills it eight times at random moments, and then lets it
+# finish. The child is forked from a process that has already imported everything. Writing is slowed
+# down so that the kills occur during the work.
 KILLER = """
 import json, os, random, signal, sys, time
 import duckdb, prepare_data
@@ -337,18 +338,18 @@ print("KILLS", kills)
 
 
 def kill(words, longest):
-    """Run a command to its end, killed eight times, each time within `longest` seconds."""
+    """Run a command to completion after killing it eight times, within `longest` seconds each."""
     words = [str(word) for word in words]
     done = warm.run(["-c", KILLER, json.dumps(words), words[0], longest], cwd=ROOT)
     assert "KILLS 8" in done.stdout, done.stdout + done.stderr
 
 
 class Case(NamedTuple):
-    """A command that is killed and compared."""
+    """A command that is killed repeatedly and whose output is compared."""
     build: object                           # build(folder) writes the command's input
     command: object                         # command(folder) -> its words, without OUT
-    longest: float                          # seconds until a kill, at most: about a shard a worker,
-                                            # so that some shards are left for the eighth
+    longest: float                          # maximum seconds until a kill: about one shard per
+                                            # worker, so that shards remain for the eighth kill
 
 
 CASES = {
@@ -368,7 +369,7 @@ def slow_unless_emoji(name):
 
 
 @pytest.mark.parametrize("name", map(slow_unless_emoji, CASES))
-def test_killed_eight_times_and_any_processes_give_the_same_bytes(tmp_path, name):
+def test_kills_and_the_number_of_processes_do_not_change_the_bytes(tmp_path, name):
     case = CASES[name]
     if case.build is not None:
         case.build(tmp_path)

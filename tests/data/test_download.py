@@ -1,4 +1,4 @@
-"""sa1b-download and the packages of emoji, from a server on which everything goes wrong."""
+"""sa1b-download and the emoji packages, from a server with all kinds of faults."""
 import hashlib
 import io
 import json
@@ -20,7 +20,7 @@ from fusedit_lib.data import download
 
 
 def tar_of(names, seed=0):
-    """The bytes of a tar of files whose content follows from their names."""
+    """The bytes of a tar of files whose contents are derived from their names."""
     buffer = io.BytesIO()
     with tarfile.open(fileobj=buffer, mode="w") as tar:
         for name in names:
@@ -47,13 +47,13 @@ TARS = {f"sa_{k:06d}.tar": sa1b_tar(k) for k in range(9)}
 # ---- a server ------------------------------------------------------------------------------------
 
 class Server(BaseHTTPRequestHandler):
-    """/KIND/NAME: the file, with the trouble of its kind; counts how often each is asked for.
+    """Serves /KIND/NAME with the fault KIND, and counts the requests for each path.
 
-    good, slow, trickles      nothing is wrong but the speed
-    404, 503                  this error; 503 twice, and then the file
-    drops, norange            the connection ends early, three times; norange: Range is ignored
-    short, shortonce          a part of the file as if it were all; shortonce: the first time only
-    empty, garbage, flipped   a tar without files; no tar; a tar with one bit flipped
+    good, slow, trickles      no fault except the speed
+    404, 503                  this error; 503 only twice, then the file
+    drops, norange            the connection ends early, three times; norange ignores Range
+    short, shortonce          part of the file, sent as the whole; shortonce only the first time
+    empty, garbage, flipped   a tar without files; not a tar; a tar with one flipped bit
     """
     asked = Counter()
     ranges = []                             # (kind, first byte) of every request with a Range
@@ -65,7 +65,7 @@ class Server(BaseHTTPRequestHandler):
     def do_GET(self):
         _, kind, name = self.path.split("/", 2)
         data = TARS[name]
-        requests = self.asked[self.path]    # earlier ones for this file
+        requests = self.asked[self.path]    # number of earlier requests for this file
         self.asked[self.path] += 1
         if kind == "404" or (kind == "503" and requests < 2):
             return self.send_error(int(kind))
@@ -77,7 +77,7 @@ class Server(BaseHTTPRequestHandler):
         self.send_body(kind, body)
 
     def requested_begin(self, kind):
-        """The first byte that is asked for; 0 if it is not asked for, or not of this version."""
+        """The first requested byte; 0 without a Range, or if it is for another version."""
         wanted = self.headers.get("Range")
         same_version = self.headers.get("If-Range", self.etag) == self.etag
         if not wanted or not same_version or kind == "norange":
@@ -92,7 +92,7 @@ class Server(BaseHTTPRequestHandler):
         self.end_headers()
 
     def spoil(self, kind, requests, body):
-        """(bytes to send, length to announce) of a response after so many requests."""
+        """(bytes to send, length to announce) of a response after `requests` earlier ones."""
         length = len(body)
         if kind in ("drops", "norange") and requests < 3:
             body = body[:70_000]            # and the connection ends
@@ -139,7 +139,7 @@ def url(monkeypatch):
 
 
 def links(tmp_path, url, kinds):
-    """Meta's list: the first tars, each of the kind that is given for it."""
+    """Write a list like Meta's, of the first tars with one of the given kinds each."""
     lines = ["file_name\tcdn_link"]
     for name, kind in zip(TARS, kinds, strict=False):
         lines.append(f"{name}\t{url}/{kind}/{name}")
@@ -148,7 +148,7 @@ def links(tmp_path, url, kinds):
     return path
 
 
-# ---- what must be there --------------------------------------------------------------------------
+# ---- expected files ------------------------------------------------------------------------------
 
 def names_in(folder):
     return {path.name for path in folder.iterdir()}
@@ -159,7 +159,7 @@ def folders_of(names):
 
 
 def assert_complete(out, name):
-    """All images of a tar are in its folder, and nothing else is."""
+    """Assert that a tar's folder contains all of its images and nothing else."""
     expected = {}
     with tarfile.open(fileobj=io.BytesIO(TARS[name])) as tar:
         for member in tar:
@@ -175,7 +175,7 @@ def report_of(out):
 
 # ---- downloads -----------------------------------------------------------------------------------
 
-def test_what_the_server_has_is_complete_and_every_failure_is_reported(tmp_path, url, capsys):
+def test_downloads_are_complete_and_every_failure_is_reported(tmp_path, url, capsys):
     kinds = ["good", "drops", "norange", "503", "slow", "shortonce", "404", "short", "garbage"]
     out = tmp_path / "out"
     with pytest.raises(FuseDiTError, match="3 of 9 files could not be downloaded"):
@@ -198,7 +198,7 @@ def test_what_the_server_has_is_complete_and_every_failure_is_reported(tmp_path,
     assert "9 of 9 files are complete" in capsys.readouterr().out
     for name in names:
         assert_complete(out, name)
-    for path, count in asked_before.items():               # only the failed ones are asked for
+    for path, count in asked_before.items():               # only failed files are requested again
         assert Server.asked[path] == count
 
 
@@ -217,8 +217,8 @@ def test_a_download_is_resumed_after_a_kill(tmp_path, url):
     assert len(names_in(out)) == 5
 
 
-def test_two_versions_of_a_file_never_become_one(tmp_path, url):
-    """A part of another version, a tar that is damaged already, and a tar without an image."""
+def test_two_versions_of_a_file_are_never_combined(tmp_path, url):
+    """A part of another version, a tar that is already damaged, and a tar without images."""
     out = tmp_path / "out"
     out.mkdir()
     (out / "sa_000000.tar.part").write_bytes(bytes(40_000))
@@ -228,18 +228,18 @@ def test_two_versions_of_a_file_never_become_one(tmp_path, url):
         pack("sa1b-download", links(tmp_path, url, ["good", "good", "empty"]), out)
     assert_complete(out, "sa_000000.tar")
     assert_complete(out, "sa_000001.tar")
-    assert report_of(out)["failed"] == {"sa_000002.tar": "it contains no image"}
+    assert report_of(out)["failed"] == {"sa_000002.tar": "the tar contains no images"}
     assert len(names_in(out)) == 3
 
 
-def test_a_server_that_trickles_is_given_up(tmp_path, url, monkeypatch):
+def test_a_very_slow_server_is_given_up(tmp_path, url, monkeypatch):
     monkeypatch.setattr(download, "SILENCE", 0.2)
     with pytest.raises(FuseDiTError, match="1 of 1 files could not be downloaded"):
         pack("sa1b-download", links(tmp_path, url, ["trickles"]), tmp_path / "out")
     assert report_of(tmp_path / "out")["failed"] == {"sa_000000.tar": "too slow"}
 
 
-def test_killed_eight_times_every_image_is_there(tmp_path, url):
+def test_every_image_is_complete_after_eight_kills(tmp_path, url):
     out = tmp_path / "out"
     kill(["sa1b-download", links(tmp_path, url, ["slow"] * 9), out, "--workers", 2], 0.25)
     assert names_in(out) == {"download.json"} | folders_of(TARS)
@@ -255,7 +255,7 @@ KILLED = 9
 
 
 def exit_before_step(k, out):
-    """End this process before it opens, renames or deletes the k-th file below `out`."""
+    """Make this process exit before its k-th operation on a file or folder below `out`."""
     steps = 0
 
     def count(event, args):
@@ -268,7 +268,7 @@ def exit_before_step(k, out):
 
 
 def status_of_child(k, out, words):
-    """The exit code of a forked process that runs the command, and ends before step k."""
+    """The exit code of a forked process that runs the command and exits before step k."""
     child = os.fork()
     if child == 0:
         exit_code = 1
@@ -281,8 +281,8 @@ def status_of_child(k, out, words):
     return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
 
 
-def test_killed_before_any_step_it_leaves_no_trace(tmp_path, url):
-    """Killed before the k-th step on files, for every k, and run again."""
+def test_a_kill_before_any_step_leaves_no_trace(tmp_path, url):
+    """The command is killed before the k-th file operation, for every k, and then repeated."""
     link_list = links(tmp_path, url, ["drops", "good"])
     k = 0
     status = KILLED
@@ -301,7 +301,7 @@ def test_killed_before_any_step_it_leaves_no_trace(tmp_path, url):
 
 # ---- checks --------------------------------------------------------------------------------------
 
-def test_checksums_find_what_a_tar_cannot(tmp_path, url):
+def test_checksums_find_damage_that_tar_headers_do_not_show(tmp_path, url):
     lines = [f"{hashlib.md5(data).hexdigest()}  *{name}\n" for name, data in TARS.items()]
     (tmp_path / "md5").write_text("".join(lines))
     out = tmp_path / "out"
@@ -312,8 +312,8 @@ def test_checksums_find_what_a_tar_cannot(tmp_path, url):
     assert_complete(out, "sa_000000.tar")
 
 
-def test_nothing_ends_up_outside_of_its_folder(tmp_path):
-    """Names that climb, absolute names, links: the last part of the name, or nothing."""
+def test_no_file_is_unpacked_outside_its_folder(tmp_path):
+    """Only the last part of absolute names and names with ".." is used, and links are ignored."""
     with tarfile.open(tmp_path / "t.tar", mode="w") as tar:
         for name in ("../up.jpg", "/etc/root.jpg", "a/../../b.jpg"):
             add_file(tar, name, b"jpg")
@@ -328,14 +328,14 @@ def test_nothing_ends_up_outside_of_its_folder(tmp_path):
 
 @pytest.mark.parametrize("text", ["", "<html>no</html>", "name\tlink\na.tar\n",
                                   "../sa.tar\thttp://x/y\n", "sa.zip\thttp://x\n"])
-def test_what_is_no_list_of_links_is_refused(tmp_path, text):
+def test_a_file_that_is_not_a_list_of_links_is_refused(tmp_path, text):
     (tmp_path / "links.txt").write_text(text)
     with pytest.raises(FuseDiTError, match="is not a list of file_name TAB cdn_link"):
         pack("sa1b-download", tmp_path / "links.txt", tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 
-def test_a_registry_that_gives_something_else(tmp_path, url, monkeypatch):
+def test_a_wrong_package_from_a_registry_is_refused(tmp_path, url, monkeypatch):
     package = "emoji-datasource-google/-/emoji-datasource-google-16.0.0.tgz"
     monkeypatch.setitem(TARS, package, b"another")
     monkeypatch.setattr(download, "TRIES", 2)

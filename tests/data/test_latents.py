@@ -1,4 +1,4 @@
-"""prepare_data.py encode: latents beside the shards train as their images would; and check."""
+"""prepare_data.py encode, whose latents train like the images, and prepare_data.py check."""
 import json
 import shutil
 
@@ -22,12 +22,12 @@ from fusedit_lib.train.config import RunConfig
 from fusedit_lib.vae import load_vae
 
 VAE = REFERENCE / "released_layout" / "pipeline" / "vae"
-UNREADABLE = (1, 3)                         # shard and sample
+UNREADABLE = (1, 3)                         # index of the shard, index of the sample
 
 
 @pytest.fixture
 def shards(tmp_path):
-    """Three shards of 8 images that are not square, one of which cannot be read."""
+    """Three shards of 8 images each, which are not square; one image is unreadable."""
     folder = tmp_path / "data"
     folder.mkdir()
     rng = np.random.RandomState(0)
@@ -67,7 +67,7 @@ def test_latents_are_the_posterior_of_the_central_square(shards):
             pixels = images.read_square(sample["image.png"], 32)[None].float() / 127.5 - 1
             moments = torch.cat(vae.moments(pixels), 1)[0]
             assert stored.dtype == torch.bfloat16
-            # Rounded to bf16 where convolutions over 3 images and over 1 may differ a little.
+            # Rounded to bf16; convolutions over 3 images and over 1 may also differ slightly.
             assert_near(stored, moments, 2**-8)
             noise = torch.randn(1, *moments[:16].shape)
             of_latents = vae.encode(stored.float()[None], noise)
@@ -83,7 +83,7 @@ def test_the_index_lists_the_latents(shards):
     assert load_file(latents)["whole"].tolist() == [1, 1, 1, 0, 1, 1, 1, 1]
 
 
-def test_the_vae_is_compiled_if_asked_for(shards, monkeypatch):
+def test_the_compile_flag_compiles_the_vae(shards, monkeypatch):
     compiled = []
     monkeypatch.setattr(backend, "compile_vae", compiled.append)
     encode(shards, "--overwrite")
@@ -94,14 +94,14 @@ def test_the_vae_is_compiled_if_asked_for(shards, monkeypatch):
 
 
 @pytest.mark.slow
-def test_killed_eight_times_and_again_the_same_bytes(tmp_path, capsys):
+def test_eight_kills_do_not_change_the_bytes(tmp_path, capsys):
     whole = numbered(tmp_path / "whole", shards=12)
     killed = numbered(tmp_path / "killed", shards=12)
     pack("encode", whole, *ENCODE)
     kill(["encode", killed, *ENCODE], 0.3)
     assert files(killed) == files(whole)
     capsys.readouterr()
-    with pytest.raises(FuseDiTError, match="another VAE, size or shard.*11 more.*--overwrite"):
+    with pytest.raises(FuseDiTError, match="12 shards.*another VAE, image size.*--overwrite"):
         encode(whole, "--image-size", "16")
     encode(whole, "--image-size", "16", "--overwrite")
     assert expand_shards(str(whole))[0].latents["image_size"] == 16
@@ -109,7 +109,7 @@ def test_killed_eight_times_and_again_the_same_bytes(tmp_path, capsys):
 
 # ------------------------------------------------------------------------------ training on them
 
-def test_training_from_latents_is_training_from_pixels(shards, gemma_folder, tmp_path):
+def test_training_from_latents_matches_training_from_pixels(shards, gemma_folder, tmp_path):
     encode(shards)
     shape = [f"vae={VAE}", "in_channels=16", "image_size=32", "patch_size=2"]
     more = ["--steps", "10", "--sample-every", "0", "--val-data", str(shards), "--val-every", "5",
@@ -117,7 +117,7 @@ def test_training_from_latents_is_training_from_pixels(shards, gemma_folder, tmp
     from_latents = flags(gemma_folder, shards, tmp_path / "latents", *more)
     from_pixels = flags(gemma_folder, shards, tmp_path / "pixels", *more, "--no-latents")
     latents, pixels = launch_all([from_latents, from_pixels])
-    # of training and of validation
+    # once for training and once for validation
     assert latents.stderr.count("reading the latents beside the shards") == 2
     assert "reading the latents" not in pixels.stderr
     a = losses(tmp_path / "latents")
@@ -128,14 +128,14 @@ def test_training_from_latents_is_training_from_pixels(shards, gemma_folder, tmp
 
 
 class Config:
-    """What can_read_latents reads of a model's config."""
+    """The part of a model's config that can_read_latents uses."""
 
     def __init__(self, vae=VAE, image_size=32):
         self.vae = str(vae)
         self.image_size = image_size
 
 
-def test_latents_that_do_not_fit_are_named_and_not_read(shards, tmp_path, capsys):
+def test_unsuitable_latents_are_reported_and_not_used(shards, tmp_path, capsys):
     encode(shards)
     run = RunConfig(data=(str(shards),), image_size=32)
     listed = expand_shards(str(shards))
@@ -148,10 +148,10 @@ def test_latents_that_do_not_fit_are_named_and_not_read(shards, tmp_path, capsys
     weights.write_bytes(weights.read_bytes()[:-1] + b"x")
     partly = [listed[0]._replace(latents=None), *listed[1:]]
     cases = [
-        (listed, Config(image_size=64), "center", "of image_size 32, not 64"),
-        (listed, Config(vae=other_vae), "center", "they are of vae"),
+        (listed, Config(image_size=64), "center", "their image_size is 32, not 64"),
+        (listed, Config(vae=other_vae), "center", "their vae is"),
         (listed, Config(), "random", "--crop random needs"),
-        (partly, Config(), "center", "some shards have none"),
+        (partly, Config(), "center", "some shards have no latents"),
     ]
     for case_shards, config, crop, message in cases:
         run.crop = crop
@@ -161,7 +161,7 @@ def test_latents_that_do_not_fit_are_named_and_not_read(shards, tmp_path, capsys
 
 # ------------------------------------------------------------------------------ check
 
-def test_check_counts_what_is_there_and_what_is_wrong(shards, tmp_path):
+def test_check_reports_contents_and_problems(shards, tmp_path):
     write_shard(shards / "s-000003.tar", [
         scene("n00", "blue"),
         scene("b", "blue", **{"image.png": None}),
@@ -171,7 +171,7 @@ def test_check_counts_what_is_there_and_what_is_wrong(shards, tmp_path):
     (shards / "s-000002.tar").write_bytes(whole[:-20_000])
     grid = tmp_path / "grid.png"
     out, _ = command("check", shards, "--grid", grid, "--workers", 2, code=1)
-    count = 16 + 7 + 3                      # of the cut shard seven, the last without its captions
+    count = 16 + 7 + 3                      # the cut shard has seven, the last without captions
     for message in (
         f"{count} samples in 4 shards",
         "shorter side: 16 to 47",
@@ -179,9 +179,9 @@ def test_check_counts_what_is_there_and_what_is_wrong(shards, tmp_path):
         "1 x no image: b of s-000003.tar",
         "2 x no caption: n26 of s-000002.tar, c of s-000003.tar",
         "1 x the shard is damaged or cut short",
-        "1 keys come more than once, as n00",
-        "index.json was wrong: written anew",
-        f"synthetic_caption: {count - 2}, of 3 to 3",
+        "1 keys occur more than once, such as n00",
+        "index.json was wrong and has been rewritten",
+        f"synthetic_caption: {count - 2}, length 3 to 3",
     ):
         assert message in out, out
     with Image.open(grid) as image:
@@ -189,7 +189,7 @@ def test_check_counts_what_is_there_and_what_is_wrong(shards, tmp_path):
         assert image.size == (1208, 1048)
         assert len(set(image.convert("L").getdata())) > 50
     out, _ = command("check", shards, code=1)
-    assert "index.json is right" in out
+    assert "index.json is correct" in out
 
 
 def test_check_repairs_the_index(shards):
@@ -197,6 +197,6 @@ def test_check_repairs_the_index(shards):
         (shards / name).unlink()
     out, _ = command("check", shards)
     assert "8 samples in 1 shards" in out
-    assert "index.json was missing: written anew" in out
+    assert "index.json was missing and has been rewritten" in out
     out, _ = command("check", shards)
-    assert "is right" in out
+    assert "is correct" in out

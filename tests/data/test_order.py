@@ -1,4 +1,4 @@
-"""The order of samples: each once an epoch, mixed within pools, data sets in fixed shares."""
+"""The order of samples: each once per epoch, shuffled within pools, data sets in fixed shares."""
 from collections import Counter
 
 import pytest
@@ -12,7 +12,7 @@ def shard(samples):
     return Shard("", samples, None, None, 0)
 
 
-# two data sets, of two shards and of one
+# two data sets, the first with two shards and the second with one
 SETS = [
     [shard(30), shard(30)],
     [shard(7)],
@@ -31,7 +31,7 @@ def epoch_of(order, number):
     ([13], 4),
     ([2] * 9, 1),
 ])
-def test_an_epoch_is_every_sample_once_in_a_new_order(counts, pool):
+def test_every_epoch_has_each_sample_once_in_a_new_order(counts, pool):
     order = Order(counts, 7, pool)
     every = set()
     for s, count in enumerate(counts):
@@ -41,7 +41,7 @@ def test_an_epoch_is_every_sample_once_in_a_new_order(counts, pool):
         assert len(epoch) == len(every)
         assert set(epoch) == every
     assert epochs[0] != epochs[1] != epochs[2]
-    if pool < len(counts):                  # the order of shards differs, too
+    if pool < len(counts):                  # the order of shards differs as well
         shards = [[s for s, _ in epoch] for epoch in epochs]
         assert shards[0] != shards[1]
     assert epochs[1] == epoch_of(Order(counts, 7, pool), 1)
@@ -52,7 +52,7 @@ def test_samples_mix_within_a_pool_of_shards():
     order = Order([100] * 8, 0, 2)
     for first in range(0, 800, 200):
         pool = [order[position] for position in range(first, first + 200)]
-        assert len({s for s, _ in pool}) == 2              # no more than two shards are open
+        assert len({s for s, _ in pool}) == 2              # only two shards are open
         in_first_half = sum(s == pool[0][0] for s, _ in pool[:100])
         assert 30 < in_first_half < 70
         samples = [i for _, i in pool]
@@ -69,18 +69,18 @@ def test_data_sets_keep_their_shares_and_their_epochs():
     for epoch in range(142):
         first = 7 * epoch
         assert sorted(of_second[first:first + 7]) == list(range(7))
-    # spread out, not in a row
+    # scattered, not consecutive
     for first in range(0, 4000, 100):
         assert sum(is_second[first:first + 100]) < 45
 
 
-def test_a_share_that_would_never_be_read_is_an_error():
+def test_a_share_too_small_to_be_read_is_an_error():
     with pytest.raises(FuseDiTError, match="--data-weights.*below 1 in 1000"):
         Mixture(SETS, [10_000.0, 1.0], 5, 8)
 
 
 def test_the_order_of_a_seed_never_changes():
-    """A resumed run must find its samples again, also with a later version."""
+    """A run resumed with a later version must continue with the same order."""
     order = Order([5, 0, 9, 1, 7], 7, 2)
     assert order[0] == (4, 1)
     assert order[1] == (4, 2)

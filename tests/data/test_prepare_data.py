@@ -1,4 +1,4 @@
-"""prepare_data.py: the same shards from any workers, nothing half-written, bad input counted."""
+"""prepare_data.py: reproducible shards, no half-written files, and a count of bad inputs."""
 import csv
 import io
 import json
@@ -30,7 +30,7 @@ def command(*words, code=0):
 
 
 def pack(*words):
-    """Run the command inside this process, which saves a second start of Python."""
+    """Run the command inside this process, which avoids starting Python again."""
     words = [str(word) for word in words]
     if "--workers" not in words:
         words += ["--workers", "1"]
@@ -68,7 +68,7 @@ def read_shards(out):
         assert len(samples) == shard["samples"]
         assert not samples.keys() & all_samples.keys()
         starts = offsets[:len(samples)]
-        offsets = offsets[len(samples) + 1:]               # 1: the end of the last sample
+        offsets = offsets[len(samples) + 1:]               # + 1 for the end of the last sample
         content = path.read_bytes()
         for key, start in zip(samples, starts, strict=True):
             assert content[start:start + len(key)].decode() == key
@@ -92,7 +92,7 @@ def files(folder):
 
 # ---- index ---------------------------------------------------------------------------------------
 
-def test_the_index_of_shards_that_came_without(tmp_path):
+def test_index_writes_a_missing_index(tmp_path):
     pack("shapes", tmp_path, "-n", 25, "--shard-size", 10)
     written = files(tmp_path)
     (tmp_path / "index.json").unlink()
@@ -101,7 +101,7 @@ def test_the_index_of_shards_that_came_without(tmp_path):
     assert "25 samples in 3 shards" in out and files(tmp_path) == written
 
 
-def test_the_index_of_damaged_shards(tmp_path):
+def test_index_reports_damaged_shards(tmp_path):
     pack("shapes", tmp_path, "-n", 25, "--shard-size", 10)
     first, second, third = sorted(tmp_path.glob("*.tar"))
     damaged = bytearray(first.read_bytes())
@@ -118,14 +118,14 @@ def test_the_index_of_damaged_shards(tmp_path):
         assert re.search(rf"{tar.name} is damaged or cut short at byte [\d,]+, after {count} "
                          "samples", err)
         tar.write_bytes(b"<html>")
-    assert "no sample in any of 3 shards" in command("index", tmp_path, code=1)[1]
+    assert "no samples in any of 3 shards" in command("index", tmp_path, code=1)[1]
     (tmp_path / "none").mkdir()
     assert "no *.tar" in command("index", tmp_path / "none", code=1)[1]
 
 
 # ---- shapes --------------------------------------------------------------------------------------
 
-def test_shapes_are_the_same_whatever_the_workers(tmp_path):
+def test_shapes_do_not_depend_on_the_workers(tmp_path):
     out, _ = command("shapes", tmp_path / "two", "-n", 25, "--shard-size", 10, "--workers", 2)
     assert "25 images in 3 shards" in out
     pack("shapes", tmp_path / "one", "-n", 25, "--shard-size", 10)
@@ -135,7 +135,7 @@ def test_shapes_are_the_same_whatever_the_workers(tmp_path):
     assert files(tmp_path / "one") != files(tmp_path / "other")
 
 
-def test_images_of_shapes_show_their_captions(tmp_path):
+def test_images_of_shapes_match_their_captions(tmp_path):
     pack("shapes", tmp_path / "out", "-n", 40, "--shard-size", 16, "--image-size", 64)
     samples, index = read_shards(tmp_path / "out")
     assert [shard["samples"] for shard in index["shards"]] == [16, 16, 8]
@@ -181,7 +181,7 @@ def packing_args(out):
 
 
 def numbered_sample(broken, i):
-    """A sample of item i; at item `broken` the disk is full."""
+    """A sample of item i. At item `broken`, the disk is full."""
     if i == broken:
         raise OSError(28, "No space left on device")
     return {"__key__": str(i), "image.png": b"x"}
@@ -203,15 +203,15 @@ def test_a_run_that_fails_midway_is_resumed(tmp_path, capsys):
     assert len(written) == 4                               # two shards and their records
 
     pack_numbers(args)
-    assert "2 of 4 shards are packed already" in capsys.readouterr().err
+    assert "2 of 4 shards are already packed" in capsys.readouterr().err
     pack_numbers(packing_args(tmp_path / "whole"))
     assert files(tmp_path / "out") == files(tmp_path / "whole")
     capsys.readouterr()
     assert not packing.begin(args, n=10)                   # there is nothing left to do
-    assert "is finished: 10 images" in capsys.readouterr().out
+    assert "is already complete: 10 images" in capsys.readouterr().out
 
 
-def test_other_settings_than_those_of_the_interrupted_run_are_refused(tmp_path):
+def test_resuming_with_other_settings_is_refused(tmp_path):
     args = packing_args(tmp_path / "out")
     assert packing.begin(args, n=10, seed=0)
     assert packing.begin(args, n=10, seed=0)
@@ -222,7 +222,7 @@ def test_other_settings_than_those_of_the_interrupted_run_are_refused(tmp_path):
 
 
 def test_the_settings_of_a_run_keep_their_names(tmp_path, photos):
-    """A run that an earlier version began is resumed only if these are what it wrote."""
+    """A run started by an earlier version is resumed only if it wrote the same settings."""
     pack("shapes", tmp_path / "shapes", "-n", 3)
     _, report = read_shards(tmp_path / "shapes")
     assert report["settings"] == dict(command="shapes", n=3, image_size=32, seed=0, shard_size=2000)
@@ -246,7 +246,7 @@ def write_image(path, mode="RGB"):
 
 @pytest.fixture
 def photos(tmp_path):
-    """Six good images of six kinds, one below another folder."""
+    """Six good images in six formats, one of them in a subfolder."""
     folder = tmp_path / "photos"
     write_image(folder / "sub" / "d.gif", "P")
     for name in ("a.png", "b.jpg", "c.webp", "e.bmp", "f.JPEG"):
@@ -280,11 +280,11 @@ def test_folder_with_txt_beside_the_images(photos, tmp_path, capsys):
     assert "6 images in 1 shards" in capsys.readouterr().out
 
 
-def test_folder_skips_and_counts_what_is_broken(photos, tmp_path):
+def test_folder_skips_and_counts_broken_inputs(photos, tmp_path):
     (photos / "a.txt").unlink()
     (photos / "b.txt").write_text(" \n")
     (photos / "c.txt").write_bytes("né".encode("latin-1"))
-    for number in range(7):                 # one that is no image at all, and six that are cut
+    for number in range(7):                 # one file that is not an image and six truncated ones
         path = photos / f"bad{number}.png"
         path.write_bytes((photos / "a.png").read_bytes()[:50])
         path.with_suffix(".txt").write_text("broken")
@@ -304,7 +304,7 @@ ROWS = [("a.png", "one"), ("./b.jpg", "two"), ("c", "three"), ("sub/d.gif", "fou
 
 
 def write_captions(path, rows):
-    """Write (image, caption) rows in one of the forms that `folder` reads."""
+    """Write (image, caption) rows in one of the formats that `folder` reads."""
     if path.suffix == ".csv":
         with open(path, "w", newline="") as file:
             csv.writer(file).writerows([("image", "caption"), *rows])
@@ -365,7 +365,7 @@ def test_half_an_emoji_in_a_caption_is_skipped_and_counted(photos, tmp_path):
     assert index["skipped"]["caption is not Unicode"] == 1
 
 
-def test_the_order_is_mixed_and_the_seed_decides(photos, tmp_path):
+def test_the_seed_determines_the_shuffled_order(photos, tmp_path):
     for number in range(30):
         name = f"n{number:02}"
         write_image(photos / f"{name}.png").with_suffix(".txt").write_text(name)
@@ -389,7 +389,7 @@ def test_the_order_is_mixed_and_the_seed_decides(photos, tmp_path):
     (["{}/empty", "{}/out"], "no images in"),
     (["{}/photos", "{}/empty", "{}/out"], "all 6 inputs were skipped"),
 ])
-def test_unusable_input_is_one_message(photos, tmp_path, words, message):
+def test_unusable_input_is_reported_in_one_message(photos, tmp_path, words, message):
     (tmp_path / "empty").mkdir()
     (tmp_path / "broken.json").write_text('{"a.png": "one"')
     (tmp_path / "latin.csv").write_bytes("image,caption\na.png,né\n".encode("latin-1"))
@@ -402,14 +402,14 @@ def test_unusable_input_is_one_message(photos, tmp_path, words, message):
 
 # ---- the command line ----------------------------------------------------------------------------
 
-def test_help_teaches_and_usage_errors_exit_2():
+def test_help_has_an_example_and_usage_errors_exit_2():
     out, _ = command("folder", "--help")
     assert "default: 2000" in out and "python prepare_data.py folder photos/" in out
     _, err = command("shapes", "out", "-n", "0", code=2)
     assert "at least 1" in err
 
 
-def test_every_command_is_one_line_of_help():
+def test_every_command_has_one_line_of_help():
     out, _ = command("--help")
     rows = re.findall(r"^    ([a-z0-9-]+)\s+\S.*$", out[out.index("  COMMAND"):], re.M)
     assert len(rows) == 11 and {"shapes", "sa1b-download", "encode"} <= set(rows)

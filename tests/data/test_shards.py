@@ -1,4 +1,4 @@
-"""Which shards a pattern names, what an index lacks, and samples of long, damaged, remote tars."""
+"""Shard patterns, incomplete indexes, and reading samples of unusual, damaged and remote tars."""
 import os
 import tarfile
 import threading
@@ -37,11 +37,11 @@ def shards(tmp_path):
 
 
 @pytest.fixture(autouse=True)
-def no_known_index():
+def empty_index_cache():
     read_index.cache_clear()
 
 
-# ------------------------------------------------------------------------------ which shards
+# ------------------------------------------------------------------------------ patterns
 
 def test_shard_patterns(tmp_path):
     for name in ("a-0.tar", "a-1.tar", "b-0.tar", "c[1].tar"):
@@ -61,7 +61,7 @@ def test_shard_patterns(tmp_path):
             names(wrong)
 
 
-def test_what_is_wrong_with_an_index_is_said_with_its_remedy(tmp_path):
+def test_index_errors_name_the_remedy(tmp_path):
     write_shard(tmp_path / "a.tar", [scene("x")])
     with pytest.raises(FuseDiTError, match=r"cannot read .*index.json.*prepare_data.py index"):
         expand_shards(str(tmp_path))
@@ -79,13 +79,13 @@ def test_what_is_wrong_with_an_index_is_said_with_its_remedy(tmp_path):
 
     read_index.cache_clear()
     (tmp_path / "index.json").write_text('{"shards": [{"name": "a.tar", "samples": 0}]}')
-    with pytest.raises(FuseDiTError, match="counts no samples"):
+    with pytest.raises(FuseDiTError, match="lists no samples"):
         expand_shards(f"{tmp_path}/a.tar")
 
 
 # ------------------------------------------------------------------------------ samples
 
-def test_offsets_make_no_difference_but_in_time(gemma_folder, shards):
+def test_offsets_do_not_change_the_samples(gemma_folder, shards):
     known = sample_keys(tiny_batches(gemma_folder, shards, *ORIGINAL_CAPTIONS), 6)
     (shards / "offsets.npy").unlink()
     assert sample_keys(tiny_batches(gemma_folder, shards, *ORIGINAL_CAPTIONS), 6) == known
@@ -93,7 +93,7 @@ def test_offsets_make_no_difference_but_in_time(gemma_folder, shards):
     assert sorted(sample_keys(one, 1)[0]) == sample_names(8, 16)
 
 
-def test_a_part_of_a_folder_finds_its_offsets(gemma_folder, shards):
+def test_part_of_a_folder_uses_the_right_offsets(gemma_folder, shards):
     two = tiny_batches(gemma_folder, f"{shards}/s-{{1,2}}.tar", *ORIGINAL_CAPTIONS, micro_batch=16)
     assert sorted(sample_keys(two, 1)[0]) == sample_names(8, 24)
 
@@ -115,7 +115,7 @@ def test_long_names_and_folders_in_a_tar(tmp_path):
 
 
 def test_an_unreadable_shard_is_tried_again_after_a_while(shards, monkeypatch):
-    """A network disk, or a file that another process is still copying, may come back."""
+    """A network disk may recover, and another process may still be copying the file."""
     path = shards / "s-0.tar"
     data = path.read_bytes()
     reader = ShardReader(expand_shards(str(shards)), 2, "")
@@ -133,7 +133,7 @@ def test_an_unreadable_shard_is_tried_again_after_a_while(shards, monkeypatch):
 
 @pytest.fixture
 def server(shards):
-    """(URL of a web server for the shards, list of the paths that it was asked for)"""
+    """(URL of a web server for the shards, list of requested paths)"""
     requests = []
 
     class Handler(SimpleHTTPRequestHandler):
@@ -146,7 +146,7 @@ def server(shards):
     http.shutdown()
 
 
-def test_remote_shards_are_copied_once_and_bounded(gemma_folder, shards, server, tmp_path):
+def test_remote_shards_are_copied_once_to_a_bounded_cache(gemma_folder, shards, server, tmp_path):
     url, requests = server
     cache = tmp_path / "cache"
     flags = [*ORIGINAL_CAPTIONS, "--mix-shards", "1"]
@@ -171,7 +171,8 @@ def test_remote_shards_are_copied_once_and_bounded(gemma_folder, shards, server,
     assert len(list(cache.glob("*.tar"))) <= 4
 
 
-def test_what_a_server_does_not_give_is_named(gemma_folder, shards, server, tmp_path, monkeypatch):
+def test_missing_and_truncated_remote_files_are_reported(gemma_folder, shards, server, tmp_path,
+                                                         monkeypatch):
     url, _ = server
     monkeypatch.setattr(time, "sleep", lambda _: None)
     with pytest.raises(FuseDiTError, match="cannot read .*none/index.json"):

@@ -1,4 +1,4 @@
-"""evaluate.py: how a perfect, a wrong and an untrained model score, and what is written."""
+"""evaluate.py: the scores of perfect, wrong and untrained models, and the files it writes."""
 import io
 import json
 import random
@@ -42,20 +42,20 @@ def file_names(folder):
 
 
 def contents(folder):
-    """{path: bytes} of all files but run.json, which holds the speed."""
+    """{path: bytes} of all files except run.json, which contains the speed."""
     names = file_names(folder)
     return {name: (folder / name).read_bytes() for name in names if Path(name).name != "run.json"}
 
 
-def ages(folder):
-    """{path: time of its last change} of GenEval's images."""
+def modification_times(folder):
+    """{path: modification time} of GenEval's images."""
     return {p: p.stat().st_mtime_ns for p in folder.rglob("samples/0*.png")}
 
 
 # ------------------------------------------------------------------------------ a perfect model
 
 def complete(described, rng):
-    """A full scene that fits a description; what the description leaves open is random."""
+    """A full scene that matches a description; unmentioned attributes are random."""
     while True:
         background = described.background or rng.choice(list(COLOURS))
         groups = []
@@ -68,7 +68,7 @@ def complete(described, rng):
 
 
 def exact_generate(change, n):
-    """A stand-in for generate(): renders change(category, description) of every prompt exactly."""
+    """A replacement for generate() that renders change(category, description) of each prompt."""
     rng = random.Random(0)
     expected = iter(scenes.evaluation_prompts(n))
 
@@ -84,7 +84,7 @@ def exact_generate(change, n):
 
 
 def score(monkeypatch, tmp_path, change, n=120):
-    """The result of a model that draws change(category, description) of each prompt."""
+    """The result of a model that draws change(category, description) for each prompt."""
     monkeypatch.setattr(drawing, "generate", exact_generate(change, n))
     command("shapes", "-n", n, "--out", tmp_path, "--device", "cpu")
     return read_json(tmp_path / "guidance-3-steps-25/shapes.json")
@@ -110,7 +110,7 @@ def test_a_perfect_model_scores_one(monkeypatch, tmp_path, capsys):
 
 
 def swap_colours(category, described):
-    """Of two objects in two colours, each gets the other's."""
+    """Swap the colours of two objects."""
     if len(described.groups) != 2:
         return described
     a, b = described.groups
@@ -119,7 +119,7 @@ def swap_colours(category, described):
 
 
 def wrong_count(category, described):
-    """One object more or, of four, one less."""
+    """Add one object or, if there are four, remove one."""
     group = described.groups[0]
     if group.count == 1:
         return described
@@ -135,7 +135,7 @@ def opposite_relation(category, described):
 
 @pytest.mark.parametrize("change, fails", [
     (swap_colours, "attribution"), (wrong_count, "counting"), (opposite_relation, "position")])
-def test_each_mistake_costs_its_category(monkeypatch, tmp_path, change, fails):
+def test_each_mistake_lowers_only_its_category(monkeypatch, tmp_path, change, fails):
     result = score(monkeypatch, tmp_path, change)
     scores = result["categories"]
     assert scores[fails] < 0.5, scores
@@ -156,7 +156,7 @@ def test_a_model_that_ignores_the_prompt_scores_almost_nothing(monkeypatch, tmp_
     assert result["overall"] < 0.15
 
 
-def test_the_prompts_are_fixed_even_and_held_out():
+def test_prompts_are_fixed_balanced_and_held_out():
     prompts = scenes.evaluation_prompts(600)
     assert prompts == scenes.evaluation_prompts(600)
     assert prompts != scenes.evaluation_prompts(600, 1)
@@ -168,7 +168,7 @@ def test_the_prompts_are_fixed_even_and_held_out():
         assert len(described) == 100
         assert len({prompt for c, _, prompt in prompts if c == category}) > 40
         rng = random.Random(0)
-        if category != "single object":     # held out, whatever is not described
+        if category != "single object":     # held out, regardless of unmentioned attributes
             assert all(scenes.is_held_out(complete(d, rng)) for d in described), category
 
     groups = {category: [group for d in by_category[category] for group in d.groups]
@@ -186,14 +186,14 @@ def test_the_prompts_are_fixed_even_and_held_out():
 
 @pytest.fixture(scope="session")
 def untrained(tmp_path_factory):
-    """The folder of a model of the demo's shape that draws something for every prompt."""
+    """The folder of an untrained model of the demo's shape whose images are not empty."""
     folder = tmp_path_factory.mktemp("untrained")
     words = training_text.vocabulary()
     tiny_gemma.save(tiny_gemma.build(len(words)), words, folder / "gemma")
     config = preset("demo", base=str(folder / "gemma"))
     torch.manual_seed(0)
     dit = build_model(config).dit.state_dict()
-    # Training starts from a last layer of zeros, which draws nothing.
+    # Training starts with a last layer of zeros, which would draw nothing.
     zeros = [name for name in dit if dit[name].abs().max() == 0]
     assert zeros
     for name in zeros:
@@ -247,10 +247,10 @@ def write_metadata(tmp_path):
     return path
 
 
-def test_geneval_as_its_scorer_reads_it(tmp_path, capsys):
-    """evaluation/evaluate_images.py of djghosh13/geneval: of the folder's entries it takes the
-    folders whose name isdigit(), json.load()s metadata.jsonl there, which takes one object only,
-    and reads all of samples/ whose name matches \\d+\\.png; the README has samples/0000.png."""
+def test_geneval_files_suit_the_official_scorer(tmp_path, capsys):
+    """evaluation/evaluate_images.py of djghosh13/geneval uses the subfolders whose name isdigit(),
+    applies json.load(), which accepts only one object, to their metadata.jsonl, and reads all files
+    in samples/ whose names match \\d+\\.png; the README shows samples/0000.png."""
     prompts = write_metadata(tmp_path)
     command("geneval", "--prompts", prompts, "--out", tmp_path / "out", "--steps", 2)
     folder = tmp_path / "out/guidance-3-steps-2/images"
@@ -276,10 +276,10 @@ def draw_by_sample_py(monkeypatch, prompt, seed, steps, out):
     sample.main()
 
 
-def test_dpg_as_its_scorer_reads_it(tmp_path, monkeypatch):
-    """dpg_bench/compute_dpg_bench.py of TencentQQGYLab/ELLA: takes all that os.listdir() gives, up
-    to the first dot it must be an item_id, which are the names of the prompt files; cuts squares of
-    --resolution at (0,0), (1,0), (0,1), (1,1) for --pic-num 4."""
+def test_dpg_files_suit_the_official_scorer(tmp_path, monkeypatch):
+    """dpg_bench/compute_dpg_bench.py of TencentQQGYLab/ELLA uses all files that os.listdir()
+    returns. The part of a name before the first dot must be an item_id, the name of a prompt file.
+    With --pic-num 4 it cuts squares of --resolution at (0,0), (1,0), (0,1) and (1,1)."""
     prompts = tmp_path / "prompts"
     prompts.mkdir()
     (prompts / "COCOval2014000000000042.txt").write_text("a large red circle\n")
@@ -301,9 +301,10 @@ def test_dpg_as_its_scorer_reads_it(tmp_path, monkeypatch):
         assert np.abs(one - quarter).max() <= 1
 
 
-def test_mjhq_has_the_names_of_the_real_images(tmp_path):
-    """meta_data.json of playgroundai/MJHQ-30K, {NAME: {"category", "prompt"}}; its mjhq30k_imgs.zip
-    holds CATEGORY/NAME.jpg, ten categories; clean-fid reads folders recursively."""
+def test_mjhq_files_are_named_like_the_real_images(tmp_path):
+    """meta_data.json of playgroundai/MJHQ-30K is {NAME: {"category", "prompt"}}. Its
+    mjhq30k_imgs.zip contains CATEGORY/NAME.jpg in ten categories. clean-fid reads folders
+    recursively."""
     categories = ("animals", "art", "fashion", "food", "indoor", "landscape", "logo", "people",
                   "plants", "vehicles")
     rows = {}
@@ -331,8 +332,8 @@ def test_mjhq_has_the_names_of_the_real_images(tmp_path):
     ("dpg", "", "no prompt"),
     ("mjhq", "{", "not a JSON object"),
     ("mjhq", '{"a": {"category": "art"}}', "a has no category or prompt"),
-    ("mjhq", '{"../a": {"category": "art", "prompt": "x"}}', "no plain name"),
-    ("mjhq", '{"a": {"category": "..", "prompt": "x"}}', "no plain name")])
+    ("mjhq", '{"../a": {"category": "art", "prompt": "x"}}', "not a plain file name"),
+    ("mjhq", '{"a": {"category": "..", "prompt": "x"}}', "not a plain file name")])
 def test_wrong_prompt_files_are_refused(tmp_path, name, text, message):
     path = tmp_path / "prompts"
     if name == "dpg":
@@ -346,13 +347,13 @@ def test_wrong_prompt_files_are_refused(tmp_path, name, text, message):
 
 # ------------------------------------------------------------------------------ the same images
 
-SEEDS = [2968811710, 3831201730, 3964924996, 2858441268]     # NumPy promises not to change them
+SEEDS = [2968811710, 3831201730, 3964924996, 2858441268]     # NumPy guarantees these numbers
 
 
 def run_geneval(untrained, tmp_path, out, *more, n=1, before=""):
-    """`evaluate.py geneval` to its end, in n processes as torchrun starts them.
+    """Run `evaluate.py geneval` to completion, in n processes as torchrun starts them.
 
-    before: code that runs in the process first.
+    before: code to run first in the process.
     """
     words = ["geneval", "--prompts", write_metadata(tmp_path), "--model", untrained,
              "--steps", 3, "--out", tmp_path / out, "--device", "cpu", *more]
@@ -365,7 +366,7 @@ def run_geneval(untrained, tmp_path, out, *more, n=1, before=""):
     return warm.run(program, ENV)
 
 
-def test_any_batch_and_number_of_processes_draw_the_same(untrained, tmp_path):
+def test_batch_size_and_processes_do_not_change_the_images(untrained, tmp_path):
     # name -> batch size, processes
     runs = dict(b4=(4, 1), b7=(7, 1), b1=(1, 1), again=(4, 1), two=(4, 2))
 
@@ -376,39 +377,39 @@ def test_any_batch_and_number_of_processes_draw_the_same(untrained, tmp_path):
         ends = list(pool.map(draw, runs))
     for done in ends:
         assert done.returncode == 0, done.stderr
-        assert done.stdout.count("next:") >= 1             # by the process that ends last
+        assert done.stdout.count("next:") >= 1             # printed by the last to finish
 
     expected = contents(tmp_path / "b4")
     assert len(expected) == 30
     assert contents(tmp_path / "again") == expected
     assert contents(tmp_path / "two") == expected
-    assert contents(tmp_path / "b7") == expected           # a batch holds one prompt in both
+    assert contents(tmp_path / "b7") == expected           # both have one prompt per batch
     single = contents(tmp_path / "b1")
     assert single.keys() == expected.keys()
-    for name in expected:                   # sums over another batch: the last bit may differ
+    for name in expected:                   # in another batch, the last bit of sums may differ
         if name.endswith(".png"):
             a = np.asarray(Image.open(io.BytesIO(single[name])), int)
             b = np.asarray(Image.open(io.BytesIO(expected[name])), int)
             assert np.abs(a - b).max() <= 1
 
 
-def test_seeds_follow_from_the_place_and_never_change():
+def test_image_seeds_are_distinct_and_never_change():
     places = [(seed, k, i) for seed in (0, 1, 2**32 - 1) for k in range(40) for i in range(4)]
     assert len({drawing.image_seed(*place) for place in places}) == len(places)
     some = [(0, 0, 0), (0, 0, 1), (0, 1, 0), (7, 552, 3)]
     assert [drawing.image_seed(*place) for place in some] == SEEDS
 
 
-def test_processes_share_without_overlap(untrained, tmp_path, monkeypatch, capsys):
+def test_processes_divide_the_prompts_without_overlap(untrained, tmp_path, monkeypatch, capsys):
     words = ["geneval", "--prompts", write_metadata(tmp_path), "--model", untrained,
              "--steps", 1, "--batch-size", 4, "--device", "cpu", "--out", tmp_path / "out"]
     monkeypatch.setenv("WORLD_SIZE", "2")
     shares = []
     for rank in ("1", "0"):
         monkeypatch.setenv("RANK", rank)
-        before = ages(tmp_path)
+        before = modification_times(tmp_path)
         command(*words)
-        now = ages(tmp_path)
+        now = modification_times(tmp_path)
         assert all(now[path] == age for path, age in before.items())
         shares.append({path.parts[-3] for path in now if path not in before})
         came_last = rank == "0"
@@ -417,7 +418,7 @@ def test_processes_share_without_overlap(untrained, tmp_path, monkeypatch, capsy
 
 
 @pytest.mark.parametrize("batch_size, sizes", [(9, [8] * 3), (4, [4] * 6), (3, [3, 1] * 6)])
-def test_a_batch_holds_whole_prompts_where_it_can(untrained, tmp_path, monkeypatch, batch_size,
+def test_a_batch_contains_whole_prompts_if_possible(untrained, tmp_path, monkeypatch, batch_size,
                                                   sizes):
     drawn = []
 
@@ -430,30 +431,30 @@ def test_a_batch_holds_whole_prompts_where_it_can(untrained, tmp_path, monkeypat
     assert drawn == sizes
 
 
-# The process kills itself before its n-th step that a crash could leave half done.
-DIES = """
+# The process kills itself before its n-th operation that writes, renames or makes something in OUT.
+KILLS_ITSELF = """
 import os, signal, sys
 left = iter(range({n}))
-def dies(event, args):
+def kill_at_n(event, args):
     if event in ("open", "os.rename", "os.mkdir") and {out!r} in str(args[0]) \\
             and (event != "open" or args[1] != "r") and next(left, None) is None:
         os.kill(os.getpid(), signal.SIGKILL)
-sys.addaudithook(dies)
+sys.addaudithook(kill_at_n)
 """
 
 
 @pytest.mark.parametrize("kills", [4, pytest.param(6, marks=pytest.mark.slow)])
-def test_killed_again_and_again(untrained, tmp_path, kills):
-    """At moments of all kinds: nothing whole is drawn again, nothing half done counts."""
+def test_repeated_kills_lose_and_repeat_nothing(untrained, tmp_path, kills):
+    """Complete images are never drawn again, and half-written files are never used."""
     assert run_geneval(untrained, tmp_path, "whole").returncode == 0
     folder = tmp_path / "killed"
     rng = random.Random(kills)
     before = {}
     for _ in range(kills):
-        dies = DIES.format(n=rng.randrange(8, 20), out=str(folder))
-        done = run_geneval(untrained, tmp_path, "killed", before=dies)
+        kills_itself = KILLS_ITSELF.format(n=rng.randrange(8, 20), out=str(folder))
+        done = run_geneval(untrained, tmp_path, "killed", before=kills_itself)
         assert done.returncode == -signal.SIGKILL
-        now = ages(folder)
+        now = modification_times(folder)
         assert all(now[path] == age for path, age in before.items())
         assert len(now) < 24
         before = now
@@ -471,10 +472,10 @@ def test_other_settings_are_not_mixed(untrained, tmp_path, capsys):
     command(*words, untrained)
     age = (folder / "images/00001.png").stat().st_mtime_ns
     (folder / "images/00000.png").unlink()
-    command(*words, untrained, "--batch-size", 7)          # another batch size may resume
+    command(*words, untrained, "--batch-size", 7)          # may resume with another batch size
     assert (folder / "images/00001.png").stat().st_mtime_ns == age
 
-    other_dtype = "bf16"                    # than the one that auto has chosen
+    other_dtype = "bf16"                    # not the one that auto has chosen
     if backend.native_bf16(torch.device("cpu")):
         other_dtype = "float32"
     for more in (["--seed", 1], ["-n", 3], ["--dtype", other_dtype]):
@@ -503,7 +504,7 @@ def test_a_sweep_with_its_figure(untrained, tmp_path):
 def test_ground_truth_and_errors_as_a_user_sees_them(tmp_path):
     done = warm.run([ROOT / "evaluate.py", "shapes", "--ground-truth", "-n", "60"])
     assert done.returncode == 0
-    assert "60 of 60 ground-truth renders read back right (100.00%)" in done.stdout
+    assert "60 of 60 ground-truth renders detected correctly (100.00%)" in done.stdout
     done = warm.run([ROOT / "evaluate.py", "shapes", "--model", tmp_path / "none", "--out",
                      tmp_path / "out"])
     assert done.returncode == 1

@@ -1,4 +1,4 @@
-"""Distances against closed forms and SciPy; uncertainty; the networks; fid as a command."""
+"""Distances, compared with closed forms and SciPy; uncertainty; networks; the fid command."""
 import importlib.util
 
 import numpy as np
@@ -25,7 +25,7 @@ def constant(value, d):
 
 
 def gaussian(mean, covariance, n, seed=0):
-    """n samples of exactly this mean and (n - 1) covariance."""
+    """n samples with exactly this mean and covariance (with the factor 1 / (n - 1))."""
     x = normal(n, len(mean), seed=seed)
     x -= x.mean(0)
     root = torch.linalg.cholesky(x.T @ x / (n - 1))
@@ -50,7 +50,7 @@ def frechet_by_scipy(x, y):
 # ------------------------------------------------------------------------------ distances
 
 def test_frechet_of_two_gaussians():
-    """In one dimension (m1 - m2)^2 + (s1 - s2)^2; with commuting covariances the sum of these."""
+    """(m1 - m2)^2 + (s1 - s2)^2 in one dimension; the sum of these if the covariances commute."""
     one = torch.ones(1, 1, dtype=torch.float64)
     x = gaussian(one[0] * 3, one * 4, 50)
     y = gaussian(one[0], one * 25, 70, 1)
@@ -75,7 +75,7 @@ def test_frechet_against_scipys_matrix_root(d, n, m):
 
 
 def test_frechet_with_fewer_images_than_features():
-    """Embedded in more dimensions, which changes no distance, covariances become singular."""
+    """Embedding in more dimensions makes the covariances singular but changes no distance."""
     x = gaussian(constant(0, 8), random_covariance(8, 1), 30)
     y = gaussian(constant(1, 8), random_covariance(8, 2), 40, 1)
     embed = torch.linalg.qr(normal(300, 8)).Q.T                        # [8,300]
@@ -83,10 +83,10 @@ def test_frechet_with_fewer_images_than_features():
     assert metrics.frechet(x @ embed, y @ embed) == pytest.approx(expected, rel=1e-6)
 
 
-def test_frechet_of_a_set_with_itself_moved_and_stretched():
+def test_frechet_of_a_set_with_itself_shifted_and_scaled():
     x = normal(20, 300)
     assert abs(metrics.frechet(x, x)) < 1e-6
-    assert abs(metrics.frechet(x, x.flip(0))) < 1e-6       # the order does not count
+    assert abs(metrics.frechet(x, x.flip(0))) < 1e-6       # the order does not matter
     assert metrics.frechet(x, x + 2) == pytest.approx(4 * 300, rel=1e-9)
     shift = float((2 * x.mean(0)).square().sum())
     spread = float(4 * x.var(0).sum())      # (3 s - s)^2
@@ -94,7 +94,7 @@ def test_frechet_of_a_set_with_itself_moved_and_stretched():
 
 
 def mean_kernel(a, b, same=False):
-    """The mean kernel over pairs of rows, by its definition; same: of different rows of a."""
+    """The mean kernel over pairs of rows, by definition; same: only pairs of different rows."""
     values = []
     for i, p in enumerate(a):
         for j, q in enumerate(b):
@@ -103,7 +103,7 @@ def mean_kernel(a, b, same=False):
     return sum(values) / len(values)
 
 
-def test_kid_is_its_definition():
+def test_kid_matches_its_definition():
     x = normal(23, 7, seed=23)
     y = normal(31, 7, seed=31)
     within = mean_kernel(x, x, True) + mean_kernel(y, y, True)
@@ -111,18 +111,18 @@ def test_kid_is_its_definition():
     for block in (1, 5, 2048):
         assert metrics.kid(x, y, block) == pytest.approx(expected, rel=1e-9)
 
-    a, b = normal(2, 1, 7)                  # all images of a set are alike
+    a, b = normal(2, 1, 7)                  # all images of a set are equal
     within = mean_kernel(a, a) + mean_kernel(b, b)
     expected = within - 2 * mean_kernel(a, b)
     distance = metrics.kid(a.expand(5, 7), b.expand(9, 7))
     assert distance == pytest.approx(expected, rel=1e-6)
 
 
-def test_kid_has_no_bias_where_frechets_distance_has():
+def test_kid_is_unbiased_and_frechet_is_not():
     generator = torch.Generator().manual_seed(0)
     kids = []
     frechets = []
-    for _ in range(400):                    # two sets of 20 from one distribution
+    for _ in range(400):                    # two sets of 20 from the same distribution
         x = torch.randn(20, 16, dtype=torch.float64, generator=generator)
         y = torch.randn(20, 16, dtype=torch.float64, generator=generator)
         kids.append(metrics.kid(x, y))
@@ -135,7 +135,7 @@ def test_kid_has_no_bias_where_frechets_distance_has():
 # ------------------------------------------------------------------------------ uncertainty
 
 @pytest.mark.slow
-def test_bootstrap_intervals_hold_the_truth_nineteen_times_of_twenty():
+def test_bootstrap_intervals_cover_the_truth_in_95_percent():
     rng = np.random.default_rng(0)
     overall_hits = 0
     b_hits = 0
@@ -150,8 +150,8 @@ def test_bootstrap_intervals_hold_the_truth_nineteen_times_of_twenty():
     assert b_hits >= 180
 
 
-def test_bootstrap_intervals_have_their_width():
-    """That of a mean is 2 x 1.96 sd / sqrt(n)."""
+def test_bootstrap_intervals_have_the_expected_width():
+    """The width of a mean's interval is 2 x 1.96 sd / sqrt(n)."""
     values = np.random.default_rng(0).random(400)
     low, high = metrics.intervals(dict(a=values))["a"]
     assert high - low == pytest.approx(2 * 1.96 * values.std() / 20, rel=0.05)
@@ -162,8 +162,8 @@ def test_bootstrap_intervals_have_their_width():
 
 
 @pytest.mark.slow
-def test_the_paired_test_is_wrong_as_often_as_it_says():
-    """Of comparisons of equal models 5 % come out below 0.05."""
+def test_the_paired_test_has_the_stated_false_positive_rate():
+    """p is below 0.05 in 5 % of comparisons of equal models."""
     rng = np.random.default_rng(0)
     wrong = 0
     for _ in range(300):
@@ -172,14 +172,14 @@ def test_the_paired_test_is_wrong_as_often_as_it_says():
     assert 5 <= wrong <= 27
 
 
-def test_a_difference_that_is_there_is_found():
+def test_a_real_difference_is_found():
     test = metrics.paired_test(dict(a=[1] * 30 + [0] * 60, b=[0] * 90))
     low, high = test.interval
     assert test.mean == pytest.approx(1 / 6)
     assert 0 < low < test.mean < high
     assert test.p < 0.001
     assert metrics.paired_test(dict(a=[0] * 50)).p == 1
-    # Four better, none worse: all signs alike come in 2 of 16, the sign test's p.
+    # Four better, none worse: all signs are equal in 2 of 16 cases, the p of the sign test.
     assert metrics.paired_test(dict(a=[1] * 4)).p == pytest.approx(2 / 16, abs=0.015)
 
 
@@ -187,7 +187,7 @@ def test_a_difference_that_is_there_is_found():
 
 @pytest.fixture
 def folders(tmp_path):
-    """Folders a and b of 20 random images each, in folders below them; blurred: a, blurred."""
+    """Folders a and b with 20 random images each in subfolders, and blurred, with those of a."""
     rng = np.random.default_rng(0)
     (tmp_path / "blurred").mkdir()
     for k in range(40):
@@ -204,7 +204,7 @@ def folders(tmp_path):
 
 
 def fid(folders, fake, *more):
-    """Run `evaluate.py fid` of the folder a and another one, with EfficientNet's features."""
+    """Run `evaluate.py fid` on folder a and another folder, with EfficientNet's features."""
     command("fid", "--real", folders / "a", "--fake", folders / fake, "--features",
             "efficientnet-lite0", "--device", "cpu", *more)
 
@@ -228,8 +228,8 @@ def test_fid_as_a_command(folders, capsys):
     assert abs(read_json(folders / "same.json")["distance"]) < 1e-4
 
 
-def test_efficientnet_gets_what_it_was_trained_on():
-    """(x - 127) / 128 at 224 pixels, as the TensorFlow lite models."""
+def test_efficientnet_images_are_prepared_as_in_training():
+    """(x - 127) / 128 at 224 pixels, as for the TensorFlow Lite models."""
     extractor = metrics.load_extractor("efficientnet-lite0", CPU)
     for value, number in ((127, 0), (255, 1), (0, -127 / 128)):
         x = extractor.prepare(Image.new("RGB", (30, 20), (value,) * 3))
@@ -239,7 +239,7 @@ def test_efficientnet_gets_what_it_was_trained_on():
 
 
 class Layers(torch.nn.Module):
-    """In place of Inception's layers: 2048 numbers that tell images apart."""
+    """Replaces Inception's layers: 2048 numbers that distinguish images."""
 
     def forward(self, x):                   # [B,3,299,299] -> [B,2048]
         return torch.nn.functional.adaptive_avg_pool2d(x, 27).flatten(1)[:, :2048]
@@ -254,8 +254,8 @@ class Inception(torch.nn.Module):
         return self.layers(x)
 
 
-def prepare_as_clean_fid(path):
-    """An image file [3,299,299]: bicubic, channel by channel in float, clipped."""
+def prepare_like_clean_fid(path):
+    """Read an image file as [3,299,299]: bicubic, channel by channel in float, clipped."""
     pixels = np.asarray(Image.open(path), np.float32)
     planes = []
     for channel in range(3):
@@ -265,13 +265,13 @@ def prepare_as_clean_fid(path):
 
 
 def test_fid_prepares_images_as_clean_fid_does(folders):
-    """Inception then takes (x - 128) / 128. Its own weights are not at hand."""
+    """Inception then receives (x - 128) / 128. Its own weights are not available here."""
     pytest.importorskip("cleanfid", reason="pip install --no-deps clean-fid")
     torch.jit.script(Inception()).save(folders / metrics.INCEPTION)
     extractor = metrics.load_extractor("inception", CPU, folders)
     paths = metrics.image_files(folders / "a")
     features = metrics.extract_features(paths, extractor, CPU, 7, 2)
-    images = torch.stack([prepare_as_clean_fid(path) for path in paths])
+    images = torch.stack([prepare_like_clean_fid(path) for path in paths])
     expected = Layers()((images - 128) / 128)
     assert extractor.label == "FID"
     assert features.shape == (20, 2048)
@@ -299,13 +299,13 @@ def test_a_vision_model_of_transformers(folders):
 
 def test_errors_say_what_is_wrong(folders):
     words = ["fid", "--real", folders / "a", "--device", "cpu", "--features"]
-    with pytest.raises(FuseDiTError, match="no vision model of transformers"):
+    with pytest.raises(FuseDiTError, match="nor a vision model that transformers can load"):
         command(*words, folders / "nothing", "--fake", folders / "b")
-    with pytest.raises(FuseDiTError, match="holds no images"):
+    with pytest.raises(FuseDiTError, match="contains no images"):
         command(*words, "efficientnet-lite0", "--fake", folders / "nothing")
     (folders / metrics.INCEPTION).write_bytes(b"half of it")
     if importlib.util.find_spec("cleanfid"):
-        with pytest.raises(FuseDiTError, match="is damaged .*fetch it again"):
+        with pytest.raises(FuseDiTError, match="is damaged .*download it again"):
             command(*words, "inception", "--fake", folders / "b", "--inception", folders)
     (folders / metrics.INCEPTION).unlink()
     (folders / "b" / "cut.jpg").write_bytes(b"\xff\xd8\xff\xe0cut")

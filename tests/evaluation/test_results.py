@@ -1,4 +1,4 @@
-"""The official scorers' files, comparisons of models, the report's table and figure."""
+"""The official scorers' output, comparisons of models, and the report's table and figure."""
 import json
 import random
 
@@ -16,15 +16,15 @@ TAGS = [row["tag"] for row in METADATA]
 # ------------------------------------------------------------------------------ official scorers
 
 def write_geneval_results(path, chances, n=20, images=4):
-    """A file as evaluate_images.py of djghosh13/geneval writes it, by pandas' to_json.
+    """Write a file like evaluate_images.py of djghosh13/geneval, which uses pandas' to_json.
 
-    chances: {tag: how often an image is right}. Returns the rows.
+    chances: {tag: probability that an image is right}. Returns the rows.
     """
     rng = random.Random(0)
     rows = []
-    for k in rng.sample(range(6 * n), 6 * n):              # os.listdir has no order
+    for k in rng.sample(range(6 * n), 6 * n):              # os.listdir is in arbitrary order
         tag = TAGS[k % 6]
-        if tag == "single_object" and k >= 3 * n:          # tags have other numbers of prompts
+        if tag == "single_object" and k >= 3 * n:          # tags differ in their number of prompts
             continue
         prompt = f"a {tag} {k}"
         for i in range(images):
@@ -39,8 +39,8 @@ def write_geneval_results(path, chances, n=20, images=4):
     return rows
 
 
-def test_geneval_score_is_the_official_one(tmp_path, capsys):
-    """evaluation/summary_scores.py: of each tag the mean of `correct`, and the mean of the tags."""
+def test_geneval_score_matches_the_official_one(tmp_path, capsys):
+    """evaluation/summary_scores.py averages `correct` by tag and then averages the tags."""
     file = tmp_path / "results.jsonl"
     chances = dict(zip(TAGS, (1, .7, .5, .8, .2, .4), strict=True))
     rows = write_geneval_results(file, chances)
@@ -53,7 +53,7 @@ def test_geneval_score_is_the_official_one(tmp_path, capsys):
     assert result["categories"] == pytest.approx(expected)
     assert result["overall"] == pytest.approx(np.mean(list(expected.values())))
     table = capsys.readouterr().out
-    assert "110 prompts of GenEval's 553, 4 images of each" in table
+    assert "110 of GenEval's 553 prompts, 4 images per prompt" in table
     assert f"{expected['colors']:.3f}" in table
     low, high = result["intervals"]["overall"]
     assert low < result["overall"] < high
@@ -83,7 +83,7 @@ def test_geneval_results_that_are_incomplete_or_wrong(tmp_path):
             command("geneval-score", file)
 
 
-# As compute_dpg_bench.py of TencentQQGYLab/ELLA writes its --res-path.
+# The --res-path file as written by compute_dpg_bench.py of TencentQQGYLab/ELLA.
 DPG = """out/images/a.png, 1.0, 0.5, 0.75, 0.75, 0.75
 out/images/b.png, 0.5, 0.5, 1.0, 0.0, 0.5
 Model: images
@@ -105,29 +105,29 @@ def test_dpg_score_reads_the_official_file(tmp_path, capsys):
     result = read_json(tmp_path / "dpg.json")
     assert result["overall"] == 0.625
     assert result["categories"] == dict(entity=0.875, relation=0.9)
-    low, high = result["intervals"]["overall"]             # of the means of two prompts
+    low, high = result["intervals"]["overall"]             # from the means of two prompts
     assert 0 < low < 0.5
     assert 0.75 < high < 1
     table = capsys.readouterr().out
     assert "62.50" in table
-    assert "2 prompts" in table
+    assert "2 of DPG-Bench's 1,065 prompts" in table
 
 
 @pytest.mark.parametrize("text", [
     DPG.rsplit("DPG", 1)[0],                # without its last line
-    DPG.rsplit("\n", 2)[1],                 # nothing but its last line
+    DPG.rsplit("\n", 2)[1],                 # only its last line
     DPG.replace(", 0.75\n", ", x\n"),
     DPG.split("\n", 2)[2]])                 # without the prompts
 def test_dpg_files_that_are_incomplete_or_wrong(tmp_path, text):
     (tmp_path / "dpg.txt").write_text(text)
-    with pytest.raises(FuseDiTError, match="not a complete file of compute_dpg_bench.py"):
+    with pytest.raises(FuseDiTError, match="not a complete --res-path file of compute_dpg_bench"):
         command("dpg-score", tmp_path / "dpg.txt")
 
 
 # ------------------------------------------------------------------------------ comparisons
 
 def write_result(path, rights, speed=5.0):
-    """A result of the shapes benchmark with these values, in two categories by turns."""
+    """Write a result of the shapes benchmark with these values, alternating two categories."""
     rows = []
     for k, right in enumerate(rights):
         rows.append(dict(category="ab"[k % 2], prompt=f"prompt {k}", right=right))
@@ -140,7 +140,7 @@ def compare_output(capsys, a, b):
     return capsys.readouterr().out
 
 
-def test_compare_counts_prompts_and_says_how_sure_it_is(tmp_path, capsys):
+def test_compare_counts_prompts_and_tests_the_difference(tmp_path, capsys):
     rng = random.Random(0)
     rights_a = [int(rng.random() < 0.6) for _ in range(200)]
     rights_b = []
@@ -162,10 +162,10 @@ def test_compare_counts_prompts_and_says_how_sure_it_is(tmp_path, capsys):
             better += int(line.split(" prompts better")[0].split()[-1])
     assert better == sum(y > x for x, y in zip(rights_a, rights_b, strict=True))
     assert "A is better" in compare_output(capsys, b, a)
-    assert "p = 1.0000: may well be chance" in compare_output(capsys, a, a)
+    assert "p = 1.0000: may be due to chance" in compare_output(capsys, a, a)
 
     write_result(tmp_path / "c.json", rights_a[:-1])
-    with pytest.raises(FuseDiTError, match="not of the same prompts"):
+    with pytest.raises(FuseDiTError, match="do not have the same prompts"):
         command("compare", a, tmp_path / "c.json")
     (tmp_path / "c.json").write_text("[]")
     with pytest.raises(FuseDiTError, match="not a result of evaluate.py"):
@@ -175,7 +175,7 @@ def test_compare_counts_prompts_and_says_how_sure_it_is(tmp_path, capsys):
 # ------------------------------------------------------------------------------ the report
 
 def write_model_folder(folder, rights, distance):
-    """A folder with a result, a distance, a run.json and a file that is none of these."""
+    """Write a folder with a result, a distance, a run.json and an unrelated file."""
     folder.mkdir()
     write_result(folder / "shapes.json", rights)
     (folder / "fid.json").write_text(json.dumps(dict(
@@ -187,7 +187,7 @@ def write_model_folder(folder, rights, distance):
 
 @pytest.fixture
 def models(tmp_path):
-    """Two folders of results, a training run whose last line is half written, and GenEval's."""
+    """Two folders of results, a training run with a half-written last line, a GenEval result."""
     write_model_folder(tmp_path / "one", [1] * 9 + [0], 12.5)
     write_model_folder(tmp_path / "two", [1, 0] * 5, 10.25)
     (tmp_path / "run").mkdir()
@@ -200,7 +200,7 @@ def models(tmp_path):
 
 
 def read_table(text):
-    """{head of a column: its cells}, and the heads of the rows, of a Markdown table."""
+    """({column heading: its cells}, row headings) of a Markdown table."""
     rows = []
     for line in text.splitlines():
         rows.append([cell.strip() for cell in line.strip("|").split("|")])
@@ -212,7 +212,7 @@ def read_table(text):
     return columns, models
 
 
-def test_the_report_has_all_results_of_all_models(models, capsys):
+def test_the_report_contains_all_results_of_all_models(models, capsys):
     capsys.readouterr()
     command("report", f"first={models / 'one'}", f"first={models / 'run'}",
             f"second={models / 'two'}", f"second={models / 'geneval.json'}", "--out",
@@ -233,14 +233,14 @@ def test_the_report_has_all_results_of_all_models(models, capsys):
 
 def test_what_the_report_refuses(models):
     out = models / "r.md"
-    with pytest.raises(FuseDiTError, match="another 'FID, real, 30 and 30' already"):
+    with pytest.raises(FuseDiTError, match="already has another 'FID, real, 30 and 30'"):
         command("report", f"x={models / 'one'}", f"x={models / 'two'}", "--out", out)
     (models / "nothing").mkdir()
-    with pytest.raises(FuseDiTError, match="no results there"):
+    with pytest.raises(FuseDiTError, match="no results found"):
         command("report", models / "nothing", "--out", out)
     with pytest.raises(FuseDiTError, match="cannot read"):
         command("report", models / "none.json", "--out", out)
-    with pytest.raises(FuseDiTError, match="the table is a .md file"):
+    with pytest.raises(FuseDiTError, match="the table must be a .md file"):
         command("report", models / "one", "--out", models / "r.png")
     (models / "bad.json").write_text('{"benchmark": "shapes", "overall": 1}')
     with pytest.raises(FuseDiTError, match="not a result"):

@@ -1,4 +1,4 @@
-"""The demo's world: grammar, held-out compositions, renderer, detector and tiny Gemma."""
+"""The demo's world: grammar, held-out compositions, renderer, detector, and tiny Gemma."""
 import io
 import json
 import random
@@ -27,7 +27,7 @@ SIZE_OF_WORD = {"big": "large", "little": "small", "large": "large", "small": "s
 
 
 def training_scenes(n, seed=0):
-    """n scenes of training, each with the random generator in its state after it."""
+    """Yield n training scenes, each with the random generator that has just drawn it."""
     rng = random.Random(seed)
     for _ in range(n):
         yield scenes.training_scene(rng), rng
@@ -38,12 +38,12 @@ def draw(scene, rng, size=32):
 
 
 def meanings(words, meaning):
-    """The set of what words mean, according to a dictionary; others are left out."""
+    """The set of the meanings of words in a dictionary; other words are ignored."""
     return {meaning[word] for word in words if word in meaning}
 
 
 # ---------------------------------------------------------------------------- grammar
-def test_the_grammar_covers_what_it_promises():
+def test_the_grammar_covers_all_kinds_of_scenes():
     found = [scene for scene, _ in training_scenes(4000)]
     groups = [group for scene in found for group in scene.groups]
 
@@ -80,13 +80,13 @@ def assert_nothing_held_out(caption):
             assert not scenes.is_held_out_count(count, colour, shape), words
 
 
-def test_training_never_contains_what_is_held_out():
-    """Checked on what is written to shards, by the words of both captions and by the pixels."""
+def test_training_never_contains_held_out_compositions():
+    """Checks the samples written to shards: the words of both captions, and the pixels."""
     for i in range(1500):
         sample = shapes_sample(3, 32, i)
         assert_nothing_held_out(sample["synthetic_caption.txt"].decode())
         assert_nothing_held_out(sample["original_caption.txt"].decode())
-        if i < 150:                         # what no caption mentions is held out as well
+        if i < 150:                         # unmentioned compositions are held out as well
             image = Image.open(io.BytesIO(sample["image.png"]))
             groups = []
             for found in detector.detect(image).objects:
@@ -119,7 +119,7 @@ def test_a_known_composition_of_each_kind_is_held_out():
     assert (len(set(counts)), len(set(colours)), len(set(shapes))) == (3, len(COLOURS), len(SHAPES))
 
 
-def test_captions_say_what_is_described_and_nothing_else():
+def test_captions_mention_exactly_what_is_described():
     for scene, rng in training_scenes(3000):
         description = scenes.omit_defaults(scene, rng)
         words = training_text.split_words(scenes.caption(description, rng))
@@ -135,14 +135,14 @@ def test_captions_say_what_is_described_and_nothing_else():
         assert len(words) + 1 <= 32
 
 
-def test_captions_tell_objects_of_one_shape_apart():
+def test_captions_distinguish_objects_of_the_same_shape():
     for scene, rng in training_scenes(3000):
         description = scenes.omit_defaults(scene, rng, size=0, colour=0)
         assert len(set(description.groups)) == len(description.groups), description
 
 
 def test_only_defaults_are_omitted():
-    """A white background, black objects (white on black), large, left of."""
+    """The defaults are a white background, black (on black: white), large, and left of."""
     omitted = Counter()
     for scene, rng in training_scenes(3000):
         description = scenes.omit_defaults(scene, rng)
@@ -159,7 +159,7 @@ def test_only_defaults_are_omitted():
         omitted["background"] += description.background is None
         omitted["relation"] += description.relation != scene.relation
     assert len(omitted) == 4
-    assert min(omitted.values()) > 60, omitted              # each of them really happens
+    assert min(omitted.values()) > 60, omitted              # each default is sometimes omitted
 
 
 def test_objects_are_in_reading_order():
@@ -173,7 +173,7 @@ def test_objects_are_in_reading_order():
             assert same_row or next_row
 
 
-def test_relation_captions_name_the_true_side():
+def test_relation_captions_name_the_correct_side():
     star = Group(1, None, "red", "star")
     circle = Group(1, None, "blue", "circle")
     description = Scene((star, circle), "above", None)
@@ -244,7 +244,7 @@ def first_not_in(values, used):
 
 
 def wrong_descriptions(scene):
-    """(what is wrong, description) for every attribute of a scene."""
+    """Yield (name, description), in which the named attribute is wrong, for every attribute."""
     group = scene.groups[0]
     other_colour = first_not_in(COLOURS, [scene.background, *(g.colour for g in scene.groups)])
     other_shape = first_not_in(SHAPES, [g.shape for g in scene.groups])
@@ -260,8 +260,8 @@ def wrong_descriptions(scene):
     yield "background", scene._replace(background=other_colour)
 
 
-def test_every_wrong_attribute_is_noticed():
-    """Each image is right for its scene, and wrong as soon as one word of it changes."""
+def test_every_wrong_attribute_is_detected():
+    """An image matches its scene, and no longer matches if one attribute of the scene changes."""
     for scene, rng in training_scenes(60, seed=2):
         detection = detector.detect(draw(scene, rng))
         assert detector.mismatch(scene, detection) == ""
@@ -313,7 +313,7 @@ def test_the_vocabulary_covers_captions_and_text():
 
 
 def answers_to(description, seeds):
-    """{question: set of all answers} in many texts about a description."""
+    """{question: set of all answers} in the texts that the seeds give for a description."""
     answers = {}
     for seed in seeds:
         parts = training_text.random_text(description, random.Random(seed))
@@ -345,7 +345,7 @@ def test_answers_are_true():
     assert all(len(answers) == 1 for answers in found.values())
     for question, answer in expected.items():
         assert found[question] == {answer}, question
-    assert "what shape is large ?" not in found            # the squares' size is not known
+    assert "what shape is large ?" not in found            # the squares' size is unknown
 
 
 def test_answers_about_a_relation_are_true():
@@ -370,8 +370,8 @@ def make(out, overwrite=False):
 
 
 @pytest.fixture(scope="module")
-def made(tmp_path_factory):
-    """A tiny Gemma after two steps of training, in a folder of its own."""
+def gemma_of_two_steps(tmp_path_factory):
+    """The folder of a tiny Gemma after two training steps."""
     out = tmp_path_factory.mktemp("made") / "gemma"
     few = partial(tiny_gemma.answer_accuracy, count=64)
     with pytest.MonkeyPatch.context() as patch:
@@ -380,39 +380,39 @@ def made(tmp_path_factory):
     return out
 
 
-def test_make_saves_a_gemma_that_loads_like_any_other(made):
+def test_make_saves_a_gemma_that_loads_like_any_other(gemma_of_two_steps):
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     from fusedit_lib.pretrained import build_model
-    config = json.loads((made / "config.json").read_text())
+    config = json.loads((gemma_of_two_steps / "config.json").read_text())
     assert config["model_type"] == "gemma2"
     assert config["sliding_window"] > training_text.MAX_TOKENS
-    tokenizer_config = json.loads((made / "tokenizer_config.json").read_text())
+    tokenizer_config = json.loads((gemma_of_two_steps / "tokenizer_config.json").read_text())
     assert tokenizer_config["tokenizer_class"] == "PreTrainedTokenizerFast"
 
-    tokenizer = AutoTokenizer.from_pretrained(made)
+    tokenizer = AutoTokenizer.from_pretrained(gemma_of_two_steps)
     batch = tokenizer(["A Large, RED circle", "zebra"], padding=True)
     tokens = [tokenizer.convert_ids_to_tokens(row) for row in batch["input_ids"]]
     assert tokens == [
         ["<bos>", "a", "large", ",", "red", "circle"],
         ["<bos>", "<unk>", "<pad>", "<pad>", "<pad>", "<pad>"]]
 
-    assert AutoModelForCausalLM.from_pretrained(made).dtype == torch.bfloat16
-    assert (made / "model.safetensors").stat().st_size < 4_000_000
-    model = build_model(preset("demo", base=str(made)))
+    assert AutoModelForCausalLM.from_pretrained(gemma_of_two_steps).dtype == torch.bfloat16
+    assert (gemma_of_two_steps / "model.safetensors").stat().st_size < 4_000_000
+    model = build_model(preset("demo", base=str(gemma_of_two_steps)))
     text = model.encode(["a red circle", ""])
     assert text.keys[0].shape[0] == 2
     assert text.mask.sum(1).tolist() == [4, 1]
 
 
-def test_make_replaces_only_what_it_wrote_itself(made):
-    notes = made / "notes.txt"
+def test_make_replaces_only_its_own_files(gemma_of_two_steps):
+    notes = gemma_of_two_steps / "notes.txt"
     notes.write_text("mine")
     for overwrite in (False, True):
         with pytest.raises(FuseDiTError, match="not empty"):
-            make(made, overwrite)
+            make(gemma_of_two_steps, overwrite)
     notes.unlink()
-    assert [path.name for path in made.parent.iterdir()] == ["gemma"]
+    assert [path.name for path in gemma_of_two_steps.parent.iterdir()] == ["gemma"]
 
 
 def test_a_failed_training_leaves_the_old_model(tmp_path, monkeypatch):
@@ -434,8 +434,8 @@ def test_the_shipped_model_is_the_preset():
     assert replace(shipped, base="demo/gemma") == preset("demo")
 
 
-@pytest.mark.skipif(not (ROOT / "demo/gemma").exists(), reason="the demo's Gemma is not there")
-def test_the_shipped_gemma_knows_these_words_and_binds():
+@pytest.mark.skipif(not (ROOT / "demo/gemma").exists(), reason="the demo's Gemma is missing")
+def test_the_shipped_gemma_has_this_vocabulary_and_binds_attributes():
     from transformers import AutoModelForCausalLM
     tokenizer = json.loads((ROOT / "demo/gemma/tokenizer.json").read_text())
     assert tokenizer["model"]["vocab"] == IDS
