@@ -131,7 +131,7 @@ def test_unknown_words_and_long_prompts_are_reported(model, tmp_path):
 @pytest.mark.parametrize("args, code, message", [
     ([], 2, "--prompt"),
     (["--prompt", "x", "--steps", "0"], 2, "at least 1"),
-    (["--prompt", "x", "--no-ema"], 1, "averaged weights only"),
+    (["--prompt", "x", "--no-ema"], 1, "EMA weights only"),
     (["--prompt", "x", "--model", "./nowhere"], 1, "no such model folder"),
     (["--prompt", "x", "--model", "{empty}"], 1, "config.json"),
     (["--prompt", "x", "--height", "9"], 1,
