@@ -1,4 +1,4 @@
-"""From prompts to images, one batch at a time.
+"""Draws images from prompts, one batch at a time.
 
 In a notebook:
 

@@ -39,7 +39,7 @@ class VAEConfig:
 
     @staticmethod
     def from_dict(d):
-        """From config.json, whose other keys do not affect the network."""
+        """Read the keys above from config.json. Its other keys do not affect the network."""
         defaults = asdict(VAEConfig())
         values = {}
         for name, default in defaults.items():
