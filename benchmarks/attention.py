@@ -1,7 +1,7 @@
 """Speed and accuracy of attention kernels at the DiT's shapes: image tokens over [text ; image].
 
-    python benchmarks/attention.py                                  the small model's shape
-    python benchmarks/attention.py --heads 8 --kv-heads 4 --image 1024 --text 128      Gemma 2 2B's
+    python benchmarks/attention.py                                       shape of the small model
+    python benchmarks/attention.py --heads 8 --kv-heads 4 --image 1024 --text 128      Gemma 2 2B
 
 Captions differ in length, so a mask hides the padding of the text. It is either boolean or added to
 the scores. "rows" is fusedit.attention, which stacks the query heads of a key head as rows of one

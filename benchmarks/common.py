@@ -462,7 +462,7 @@ def parser(description, batch, rounds):
                    help="small (31.5 M parameters, 256 image tokens, for CPUs), or a preset of the "
                         "final design, such as fusedit/large-scale")
     p.add_argument("--image-size", type=cli.positive,
-                   help="image size in pixels (small: in latents) instead of the preset's")
+                   help="image size in pixels (for small: in latents), instead of the preset's")
     p.add_argument("--batch", type=cli.positive, default=batch, help="number of images per batch")
     p.add_argument("--rounds", type=cli.positive, default=rounds,
                    help="number of timed runs of each formulation; the median is reported")

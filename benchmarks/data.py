@@ -3,8 +3,8 @@
     python benchmarks/data.py speed                 images per second; 2 minutes
     python benchmarks/data.py join -n 2000000       memory and time to sort and look up captions
 
-The images are noise whose spectrum falls off such that their JPEGs are as large as those of
-photographs. They have the size of SA-1B's images (2250 x 1500), and of those after packing
+The images are noise with a spectrum that falls off so that their JPEGs are as large as those of
+photographs. They have the size of SA-1B's images (2250 x 1500), or of those after packing
 (768 x 512).
 """
 import argparse

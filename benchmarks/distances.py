@@ -3,7 +3,7 @@
     python prepare_data.py emoji shards/emoji
     python benchmarks/distances.py shards/emoji/train          4 minutes on two cores
 
-One half of the flat emoji is compared with the other half, unchanged, blurred, with noise, and in
+One half of the flat emoji is compared with the other half: unchanged, blurred, with noise, and in
 another style.
 """
 import argparse

@@ -1,7 +1,7 @@
 """Speed of loading training batches from shards of JPEGs, compared with a plain Pillow loop.
 
     OMP_NUM_THREADS=1 python benchmarks/loader.py           one core, 1 minute
-    python benchmarks/loader.py --workers 16                also with worker processes, as training
+    python benchmarks/loader.py --workers 16                also with workers, as in training
 
 The images are those of data.py, 768 x 512 at 193 kB each. A batch contains all that training needs:
 pixels, token ids and noise. "decode" only decodes the whole images with libjpeg, which the plain

@@ -102,8 +102,8 @@ def gemma_tensors(folder):
         if prefix + "embed_tokens.weight" in tensors:
             break
     else:
-        raise FuseDiTError(f"{folder} holds no Gemma: it has no embed_tokens.weight")
-    # The file may also hold PaliGemma's vision tower, an untied head, or a released model's DiT.
+        raise FuseDiTError(f"{folder} contains no Gemma: it has no embed_tokens.weight")
+    # The file may also contain PaliGemma's vision tower, an untied head, or a released model's DiT.
     others = ("vision_tower", "multi_modal_projector", "model.vision_tower", "lm_head", "dit.",
               "model.multi_modal_projector", "language_model.lm_head")
     return {name.removeprefix(prefix): stored for name, stored in tensors.items()
@@ -242,7 +242,7 @@ def load_config(folder):
     d = read_json(folder / "transformer" / "config.json")
     shift = read_json(folder / "scheduler" / "scheduler_config.json").get("shift")
     if d.get("model_type") not in ("DiT", "FuseDiT") or not shift:
-        raise FuseDiTError(f"{folder} holds another kind of model: transformer/config.json needs "
+        raise FuseDiTError(f"{folder} is another kind of model: transformer/config.json needs "
                            "model_type DiT or FuseDiT, and scheduler/scheduler_config.json a shift")
     known = {f.name: d[f.name] for f in fields(FuseDiTConfig) if f.name in d}
     changes = {"base": str(folder / "transformer"), "shift": float(shift), "fusion": "deep",
@@ -355,7 +355,7 @@ def released_configs(model):
              "tokenizer": ["transformers", type(model.tokenizer).__name__],
              "vae": vae}
 
-    settings = asdict(c) | {"base": None, "vae": None, "clip": None}       # these have own folders
+    settings = asdict(c) | {"base": None, "vae": None, "clip": None}       # in other folders
     transformer = {name: value for name, value in settings.items() if value is not None}
     transformer |= {
         "architectures": [kind], "model_type": kind,

@@ -339,7 +339,7 @@ def small_model(folder, **changes):
 
 
 def joint_mask(mask, N):
-    """Visible keys [B,T+N,T+N]: text is causal and never sees the image, which sees all of it."""
+    """Visible keys [B,T+N,T+N]: text is causal; the image sees all real text and the image."""
     B, T = mask.shape
     visible = torch.zeros(B, T + N, T + N, dtype=torch.bool)
     visible[:, :T, :T] = torch.ones(T, T).tril().bool()
