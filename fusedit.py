@@ -171,7 +171,7 @@ class GemmaConfig:
         """
         model_type = d.get("model_type")
         if model_type not in ("gemma", "gemma2", "gemma3_text"):
-            # (Of a multimodal model, pretrained.py hands over the part on its text model.)
+            # (For a multimodal model, pretrained.py passes only the part for its text model.)
             raise FuseDiTError(f"model_type is {model_type!r}, but the text tower must be a Gemma: "
                                "gemma, gemma2, gemma3_text or paligemma")
         is_gemma3 = model_type == "gemma3_text"
@@ -208,7 +208,7 @@ class GemmaConfig:
 
 
 def sliding_layers(d):
-    """Which layers have a sliding window: half of them in Gemma 2, five of every six in Gemma 3."""
+    """Indices of the layers with a sliding window: half of Gemma 2's, five in six of Gemma 3's."""
     layer_types = d.get("layer_types")
     if layer_types is not None:
         return tuple(i for i, name in enumerate(layer_types) if name == "sliding_attention")
@@ -575,7 +575,7 @@ class TextFeatures(NamedTuple):
                             pooled=f_or_none(self.pooled))
 
     def concat(self, other):
-        """The two batches as one: this one's samples, then the other's."""
+        """Both batches as one: the samples of this one, then those of the other."""
         def cat(a, b):
             return None if a is None else torch.cat([a, b])
 
@@ -640,9 +640,9 @@ class Gemma(nn.Module):
     def keep_layers(self, last_layer):
         """Drop weights that are not needed to read layers 0 .. last_layer, to save memory.
 
-        Of layer last_layer only keys, values and the input are read, so its queries, its output
-        projection and its MLP go as well. last_layer = L, the output of the final norm, needs
-        everything.
+        Only the keys, values and input of layer last_layer are read, so its query and output
+        projections and its MLP are dropped as well. last_layer = L, the output of the final norm,
+        needs everything.
         """
         if last_layer < len(self.layers):
             self.norm = None
@@ -701,9 +701,9 @@ class Gemma(nn.Module):
 def load_gemma(folder, device="cpu", dtype=torch.float32):
     """A frozen Gemma from a folder that transformers saved: config.json and *.safetensors.
 
-    Strict: a tensor that is missing, unexpected or of another shape is a FuseDiTError that names
-    it. fusedit_lib/pretrained.py also handles hub ids, PaliGemma and folders of the published
-    FuseDiT, and reads no more of a Gemma than the DiT needs.
+    Loading is strict: a tensor that is missing, unexpected or of another shape raises a
+    FuseDiTError that names it. fusedit_lib/pretrained.py also handles hub ids, PaliGemma and
+    folders of the published FuseDiT, and reads only the part of a Gemma that the DiT needs.
     """
     folder = Path(folder)
     tensors = {}
@@ -786,9 +786,9 @@ class DiTBlock(TransformerLayer):
     def modulation(self, cond):
         """shift, scale, gate of attention, then of the MLP, each [B,1,D]; or numbers of no effect.
 
-        adaln-zero     each block has a Linear of its own; cond is the time embedding [B,D]
+        adaln-zero     each block has its own Linear; cond is the time embedding [B,D]
         adaln-single   all blocks share one Linear, DiT.t_block, whose output cond is [B,6D]; each
-                       adds a table of its own (shift first, despite the table's published name)
+                       adds its own table (shift first, despite the table's published name)
         """
         if self.conditioning == "adaln-zero":
             return self.input_layernorm.modulation(cond)
@@ -801,7 +801,7 @@ class DiTBlock(TransformerLayer):
 
         text_k, text_v   [B,K,T,h] of a Gemma layer (deep fusion), or None
         cond             see modulation
-        rope             [2,B,1,N,h/2], of image_rope, or None
+        rope             [2,B,1,N,h/2], from image_rope, or None
         text_hidden      [B,T,D], the embedded hidden state (shallow fusion), or None
         text_mask        [B,1,1,T], added to the scores: 0 at real tokens, -inf at padding
         joint_mask       [B,1,1,T+N], the same for [text ; image]
@@ -992,8 +992,8 @@ def layers_to_read(c: FuseDiTConfig, L):
     """For every DiT block, the index of the Gemma layer whose keys and values it reads, or None.
 
     DiT block i reads Gemma layer i + initial_layers, if shared_attention_layers allows it
-    (models.py:782-800). In shallow fusion only the length of the list counts. L: how many layers
-    Gemma has. Raises FuseDiTError if layers are asked for that it does not have, or none is left.
+    (models.py:782-800). In shallow fusion only the length of the list matters. L: the number of
+    Gemma's layers. Raises FuseDiTError if it lacks one that is needed, or if none is read.
     """
     count = c.dit_num_hidden_layers
     if count is None:
@@ -1022,9 +1022,9 @@ class FuseDiT(nn.Module):
 
     llm             the text tower, frozen
     dit             the image tower, which is trained
-    tokenizer       of the text tower
+    tokenizer       the text tower's tokenizer
     clip_encoder    for CLIP modulation: prompts or CLIP's token ids -> pooled vectors
-    llm_is_trained  whether llm's weights differ from those of config.base (--train-llm)
+    llm_is_trained  True if llm's weights differ from those of config.base (--train-llm)
     """
     def __init__(self, config: FuseDiTConfig, gemma: GemmaConfig):
         super().__init__()
@@ -1049,9 +1049,9 @@ class FuseDiT(nn.Module):
     def encode_ids(self, ids, mask, pooled=None):
         """TextFeatures of ids [B,T], padded on the right, with mask [B,T] (True: a real token).
 
-        pooled: of clip_encoder, for CLIP modulation. Gemma is frozen, so autograd records nothing
-        here. If requires_grad is set on its weights, gradients reach them through what the DiT
-        reads, with no other change.
+        pooled: the output of clip_encoder, for CLIP modulation. Gemma is frozen, so autograd
+        records nothing here. If requires_grad is set on its weights, gradients reach them through
+        what the DiT reads, with no other change.
         """
         rotate_keys = self.config.attention == "self"           # cross: keys without positions
         keys, values, hidden = self.llm(ids, self.last_layer, rotate_keys)

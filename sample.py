@@ -5,9 +5,9 @@
     python sample.py --model PATH_OR_HUB_ID --prompt "a red fox in the snow" --gif
     python sample.py --model runs/demo --export my-model
 
-Every PNG carries its prompt, seed and settings as text, which is enough to draw it again. The
-images of a prompt use consecutive seeds from --seed on. A seed gives the same image whatever else
-is drawn.
+Each PNG stores its prompt, seed and settings as text, which is enough to draw it again. The images
+of a prompt use consecutive seeds, starting at --seed. A seed gives the same image regardless of
+what else is drawn.
 """
 import argparse
 import re
@@ -52,7 +52,7 @@ def parse_args():
     add_output_flags(parser)
     args = parser.parse_args()
     if not (args.prompt or args.prompts or args.export):
-        parser.error('say what to draw: --prompt "a large red circle", or --prompts FILE')
+        parser.error('nothing to draw: give --prompt "a large red circle", or --prompts FILE')
     return args
 
 
@@ -63,7 +63,7 @@ def add_prompt_flags(parser):
     group.add_argument("--prompts", type=Path, metavar="FILE",
                        help="a UTF-8 text file with one prompt per line")
     group.add_argument("--negative", default="", metavar="TEXT",
-                       help="a description of what to steer away from")
+                       help="negative prompt: a description of what to steer away from")
     group.add_argument("--num-images", type=positive, default=1, metavar="N",
                        help="number of images per prompt")
     group.add_argument("--seed", type=uint32, default=0, metavar="N",
@@ -79,11 +79,11 @@ def add_sampler_flags(parser):
     group.add_argument("--steps", type=positive, default=25, metavar="N",
                        help="number of Euler steps; more steps give finer images and take longer")
     group.add_argument("--guidance", type=float, metavar="SCALE",
-                       help="scale of classifier-free guidance: how strictly images follow the "
+                       help="scale of classifier-free guidance: how closely images follow the "
                             "prompt; 1 turns it off (default: the model's own)")
     cli.add_guidance_span(group)
     group.add_argument("--batch-size", type=positive, default=8, metavar="N",
-                       help="number of images that are drawn at once; lower it if memory runs out")
+                       help="number of images drawn at once; lower it if memory runs out")
 
 
 def add_output_flags(parser):
@@ -95,15 +95,15 @@ def add_output_flags(parser):
     group.add_argument("--gif", action="store_true",
                        help="also save an animation of the denoising of each image")
     group.add_argument("--export", type=Path, metavar="DIR",
-                       help="write the model to a new folder in the released layout; no prompt "
-                            "is needed then")
+                       help="write the model to a new folder in the released layout; a prompt is "
+                            "then optional")
 
 
 # ---- drawing -------------------------------------------------------------------------------------
 
 def draw(loaded, jobs, args):
-    """Draw and save an image, and an animation if asked for, of each job. Returns the images."""
-    frames = []                             # of the current batch: a list of images per step
+    """Draw and save the image of each job, and with --gif its animation. Returns the images."""
+    frames = []                             # one list of images per step of the current batch
     images = []
 
     with progress_bar(len(jobs)) as bar:
@@ -151,7 +151,7 @@ def save_gif(frames, path):
 
 
 def save_grid(images, args):
-    """Write all images into one: the images of a prompt in one row, or else four in a row."""
+    """Save all images as a grid: one row per prompt, or four in a row if each has one image."""
     columns = 4
     if args.num_images > 1:
         columns = args.num_images
@@ -177,7 +177,7 @@ def main():
     if not prompts:
         return
 
-    # Fail now, rather than after minutes of drawing.
+    # Fail now rather than after minutes of drawing.
     args.out.mkdir(parents=True, exist_ok=True)
     latent_size(config, loaded.vae, args.height, args.width)
 

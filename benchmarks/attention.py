@@ -1,12 +1,12 @@
 """Speed and accuracy of attention kernels at the DiT's shapes: image tokens over [text ; image].
 
-    python benchmarks/attention.py                                  the small model's shape
-    python benchmarks/attention.py --heads 8 --kv-heads 4 --image 1024 --text 128      Gemma 2 2B's
+    python benchmarks/attention.py                                       shape of the small model
+    python benchmarks/attention.py --heads 8 --kv-heads 4 --image 1024 --text 128      Gemma 2 2B
 
-Captions differ in length, so a mask hides the padding of the text. It is boolean, or added to the
-scores. "rows" is fusedit.attention: the query heads of one key head as rows of one head;
-"repeat" copies the keys for each query head. The head size is 256, as Gemma's. Each of PyTorch's
-fused kernels is requested by name. If a machine does not have one, the line says why.
+Captions differ in length, so a mask hides the padding of the text. It is either boolean or added to
+the scores. "rows" is fusedit.attention, which stacks the query heads of a key head as rows of one
+head; "repeat" copies the keys for each query head. The head size is 256, as in Gemma. Each of
+PyTorch's fused kernels is requested by name. If one is not available, its line gives the reason.
 """
 import argparse
 import statistics
@@ -41,7 +41,7 @@ def repeat_attention(q, k, v, mask):
 
 
 def with_kernel(kernel, attention, mask, q, k, v):
-    """Attention by one of PyTorch's kernels."""
+    """Attention with a given PyTorch kernel."""
     with sdpa_kernel(kernel):
         return attention(q, k, v, mask)
 
@@ -54,7 +54,7 @@ def padding_mask(lengths, text, image):
 
 
 def candidates(visible, dtype):
-    """{name: attention of (q, k, v)} for every kernel. visible: [B,1,1,S]."""
+    """{name: function of q, k and v} for every kernel and variant. visible: mask [B,1,1,S]."""
     added = torch.where(visible, 0.0, -torch.inf).to(dtype)
     found = {}
     for name, kernel in KERNELS.items():
@@ -70,7 +70,7 @@ def candidates(visible, dtype):
 
 
 def flex_attention(lengths, text, image):
-    """Compiled FlexAttention, which skips blocks of 128 keys that are only padding."""
+    """Compiled FlexAttention, which skips blocks of 128 keys that consist of padding only."""
     from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
     def visible(b, _, query, key):
@@ -102,7 +102,7 @@ class Inputs:
 
 
 def measure(attention, inputs, exact, rounds, device):
-    """Median seconds of the forward pass, and of forward and backward; distance from `exact`."""
+    """Median seconds of forward, and of forward and backward; relative distance from `exact`."""
     def forward():
         with torch.no_grad():
             return attention(inputs.q, inputs.k, inputs.v)
@@ -120,17 +120,19 @@ def measure(attention, inputs, exact, rounds, device):
 
 def arguments():
     p = argparse.ArgumentParser(description=__doc__, formatter_class=cli.HelpFormatter)
-    p.add_argument("--batch", type=cli.positive, default=8, help="samples")
-    p.add_argument("--heads", type=cli.positive, default=2, help="query heads")
-    p.add_argument("--kv-heads", type=cli.positive, default=1, help="key and value heads")
-    p.add_argument("--image", type=cli.positive, default=256, help="image tokens")
+    p.add_argument("--batch", type=cli.positive, default=8, help="number of samples per batch")
+    p.add_argument("--heads", type=cli.positive, default=2, help="number of query heads")
+    p.add_argument("--kv-heads", type=cli.positive, default=1, help="number of key/value heads")
+    p.add_argument("--image", type=cli.positive, default=256, help="number of image tokens")
     p.add_argument("--text", type=cli.positive, default=32,
-                   help="text tokens; the shortest caption has half as many")
+                   help="text tokens of the longest caption; the shortest has half as many")
     p.add_argument("--rounds", type=cli.positive, default=15,
-                   help="timed runs of each kernel; their median counts")
-    p.add_argument("--dtype", **cli.DTYPE, help="auto: bf16 where the device has it, else float32")
+                   help="number of timed runs of each kernel; the median is reported")
+    p.add_argument("--dtype", **cli.DTYPE,
+                   help="precision; auto is bf16 where the device has it natively, else float32")
     p.add_argument("--device", default="auto", help="auto, cpu, cuda, ...")
-    p.add_argument("--out", type=Path, metavar="FILE.json", help="also write the figures there")
+    p.add_argument("--out", type=Path, metavar="FILE.json",
+                   help="also write the results to this file")
     return p.parse_args()
 
 
@@ -145,13 +147,13 @@ def main():
     found = candidates(visible, dtype)
     exact = found["math: rows, bool mask"](*inputs.float32())
 
-    print(f"{machine(device)}, torch {torch.__version__}, {args.dtype}: ms of forward, and of "
-          "forward and backward; distance from float32")
+    print(f"{machine(device)}, torch {torch.__version__}, {args.dtype}: ms for forward, ms for "
+          "forward and backward, distance from float32")
     rows = {}
     for name in [*found, "flex"]:
         try:
             with warnings.catch_warnings():
-                warnings.simplefilter("ignore")            # PyTorch explains at length why not
+                warnings.simplefilter("ignore")            # long ones, if a kernel does not apply
                 if name == "flex":
                     attention = flex_attention(lengths, args.text, args.image)
                 else:

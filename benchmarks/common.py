@@ -1,4 +1,4 @@
-"""What the benchmarks share: models with random weights, the published formulation, timing, tables.
+"""Code shared by the benchmarks: random models, the published formulation, timing and tables.
 
 All models have random weights, so nothing is downloaded. The published formulation of the model is
 written out in joint_velocity(), as the baseline of the comparisons.
@@ -37,11 +37,11 @@ SMALL = dict(model_type="gemma2", vocab_size=8192, hidden_size=512, intermediate
 # ---------------------------------------------------------------------------- models
 @dataclass
 class Case:
-    """A model of the paper's final design, and the lengths of the captions it is given."""
+    """A model of the paper's final design, and the lengths of its captions."""
     config: fusedit.FuseDiTConfig
     gemma: fusedit.GemmaConfig
     padded_length: int                  # text tokens with padding
-    caption_lengths: tuple              # least and most real tokens; lengths are evenly distributed
+    caption_lengths: tuple              # min and max real tokens; lengths are uniform in between
 
     @property
     def mean_length(self):
@@ -60,14 +60,14 @@ class Case:
         return (self.latent_size // self.config.patch_size) ** 2
 
     def abstract(self):
-        """The model without memory for its weights, to count FLOPs with."""
+        """The model on the meta device, without memory for its weights, to count FLOPs."""
         with torch.device("meta"):
             model = fusedit.FuseDiT(self.config, self.gemma)
         model.llm.keep_layers(model.last_layer)
         return model
 
     def build(self, device, dtype):
-        """The model with random weights. No matrix is zero, or faults would have no effect."""
+        """The model with random weights. No matrix is zero, since that would hide errors."""
         torch.manual_seed(0)
         with torch.device(device):
             model = fusedit.FuseDiT(self.config, self.gemma)
@@ -80,9 +80,9 @@ class Case:
     def batches(self, n, batch, device):
         """Yields n dictionaries of random tensors, each a batch of `batch` samples:
 
-        x: pixels (of latents' size if there is no VAE) [B,C,H,W]; normal: of the noise level [B];
-        eps: noise [B,C,H,W]; ids, mask: text, padded to padded_length [B,T]; short_ids, short_mask:
-        the same text, padded only as far as train_gpu.py would.
+        x: pixels (of the latents' size if there is no VAE) [B,C,H,W]; normal: the normal draw for
+        the noise level [B]; eps: noise [B,C,H,W]; ids, mask: text, padded to padded_length [B,T];
+        short_ids, short_mask: the same text, padded only as far as train_gpu.py pads it.
         """
         rng = torch.Generator().manual_seed(1)
         c = self.config
@@ -105,9 +105,9 @@ class Case:
             yield {name: tensor.to(device) for name, tensor in tensors.items()}
 
     def vae(self, device, dtype, fast):
-        """SD3's autoencoder with random weights, or None if the model has no VAE.
+        """SD3's VAE with random weights, or None if the model has no VAE.
 
-        fast: in the memory format that vae.load_vae uses.
+        fast: use the memory format of vae.load_vae.
         """
         if not self.config.vae:
             return None
@@ -120,9 +120,9 @@ class Case:
 
 
 def case(name, image_size=0):
-    """The case "small", or that of a preset whose Gemma has its shape in train/costs.py.
+    """The case "small", or that of a preset whose Gemma is listed in train/costs.py.
 
-    image_size: instead of the usual one; 0 or None: the usual one.
+    image_size: replaces the default size unless it is 0 or None.
     """
     if name == "small":                     # 31.5 M, 256 image tokens
         config = fusedit.preset("fusedit", vae=None, image_size=image_size or 32)
@@ -136,15 +136,15 @@ def case(name, image_size=0):
 
 # ---------------------------------------------------------------------------- two formulations
 def encode_text(model, batch):
-    """The keys and values of a batch's text, padded only as far as train_gpu.py would."""
+    """The keys and values of a batch's text, padded only as far as train_gpu.py pads it."""
     return model.encode_ids(batch["short_ids"], batch["short_mask"])
 
 
 def joint_mask(mask, image_tokens, dtype):
     """The additive mask [B,1,T+N,T+N] of the published formulation, for text with mask [B,T].
 
-    Text tokens see text up to themselves (causal). Image tokens see all real text and all of the
-    image.
+    Text tokens attend to text up to themselves (causal). Image tokens attend to all real text and
+    the whole image.
     """
     B, T = mask.shape
     S = T + image_tokens
@@ -157,7 +157,7 @@ def joint_mask(mask, image_tokens, dtype):
 
 
 def joint_layer(gemma_layer, dit_layer, txt, img, text_rope, image_rope, bias):
-    """One layer of both towers [B,T,D], [B,N,D] with one attention over [text ; image]."""
+    """One layer of both towers, txt [B,T,D] and img [B,N,D], with attention over [text ; image]."""
     T = txt.shape[1]
     txt_normed = gemma_layer.input_layernorm(txt)
     img_normed = dit_layer.input_layernorm(img)
@@ -185,11 +185,11 @@ def joint_layer(gemma_layer, dit_layer, txt, img, text_rope, image_rope, bias):
 
 
 def joint_velocity(model, x_t, sigma, ids, mask):
-    """The velocity [B,C,H,W] of x_t by the published formulation: [text ; image] in every layer,
-    under one dense mask.
+    """The velocity [B,C,H,W] at x_t, computed by the published formulation.
 
-    Written out for the final design: 2d-rope, no time embedding (so sigma is not used), norms
-    before and after each branch. ids, mask: [B,T].
+    Every layer attends over [text ; image] under one dense mask. This is written out for the final
+    design: 2d-rope, no time embedding (so sigma is not used), norms before and after each branch.
+    ids, mask: [B,T].
     """
     llm = model.llm
     dit = model.dit
@@ -223,14 +223,14 @@ def joint_velocity(model, x_t, sigma, ids, mask):
 
 
 def pytorch_defaults():
-    """Restore PyTorch's own choice of attention kernels, which the published code runs with."""
+    """Restore PyTorch's default choice of attention kernels, which the published code uses."""
     torch.backends.cuda.enable_flash_sdp(True)
     torch.backends.cuda.allow_fp16_bf16_reduction_math_sdp(False)
 
 
 # ---------------------------------------------------------------------------- FLOPs
 def count_flops(work):
-    """The result of work(), and the FLOPs that it took."""
+    """The result of work(), and the number of FLOPs it took."""
     with FlopCounterMode(display=False) as counter:
         result = work()
     return result, counter.get_total_flops()
@@ -238,7 +238,7 @@ def count_flops(work):
 
 @torch.no_grad()
 def useful_flops(case, mode):
-    """FLOPs that one image requires, without any padding of text: {"gemma", "dit", "vae"}.
+    """The FLOPs that one image requires, without text padding: {"gemma", "dit", "vae"}.
 
     mode: "train" for one training step, or a number of sampling steps with guidance.
     """
@@ -258,7 +258,7 @@ def useful_flops(case, mode):
 
     if mode == "train":                     # the backward pass costs twice the forward pass
         return dict(gemma=gemma_flops, dit=3 * dit_flops, vae=vae_flops)
-    # Guidance doubles the calls. The empty prompt has one token, so Gemma counts but once.
+    # Guidance doubles the calls. The empty prompt has one token, so Gemma is counted only once.
     return dict(gemma=gemma_flops, dit=2 * mode * dit_flops, vae=vae_flops)
 
 
@@ -270,7 +270,7 @@ def wait(device):
 
 
 def clock(work, device):
-    """Seconds that work() takes."""
+    """The time that work() takes, in seconds."""
     wait(device)
     begin = time.perf_counter()
     work()
@@ -279,10 +279,10 @@ def clock(work, device):
 
 
 def product(case, device, dtype, rows, train):
-    """The matrix product of the MLP, which the speed of the model is compared with.
+    """The MLP's matrix product, with which the speed of the model is compared.
 
-    Returns work, a function of no arguments, and its FLOPs. rows: tokens. train: the product and
-    the gradients of both factors.
+    Returns a function without arguments, and its FLOPs. rows: number of tokens. train: compute the
+    gradients of both factors as well.
     """
     width = case.config.dit_hidden_size or case.gemma.hidden_size
     hidden = case.gemma.intermediate_size
@@ -291,7 +291,8 @@ def product(case, device, dtype, rows, train):
     grad = torch.randn(rows, hidden, device=device, dtype=dtype)
     weight = torch.randn(hidden, width, device=device, dtype=dtype)
 
-    # 50 ms of an H100, so that launching and waiting do not count; half a second of two cores
+    # 50 ms on an H100, so that launches and synchronisation are negligible; half a second on two
+    # CPU cores
     budget = 2e11
     if device.type == "cuda":
         budget = 4e13
@@ -311,9 +312,9 @@ def product(case, device, dtype, rows, train):
 
 
 def alternate(works, device, rounds, warm=3):
-    """Time functions in turns: {name: seconds of each round} for works {name: function of i}.
+    """Time functions in turn: {name: seconds of each round} for works {name: function of i}.
 
-    i is the number of the round. The first `warm` rounds are not counted.
+    i is the index of the round. The first `warm` rounds are not counted.
     """
     seconds = {name: [] for name in works}
     for i in tqdm(range(warm + rounds), unit="round", disable=None):
@@ -325,7 +326,7 @@ def alternate(works, device, rounds, warm=3):
 
 
 def peak_memory(work, device):
-    """The largest number of bytes in use while work() runs; None where it cannot be measured."""
+    """The peak memory while work() runs, in bytes; None where it cannot be measured."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
         work()
@@ -333,15 +334,15 @@ def peak_memory(work, device):
     if not Path("/proc/self/clear_refs").exists():
         return None
     ctypes.CDLL(None).malloc_trim(0)
-    Path("/proc/self/clear_refs").write_text("5")          # makes Linux forget the earlier peak
+    Path("/proc/self/clear_refs").write_text("5")          # resets the peak that Linux records
     work()
     status = Path("/proc/self/status").read_text()
     return 1024 * int(re.search(r"VmHWM:\s+(\d+)", status)[1])
 
 
 REST = "the rest: norms, gates, rotations, copies"
-KINDS = (                                   # kind of a kernel, pattern of its name; first match
-    # Names of Triton's kernels list all that was fused, products too.
+KINDS = (                                   # (kind, pattern of kernel names); the first match wins
+    # The name of a Triton kernel lists everything that was fused, products included.
     (REST, r"^triton_"),
     ("attention's products", r"bmm|attention|flash|fmha|sdpa|softmax"),
     ("linear layers' products", r"aten::(mm|addmm|linear|mkldnn_convolution|convolution)|gemm|nvjet"
@@ -351,21 +352,21 @@ KINDS = (                                   # kind of a kernel, pattern of its n
 
 
 def kind_of(kernel):
-    """What a kernel of this name is for."""
+    """The kind of the kernel with this name; see KINDS."""
     for kind, pattern in KINDS:
         if re.search(pattern, kernel):
             return kind
 
 
 class Kernel(NamedTuple):
-    """A kernel of a GPU, or an operation of a CPU, in all rounds of a profile."""
+    """A GPU kernel, or an operation on a CPU, summed over all rounds of a profile."""
     name: str
     seconds: float
     calls: int
 
 
 def profile(work, device, rounds):
-    """The kernels that run in some rounds of work()."""
+    """The kernels that run in `rounds` calls of work()."""
     from torch.autograd import DeviceType
     from torch.profiler import ProfilerActivity
     on_gpu = device.type == "cuda"
@@ -382,15 +383,15 @@ def profile(work, device, rounds):
         if not on_gpu:
             kernels.append(Kernel(event.key, event.self_cpu_time_total / 1e6, event.count))
         elif event.device_type == DeviceType.CUDA and not event.is_user_annotation:
-            # (an annotation, as of AdamW's step, spans kernels that are counted as well)
+            # (an annotation, such as AdamW's step, spans kernels that are counted anyway)
             kernels.append(Kernel(event.key, event.self_device_time_total / 1e6, event.count))
     return kernels
 
 
 def shares(parts, device, rounds=3):
-    """Seconds of one round by kind of kernel: {kind: seconds}.
+    """The time of one round by kind of kernel: {kind: seconds}.
 
-    parts: {name: (work, kind)}; kind None: by the names of the kernels.
+    parts: {name: (work, kind)}; if kind is None, kernels are classified by their names.
     """
     found = {}
     for work, kind in parts.values():
@@ -408,7 +409,7 @@ def relative_distance(a, b):
 
 # ---------------------------------------------------------------------------- output
 def machine(device):
-    """The name of the GPU, or of the CPU with its number of threads."""
+    """The name of the GPU, or that of the CPU and the number of threads."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     try:
@@ -420,9 +421,9 @@ def machine(device):
 
 
 def table(seconds, flops, rate, images, peak=None):
-    """Print a line for each entry of seconds {name: seconds of each round}; returns its figures.
+    """Print a line for each entry of seconds {name: seconds of each round}. Returns the figures.
 
-    flops: useful FLOPs of a round. rate: the matrix rate in FLOP/s. images: per round.
+    flops: useful FLOPs per round. rate: the matrix rate in FLOP/s. images: images per round.
     peak: {name: bytes}, if memory was measured.
     """
     rows = {}
@@ -440,7 +441,7 @@ def table(seconds, flops, rate, images, peak=None):
 
 
 def finish(args, result):
-    """Print the result as JSON, with the arguments, and write it to args.out if that is given."""
+    """Print the arguments and the result as JSON, and write them to args.out if it is given."""
     settings = {}
     for name, value in vars(args).items():
         if isinstance(value, Path):
@@ -458,23 +459,25 @@ def parser(description, batch, rounds):
     """An argument parser with the flags that the benchmarks share, and their defaults."""
     p = argparse.ArgumentParser(description=description, formatter_class=cli.HelpFormatter)
     p.add_argument("--preset", default="small",
-                   help="small: 31.5 M parameters, 256 image tokens, for CPUs; or a preset of the "
+                   help="small (31.5 M parameters, 256 image tokens, for CPUs), or a preset of the "
                         "final design, such as fusedit/large-scale")
     p.add_argument("--image-size", type=cli.positive,
-                   help="pixels instead of the preset's (small: of its latents)")
-    p.add_argument("--batch", type=cli.positive, default=batch, help="images at once")
+                   help="image size in pixels (for small: in latents), instead of the preset's")
+    p.add_argument("--batch", type=cli.positive, default=batch, help="number of images per batch")
     p.add_argument("--rounds", type=cli.positive, default=rounds,
-                   help="timed runs of each formulation; their median counts")
-    p.add_argument("--dtype", **cli.DTYPE, help="auto: bf16 where the device has it, else float32")
+                   help="number of timed runs of each formulation; the median is reported")
+    p.add_argument("--dtype", **cli.DTYPE,
+                   help="precision; auto is bf16 where the device has it natively, else float32")
     p.add_argument("--compile", action=argparse.BooleanOptionalAction, default=True,
                    help="compile the blocks of the two-phase formulation")
     p.add_argument("--device", default="auto", help="auto, cpu, cuda, ...")
-    p.add_argument("--out", type=Path, metavar="FILE.json", help="also write the figures there")
+    p.add_argument("--out", type=Path, metavar="FILE.json",
+                   help="also write the results to this file")
     return p
 
 
 def start(args):
-    """Set up PyTorch as the launchers do; returns device, dtype, case and model."""
+    """Set up PyTorch as the launchers do. Returns device, dtype, case and model."""
     os.environ.setdefault("TORCHINDUCTOR_FX_GRAPH_CACHE", "1")
     device, dtype = cli.pick_dtype(args)
     torch.set_float32_matmul_precision("high")

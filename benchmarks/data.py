@@ -1,10 +1,11 @@
-"""How fast images are packed on one core, and what finding CC12M's captions takes.
+"""Speed of packing images on one core, and cost of joining CC12M's captions.
 
     python benchmarks/data.py speed                 images per second; 2 minutes
-    python benchmarks/data.py join -n 2000000       memory and time of sorting and finding captions
+    python benchmarks/data.py join -n 2000000       memory and time to sort and look up captions
 
-The images are noise whose spectrum falls so that their JPEGs have the size of photographs'. They
-are as large as SA-1B's (2250 x 1500), and as what is packed of these (768 x 512).
+The images are noise with a spectrum that falls off so that their JPEGs are as large as those of
+photographs. They have the size of SA-1B's images (2250 x 1500), or of those after packing
+(768 x 512).
 """
 import argparse
 import functools
@@ -33,7 +34,7 @@ from fusedit_lib.data.captions import CaptionTable
 
 # ---------------------------------------------------------------------------- images
 def photo(width, height, seed, quality):
-    """A JPEG of noise with about the spectrum of a photograph."""
+    """A JPEG of noise with roughly the spectrum of a photograph."""
     rng = np.random.RandomState(seed)
     row_frequencies = np.fft.fftfreq(height)[:, None]
     column_frequencies = np.fft.rfftfreq(width)[None]
@@ -51,7 +52,7 @@ def photo(width, height, seed, quality):
 
 
 def folder_of(photos, folder):
-    """Write JPEGs and a caption for each to a new folder; returns the folder."""
+    """Write JPEGs and a caption for each to a new folder. Returns the folder."""
     folder.mkdir()
     for i, data in enumerate(photos):
         (folder / f"{i:04d}.jpg").write_bytes(data)
@@ -74,7 +75,7 @@ class SpeedCase(NamedTuple):
 
 
 def speed(args):
-    """Compare packing with decoding and encoding alone, which no packing can do without."""
+    """Compare the speed of packing with that of only decoding and encoding the images."""
     large = [photo(2250, 1500, i, 92) for i in range(24)]
     small = [photo(768, 512, i, 95) for i in range(128)]
     print(f"one core; JPEGs of {mean_kb(large):.0f} kB (2250 x 1500) and {mean_kb(small):.0f} kB "
@@ -84,19 +85,19 @@ def speed(args):
              SpeedCase("768 x 512 to 256", small, 256)]
     with tempfile.TemporaryDirectory() as tmp:
         for case in cases:
-            many = case.photos * 8          # as many as in a real shard: less time is start-up
+            many = case.photos * 8          # as in a real shard: start-up takes less of the time
             folder = folder_of(many, Path(tmp) / case.name)
             out = Path(tmp) / f"out {case.name}"
             bound = rate(partial(recode_all, case), len(case.photos))
             packed = rate(partial(pack, folder, out, case.size), len(many))
-            print(f"packing {case.name}: {packed:.1f} images/s; decoding and encoding alone "
-                  f"{bound:.1f}; {packed / bound:.2f} of it")
+            print(f"packing {case.name}: {packed:.1f} images/s; decoding and encoding alone: "
+                  f"{bound:.1f} images/s; ratio {packed / bound:.2f}")
 
 
 def rate(work, count, tries=5):
-    """Images per second of work(), which handles `count`: the best of some tries.
+    """Images per second of work(), which handles `count` images: the best of several tries.
 
-    Other processes on the machine only make it slower, so the best is the least disturbed.
+    Other processes on the machine only make it slower, so the best try is the least disturbed.
     """
     best = 0
     for _ in range(tries):
@@ -117,7 +118,7 @@ def recode_all(case):
 
 
 def recode(data, size):
-    """Decode an image, and encode one of the size that packing makes of it."""
+    """Decode an image, and encode one of the size that it has after packing."""
     image = Image.open(io.BytesIO(data))
     image.load()
     if size:
@@ -127,7 +128,7 @@ def recode(data, size):
 
 @functools.cache
 def shrunk_photo(size, shorter_side):
-    """An image as large as packing makes one of `size`, decoded, since resizing is not counted."""
+    """A decoded image of the size that one of `size` has after packing: resizing is not timed."""
     scale = shorter_side / min(size)
     width, height = (round(side * scale) for side in size)
     return Image.open(io.BytesIO(photo(width, height, 0, 95))).convert("RGB")
@@ -135,7 +136,7 @@ def shrunk_photo(size, shorter_side):
 
 # ---------------------------------------------------------------------------- join
 def join(args):
-    """Sort a copy of CaptionEmporium's file with n captions, and find the captions of a shard."""
+    """Sort an imitation of CaptionEmporium's file, and look up the captions of one shard."""
     with tempfile.TemporaryDirectory() as tmp:
         rows = Path(tmp) / "train.jsonl"
         write_captions(rows, args.n)
@@ -149,12 +150,12 @@ def join(args):
         captions = table.lookup([f"{key:09d}" for key in range(first, first + 5000)])
         lookup = time.perf_counter() - begin
         print(f"{args.n} captions ({rows.stat().st_size / 1e9:.2f} GB): {sorting:.0f} s to sort, "
-              f"{lookup:.2f} s for {len(captions)} of them, peak {peak_gb():.2f} GB of memory "
+              f"{lookup:.2f} s to look up {len(captions)}, peak memory {peak_gb():.2f} GB "
               f"({memory_before:.2f} before)")
 
 
 def write_captions(path, count):
-    """Write `count` rows in the form of CaptionEmporium's file, in random order."""
+    """Write `count` rows in the format of CaptionEmporium's file, in random order."""
     rng = np.random.RandomState(0)
     words = [f"word{i}" for i in range(5000)]
     order = rng.permutation(count)
@@ -170,14 +171,14 @@ def write_captions(path, count):
 
 
 def peak_gb():
-    """The most memory that this process has used so far, in GB."""
+    """The peak memory of this process so far, in GB."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
-    parser.add_argument("what", choices=("speed", "join"))
-    parser.add_argument("-n", type=int, default=2_000_000, help="captions of the join")
+    parser.add_argument("what", choices=("speed", "join"), help="the benchmark to run")
+    parser.add_argument("-n", type=int, default=2_000_000, help="number of captions for join")
     args = parser.parse_args()
     if args.what == "speed":
         speed(args)

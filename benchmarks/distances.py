@@ -1,9 +1,10 @@
-"""How the Frechet and the kernel distance grow when real images are changed in known ways.
+"""Growth of the Frechet and kernel distances when real images are changed in known ways.
 
     python prepare_data.py emoji shards/emoji
     python benchmarks/distances.py shards/emoji/train          4 minutes on two cores
 
-One half of the flat emoji is compared with the other: as it is, blurred, noised, in another style.
+One half of the flat emoji is compared with the other half: unchanged, blurred, with noise, and in
+another style.
 """
 import argparse
 import io
@@ -36,7 +37,7 @@ SIDE = 64                                   # pixels of the images that are comp
 # ---- images --------------------------------------------------------------------------------------
 
 def read_emoji(folder):
-    """{style: {concept: image}} of the shards that prepare_data.py emoji writes."""
+    """{style: {concept: image}} from the shards that prepare_data.py emoji writes."""
     styles = {"google": {}, "fluent": {}}
     for path in sorted(folder.glob("*.tar")):
         with tarfile.open(path) as tar:
@@ -49,7 +50,7 @@ def read_emoji(folder):
 
 
 def on_white(data):
-    """An image file's bytes as an image on a white background."""
+    """Decode the bytes of an image file, with a white background."""
     image = Image.open(io.BytesIO(data)).convert("RGBA")
     page = Image.new("RGBA", image.size, "white")
     page.alpha_composite(image)
@@ -66,13 +67,13 @@ def blur(image, sd):
 
 
 def image_sets(styles, rng):
-    """The reference images, and {name of a change: as many changed images}.
+    """The reference images, and {name of a change: the same number of changed images}.
 
-    Only concepts that both styles have are used. They are split into two halves at random.
+    Only concepts that exist in both styles are used. They are split at random into two halves.
     """
     concepts = sorted(styles["google"].keys() & styles["fluent"].keys())
     if len(concepts) < 4:
-        raise FuseDiTError("these are no shards of prepare_data.py emoji: give its OUT/train")
+        raise FuseDiTError("these are not shards of prepare_data.py emoji: give its OUT/train")
     random.Random(0).shuffle(concepts)
     half = min(500, len(concepts) // 2)
     reference = [styles["google"][concept] for concept in concepts[:half]]
@@ -92,7 +93,7 @@ def image_sets(styles, rng):
 
 @torch.no_grad()
 def extract_features(images, extractor, device):
-    """Features [n,D], float64."""
+    """The features [n,D] of images, in float64."""
     parts = []
     for batch in batches_of(images, 64):
         x = torch.stack([extractor.prepare(image) for image in batch])
@@ -121,13 +122,14 @@ def print_table(table, names):
 
 def parse_args():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
-    parser.add_argument("shards", type=Path, help="folder train of prepare_data.py emoji's OUT")
+    parser.add_argument("shards", type=Path, help="the folder OUT/train of prepare_data.py emoji")
     parser.add_argument("--features", default="efficientnet-lite0",
                         help="network whose features are compared, as in evaluate.py fid")
     parser.add_argument("--inception", type=Path, default=Path.home() / ".cache/fusedit",
-                        help=f"folder that holds {metrics.INCEPTION}")
+                        help=f"folder that contains {metrics.INCEPTION}")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, ...")
-    parser.add_argument("--out", type=Path, default=Path("distances.png"), help="the figure")
+    parser.add_argument("--out", type=Path, default=Path("distances.png"),
+                        help="file for the figure")
     return parser.parse_args()
 
 

@@ -1,10 +1,11 @@
-"""How fast training gets its images: shards of JPEGs to batches, compared with a plain Pillow loop.
+"""Speed of loading training batches from shards of JPEGs, compared with a plain Pillow loop.
 
     OMP_NUM_THREADS=1 python benchmarks/loader.py           one core, 1 minute
-    python benchmarks/loader.py --workers 16                also with worker processes, as training
+    python benchmarks/loader.py --workers 16                also with workers, as in training
 
-The images are those of data.py, 768 x 512 at 193 kB each. A batch is all that training needs:
-pixels, token ids, noise. "decode" is libjpeg's part, of whole images, which a loop has to do too.
+The images are those of data.py, 768 x 512 at 193 kB each. A batch contains all that training needs:
+pixels, token ids and noise. "decode" only decodes the whole images with libjpeg, which the plain
+loop has to do as well.
 """
 import argparse
 import io
@@ -33,7 +34,7 @@ PHOTOS = 128
 
 
 def plain(data, size):
-    """Pixels [3,size,size] of a JPEG's bytes, by the loop that a trainer would begin with."""
+    """Pixels [3,size,size] of a JPEG's bytes, as a simple training script would load them."""
     image = Image.open(io.BytesIO(data)).convert("RGB")
     scale = size / min(image.size)
     scaled = [round(side * scale) for side in image.size]
@@ -55,7 +56,7 @@ class Loading:
         config = fusedit.preset("fusedit", image_size=size)
         tokenizer = load_tokenizer(Path(fusedit.__file__).with_name("demo") / "gemma")
         self.batches = Batches(run, config, tokenizer, batch)
-        self.count = len(photos) // batch   # batches in an epoch
+        self.count = len(photos) // batch   # batches per epoch
 
     def loader(self):
         for m in range(self.count):
@@ -70,7 +71,7 @@ class Loading:
             Image.open(io.BytesIO(data)).load()
 
     def rate_of_workers(self, workers):
-        """Images per second of worker processes, from when the first batch is there."""
+        """Images per second with worker processes, timed from the arrival of the first batch."""
         total = 40 * self.count
         stream = load_batches(self.batches, range(total), workers)
         next(stream)
@@ -81,7 +82,7 @@ class Loading:
 
 
 def median_rates(works, images, rounds):
-    """{name: images per second}, medians of some rounds in which all take turns."""
+    """{name: images per second}: medians over rounds in which the functions take turns."""
     seconds = {name: [] for name in works}
     for _ in range(rounds):
         for name, work in works.items():
@@ -92,7 +93,7 @@ def median_rates(works, images, rounds):
 
 
 def measure(loading, rounds, workers):
-    """{way: images per second} at one size, also printed."""
+    """Measure and print {method: images per second} at one size."""
     works = {
         "loader": loading.loader,
         "plain loop": loading.plain_loop,
@@ -111,14 +112,15 @@ def measure(loading, rounds, workers):
 
 def main():
     p = argparse.ArgumentParser(description=__doc__, formatter_class=cli.HelpFormatter)
-    p.add_argument("--batch", type=cli.positive, default=16, help="images in a batch")
+    p.add_argument("--batch", type=cli.positive, default=16, help="number of images per batch")
     p.add_argument("--rounds", type=cli.positive, default=5,
-                   help="times that each way is measured; the median counts")
-    p.add_argument("--out", type=Path, metavar="FILE.json", help="also write the figures there")
+                   help="number of timed runs of each method; the median is reported")
+    p.add_argument("--out", type=Path, metavar="FILE.json",
+                   help="also write the results to this file")
     p.add_argument("--sizes", type=cli.positive, nargs="+", default=[256, 512],
-                   help="image sizes in training, in pixels")
+                   help="training image sizes, in pixels")
     p.add_argument("--workers", type=int, default=0,
-                   help="worker processes of one more way; 0: leave it out")
+                   help="also measure loading with this many worker processes; 0 skips this")
     args = p.parse_args()
     torch.set_num_threads(1)
 

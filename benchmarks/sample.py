@@ -1,13 +1,14 @@
-"""Sampling against the matrix rate of the machine, and against the published formulation.
+"""Sampling speed, compared with the machine's matrix rate and with the published formulation.
 
     python benchmarks/sample.py                                        31.5 M parameters, on a CPU
     python benchmarks/sample.py --preset fusedit/large-scale --batch 8           on a GPU
     python benchmarks/sample.py --no-compile                           sample.py without --compile
 
-"two phases" is what sample.py computes: the prompt is encoded once, then come 25 Euler steps with
-guidance, in which prompt and empty prompt are one batch, then each image is decoded. "joint mask"
-(common.py) is the published formulation: text is padded and runs through Gemma again at every step,
-beside the image. Same weights, same noise, by turns in one process with a matrix product; medians.
+"two phases" is what sample.py computes: prompts are encoded once, then 25 Euler steps with guidance
+follow, each with the prompts and empty prompts in one batch, and then each image is decoded.
+"joint mask" (common.py) is the published formulation: text is padded and runs through Gemma again
+at every step, together with the image. Both use the same weights and the same noise, and take turns
+with a matrix product in one process; medians are reported.
 """
 import statistics
 
@@ -42,7 +43,7 @@ PRODUCTS = 10                               # matrix products that are timed tog
 # ---- two formulations ----------------------------------------------------------------------------
 
 def with_empty_prompt(ids, mask):
-    """Text [2B,T] of prompts [B,T], followed by as many empty prompts, which have one token."""
+    """ids and mask [2B,T]: the prompts [B,T], then as many empty prompts, which have one token."""
     first = torch.arange(ids.shape[1], device=ids.device) < 1
     empty_mask = first.expand_as(ids)
     return torch.cat([ids, torch.zeros_like(ids)]), torch.cat([mask, empty_mask])
@@ -50,7 +51,7 @@ def with_empty_prompt(ids, mask):
 
 @torch.no_grad()
 def draw_in_two_phases(model, vae, batch, steps, guidance):
-    """Pixels (latents if vae is None) of a batch's prompts and noise, as sample.py draws them."""
+    """Pixels (latents if vae is None) for a batch's prompts and noise, drawn as by sample.py."""
     B = len(batch["eps"])
     text = model.encode_ids(*with_empty_prompt(batch["short_ids"], batch["short_mask"]))
     prompts = text.map(lambda t: t[:B])
@@ -64,9 +65,9 @@ def draw_in_two_phases(model, vae, batch, steps, guidance):
 
 @torch.no_grad()
 def draw_with_joint_mask(model, vae, batch, steps, guidance):
-    """The same by the published formulation."""
+    """The same as draw_in_two_phases, by the published formulation."""
     ids, mask = with_empty_prompt(batch["ids"], batch["mask"])
-    # The sampler passes text on as it is: token ids take the place of CLIP's vector.
+    # The sampler passes text on unchanged, so token ids can take the place of CLIP's vector.
     texts = []
     for half_ids, half_mask in zip(ids.chunk(2), mask.chunk(2), strict=True):
         texts.append(fusedit.TextFeatures((), (), None, half_mask, half_ids))
@@ -82,7 +83,7 @@ def draw_with_joint_mask(model, vae, batch, steps, guidance):
 
 
 class Bench:
-    """The model and its batches, and the two formulations as they are timed."""
+    """The model, its batches, and the two formulations as they are timed."""
 
     def __init__(self, args):
         self.args = args
@@ -94,13 +95,13 @@ class Bench:
         self.batches = list(self.case.batches(4, args.batch, self.device))
 
     def two_phases(self, i):
-        """Draw the i-th batch with sample.py's settings of PyTorch."""
+        """Draw the i-th batch with sample.py's PyTorch settings."""
         args = self.args
         return draw_in_two_phases(self.model, self.fast_vae, self.batches[i % 4], args.steps,
                                   args.guidance)
 
     def joint_mask(self, i):
-        """Draw the i-th batch with PyTorch's own settings."""
+        """Draw the i-th batch with PyTorch's default settings."""
         args = self.args
         pytorch_defaults()
         x = draw_with_joint_mask(self.model, self.slow_vae, self.batches[i % 4], args.steps,
@@ -109,7 +110,7 @@ class Bench:
         return x
 
     def image_tokens(self):
-        """Image tokens per image."""
+        """The number of image tokens per image."""
         config = self.case.config
         side = config.image_size // config.patch_size
         if config.vae:
@@ -120,7 +121,7 @@ class Bench:
 # ---- what is measured ----------------------------------------------------------------------------
 
 def exactness(bench):
-    """{formulation: distance from the same in float32, relative to the norm}."""
+    """{formulation: distance from the result in float32, relative to its norm}."""
     args = bench.args
     exact = bench.case.build(bench.device, torch.float32)
     exact.load_state_dict(bench.model.state_dict())
@@ -130,12 +131,12 @@ def exactness(bench):
     for name, draw in (("two phases", draw_in_two_phases), ("joint mask", draw_with_joint_mask)):
         drawn = draw(bench.model, None, two, args.steps, args.guidance)
         errors[name] = relative_distance(drawn, expected)
-        print(f"{name} against float32, after {args.steps} steps: {errors[name]:.1e} of the norm")
+        print(f"{name} against float32 after {args.steps} steps: {errors[name]:.1e} of the norm")
     return errors
 
 
 def time_formulations(bench):
-    """Seconds of each round {formulation: [...]}, and the matrix rate in FLOP/s."""
+    """{formulation: seconds of each round}, and the matrix rate in FLOP/s."""
     args = bench.args
     rows = 2 * args.batch * bench.image_tokens()           # with guidance
     multiply, flops = product(bench.case, bench.device, bench.dtype, rows, train=False)
@@ -150,7 +151,7 @@ def time_formulations(bench):
 
 
 def time_shares(bench):
-    """Where the time of two phases goes: {kind of kernel: seconds}."""
+    """The time of the two-phase formulation by kind of kernel: {kind: seconds}."""
     batch = bench.batches[0]
     sigma = torch.full([2 * bench.args.batch], 0.7, device=bench.device)
     double = {name: torch.cat([value, value]) for name, value in batch.items()}
@@ -178,7 +179,8 @@ def time_shares(bench):
 def main():
     p = parser(__doc__, 8, 5)
     p.add_argument("--steps", type=cli.positive, default=25, help="number of Euler steps")
-    p.add_argument("--guidance", type=float, default=6.0, help="scale of guidance")
+    p.add_argument("--guidance", type=float, default=6.0,
+                   help="scale of classifier-free guidance")
     args = p.parse_args()
     bench = Bench(args)
 
@@ -191,7 +193,8 @@ def main():
 
     name = machine(bench.device)
     print(f"{name}, torch {torch.__version__}, {args.dtype}, {bench.image_tokens()} image tokens, "
-          f"{args.batch} images, {args.steps} steps; the MLP's product: {rate / 1e9:,.0f} GFLOP/s")
+          f"{args.batch} images, {args.steps} steps; the MLP's matrix product: "
+          f"{rate / 1e9:,.0f} GFLOP/s")
     rows = table(seconds, sum(flops.values()), rate, args.batch, peak)
     ratio = rows["joint mask"]["seconds"] / rows["two phases"]["seconds"]
     print(f"two phases are {ratio:.2f} times as fast")

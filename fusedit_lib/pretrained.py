@@ -1,4 +1,4 @@
-"""Model folders: find, check, load and write them. fusedit.py is the method, this the bookkeeping.
+"""Find, check, load and write model folders.
 
 A model is loaded from
     our own folder          config.json, model.safetensors with the DiT ("dit.*"), and a Gemma that
@@ -7,8 +7,8 @@ A model is loaded from
     the released layout     transformer/ (config.json, model.safetensors with "llm.*" and "dit.*"),
                             vae/, scheduler/, tokenizer/
     a hub id                one of these on the Hugging Face hub
-Loading is strict: a tensor that is missing or left over means another model, so both are errors
-that name it. Models are built on the meta device, which has shapes but no memory; then only the
+Loading is strict: a missing or unexpected tensor means another model, so it is an error that names
+the tensor. Models are built on the meta device, which has shapes but no memory; then only the
 tensors that are needed are read.
 """
 import hashlib
@@ -38,8 +38,8 @@ from fusedit_lib.files import (
 def resolve(name, near=".", patterns=("*.json", "*.safetensors", "*.model")):
     """The folder of a model, from a path or a hub id; raises FuseDiTError.
 
-    A relative path is looked for in `near`, in the working directory and beside fusedit.py.
-    patterns: the files that are fetched from the hub.
+    A relative path is looked up in `near`, in the working directory and next to fusedit.py.
+    patterns: the files to download from the hub.
     """
     for root in (near, ".", Path(fusedit.__file__).parent):
         if (Path(root) / name).exists():
@@ -50,9 +50,9 @@ def resolve(name, near=".", patterns=("*.json", "*.safetensors", "*.model")):
     try:
         return Path(snapshot_download(str(name), allow_patterns=list(patterns)))
     except Exception as e:                  # any of a dozen network, login and name errors
-        raise FuseDiTError(f"{name} is not a folder here, and the hub did not give it ("
-                           f"{type(e).__name__}). Check the name and the network; Gemma also needs "
-                           "its licence accepted on the hub and `hf auth login`") from e
+        raise FuseDiTError(f"{name} is not a local folder and cannot be downloaded from the hub ("
+                           f"{type(e).__name__}). Check the name and the network; for Gemma, also "
+                           "accept its licence on the hub and run `hf auth login`") from e
 
 
 def resolve_vae(name):
@@ -64,7 +64,7 @@ def resolve_vae(name):
 
 
 def vae_fingerprint(vae):
-    """A short hash of a VAE's weights: stored beside latents, it tells whose latents they are."""
+    """A short hash of a VAE's weights. Stored with latents, it identifies the VAE they are from."""
     whole = hashlib.sha256()
     for path in safetensors_paths(resolve_vae(vae), "diffusion_pytorch_model"):
         with open(path, "rb") as file:
@@ -86,24 +86,24 @@ def last_checkpoint(path):
 # ---- the text tower ------------------------------------------------------------------------------
 
 def text_config(d):
-    """The part on the text model of a config.json: of a released FuseDiT's, PaliGemma's, or all."""
+    """The text model's part of a config.json: of a released FuseDiT, of PaliGemma, or all of it."""
     return d.get("base_config") or d.get("text_config") or d
 
 
 def gemma_config(d):
-    """GemmaConfig from a config.json (a dict) of a Gemma, of PaliGemma or of a released FuseDiT."""
+    """GemmaConfig from the config.json (a dict) of a Gemma, a PaliGemma or a released FuseDiT."""
     return GemmaConfig.from_dict(text_config(d))
 
 
 def gemma_tensors(folder):
-    """open_tensors of a Gemma, saved by transformers or inside a FuseDiT, without its prefix."""
+    """open_tensors of a Gemma, saved by transformers or within a FuseDiT, with prefixes removed."""
     tensors = open_tensors(folder)
     for prefix in ("llm.", "language_model.model.", "model.language_model.", "model.", ""):
         if prefix + "embed_tokens.weight" in tensors:
             break
     else:
-        raise FuseDiTError(f"{folder} holds no Gemma: it has no embed_tokens.weight")
-    # The file may also hold PaliGemma's vision tower, an untied head, or a released model's DiT.
+        raise FuseDiTError(f"{folder} contains no Gemma: it has no embed_tokens.weight")
+    # The file may also contain PaliGemma's vision tower, an untied head, or a released model's DiT.
     others = ("vision_tower", "multi_modal_projector", "model.vision_tower", "lm_head", "dit.",
               "model.multi_modal_projector", "language_model.lm_head")
     return {name.removeprefix(prefix): stored for name, stored in tensors.items()
@@ -111,11 +111,11 @@ def gemma_tensors(folder):
 
 
 def load_tokenizer(folder):
-    """transformers' tokenizer of a folder; raises FuseDiTError."""
+    """The transformers tokenizer in a folder; raises FuseDiTError."""
     from transformers import AutoTokenizer
     try:
         return AutoTokenizer.from_pretrained(folder)
-    except Exception as e:                  # a missing or half tokenizer raises many kinds
+    except Exception as e:                  # of many types, if files are missing or incomplete
         raise FuseDiTError(f"cannot load a tokenizer from {folder}: {e}") from e
 
 
@@ -152,10 +152,11 @@ class ClipEncoder:
 
 def build_model(config, device="cpu", dtype=torch.float32, dit_tensors=None, source=None,
                 llm_tensors=None):
-    """FuseDiT with the Gemma of config.base in dtype, and a DiT: stored, or fresh in float32.
+    """A FuseDiT with the Gemma of config.base and a DiT, either stored or newly initialised.
 
-    dit_tensors: open_tensors of a DiT, in the folder source; None: fresh weights. llm_tensors: the
-    read part of a Gemma that was trained as well, in place of base's. Raises FuseDiTError.
+    dit_tensors: open_tensors of a DiT in the folder source, loaded in dtype, as Gemma is; None: new
+    weights in float32. llm_tensors: weights of a Gemma that was trained as well, which replace
+    base's; only the layers that are read. Raises FuseDiTError.
     """
     check_build(config)
     warm_up_mkl()
@@ -171,35 +172,35 @@ def build_model(config, device="cpu", dtype=torch.float32, dit_tensors=None, sou
         assign_tensors(model.dit, dit_tensors, device, dtype)
 
     tokenizer_folder = base
-    if base.name == "transformer":          # of the released layout
+    if base.name == "transformer":          # the released layout
         tokenizer_folder = base.parent / "tokenizer"
     model.tokenizer = load_tokenizer(tokenizer_folder)
     if config.apply_chat_template and not model.tokenizer.chat_template:
         raise FuseDiTError(f"{tokenizer_folder} has no chat template, so apply_chat_template "
-                           "cannot be true: take an instruction-tuned Gemma")
+                           "cannot be true: use an instruction-tuned Gemma")
     if config.clip:
         model.clip_encoder = ClipEncoder(config.clip, device, dtype)
     return model
 
 
 def check_build(config):
-    """Raise FuseDiTError for combinations of fields that no model can be built of."""
+    """Raise FuseDiTError for combinations of fields from which no model can be built."""
     if config.in_channels != 3 and not config.vae:
-        raise FuseDiTError(f"config field in_channels is {config.in_channels}; a model without a "
-                           "vae draws pixels and has 3, or name its vae")
+        raise FuseDiTError(f"config field in_channels is {config.in_channels}; without a vae a "
+                           "model draws pixels, so it must be 3, or vae must be set")
     if config.text_modulation_embeds_dim and not config.clip:
         raise FuseDiTError("config field text_modulation_embeds_dim needs clip, the model that "
-                           "gives this vector")
+                           "computes this vector")
     if config.pos_embed == "ape" and (config.dit_hidden_size or 0) % 4:
         raise FuseDiTError(f"config field dit_hidden_size is {config.dit_hidden_size}; pos_embed "
-                           "ape needs a multiple of 4: sine and cosine of row and column")
+                           "ape needs a multiple of 4, for sine and cosine of row and column")
 
 
 def load_llm(model, base, trained_tensors, source, device, dtype):
-    """Load what is read of the text tower: base's weights, or those that a run has trained."""
+    """Load the layers of the text tower that are read, from base or as trained by a run."""
     if trained_tensors:
         model.llm_is_trained = True
-        model.llm.keep_layers(model.last_layer)     # a run stores no more than that
+        model.llm.keep_layers(model.last_layer)     # a run stores only these layers
         check_tensors(model.llm, trained_tensors, source)
         assign_tensors(model.llm, trained_tensors, device, dtype)
         return
@@ -210,27 +211,27 @@ def load_llm(model, base, trained_tensors, source, device, dtype):
 
 
 def config_hint(config, dit_tensors):
-    """For an error: the fields in which config differs from the one stored with the weights."""
+    """For an error message: the fields in which config differs from that of the weights."""
     if not dit_tensors:
         return ""
     file, _ = next(iter(dit_tensors.values()))
     written = json.loads((file.metadata() or {}).get("config", "{}"))
     if not written:
         return ""
-    ignored = {"base": None, "vae": None, "guidance": None}        # they have no say in the shapes
+    ignored = {"base": None, "vae": None, "guidance": None}        # they do not affect the shapes
     here = asdict(config) | ignored
     written |= ignored
     different = [f"{name}: {here.get(name)!r}, {written.get(name)!r}"
                  for name in sorted(here | written) if here.get(name) != written.get(name)]
     if not different:
         return ""
-    return "; fields (here, when written): " + "; ".join(different)
+    return "; fields that differ (now, when saved): " + "; ".join(different)
 
 
 # ---- loading -------------------------------------------------------------------------------------
 
 def load_config(folder):
-    """FuseDiTConfig of a model folder, ours or of the released layout, with absolute paths."""
+    """FuseDiTConfig of a model folder, in our layout or the released one, with absolute paths."""
     if not (folder / "transformer").exists():
         config = FuseDiTConfig.from_dict(read_json(folder / "config.json"))
         changes = {"base": str(resolve(config.base, folder))}
@@ -241,8 +242,8 @@ def load_config(folder):
     d = read_json(folder / "transformer" / "config.json")
     shift = read_json(folder / "scheduler" / "scheduler_config.json").get("shift")
     if d.get("model_type") not in ("DiT", "FuseDiT") or not shift:
-        raise FuseDiTError(f"{folder} holds another kind of model: transformer/config.json needs "
-                           "model_type DiT or FuseDiT, scheduler/scheduler_config.json a shift")
+        raise FuseDiTError(f"{folder} is another kind of model: transformer/config.json needs "
+                           "model_type DiT or FuseDiT, and scheduler/scheduler_config.json a shift")
     known = {f.name: d[f.name] for f in fields(FuseDiTConfig) if f.name in d}
     changes = {"base": str(folder / "transformer"), "shift": float(shift), "fusion": "deep",
                "vae": None, "clip": None}
@@ -265,8 +266,8 @@ def load_model(path, device="cpu", dtype=torch.float32, ema=True):
     released = (folder / "transformer").exists()
     train_state = folder / "train_state"
     if not ema and not train_state.exists():
-        raise FuseDiTError(f"{folder} has averaged weights only: the raw ones are in the "
-                           "checkpoints of a run")
+        raise FuseDiTError(f"{folder} has EMA weights only: the raw ones are in the checkpoints of "
+                           "a run")
 
     source = folder / "transformer" if released else folder
     if ema:
@@ -281,7 +282,7 @@ def load_model(path, device="cpu", dtype=torch.float32, ema=True):
 
 
 def tensors_below(prefix, tensors):
-    """The tensors whose names start with a prefix, without it."""
+    """The tensors whose names start with a prefix, which is removed."""
     return {name.removeprefix(prefix): stored for name, stored in tensors.items()
             if name.startswith(prefix)}
 
@@ -289,7 +290,7 @@ def tensors_below(prefix, tensors):
 # ---- writing -------------------------------------------------------------------------------------
 
 def save_model(folder, config, dit):
-    """Write a model folder: config.json and, of the DiT's tensors (a dict), model.safetensors."""
+    """Write a model folder: config.json, and model.safetensors with the DiT's tensors (a dict)."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     text = json.dumps(asdict(config), indent=2)
@@ -301,7 +302,7 @@ def save_model(folder, config, dit):
 
 
 def export(model, folder):
-    """Write a whole model in the released layout (see the top): both towers, tokenizer, VAE."""
+    """Write a complete model in the released layout (see above): both towers, tokenizer, VAE."""
     folder = Path(folder)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise FuseDiTError(f"{folder} exists and is not empty: export to a new folder")
@@ -329,15 +330,15 @@ def export(model, folder):
 
 
 def released_tensors(model):
-    """{name: tensor} of a whole model, both towers, on the CPU."""
+    """{name: tensor} of both towers of a model, on the CPU."""
     base = Path(model.config.base)
     tensors = {f"dit.{name}": t.detach().cpu().contiguous()
                for name, t in model.dit.state_dict().items()}
-    if model.config.pos_embed == "ape":     # published models carry their constant table
+    if model.config.pos_embed == "ape":     # published checkpoints contain this constant table
         tensors["dit.patch_embed.pos_embed"] = sincos_2d(64, 64, model.dit.width, "cpu")
     for name, (file, stored_name) in gemma_tensors(base).items():
         tensors[f"llm.{name}"] = file.get_tensor(stored_name)
-    if model.llm_is_trained:                # the part that is read; the rest is base's
+    if model.llm_is_trained:                # the layers that are read; the others are base's
         for name, t in model.llm.state_dict().items():
             tensors[f"llm.{name}"] = t.cpu().contiguous()
     return tensors
@@ -354,7 +355,7 @@ def released_configs(model):
              "tokenizer": ["transformers", type(model.tokenizer).__name__],
              "vae": vae}
 
-    settings = asdict(c) | {"base": None, "vae": None, "clip": None}       # folders beside it
+    settings = asdict(c) | {"base": None, "vae": None, "clip": None}       # in other folders
     transformer = {name: value for name, value in settings.items() if value is not None}
     transformer |= {
         "architectures": [kind], "model_type": kind,

@@ -1,4 +1,4 @@
-"""From prompts to images, one batch at a time.
+"""Draws images from prompts, one batch at a time.
 
 In a notebook:
 
@@ -7,7 +7,7 @@ In a notebook:
     sampling.generate(model, ["a large red circle", "a small blue star"], seeds=[0, 1])
 
 sample.py, evaluate.py and the sample grids of a training run all draw with generate(). A model that
-works on the latents of an autoencoder needs it as well: vae=load_vae(model.config.vae, ...).
+works on the latents of a VAE also needs vae=load_vae(model.config.vae, ...).
 """
 import math
 
@@ -25,25 +25,25 @@ from fusedit_lib import backend
 @torch.no_grad()
 def generate(model, prompts, seeds, *, vae=None, height=None, width=None, steps=25, guidance=None,
              guidance_span=(0, 1), negative="", text_length=None, callback=None):
-    """Draw one batch: an image (PIL) for each pair of prompts[i] and seeds[i].
+    """Draw one batch: a PIL image for each pair of prompts[i] and seeds[i].
 
     model          FuseDiT, as load_model returns it
-    vae            its autoencoder; None for a model of pixels
+    vae            its VAE; None for a model of pixels
     height, width  in pixels; by default the size that the model was trained at
     steps          number of Euler steps
-    guidance       scale of classifier-free guidance; by default the model's own, 1 turns it off
+    guidance       scale of classifier-free guidance; by default the model's own; 1 turns it off
     guidance_span  lowest and highest noise level (0 to 1) at which guidance is applied
     negative       prompt to steer away from
     text_length    tokens to pad all prompts to; by default padded_text_length() of this batch
     callback       called as callback(step, x) after each step, with the noisy x [B,C,h,w]
 
-    A seed gives the same noise whatever else is in the batch. Raises FuseDiTError.
+    A seed gives the same noise regardless of what else is in the batch. Raises FuseDiTError.
     """
     config = model.config
     if len(prompts) != len(seeds):
-        raise FuseDiTError(f"{len(prompts)} prompts but {len(seeds)} seeds: give as many seeds")
+        raise FuseDiTError(f"{len(prompts)} prompts but {len(seeds)} seeds: give one per prompt")
     if config.vae and vae is None:
-        raise FuseDiTError(f"this model draws latents of {config.vae}: pass it as vae=")
+        raise FuseDiTError(f"this model draws latents of the VAE {config.vae}: pass it as vae=")
     check_guidance_span(guidance_span)
     if guidance is None:
         guidance = config.guidance
@@ -59,7 +59,7 @@ def generate(model, prompts, seeds, *, vae=None, height=None, width=None, steps=
     text = features.map(lambda t: t[prompt_rows])
     uncond = features.map(lambda t: t[negative_rows])
 
-    # Noise is drawn on the CPU, where a seed means the same on every machine.
+    # Noise is drawn on the CPU, where a seed gives the same numbers on every machine.
     shape = (config.in_channels, *latent_size(config, vae, height, width))
     generators = [torch.Generator().manual_seed(seed) for seed in seeds]
     noise = [torch.randn(shape, generator=generator) for generator in generators]
@@ -68,13 +68,13 @@ def generate(model, prompts, seeds, *, vae=None, height=None, width=None, steps=
     x = fusedit.sample(model.dit, noise, text, uncond, steps, guidance, config.shift,
                        guidance_span, callback)
     images = []
-    for latents in x.split(1):              # one at a time: decoding takes much memory
+    for latents in x.split(1):              # one at a time: decoding takes a lot of memory
         images += to_images(latents, vae)
     return images
 
 
 def check_guidance_span(span):
-    """Raise FuseDiTError unless span is (low, high)."""
+    """Raise FuseDiTError unless span is (low, high) with low <= high."""
     low, high = span
     if low > high:
         raise FuseDiTError(f"guidance span {low:g} {high:g}: the lower noise level comes first, as "
@@ -82,9 +82,10 @@ def check_guidance_span(span):
 
 
 def latent_size(config, vae, height=None, width=None):
-    """Height and width of x for an image of height x width pixels (None: as trained).
+    """Height and width of x for an image of height x width pixels (None: the training size).
 
-    Without a VAE x is the pixels themselves. Raises FuseDiTError if a side is not whole patches.
+    Without a VAE x is the pixels themselves. Raises FuseDiTError if a side is not a multiple of
+    the patch size.
     """
     factor = 1
     if vae is not None:
@@ -99,7 +100,7 @@ def latent_size(config, vae, height=None, width=None):
 
 
 def check_side(name, pixels, patch):
-    """Raise FuseDiTError unless a side is at least one patch of `patch` pixels, and whole ones."""
+    """Raise FuseDiTError unless a side is a positive multiple of `patch` pixels."""
     if pixels >= patch and pixels % patch == 0:
         return
     below = pixels // patch * patch
@@ -111,7 +112,7 @@ def check_side(name, pixels, patch):
 
 
 def padded_text_length(model, prompts):
-    """The number of tokens to pad prompts to: the longest prompt's, rounded up on a GPU."""
+    """The number of tokens to pad prompts to: that of the longest, rounded up on a GPU."""
     token_ids, limit = fusedit.token_ids(model.tokenizer, prompts, model.config)
     longest = max(len(ids) for ids in token_ids)
     device = model.llm.embed_tokens.weight.device
@@ -132,9 +133,9 @@ def to_images(x, vae):
 
 
 def image_grid(images, columns, side=192):
-    """One image that shows all `images`, of equal size, in rows of `columns`.
+    """One image that shows all `images`, which have the same size, in rows of `columns`.
 
-    Images narrower than `side` pixels are magnified by a whole factor, without smoothing.
+    Images narrower than `side` pixels are enlarged by an integer factor, without smoothing.
     """
     margin = 2                              # white pixels around each image
     scale = max(1, side // images[0].width)
@@ -167,16 +168,16 @@ def png_info(prompt, seed, steps, guidance, guidance_span, negative, model):
 # ---- for programs that draw many batches ---------------------------------------------------------
 
 def batches_of(jobs, size):
-    """A list in consecutive parts of `size`; the last one may be shorter."""
+    """Split a list into consecutive batches of `size`; the last one may be shorter."""
     return [jobs[start:start + size] for start in range(0, len(jobs), size)]
 
 
 def progress_bar(total, done=0, hidden=False):
-    """A tqdm bar that counts images, `done` of them drawn earlier.
+    """A tqdm progress bar that counts images, `done` of which were drawn earlier.
 
     Update it from generate()'s callback with len(x) / steps, so that it moves at every step.
     """
-    disable = None                          # tqdm then hides it where stderr is not a terminal
+    disable = None                          # tqdm then hides it if stderr is not a terminal
     if hidden:
         disable = True
     return tqdm(total=total, initial=done, disable=disable, desc="drawing", unit="image",

@@ -1,16 +1,16 @@
 """The autoencoder of Stable Diffusion 3 in plain torch: images to latents and back.
 
-A diffusion model of pixels would spend most of its effort on detail that nobody looks at. So a
-second network, trained before it and frozen since, compresses every 8 x 8 patch of pixels (192
-numbers) into a vector of 16, and the diffusion model works on that small grid alone:
+A diffusion model on pixels would spend most of its capacity on detail that nobody looks at. So a
+separate network, trained beforehand and then frozen, compresses every 8 x 8 patch of pixels (192
+numbers) into a vector of 16, and the diffusion model works on that small grid:
 
     encode   pixels [B,3,H,W] in [-1,1]  ->  latents [B,16,H/8,W/8] of about unit variance
     decode   latents                     ->  pixels
 
 It is the KL-regularised autoencoder of latent diffusion (Rombach et al., arXiv 2112.10752, 3.1)
 with 16 channels (Esser et al., arXiv 2403.03206, 5.2.1). The encoder predicts a Gaussian rather
-than a point (arXiv 1312.6114). In its training that Gaussian is drawn a little towards N(0,1), so
-that a nearly right latent decodes to a nearly right image. All names are those of diffusers'
+than a point (arXiv 1312.6114). Its training pulls that Gaussian slightly towards N(0,1), so that a
+nearly correct latent decodes to a nearly correct image. Module names are those of diffusers'
 AutoencoderKL.
 """
 from collections import OrderedDict
@@ -27,26 +27,26 @@ from fusedit_lib.pretrained import resolve_vae
 
 @dataclass(frozen=True)
 class VAEConfig:
-    """The keys of config.json that decide anything here; the defaults are Stable Diffusion 3's."""
+    """The keys of config.json that matter here; the defaults are those of Stable Diffusion 3."""
     block_out_channels: tuple = (128, 256, 512, 512)  # at 1, 1/2, 1/4, 1/8 of the resolution
-    layers_per_block: int = 2             # residual blocks at each; the decoder has one more
+    layers_per_block: int = 2             # residual blocks at each of them; one more in the decoder
     in_channels: int = 3
     latent_channels: int = 16
     norm_num_groups: int = 32             # of every GroupNorm
-    scaling_factor: float = 1.5305        # latents = (z - shift) * scale, measured so that they
-    shift_factor: float = 0.0609          # have mean 0 and variance 1, like the noise they meet
-    mid_block_add_attention: bool = True  # the one place where distant pixels see each other
+    scaling_factor: float = 1.5305        # latents = (z - shift) * scale; chosen to give them
+    shift_factor: float = 0.0609          # mean 0 and variance 1, like the noise added to them
+    mid_block_add_attention: bool = True  # the only place where distant pixels interact
 
     @staticmethod
     def from_dict(d):
-        """From config.json, whose other keys say nothing about the network."""
+        """Read the keys above from config.json. Its other keys do not affect the network."""
         defaults = asdict(VAEConfig())
         values = {}
         for name, default in defaults.items():
             value = d.get(name)
             if type(value) is list:
                 value = tuple(value)
-            if name == "mid_block_add_attention" and name not in d:    # older than this key
+            if name == "mid_block_add_attention" and name not in d:    # an older config.json
                 value = default
             if type(value) is not type(default):
                 raise FuseDiTError(f"VAE config field {name} is {value!r}; SD 3 has {default!r}")
@@ -55,7 +55,7 @@ class VAEConfig:
 
 
 class ResnetBlock(nn.Module):
-    """x + conv(silu(norm(conv(silu(norm(x)))))): what nearly all of the network is made of."""
+    """x + conv(silu(norm(conv(silu(norm(x)))))): nearly all of the network consists of these."""
     def __init__(self, c_in, c_out, groups):
         super().__init__()
         self.norm1 = nn.GroupNorm(groups, c_in, eps=1e-6)
@@ -73,7 +73,7 @@ class ResnetBlock(nn.Module):
 
 
 class Attention(nn.Module):
-    """Every position attends to every other: a single head, as wide as the layer."""
+    """Self-attention over all positions, with a single head as wide as the layer."""
     def __init__(self, c, groups):
         super().__init__()
         self.group_norm = nn.GroupNorm(groups, c, eps=1e-6)
@@ -84,13 +84,13 @@ class Attention(nn.Module):
 
     def forward(self, x):                                     # [B,C,h,w]
         y = self.group_norm(x).flatten(2).mT[:, None]         # [B,1,hw,C]: one head
-        # 1024 pixels are 16384 positions; SDPA never stores their 16384 x 16384 weights
+        # 1024 x 1024 pixels are 16384 positions; SDPA never stores the 16384 x 16384 weights
         y = F.scaled_dot_product_attention(self.to_q(y), self.to_k(y), self.to_v(y))
         return x + self.to_out(y)[:, 0].mT.unflatten(2, x.shape[2:])
 
 
 class MidBlock(nn.Module):
-    """At the lowest resolution, where attention is affordable."""
+    """The blocks at the lowest resolution, where attention is affordable."""
     def __init__(self, c, groups, add_attention):
         super().__init__()
         self.resnets = nn.ModuleList(ResnetBlock(c, c, groups) for _ in range(2))
@@ -103,12 +103,12 @@ class MidBlock(nn.Module):
 
 
 def named(**modules):
-    """Modules applied one after the other, under the names that diffusers gave them."""
+    """Modules applied in sequence, under the names that diffusers gives them."""
     return nn.Sequential(OrderedDict(modules))
 
 
 def stage(c_in, c, depth, groups, **resample):
-    """Residual blocks at one resolution, then the step to the next one, if there is one."""
+    """Residual blocks at one resolution, followed by resampling to the next, if there is one."""
     blocks = [ResnetBlock(c_in, c, groups)]
     for _ in range(depth - 1):
         blocks.append(ResnetBlock(c, c, groups))
@@ -142,7 +142,7 @@ def decoder(cfg):
     groups = cfg.norm_num_groups
     up = []
     for c_in, c in zip(widths[:1] + widths, widths[:-1]):
-        # Every pixel becomes four equal ones, which the convolution then smooths.
+        # Every pixel becomes four equal pixels, which the convolution then smooths.
         double = named(grow=nn.Upsample(scale_factor=2.0), conv=nn.Conv2d(c, c, 3, padding=1))
         up.append(stage(c_in, c, depth, groups, upsamplers=nn.Sequential(double)))
     up.append(stage(*widths[-2:], depth, groups))
@@ -167,7 +167,7 @@ class VAE(nn.Module):
     def moments(self, pixels):
         """Mean and log variance of the posterior, each [B,16,H/8,W/8].
 
-        In place of pixels it takes what `prepare_data.py encode` stored: both, already computed.
+        Also accepts what `prepare_data.py encode` stores, where both are already computed.
         """
         if pixels.shape[1] == 2 * self.config.latent_channels:
             return pixels.chunk(2, dim=1)
@@ -176,7 +176,7 @@ class VAE(nn.Module):
         return mean, logvar.clamp(-30, 20)
 
     def encode(self, pixels, noise=None):
-        """A sample of the posterior, shifted and scaled; noise [B,16,H/8,W/8] draws it."""
+        """A sample of the posterior, shifted and scaled, drawn with noise [B,16,H/8,W/8]."""
         mean, logvar = self.moments(pixels)
         if noise is None:
             noise = torch.randn_like(mean)
@@ -184,7 +184,7 @@ class VAE(nn.Module):
         return (z - self.config.shift_factor) * self.config.scaling_factor
 
     def decode(self, latents):
-        """The way back. The decoder may overshoot [-1,1] a little: clamp before saving."""
+        """Latents back to pixels, which may overshoot [-1,1] slightly: clamp before saving."""
         z = latents / self.config.scaling_factor + self.config.shift_factor
         return self.decoder(z.to(self.decoder.conv_in.weight))
 
@@ -195,7 +195,7 @@ def load_vae(path_or_id, device="cpu", dtype=torch.float32, channels=None):
     channels: the model's in_channels, which must agree. Raises FuseDiTError.
     """
     folder = resolve_vae(path_or_id)
-    with torch.device("meta"):                                # shapes only: no memory yet
+    with torch.device("meta"):                                # shapes, but no memory yet
         vae = VAE(VAEConfig.from_dict(read_json(folder / "config.json")))
     tensors = open_tensors(folder, "diffusion_pytorch_model")
     check_tensors(vae, tensors, folder)

@@ -1,4 +1,4 @@
-"""Tiny models and fixtures that the tests share. Nothing is downloaded."""
+"""Tiny models and fixtures shared by the tests. Nothing is downloaded."""
 import json
 import os
 import sys
@@ -8,9 +8,9 @@ ROOT = Path(__file__).parents[1]
 REFERENCE = Path(__file__).parent / "reference"
 sys.path.insert(0, str(ROOT))
 
-# Tests use the CPU, also where there is a GPU: their tolerances (1e-5) and their two ranks are for
-# a CPU. So none of their processes sees a GPU, except those of tests/train/test_gpu.py, which use
-# GPUS. (The processes of pytest-xdist inherit both variables.)
+# Tests run on the CPU even if there is a GPU, because their tolerances (1e-5) and their two ranks
+# are meant for a CPU. So no test process sees a GPU, except those of tests/train/test_gpu.py, which
+# use GPUS. (The processes of pytest-xdist inherit both variables.)
 GPUS = os.environ.setdefault("GPUS_OF_TESTS", os.environ.get("CUDA_VISIBLE_DEVICES", "all"))
 os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
@@ -25,7 +25,7 @@ WORDS = "a the red green blue small large circle square star and above below of 
 
 
 def tiny_tokenizer(folder):
-    """A word-level tokenizer with Gemma's special tokens, saved as transformers saves one."""
+    """Save a word-level tokenizer with Gemma's special tokens in the format of transformers."""
     from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
     from transformers import PreTrainedTokenizerFast
     words = ["<pad>", "<eos>", "<bos>", "<unk>", *WORDS]
@@ -41,9 +41,9 @@ def tiny_tokenizer(folder):
 
 
 def tiny_gemma(folder, kind="gemma2", seed=0, **changes):
-    """A random Gemma of 4 layers, saved by transformers; returns transformers' own model.
+    """Save a random Gemma of 4 layers with transformers. Returns the transformers model.
 
-    kind: "gemma", "gemma2" or "gemma3". changes: of the shape.
+    kind: "gemma", "gemma2" or "gemma3". changes: other values for its config.
     """
     import transformers
     shape = dict(vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=4,
@@ -77,7 +77,7 @@ def tiny_gemma(folder, kind="gemma2", seed=0, **changes):
 
 
 def tiny_clip(folder):
-    """A random CLIP text model with vectors of 24 numbers, saved as transformers saves one."""
+    """Save a random CLIP text model with 24-dimensional vectors. Returns the folder."""
     from tokenizers.pre_tokenizers import ByteLevel
     from transformers import CLIPTextConfig, CLIPTextModelWithProjection
     config = CLIPTextConfig(
@@ -86,7 +86,7 @@ def tiny_clip(folder):
     torch.manual_seed(0)
     CLIPTextModelWithProjection(config).save_pretrained(folder)
 
-    # CLIP's tokenizer: two special tokens, 256 bytes, the same at the end of a word, no merges.
+    # CLIP's tokenizer: two special tokens, 256 bytes, the same 256 at the end of a word, no merges.
     characters = sorted(ByteLevel.alphabet())
     at_the_end = [character + "</w>" for character in characters]
     tokens = ["<|startoftext|>", "<|endoftext|>", *characters, *at_the_end]
@@ -97,7 +97,7 @@ def tiny_clip(folder):
 
 
 def assert_near(got, want, near):
-    """Asserts that the largest difference is at most `near` times the largest value."""
+    """Assert that the largest difference is at most `near` times the largest value."""
     assert got.shape == want.shape, (got.shape, want.shape)
     difference = (got.double() - want.double()).abs().max().item()
     distance = difference / want.double().abs().max().item()
@@ -106,9 +106,9 @@ def assert_near(got, want, near):
 
 @pytest.fixture
 def float64(monkeypatch):
-    """Everything in float64, also what the code computes in float32: identities become exact.
+    """Compute everything in float64, even what the code computes in float32, to test identities.
 
-    Float32 rounds differently from machine to machine, which would hide a small fault.
+    float32 rounds differently from machine to machine, which would hide a small error.
     """
     monkeypatch.setattr(torch.Tensor, "float", torch.Tensor.double)
     torch.set_default_dtype(torch.float64)

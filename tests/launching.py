@@ -1,4 +1,4 @@
-"""The real launchers as processes: one, several, or the ranks that torchrun would start."""
+"""Runs the real launchers: as one process, several in turn, or the ranks that torchrun starts."""
 import json
 import os
 import socket
@@ -16,7 +16,7 @@ ENV = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": f"{ROOT}:{ROOT}/tests:
 
 
 def flags(gemma, data, out, *more):
-    """Flags of a small run in float32 that logs every step; later flags replace earlier ones."""
+    """The flags of a small float32 run that logs every step; later flags override earlier ones."""
     return ["--data", str(data), "--base", str(gemma), "--out", str(out), "--set", *SHAPE,
             "--batch", "8", "--lr", "3e-3", "--workers", "0", "--log-every", "1",
             "--prompts", "a blue square", "a star", "a red circle", "--sample-steps", "2",
@@ -25,7 +25,7 @@ def flags(gemma, data, out, *more):
 
 # ------------------------------------------------------------------------------ processes
 
-# A launcher in which something is replaced first.
+# A launcher that runs after `before` has replaced something in it.
 PATCHED = """
 import json, os, sys, time, torch, torch.distributed as dist, train_{engine} as launcher
 import fusedit
@@ -38,7 +38,7 @@ cli.run(launcher.main, "")
 
 
 def command(argv, before="", engine="gpu"):
-    """The arguments of Python that run a launcher; before: code to run in it before its main()."""
+    """Python's arguments to run a launcher. before: code to run in it before its main()."""
     if before:
         return ["-c", PATCHED.format(before=before, engine=engine), *argv]
     return [ROOT / f"train_{engine}.py", *argv]
@@ -51,9 +51,9 @@ def free_port():
 
 
 def ranks(argv, n, env=ENV, live=False):
-    """Start n processes with the variables that torchrun would set for each of them.
+    """Start n processes, each with the environment variables that torchrun would set.
 
-    live: whether rank 0's output can be read while it runs.
+    live: True to read rank 0's output while it runs.
     """
     shared = dict(WORLD_SIZE=str(n), MASTER_ADDR="127.0.0.1", MASTER_PORT=free_port())
     processes = []
@@ -64,7 +64,7 @@ def ranks(argv, n, env=ENV, live=False):
 
 
 def finish(processes):
-    """Wait for processes; returns one CompletedProcess. If one fails, the others are killed."""
+    """Wait for processes. Returns one CompletedProcess. If one fails, the others are killed."""
     while any(process.poll() is None for process in processes):
         if any(process.poll() for process in processes):
             for process in processes:
@@ -81,7 +81,7 @@ def finish(processes):
 
 
 def launch(argv, before="", n=1, engine="gpu", env=ENV, check=True):
-    """Run a launcher to its end, as one process or as n ranks; returns a CompletedProcess."""
+    """Run a launcher to its end, as one process or as n ranks. Returns a CompletedProcess."""
     words = command(argv, before, engine)
     if n == 1:
         done = warm.run(words, env)
@@ -93,7 +93,7 @@ def launch(argv, before="", n=1, engine="gpu", env=ENV, check=True):
 
 
 def launch_all(jobs, n=1, engine="gpu", env=ENV, check=True):
-    """Launch one after the other; jobs: flags, or (flags, code to run before). Returns a list."""
+    """Launch jobs one by one; each is flags or (flags, code to run before). Returns a list."""
     ends = []
     for job in jobs:
         argv = job
@@ -105,16 +105,17 @@ def launch_all(jobs, n=1, engine="gpu", env=ENV, check=True):
 
 
 def read_until(process, begin):
-    """Read a process's stdout up to the line that begins so."""
+    """Read a process's stdout up to the line that starts with `begin`."""
     for line in process.stdout:
         if line.startswith(begin):
             return
     raise AssertionError(process.communicate())
 
 
-# Print when a file of a checkpoint is being written, slowly, and which samples each micro-batch
-# has. With AFTER in the environment the process kills its group: in the AFTER-th step from now, a
-# moment later, or (WRITING) when a checkpoint's file is half written after that step.
+# Code that writes checkpoint files slowly and prints when it does, and prints the samples of each
+# micro-batch. If AFTER is in the environment, the process kills its process group: a moment after
+# the AFTER-th micro-batch from now or, with WRITING, when a checkpoint file is half written after
+# that.
 WATCHED = """
 import random, signal, threading
 save_file = checkpoints.save_file
@@ -165,7 +166,7 @@ def losses(out):
 
 
 def state(out, step):
-    """All tensors of a checkpoint, by whatever number of ranks it was written."""
+    """All tensors of a checkpoint, written by any number of ranks."""
     checkpoint = Path(out) / f"step-{step:07d}"
     tensors = {}
     for folder in (checkpoint, checkpoint / "train_state"):
@@ -176,7 +177,7 @@ def state(out, step):
 
 
 def assert_equal(a, b, atol=None):
-    """Two {name: tensor} are equal, to the bit or within atol."""
+    """Assert that two {name: tensor} are equal, to the bit or within atol."""
     assert a.keys() == b.keys()
     for name in a:
         assert a[name].shape == b[name].shape, name        # allclose would broadcast

@@ -1,6 +1,6 @@
-"""What is fast computes the same, up to rounding; the benchmarks' baseline is what it says.
+"""Optimised code computes the same up to rounding, and the benchmarks' baseline is correct.
 
-And the package itself: importing it changes nothing in the process, and pip installs all of it.
+Importing the package changes nothing in the process, and pip installs all of it.
 """
 import importlib.metadata
 import json
@@ -30,7 +30,7 @@ CPU = torch.device("cpu")
 
 @pytest.fixture
 def kernels():
-    """What a test changes of PyTorch's choice of kernels is put back."""
+    """Restores PyTorch's choice of attention kernels after a test that changes it."""
     before = torch.backends.cuda.flash_sdp_enabled()
     yield
     torch.backends.cuda.enable_flash_sdp(before)
@@ -39,7 +39,7 @@ def kernels():
 
 @pytest.fixture
 def cudnn():
-    """PyTorch's choice of cuDNN's attention is put back."""
+    """Restores PyTorch's use of cuDNN's attention after a test that changes it."""
     torch.backends.cuda.enable_cudnn_sdp(True)
     yield
     torch.backends.cuda.enable_cudnn_sdp(True)
@@ -89,12 +89,12 @@ def matrix_parameters(module):
     return total
 
 
-def test_useful_flops_are_what_the_shapes_say(small_case, small_model):
-    """Two for each weight and token, and for each product of a query with a key and a value."""
+def test_useful_flops_follow_from_the_shapes(small_case, small_model):
+    """Two FLOPs for each weight and token, and for each multiplication in attention."""
     dit = small_model.dit
     image = 256                                         # tokens
     text = small_case.mean_length
-    width = 2 * 256                                     # heads times their size
+    width = 2 * 256                                     # number of heads times their size
     parts = [dit.patch_embed, dit.layers, dit.proj_out]
     assert sum(map(matrix_parameters, parts)) == matrix_parameters(dit)
 
@@ -105,7 +105,7 @@ def test_useful_flops_are_what_the_shapes_say(small_case, small_model):
     assert step["vae"] == 0
     assert common.useful_flops(small_case, 25)["dit"] == 50 * forward
 
-    # Gemma's last layer hands over its keys and values, and the first layers all they have.
+    # Of Gemma's last layer only keys and values are computed; the other layers run completely.
     products = 2 * 2 * width * text * text
     at_most = 2 * (text * matrix_parameters(small_model.llm) + products)
     assert 0 < step["gemma"] <= at_most
@@ -142,8 +142,9 @@ def test_the_documented_benchmark_fits_a_gpu_of_80_gb():
     assert (2 + 4) * (dit + gemma) + 4 * dit + 2 * activations < 75e9
 
 
-def test_a_compilers_kernel_is_no_product():
-    """Its name lists what was fused, attention's bias and a convolution's, say."""
+def test_triton_kernels_are_not_counted_as_products():
+    """A Triton kernel's name lists what was fused, such as the bias of attention or a convolution.
+    """
     for name in ("triton_poi_fused__scaled_dot_product_fused_attention_overrideable_3",
                  "triton_red_fused_convolution_native_group_norm_1"):
         assert common.kind_of(name) == common.REST
@@ -153,10 +154,10 @@ def test_a_compilers_kernel_is_no_product():
     assert common.kind_of(linear) == "linear layers' products"
 
 
-# ---- what is fast --------------------------------------------------------------------------------
+# ---- optimised code ------------------------------------------------------------------------------
 
 def velocity_and_gradient(model, batch):
-    """The velocity, and the gradient of its square by a weight of the first layer."""
+    """The velocity, and the gradient of its square with respect to a weight of the first layer."""
     model.dit.zero_grad()
     v = velocity(model, batch)
     v.float().square().mean().backward()
@@ -165,9 +166,9 @@ def velocity_and_gradient(model, batch):
 
 
 @pytest.mark.slow
-def test_compiled_bf16_is_as_near_to_float32_as_bf16_can_be(small_case, small_model, batch,
-                                                            kernels):
-    """Velocity and gradients, against the error of uncompiled bf16 by PyTorch's own kernels."""
+def test_compiled_bf16_is_as_close_to_float32_as_bf16_can_be(small_case, small_model, batch,
+                                                             kernels):
+    """The errors are compared with those of uncompiled bf16 with PyTorch's default kernels."""
     want = velocity_and_gradient(small_model, batch)
 
     def errors(model):
@@ -209,7 +210,7 @@ def test_float8_changes_little_and_no_weight(small_case, small_model, batch):
 
 
 class Watched(torch.Tensor):
-    """A tensor that notes its shape when it is moved."""
+    """A tensor that records its shape when it is moved."""
     moved = []
 
     def to(self, *args, **kwargs):
@@ -230,7 +231,7 @@ class Watched(torch.Tensor):
     (5, 2, 5, 5),
 ])
 def test_text_is_cut_in_quarters(full, longest, cpu, gpu, monkeypatch):
-    """And on a GPU in multiples of 128, for cuDNN's sake."""
+    """Text is cut to multiples of 128 instead on a GPU, because of cuDNN."""
     monkeypatch.setattr(Watched, "moved", [])
     mask = torch.arange(full) < torch.tensor([[1], [longest]])
     assert cut_text_length(mask, CPU) == cpu
@@ -243,12 +244,12 @@ def test_text_is_cut_in_quarters(full, longest, cpu, gpu, monkeypatch):
     cut = to_device(whole, CPU, cut_text=True)
     assert cut.ids.shape == cut.mask.shape == (2, cpu)
     assert cut.mask.sum(1).tolist() == [1, longest]
-    # Text goes over in one piece, and is cut there.
+    # Text is moved in one piece and cut on the device.
     assert Watched.moved == [(2, full), (2, full)]
 
 
 def test_a_trimmed_model_with_a_vae_compiles(gemma_folder):
-    """Gemma's last norm is gone by then; on a CPU the VAE stays as it is."""
+    """Gemma's final norm has been dropped by then. On a CPU the VAE is not compiled."""
     vae = load_vae(REFERENCE / "released_layout" / "pipeline", CPU, torch.float32)
     config = fusedit.preset("fusedit", base=str(gemma_folder), vae=None, in_channels=3,
                             image_size=16, patch_size=2)
@@ -272,14 +273,14 @@ def attention_inputs():
 
 
 def attention_that_raises(q, k, v, mask):
-    """As on a GPU whose cuDNN has no plan for these shapes."""
+    """Fails like cuDNN on a GPU where it has no plan for these shapes."""
     if torch.backends.cuda.cudnn_sdp_enabled():
         raise RuntimeError("No execution plans support the graph.\nat line 1")
     return fusedit.attention(q, k, v, mask)
 
 
 def attention_that_is_not_finite(q, k, v, mask):
-    """As on a GPU whose cuDNN computes a wrong gradient."""
+    """Fails like cuDNN on a GPU where it computes a wrong gradient."""
     out = fusedit.attention(q, k, v, mask)
     if torch.backends.cuda.cudnn_sdp_enabled():
         out = out / 0
@@ -308,13 +309,13 @@ def test_attention_that_fails_without_cudnn_too_is_an_error(monkeypatch, cudnn):
         raise RuntimeError("no kernel")
 
     monkeypatch.setattr(backend, "attention", attention)
-    with pytest.raises(fusedit.FuseDiTError, match="and without: no kernel"):
+    with pytest.raises(fusedit.FuseDiTError, match="and without cuDNN's kernel: no kernel"):
         backend.avoid_broken_cudnn(*attention_inputs())
 
 
 # ---- the benchmarks run --------------------------------------------------------------------------
 
-# The full-size preset, VAE and all, but with a Gemma (and so a DiT) that fits a test.
+# The full-size preset, including its VAE, but with a Gemma (and so a DiT) small enough for a test.
 TINY = """
 import runpy, sys
 sys.path[:0] = sys.argv[2:4]
@@ -371,7 +372,7 @@ def test_the_benchmark_of_attention_runs(tmp_path):
 
 # ---- importing and installing --------------------------------------------------------------------
 
-# Imports the modules named in argv, one by one, and prints what that changed, as JSON:
+# Imports the modules named in argv, one by one, and prints what each import changed, as JSON:
 # {module: names of settings that differ and of torch functions that were called}.
 IMPORT_ALL = """
 import contextlib, importlib, json, os, random, signal, sys, threading, warnings
@@ -380,7 +381,7 @@ import torch._dynamo, torch._functorch.config, torch._inductor.config
 from torch.overrides import TorchFunctionMode
 for package in ("transformers", "deepspeed", "webdataset", "PIL.Image", "filelock", "tqdm"):
     with contextlib.suppress(ModuleNotFoundError):
-        importlib.import_module(package)                # what it changes is not our doing
+        importlib.import_module(package)                # what it changes is not ours
 
 
 class CalledFunctions(TorchFunctionMode):
@@ -456,10 +457,10 @@ def modules():
 
 
 def test_importing_changes_nothing():
-    """Not the umask, the environment, a setting of torch, ...; and it computes nothing."""
+    """Neither the umask nor the environment, a torch setting, ...; and nothing is computed."""
     names = modules()
     assert names[:2] == ["fusedit", "fusedit_lib"]
-    # This process has imported ours already: what they did to it must not be inherited.
+    # This process has imported our modules already; changes that they made must not be inherited.
     env = {name: os.environ[name] for name in ("PATH", "HOME") if name in os.environ}
     env |= {"PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""}
     done = warm.run(["-c", IMPORT_ALL, *names], env)
@@ -470,7 +471,7 @@ def test_importing_changes_nothing():
 
 
 def tracked_files():
-    """What git tracks, relative to the root."""
+    """The files that git tracks, relative to the root."""
     listed = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True)
     if listed.returncode != 0:
         pytest.skip("not a git checkout")
@@ -485,13 +486,13 @@ def copy_tracked_files(target):
 
 
 def files_below(folder):
-    """Their paths, without what Python compiled."""
+    """The relative paths of all files in a folder, without those that Python compiled."""
     return {path.relative_to(folder).as_posix() for path in folder.rglob("*")
             if path.is_file() and "__pycache__" not in path.parts}
 
 
 def setuptools_version():
-    """The major version, or 0 if there is none."""
+    """The major version of setuptools, or 0 if it is not installed."""
     try:
         version = importlib.metadata.version("setuptools")
     except importlib.metadata.PackageNotFoundError:
@@ -525,7 +526,7 @@ def test_pip_installs_the_method_and_its_library(tmp_path):
                          text=True, env=env | {"PIP_NO_INDEX": "1"})
     assert pip.returncode == 0, pip.stderr
 
-    # fusedit.py, fusedit_lib and what pip notes of them, and nothing else at the top level
+    # fusedit.py, fusedit_lib and their metadata, and nothing else at the top level
     tops = {name.split("/")[0] for name in files_below(target)}
     version = importlib.metadata.version("fusedit")
     assert tops == {"fusedit.py", "fusedit_lib", f"fusedit-{version}.dist-info"}

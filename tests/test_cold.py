@@ -1,4 +1,4 @@
-"""One cold start of each program, each in a Python of its own.
+"""One cold start of each program, each in a new Python process.
 
 In all other tests the programs are forked from a process that has imported everything
 (tests/warm.py).
@@ -19,12 +19,12 @@ from tiny_shards import numbered
 
 
 class ColdStarts(NamedTuple):
-    folder: Path                            # the working directory of all
+    folder: Path                            # the working directory of all programs
     done: dict                              # {name: CompletedProcess}
 
 
 def trainings(folder):
-    """{name: command line} of one run: begun by the deepspeed launcher, resumed without it."""
+    """{name: command line} of one run: started by the deepspeed launcher, resumed without it."""
     tiny_gemma(folder / "gemma", num_hidden_layers=2)
     argv = flags(folder / "gemma", numbered(folder / "data"), folder / "run", "--device", "cpu")
     deepspeed = shutil.which("deepspeed", path=Path(sys.executable).parent)
@@ -50,7 +50,7 @@ def other_programs(folder):
 
 @pytest.fixture(scope="module")
 def cold(tmp_path_factory):
-    """ColdStarts of all programs: the trainings one after the other, the others beside them."""
+    """ColdStarts of all programs. The trainings run in turn, in parallel with the others."""
     folder = tmp_path_factory.mktemp("cold")
 
     def run(commands):
@@ -66,7 +66,7 @@ def cold(tmp_path_factory):
 
 @pytest.mark.parametrize("name", ["deepspeed", "python", "sample", "prepare_data", "evaluate",
                                   "train_tpu"])
-def test_it_ends_well(cold, name):
+def test_it_exits_cleanly(cold, name):
     done = cold.done[name]
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
     assert "Traceback" not in done.stderr

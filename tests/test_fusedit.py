@@ -1,4 +1,4 @@
-"""The method: equal to the published numbers, to transformers, and to its own definition."""
+"""fusedit.py against the published numbers, against transformers and against its own definition."""
 import json
 import math
 from dataclasses import asdict
@@ -37,7 +37,7 @@ def case_model(folder):
 
 
 def exact_frequencies(count, theta=10000.0, device=None):
-    """inverse_frequencies with exp in float64, rounded once: the same bits on any machine."""
+    """inverse_frequencies with exp in float64, rounded once, to the same bits on any machine."""
     exponents = -math.log(theta) * torch.arange(count) / count
     return torch.exp(exponents.double()).float()
 
@@ -52,9 +52,9 @@ def test_frequencies():
 
 @pytest.mark.parametrize("name", CASES)
 def test_design_space(name, monkeypatch):
-    # float32's exp differs in its last bit from one CPU to the next, which timestep 731 turns into
-    # up to 5e-5 of the largest output. Rounded exactly it is 6e-6 from what the published code had
-    # on its machine, on any machine of ours.
+    # exp in float32 differs in its last bit from one CPU to the next. At timestep 731 that changes
+    # outputs by up to 5e-5 of the largest one. With exact rounding, outputs on all our machines are
+    # within 6e-6 of those that the published code computed on its machine.
     monkeypatch.setattr(fusedit, "inverse_frequencies", exact_frequencies)
     folder = REFERENCE / "cases" / name
     model = case_model(folder)
@@ -67,7 +67,7 @@ def test_design_space(name, monkeypatch):
     assert_near(got, case["output"], 1e-5)
 
 
-def test_all_16_points_are_there():
+def test_there_are_16_cases():
     assert len(CASES) == 16
 
 
@@ -130,7 +130,7 @@ PAPER_RUNS = json.loads((REFERENCE / "paper_runs.json").read_text())
 
 
 def model_on_meta(config):
-    """The full-size model: shapes without memory."""
+    """The full-size model on the meta device, which has shapes but no memory."""
     shape = HUB_GEMMAS.get(config.base, HUB_GEMMAS["other"])
     shape = shape | dict(vocab_size=256000, num_attention_heads=8, head_dim=256)
     with torch.device("meta"):
@@ -150,7 +150,7 @@ def test_presets_are_the_papers_runs(name):
     compared = set(run) & set(fields) - {"dit_num_hidden_layers", "shared_attention_layers"}
     for key in compared:
         assert fields[key] == run[key], key
-    if run.get("shared_attention_layers", "all") != "all":         # ours follow from the offset
+    if run.get("shared_attention_layers", "all") != "all":         # ours: from initial_layers
         assert model.dit.text_layers == run["shared_attention_layers"]
 
     model.llm.keep_layers(model.last_layer)
@@ -168,7 +168,7 @@ def test_tensors_of_the_large_model():
 
 class SavedGemma(NamedTuple):
     folder: object                          # pathlib.Path: config.json, model.safetensors
-    theirs: torch.nn.Module                 # transformers' model of the same weights
+    theirs: torch.nn.Module                 # transformers' model with the same weights
 
 
 @pytest.fixture(scope="module", params=["gemma", "gemma2", "gemma3"])
@@ -179,13 +179,13 @@ def saved_gemma(request, tmp_path_factory):
 
 
 IDS = torch.randint(4, 20, (2, 11), generator=torch.Generator().manual_seed(0))
-LENGTHS = (11, 7)                           # the real tokens of the two rows
+LENGTHS = (11, 7)                           # numbers of real tokens in the two rows
 
 
 def assert_equals_cache(ours, theirs):
-    """Compare keys or values at real tokens: ours of all tokens, theirs as transformers caches.
+    """Compare our keys or values at real tokens with those in transformers' cache.
 
-    The cache of a layer with a sliding window holds the last tokens only.
+    For a layer with a sliding window, the cache contains only the last tokens.
     """
     first = ours.shape[2] - theirs.shape[2]
     assert theirs.shape[2] >= 2
@@ -209,7 +209,8 @@ def test_gemma_equals_transformers(saved_gemma):
         assert_equals_cache(keys[i], cached.keys)
         assert_equals_cache(values[i], cached.values)
 
-    # Row 1 is compared with itself alone: transformers' outputs at and after padding mean nothing.
+    # Row 1 is compared with our run of it alone: transformers' outputs at and after padding are
+    # meaningless.
     without_padding = model.llm(IDS[1:, :7], L)[2][-1]
     assert_near(hidden[-1][0], out.last_hidden_state[0], 1e-5)
     assert_near(hidden[-1][1, :7], without_padding[0], 1e-5)
@@ -226,7 +227,7 @@ def test_gemma_stops_early_with_the_same_keys(saved_gemma):
 
 @torch.no_grad()
 def test_keys_without_rotation(saved_gemma):
-    """They equal the rotated ones at position 0, whose angle is 0, and nowhere else."""
+    """Unrotated keys equal the rotated ones at position 0, where the angle is 0, and only there."""
     gemma = fusedit.load_gemma(saved_gemma.folder)
     keys, _, _ = gemma(IDS, 1)
     plain, _, _ = gemma(IDS, 1, rotate_keys=False)
@@ -267,7 +268,7 @@ def test_load_gemma_converts_to_dtype(gemma_folder):
 
 
 def test_gemma3_windows_and_bases(tmp_path):
-    """The tiny Gemma 3 really has the windows and the two rotary bases that are compared above."""
+    """The tiny Gemma 3 has the windows and the two rotary bases that the tests above compare."""
     theirs = tiny_gemma(tmp_path, "gemma3")
     config = gemma_config(theirs.config.to_dict())
     assert config.sliding_layers == (0, 1, 2, 3, 4)
@@ -277,7 +278,7 @@ def test_gemma3_windows_and_bases(tmp_path):
 
 
 def test_gemma3_config_of_transformers_4():
-    """Its keys, as on the hub."""
+    """transformers 4 has other keys for the rotary settings, as in the configs on the hub."""
     text = dict(model_type="gemma3_text", hidden_size=2560, intermediate_size=10240,
                 sliding_window=1024, num_hidden_layers=34,
                 rope_scaling={"factor": 8.0, "rope_type": "linear"})
@@ -289,7 +290,7 @@ def test_gemma3_config_of_transformers_4():
     assert len(config.sliding_layers) == 29
 
 
-# ---- what of Gemma is kept -----------------------------------------------------------------------
+# ---- keep_layers ---------------------------------------------------------------------------------
 
 @torch.no_grad()
 @pytest.mark.parametrize("last_layer", [0, 2, 3])
@@ -327,18 +328,18 @@ def test_keep_layers_drops_nothing_if_the_final_norm_is_read(gemma_folder):
 # ---- one joint attention -------------------------------------------------------------------------
 
 def small_model(folder, **changes):
-    """In the default dtype: float64 where a test has that fixture."""
+    """A random model in the default dtype, which is float64 in tests with that fixture."""
     torch.manual_seed(1)
     fields = dict(base=str(folder), pos_embed="2d-rope", sandwich_norm=True, in_channels=4)
     config = FuseDiTConfig.from_dict(fields | changes)
     model = build_model(config, dtype=torch.get_default_dtype())
-    for p in model.dit.parameters():        # a fresh DiT predicts 0 whatever it is given
+    for p in model.dit.parameters():        # a newly initialised DiT predicts 0 for any input
         torch.nn.init.normal_(p, std=0.1)
     return model
 
 
 def joint_mask(mask, N):
-    """Who sees whom [B,T+N,T+N]: text is causal and sees no image, the image sees all real text."""
+    """Visible keys [B,T+N,T+N]: text is causal; the image sees all real text and the image."""
     B, T = mask.shape
     visible = torch.zeros(B, T + N, T + N, dtype=torch.bool)
     visible[:, :T, :T] = torch.ones(T, T).tril().bool()
@@ -348,7 +349,7 @@ def joint_mask(mask, N):
 
 
 def query_key_value(attn, x, rope):
-    """[B,heads,S,h] each, written out."""
+    """q, k and v of a stream, [B,heads,S,h] each, written out."""
     q = attn.q_norm(attn.split_heads(attn.q_proj(x)))
     k = attn.k_norm(attn.split_heads(attn.k_proj(x)))
     v = attn.split_heads(attn.v_proj(x))
@@ -356,7 +357,7 @@ def query_key_value(attn, x, rope):
 
 
 def joint_layer(gemma_layer, dit_block, txt, img, ropes, visible, query_pre_attn_scalar):
-    """txt [B,T,D] and img [B,N,D] after one layer of both towers, in which they are one sequence.
+    """txt [B,T,D] and img [B,N,D] after one layer of both towers, computed as one sequence.
 
     ropes: of the text and of the image. visible: joint_mask.
     """
@@ -385,7 +386,7 @@ def joint_layer(gemma_layer, dit_block, txt, img, ropes, visible, query_pre_attn
 
 
 def joint_attention_forward(model, ids, mask, x_t):
-    """Both streams in one sequence under one mask, written out: what two phases must equal."""
+    """The reference for the two phases: both streams in one sequence under one mask."""
     llm = model.llm
     dit = model.dit
     gemma = llm.config
@@ -415,7 +416,7 @@ def test_two_phases_equal_one_joint_attention(gemma_folder, float64):
                            timestep_conditioning=None, in_channels=4)
     gemma = gemma_config(json.loads((gemma_folder / "config.json").read_text()))
     model = FuseDiT(config, gemma)
-    for p in model.parameters():            # not trimmed: the joint form runs the last layer too
+    for p in model.parameters():            # no trimming: the joint form runs the last layer too
         torch.nn.init.normal_(p, std=0.2)
 
     ids = torch.randint(4, 20, (2, 9))
@@ -457,7 +458,7 @@ def test_padding_and_neighbours_change_nothing(gemma_folder, point, float64):
 
 
 def sum_of_features(text):
-    """A number to which every text feature that the DiT reads contributes."""
+    """The sum of all text features that the DiT reads."""
     if text.hidden is not None:
         return text.hidden.sum()
     total = 0
@@ -517,7 +518,7 @@ def test_layers_without_text_see_the_image_only(gemma_folder):
 
 
 def test_flow_loss_is_the_velocity_error(float64):
-    """An oracle that knows x scores zero; one that is wrong by d everywhere scores d squared."""
+    """The loss of an oracle that knows x is 0; if it is off by d everywhere, it is d squared."""
     x = torch.randn(4, 3, 2, 2)
     eps = torch.randn(4, 3, 2, 2)
     error = torch.tensor([0.0, 1.0, 2.0, 0.5])
@@ -542,7 +543,7 @@ def test_noise_levels_of_training_are_logit_normal_and_shifted():
     assert ends.equal(fusedit.training_sigmas(3.0)[[0, 500, 999]])
 
 
-def test_one_call_of_both_towers_is_two(gemma_folder):
+def test_forward_encodes_and_then_calls_the_dit(gemma_folder):
     model = small_model(gemma_folder)
     ids, mask = fusedit.tokenize(model.tokenizer, ["a red circle", "a star"], model.config)
     x = torch.randn(2, 4, 4, 4)
@@ -552,7 +553,7 @@ def test_one_call_of_both_towers_is_two(gemma_folder):
 
 
 def test_sampler_is_exact_on_straight_paths(float64):
-    """With the true velocity of one image, any number of Euler steps ends on it."""
+    """With the true velocity of one image, any number of Euler steps ends at that image."""
     x = torch.randn(2, 1, 4, 4)
     noise = torch.randn(2, 1, 4, 4)
     text = TextFeatures((), (), None, torch.ones(2, 1).bool())
@@ -568,7 +569,7 @@ def test_sampler_is_exact_on_straight_paths(float64):
         assert called == list(range(steps))
 
 
-def test_guidance_moves_from_empty_through_prompt():
+def test_guidance_extrapolates_from_the_empty_prompt():
     x = torch.zeros(1, 1, 2, 2)
     mask = torch.ones(1, 1).bool()
     text = TextFeatures((), (), torch.full((1, 1, 1), 2.0), mask)
@@ -583,7 +584,7 @@ def test_guidance_moves_from_empty_through_prompt():
 
 
 def test_guidance_only_in_a_span_of_noise_levels():
-    """Outside it a step is one call for the prompt alone."""
+    """Outside the span, a step calls the DiT with the prompt only."""
     x = torch.zeros(1, 1, 2, 2)
     mask = torch.ones(1, 1).bool()
     text = TextFeatures((), (), torch.full((1, 1, 1), 2.0), mask)
@@ -635,12 +636,12 @@ def some_features(kind):
 
 
 def tensors_of(text):
-    """Its tensors and its Nones in one list."""
+    """All fields of TextFeatures in one list, tensors and Nones."""
     return [*text.keys, *text.values, text.hidden, text.mask, text.pooled]
 
 
 def assert_same_features(got, want):
-    """That they are equal, and have None at the same places."""
+    """Assert that two TextFeatures are equal, with None in the same places."""
     assert type(got) is TextFeatures
     assert type(got.keys) is type(got.values) is tuple
     for a, b in zip(tensors_of(got), tensors_of(want), strict=True):
@@ -683,7 +684,7 @@ def test_concat_is_both_batches_in_order(kind):
 
 # ---- tokens --------------------------------------------------------------------------------------
 
-def test_instruction_comes_on_top_of_the_limit(gemma_folder):
+def test_the_instruction_does_not_count_towards_the_limit(gemma_folder):
     config = FuseDiTConfig(base=str(gemma_folder), max_text_tokens=4, instruction="imagine : ")
     tokenizer = build_model(config).tokenizer
     prompts = ["red circle and blue star", "", "star"]
@@ -738,16 +739,16 @@ def test_bad_config_names_the_field(changes, message):
         FuseDiTConfig.from_dict(changes)
 
 
-def test_numbers_and_lists_of_json_are_converted():
-    """JSON writes 3.0 as 3 in some programs, and has no tuples."""
+def test_numbers_and_lists_from_json_are_converted():
+    """Some programs write 3.0 as 3 in JSON, and JSON has no tuples."""
     config = FuseDiTConfig.from_dict(dict(shift=3, guidance=1, shared_attention_layers=[4, 5]))
     assert type(config.shift) is type(config.guidance) is float
     assert config.shift == 3
     assert config.shared_attention_layers == (4, 5)
-    hash(config)                            # as a frozen dataclass with tuples can be
+    hash(config)                            # possible for a frozen dataclass with tuples
 
 
-def test_what_a_field_may_be():
+def test_values_that_fields_allow():
     config = FuseDiTConfig(timestep_conditioning=None, dit_hidden_size=None, vae=None,
                            initial_layers=0, text_hidden_states_index=-2)
     assert config.timestep_conditioning is None
@@ -762,7 +763,7 @@ def test_config_survives_json():
     assert FuseDiTConfig.from_dict(json.loads(text)) == config
 
 
-def test_unknown_preset_lists_near_ones():
+def test_an_unknown_preset_suggests_similar_names():
     with pytest.raises(FuseDiTError, match="fusedit/2d-rope"):
         preset("2d-rope")
     with pytest.raises(FuseDiTError, match="demo"):

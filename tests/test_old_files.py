@@ -1,8 +1,8 @@
 """Files written by an earlier version, at commit 9be9440: runs, checkpoints, models, shards.
 
 tests/reference/old/ holds a run of 4 steps with its checkpoints, the shards and the tiny Gemma that
-it was trained on, its export in the released layout, and what that version made of them
-(expected.json). The tests work on copies in another place.
+it was trained on, its export in the released layout, and the results of that version
+(expected.json). The tests work on copies in another folder.
 """
 import json
 import shutil
@@ -21,12 +21,12 @@ EXPECTED = json.loads((OLD / "expected.json").read_text())
 
 @pytest.fixture
 def old(tmp_path):
-    """A copy of the folder; flags() fills its paths in."""
+    """A copy of the folder, whose paths flags() fills in."""
     return shutil.copytree(OLD, tmp_path / "old")
 
 
 def flags(name, folder):
-    """A command line of expected.json, with the folders of a copy."""
+    """A command line from expected.json, with the folders of a copy."""
     paths = {"GEMMA": folder / "gemma", "SHARDS": folder / "data", "RUN": folder / "run",
              "RELEASED": folder / "released"}
     return [paths.get(word, word) for word in EXPECTED[name]]
@@ -39,7 +39,7 @@ def run(program, words, cwd):
 
 
 def drawn(words, out, cwd):
-    """The image that sample.py draws, int [16,16,3], and what its PNG says of itself."""
+    """The image that sample.py draws, int [16,16,3], and the text stored in its PNG."""
     run("sample.py", [*words, "--out", out], cwd)
     (path,) = out.glob("*.png")
     image = Image.open(path)

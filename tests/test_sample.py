@@ -1,4 +1,4 @@
-"""sample.py as a user runs it (a process, its files, its error messages), and generate()."""
+"""sample.py as a user runs it (as a process, with its files and error messages), and generate()."""
 import shutil
 import sys
 from dataclasses import asdict
@@ -32,7 +32,7 @@ def pixels(path):
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory, gemma_folder):
-    """The folder of a model with random weights that draws something, in 8 x 8 pixels."""
+    """The folder of a model with random weights that draws varied images of 8 x 8 pixels."""
     folder = tmp_path_factory.mktemp("model")
     config = FuseDiTConfig(base=str(gemma_folder), in_channels=3, vae=None, image_size=8,
                            max_text_tokens=6, pos_embed="2d-rope", guidance=2.5)
@@ -44,7 +44,7 @@ def model(tmp_path_factory, gemma_folder):
     return folder
 
 
-# ------------------------------------------------------------------------------ what it writes
+# ------------------------------------------------------------------------------ files
 
 def test_images_grid_animation_and_metadata(model, tmp_path):
     done = run("--model", model, "--prompt", "a red circle", "--prompt", "a blue star",
@@ -64,7 +64,7 @@ def test_images_grid_animation_and_metadata(model, tmp_path):
     assert Image.open(tmp_path / "a-red-circle-5.gif").n_frames == 3
 
 
-def test_compiled_it_draws_the_same(model, tmp_path):
+def test_a_compiled_model_draws_the_same_image(model, tmp_path):
     words = ("--model", model, "--prompt", "a red circle", "--steps", 3, "--dtype", "float32")
     plain = run(*words, "--out", tmp_path / "plain")
     assert plain.returncode == 0, plain.stderr
@@ -88,7 +88,7 @@ def test_an_image_names_the_checkpoint_not_the_run(model, tmp_path):
     assert image.text["model"] == str(tmp_path / "run" / "step-0000007")
 
 
-def test_a_seed_gives_one_image_whatever_else_is_drawn(model, tmp_path):
+def test_a_seed_gives_the_same_image_in_any_batch(model, tmp_path):
     run("--model", model, "--prompt", "a star", "--prompt", "a small green square above the star",
         "--num-images", 3, "--steps", 4, "--batch-size", 4, "--out", tmp_path / "a")
     run("--model", model, "--prompt", "a star", "--seed", 2, "--steps", 4, "--out", tmp_path / "b")
@@ -118,7 +118,7 @@ def test_released_layout_and_export(tmp_path):
     assert (a == b).all()
 
 
-# ------------------------------------------------------------------------------ what it says
+# ------------------------------------------------------------------------------ messages
 
 def test_unknown_words_and_long_prompts_are_reported(model, tmp_path):
     done = run("--model", model, "--prompt", "a purple zebra and a red circle above the star",
@@ -131,7 +131,7 @@ def test_unknown_words_and_long_prompts_are_reported(model, tmp_path):
 @pytest.mark.parametrize("args, code, message", [
     ([], 2, "--prompt"),
     (["--prompt", "x", "--steps", "0"], 2, "at least 1"),
-    (["--prompt", "x", "--no-ema"], 1, "averaged weights only"),
+    (["--prompt", "x", "--no-ema"], 1, "EMA weights only"),
     (["--prompt", "x", "--model", "./nowhere"], 1, "no such model folder"),
     (["--prompt", "x", "--model", "{empty}"], 1, "config.json"),
     (["--prompt", "x", "--height", "9"], 1,
@@ -167,7 +167,7 @@ def test_bad_input_gets_one_line(model, tmp_path, args, code, message):
 # ------------------------------------------------------------------------------ generate()
 
 def count_texts(model):
-    """A list to which every pass of the model's Gemma adds how many texts it encodes."""
+    """A list to which each call of the model's Gemma appends the number of texts it encodes."""
     counts = []
     model.llm.register_forward_hook(lambda module, inputs, output: counts.append(len(inputs[0])))
     return counts
@@ -192,7 +192,7 @@ def test_each_text_is_encoded_once_per_batch_and_not_during_the_steps(model, mon
     assert counts == [[2, 2]]               # two batches of three: the prompt and the empty one
 
 
-def test_three_lines_in_a_notebook_draw_what_sample_py_draws(model, tmp_path):
+def test_three_lines_in_a_notebook_draw_the_same_as_sample_py(model, tmp_path):
     run("--model", model, "--prompt", "a star", "--seed", 3, "--num-images", 2, "--out", tmp_path,
         "--dtype", "float32")
     loaded = load_model(model)
@@ -202,7 +202,7 @@ def test_three_lines_in_a_notebook_draw_what_sample_py_draws(model, tmp_path):
         assert abs(difference).max() <= 1
 
 
-def test_prompts_and_seeds_of_a_batch_are_pairs(model):
+def test_prompts_and_seeds_of_a_batch_are_paired(model):
     loaded = load_model(model)
     counts = count_texts(loaded)
     steps = []
@@ -222,7 +222,7 @@ def test_prompts_and_seeds_of_a_batch_are_pairs(model):
     assert abs(np.asarray(alone, int) - np.asarray(images[2], int)).max() <= 1
 
 
-def test_what_generate_refuses(model):
+def test_generate_rejects_bad_arguments(model):
     loaded = load_model(model)
     with pytest.raises(FuseDiTError, match="2 prompts but 1 seeds"):
         sampling.generate(loaded, ["a star", "a circle"], [0])

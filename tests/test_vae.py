@@ -1,4 +1,4 @@
-"""The autoencoder against the published numbers (tests/reference/released_layout)."""
+"""The VAE, compared with the published numbers (tests/reference/released_layout)."""
 import json
 import shutil
 
@@ -33,14 +33,14 @@ def folder(tmp_path):
 
 
 def edit_weights(folder, edit):
-    """Rewrite the weights after edit(tensors) has changed the dict of them."""
+    """Apply edit(tensors) to the dict of weights in a folder."""
     tensors = load_file(folder / WEIGHTS)
     edit(tensors)
     save_file(tensors, folder / WEIGHTS)
 
 
 def edit_config(folder, edit):
-    """Rewrite config.json after edit(values) has changed the dict in it."""
+    """Apply edit(values) to the dict in config.json."""
     path = folder / "config.json"
     values = json.loads(path.read_text())
     edit(values)
@@ -48,7 +48,7 @@ def edit_config(folder, edit):
 
 
 def error(a, b):
-    """The largest difference."""
+    """The largest absolute difference."""
     assert a.shape == b.shape
     return (a.float() - b.float()).abs().max().item()
 
@@ -67,9 +67,9 @@ def test_moments_match(vae, golden):
 
 
 def test_decode_matches(vae, golden):
-    """Fed with scaled latents, so this is also the scale and shift of the way back.
+    """The latents are scaled, so this also tests that decode undoes scale and shift.
 
-    The golden image itself is 2.1e-5 from a decode in float64, and ours 0.7e-5.
+    The golden image differs by 2.1e-5 from a decode in float64, and ours by 0.7e-5.
     """
     decoded = vae.decode(scaled(golden["vae_mean"]))
     assert error(decoded, golden["vae_decoded"]) < 5e-5
@@ -100,9 +100,9 @@ def test_encode_draws_noise_if_it_is_given_none(vae, golden):
     assert error(first, second) > 0.1
 
 
-def test_what_encode_scales_decode_undoes(golden):
-    """With a posterior of no width, decode(encode(x)) is the decoder on the bare mean."""
-    vae = load_vae(RELEASED / "pipeline")   # one of its own, to be changed
+def test_decode_undoes_the_scaling_of_encode(golden):
+    """With a posterior of zero width, decode(encode(x)) is the decoder applied to the mean."""
+    vae = load_vae(RELEASED / "pipeline")   # not the fixture, since it is modified
     conv = vae.encoder.conv_out
     conv.weight[16:] = 0
     conv.bias[16:] = -1000                  # far below the clamp
@@ -142,8 +142,8 @@ def test_it_is_frozen(vae):
     assert not vae.encode(torch.zeros(1, 3, 8, 8)).requires_grad
 
 
-def test_the_real_one_has_its_size():
-    """Stable Diffusion 3's autoencoder, by its published configuration: our defaults."""
+def test_the_default_vae_has_the_size_of_sd3s():
+    """Our defaults are the published configuration of Stable Diffusion 3's VAE."""
     with torch.device("meta"):
         vae = VAE()
     assert sum(p.numel() for p in vae.parameters()) == 83_819_683
@@ -156,7 +156,7 @@ def test_the_real_one_has_its_size():
 # ---- loading -------------------------------------------------------------------------------------
 
 def test_the_folder_itself_or_its_parent(folder):
-    edit_config(folder, lambda c: c.pop("mid_block_add_attention"))   # SD 3 came before that key
+    edit_config(folder, lambda c: c.pop("mid_block_add_attention"))   # SD 3 is older than that key
     itself = load_vae(folder)
     parent = load_vae(str(folder.parent))
     for a, b in zip(itself.parameters(), parent.parameters(), strict=True):

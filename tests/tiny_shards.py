@@ -1,4 +1,4 @@
-"""Small shards in the data sets' format, and batches of them, for tests of loading and training."""
+"""Small shards in the training format, and batches from them, for tests of loading and training."""
 import io
 import tarfile
 from argparse import Namespace
@@ -12,7 +12,7 @@ from fusedit_lib.data.batches import Batches
 from fusedit_lib.train.config import model_config, parse_run
 
 COLOURS = {"red": (255, 0, 0), "green": (0, 255, 0), "blue": (0, 0, 255)}
-# --set of a tiny model; the last two as in the paper's final model
+# --set for a tiny model; the last two are as in the paper's final model
 SHAPE = [
     "image_size=16",
     "patch_size=4",
@@ -23,7 +23,7 @@ SHAPE = [
     "sandwich_norm=true",
     "timestep_conditioning=null",
 ]
-# Flags with which a sample always has its original caption, which names its key.
+# Flags that give every sample its original caption, which ends with its key.
 ORIGINAL_CAPTIONS = ["--caption-drop", "0", "--original-caption-rate", "1"]
 
 
@@ -53,7 +53,7 @@ def write_shard(path, samples):
 
 
 def scene(key, colour="red", size=(16, 16), **changes):
-    """A sample of one colour, for write_shard; changes: {extension: content, None: left out}."""
+    """A single-colour sample for write_shard. changes: {extension: content, or None to omit it}."""
     files = {
         "image.png": png(Image.new("RGB", size, COLOURS[colour])),
         "synthetic_caption.txt": f"a {colour} square",
@@ -65,19 +65,19 @@ def scene(key, colour="red", size=(16, 16), **changes):
 
 
 def index(folder, offsets=True):
-    """Write index.json and, if wanted, offsets.npy of a folder of shards."""
+    """Write index.json and, unless offsets is False, offsets.npy for a folder of shards."""
     index_module.index(Namespace(folder=Path(folder), workers=1))
     if not offsets:
         (Path(folder) / "offsets.npy").unlink()
 
 
 def sample_names(first, last):
-    """Keys of samples of numbered(): "n00", "n01", ..."""
+    """The keys of samples of numbered(): "n00", "n01", ..."""
     return [f"n{i:02d}" for i in range(first, last)]
 
 
 def numbered(folder, shards=3, samples=8, colour=None):
-    """A folder of indexed shards, whose keys and original captions carry the sample's number."""
+    """A folder of indexed shards, whose keys and original captions contain the sample's number."""
     folder.mkdir(exist_ok=True)
     colours = list(COLOURS)
     for s in range(shards):
@@ -93,7 +93,7 @@ def numbered(folder, shards=3, samples=8, colour=None):
 # ------------------------------------------------------------------------------ batches
 
 def tiny_batches(gemma, data, *flags, micro_batch=4, accumulation=1, rank=0, world=1):
-    """Batches of a folder or pattern, or of a list of them."""
+    """Batches from a folder or pattern, or from a list of them."""
     if isinstance(data, str | Path):
         data = [data]
     batch = micro_batch * accumulation * world
@@ -106,10 +106,10 @@ def tiny_batches(gemma, data, *flags, micro_batch=4, accumulation=1, rank=0, wor
 
 
 def batch_keys(batch):
-    """The keys of a batch's samples, which ORIGINAL_CAPTIONS end with."""
+    """The keys of a batch's samples, read from the end of their original captions."""
     return [caption.split()[-1] for caption in batch["captions"]]
 
 
 def sample_keys(batches, count):
-    """The keys of micro-batches 0 .. count - 1, a list for each."""
+    """The keys of micro-batches 0 .. count - 1, as one list per micro-batch."""
     return [batch_keys(batches[m]) for m in range(count)]

@@ -1,4 +1,4 @@
-"""Processes under test that start in milliseconds: forked from one that has imported everything.
+"""Starts processes under test in milliseconds, by forking one that has imported all packages.
 
 Starting Python with torch, transformers and DeepSpeed takes 6 seconds, and the tests start hundreds
 of processes. So one server process imports these packages once, and forks for each request. It
@@ -10,7 +10,7 @@ Python's destruction of modules at the very end is left out.)
     done = run([ROOT / "sample.py", "--prompt", "a star"])             # as subprocess.run
     process = start(["-c", code, *argv], env=ENV)                      # as subprocess.Popen
 
-With COLD=1 in the environment each process is a new Python instead. This tells whether a test
+With COLD=1 in the environment each process is a new Python instead, which shows whether a test
 passes or fails because of the fork. tests/test_cold.py always starts new ones.
 """
 import atexit
@@ -34,7 +34,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 ROOT = Path(__file__).parents[1]
-# What the programs import, at the start or in a function. torch_xla may not be installed.
+# The packages that the programs import, at the top or in a function. torch_xla may be missing.
 PACKAGES = """
     torch torch.distributed.run torch.utils.data torch.utils.checkpoint torch.utils.flop_counter
     torch._dynamo torch._inductor.compile_fx torch.fx.experimental.symbolic_shapes
@@ -51,7 +51,7 @@ PACKAGES = """
 
 # ---------------------------------------------------------------------------- the tests' side
 class _Reader(threading.Thread):
-    """Reads a pipe to its end, so that whoever writes to it never waits."""
+    """Reads a pipe to its end, so that its writer never blocks."""
 
     def __init__(self, pipe):
         super().__init__(daemon=True)
@@ -77,7 +77,7 @@ def _pipe():
 class Process:
     """A running program, with the part of subprocess.Popen's interface that the tests need.
 
-    live: stdout is a pipe that the test reads while the program runs, and has to read.
+    live: the test reads stdout while the program runs, and has to do so.
     """
 
     def __init__(self, argv, env=None, cwd=None, live=True, merge=False, cold=False):
@@ -119,7 +119,7 @@ class Process:
         self.pid = int(self._answers.readline())
 
     def wait(self, timeout=None):
-        """The exit code; if a signal ended the process, its negative number.
+        """The exit code, or minus the signal's number if a signal ended the process.
 
         Raises subprocess.TimeoutExpired after `timeout` seconds.
         """
@@ -147,7 +147,7 @@ class Process:
         return self.returncode
 
     def communicate(self, timeout=None):
-        """Waits for the end of the process; returns the rest of stdout, and stderr."""
+        """Wait for the process to end. Returns the rest of stdout, and stderr."""
         with self.stdout:
             if self._stdout_reader:
                 stdout = self._stdout_reader.result()
@@ -157,7 +157,7 @@ class Process:
         return stdout, self._stderr_reader.result()
 
     def kill(self):
-        """SIGKILL to the process and to everything that it has started in its process group."""
+        """Send SIGKILL to the process and everything that it has started in its process group."""
         if self.poll() is None:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(self.pid, signal.SIGKILL)
@@ -172,16 +172,16 @@ def start(argv, env=None, cwd=None, live=True, merge=False):
 
 
 def run(argv, env=None, cwd=None, timeout=600, cold=False):
-    """Run a program to its end; returns a subprocess.CompletedProcess with text.
+    """Run a program to its end. Returns a subprocess.CompletedProcess with text.
 
-    cold: in a new Python.
+    cold: start a new Python instead of a fork.
     """
     process = Process(argv, env, cwd, live=False, cold=cold)
     stdout, stderr = process.communicate(timeout)
     return subprocess.CompletedProcess(process.args, process.returncode, stdout, stderr)
 
 
-_server_path = None                         # of the server's socket, once it has been started
+_server_path = None                         # path of the server's socket, once it has started
 _server_lock = threading.Lock()
 
 
@@ -197,7 +197,7 @@ def _connect():
 
 
 def _start_server():
-    """Starts the server; returns the path of its socket."""
+    """Start the server. Returns the path of its socket."""
     folder = tempfile.TemporaryDirectory()
     path = f"{folder.name}/socket"
     # Imports must not start threads, and must not open a GPU: a forked process could not use it.
@@ -228,7 +228,7 @@ class Request(NamedTuple):
 def serve(path):
     """Fork for every request, and send each connection the exit status of its child.
 
-    Returns in the children only: the request and its connection.
+    Returns only in the children, with the request and its connection.
     """
     listener = socket.socket(socket.AF_UNIX)
     listener.bind(path)
@@ -286,7 +286,7 @@ def _report_ended(running):
 
 
 def receive(connection):
-    """The Request that comes in on a connection."""
+    """Read a Request from a connection."""
     header, descriptors, _, _ = socket.recv_fds(connection, 8, 3)
     size = int.from_bytes(header, "big")
     data = b""
@@ -300,7 +300,7 @@ def receive(connection):
 def become(request, connection):
     """Run the program in the forked process. Returns or raises as the program does."""
     set_up_process(request)
-    with connection:                        # after this the process has no tie to the server
+    with connection:                        # after this the process is independent of the server
         connection.sendall(f"{os.getpid()}\n".encode())
     python_path = request.env.get("PYTHONPATH", "")
     sys.path[:1] = [folder for folder in python_path.split(":") if folder]
@@ -308,7 +308,7 @@ def become(request, connection):
 
 
 def set_up_process(request):
-    """Session, standard streams, signals, working directory and environment of a new process."""
+    """Set up session, streams, signals, working directory and environment, as for a new process."""
     os.setsid()
     for number, descriptor in enumerate(request.streams):
         os.dup2(descriptor, number)
@@ -349,7 +349,7 @@ def run_program(argv, cwd):
 
 
 def exit_code_of(request, connection):
-    """Run the program; returns its exit code."""
+    """Run the program. Returns its exit code."""
     try:
         become(request, connection)
     except SystemExit as e:
@@ -372,7 +372,7 @@ def main():
         with contextlib.suppress(ModuleNotFoundError):
             importlib.import_module(package)
     assert len(os.listdir("/proc/self/task")) == 1, "an import has started a thread"
-    gc.freeze()                             # keeps what is imported shared with the children
+    gc.freeze()                             # keeps imported memory shared with the children
     request, connection = serve(sys.argv[1])
     exit_code = exit_code_of(request, connection)
 

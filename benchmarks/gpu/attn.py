@@ -1,11 +1,11 @@
-"""Attention at the shapes of the 2B model, with every kernel of this torch: speed and exactness.
+"""Speed and exactness of attention at the shapes of the 2B model, with every kernel of this torch.
 
-The DiT's attention has queries of 1024 image tokens over [text ; image], 8 heads on 4 key heads,
-and head size 256; a mask hides the padding of the text. "rows" is fusedit.attention: the
-query heads of one key head as rows of one head; "gqa" is PyTorch's own way; "repeat" copies keys.
-The mask is added to the scores, boolean, or absent. Gemma's attention is causal over the text. The
-VAE's has 4096 positions of 512 numbers. The part fails if the kernel that PyTorch chooses by itself
-is wrong by more than the rounding of bfloat16.
+In the DiT, 1024 image tokens attend to [text ; image], with 8 query heads, 4 key heads and head
+size 256; a mask hides the padding of the text. "rows" is fusedit.attention, which stacks the query
+heads of a key head as rows of one head; "gqa" is PyTorch's grouped-query attention; "repeat" copies
+keys and values. The mask is added to the scores, boolean, or absent. Gemma's attention is causal
+over the text. The VAE's has 4096 positions of width 512. This part fails if the error of the kernel
+that PyTorch chooses by default exceeds the rounding of bfloat16.
 """
 import inspect
 from functools import partial
@@ -30,8 +30,8 @@ class Sizes(NamedTuple):
     key_heads: int
     image_tokens: int
     head_size: int
-    # Lengths of the text; all forms are measured at the first. 64 and 192 are what pytorch#196678
-    # is about; training avoids them (backend.round_up_to_tile).
+    # Lengths of the text; all variants are measured at the first. 64 and 192 are the lengths of
+    # pytorch#196678, which training avoids (backend.round_up_to_tile).
     texts: tuple
     vae_positions: int
     vae_width: int
@@ -44,12 +44,12 @@ else:
 B, H, K, N, h = SIZES[:5]
 GROUP = H // K                          # query heads of one key head
 DEFAULT = "the default"
-TOLERANCE = 0.03                        # relative distance; bfloat16 is off by 0.003 to 0.01
+TOLERANCE = 0.03                        # relative distance; that of bfloat16 is 0.003 to 0.01
 
 
-# ---------------------------------------------------------------------------- forms of attention
+# ---------------------------------------------------------------------------- kinds of attention
 def chosen_kernel(q, k, v, mask):
-    """The name of the kernel that PyTorch chooses by itself."""
+    """The name of the kernel that PyTorch chooses by default."""
     try:
         return backend.KERNELS.get(torch._fused_sdp_choice(q, k, v, mask), "none")
     except Exception as e:
@@ -67,7 +67,7 @@ def repeat(q, k, v, mask):
 
 
 def stacked(q, k, v, mask):
-    """fusedit.attention for a mask that has a row in memory for each query, instead of one row."""
+    """fusedit.attention for a mask that stores a row for each query instead of a single row."""
     return SDPA(q.reshape(B, K, -1, h), k, v, attn_mask=mask).reshape(q.shape)
 
 
@@ -77,7 +77,7 @@ def with_kernel(kernel, form, mask, q, k, v):
 
 
 class BuiltAtFirstCall:
-    """An attention that is built when it is first called, so that a failure is its own."""
+    """An attention function that is built at its first call, where a failure is caught."""
 
     def __init__(self, build):
         self.build = build
@@ -91,7 +91,7 @@ class BuiltAtFirstCall:
 
 # ---------------------------------------------------------------------------- the DiT's attention
 class Joint:
-    """Random tensors of the attention over [text ; image], and its exact results."""
+    """Random inputs of the attention over [text ; image], and its exact results."""
 
     def __init__(self, text):
         torch.manual_seed(text)
@@ -125,7 +125,7 @@ class Joint:
         return [torch.stack(parts) for parts in zip(*results, strict=True)]
 
     def forms(self):
-        """{name: attention of (q, k, v)}. Those with "no mask" in their name see the padding."""
+        """{name: function of q, k and v}. Those named "no mask" attend to the padding as well."""
         added = self.added_mask
         found = {}
         found[f"{DEFAULT}: rows, added"] = lambda q, k, v: fusedit.attention(q, k, v, added)
@@ -151,9 +151,9 @@ class Joint:
         return found
 
     def varlen(self):
-        """FlashAttention on keys without padding, one sample's after the other's.
+        """FlashAttention with padding removed from the keys, which are concatenated over samples.
 
-        Here tokens come before heads, so that the model would not have to transpose anything.
+        It takes tokens before heads, so the model would not have to transpose anything.
         """
         from torch.nn.attention.varlen import varlen_attn
         key_ends = F.pad((self.lengths + N).cumsum(0), (1, 0)).int()
@@ -172,9 +172,9 @@ class Joint:
         return run
 
     def flex(self, grouped):
-        """FlexAttention, which skips blocks of 128 keys that are only padding.
+        """FlexAttention, which skips blocks of 128 keys that consist of padding only.
 
-        grouped: with its own grouped-query attention, instead of stacked query heads.
+        grouped: use its grouped-query attention instead of stacked query heads.
         """
         from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
@@ -196,13 +196,13 @@ class Joint:
 
 
 def measure_joint(text, *prefixes):
-    """Measure the forms whose names begin so; returns the names of defaults that are wrong."""
+    """Measure the variants with these name prefixes. Returns the names of wrong defaults."""
     case = Joint(text)
     stacked_q = case.q.detach().reshape(B, K, -1, h)
     choice = dict(added=chosen_kernel(stacked_q, case.k, case.v, case.added_mask),
                   none=chosen_kernel(stacked_q, case.k, case.v, None))
     record("choice", text=text, **choice)
-    print(f"{text} tokens of text, {case.keys} keys: PyTorch chooses {choice}")
+    print(f"{text} text tokens, {case.keys} keys: PyTorch chooses {choice}")
 
     exact_masked = case.exact(case.visible)
     exact_unmasked = case.exact(torch.ones_like(case.visible))
@@ -220,13 +220,14 @@ def measure_joint(text, *prefixes):
         record("attention", text=text, name=name, **row)
         in_training = text % 128 == 0       # training avoids the others: backend.round_up_to_tile
         if name.startswith(DEFAULT) and in_training and not row["off"] < TOLERANCE:
-            wrong.append(f"{name}, {text} tokens of text")
+            wrong.append(f"{name}, {text} text tokens")
         print_row(name, row)
     return wrong
 
 
 def measure(case, attention, exact):
-    """Milliseconds of forward, and of forward and backward; TFLOP/s; distances from `exact`."""
+    """Milliseconds of forward, and of forward and backward, with TFLOP/s and distances from exact.
+    """
     tensors = (case.q, case.k, case.v)
 
     @torch.no_grad()
@@ -238,7 +239,7 @@ def measure(case, attention, exact):
         return out, *torch.autograd.grad(out, tensors, case.grad)
 
     errors = [distance(got.detach(), want) for got, want in zip(both(), exact, strict=True)]
-    off = float(torch.tensor(errors).max())                # nan if there is one; max() may miss it
+    off = float(torch.tensor(errors).max())                # NaN if any is, unlike Python's max()
     ms = milliseconds(forward)
     both_ms = milliseconds(both)
     backward_ms = max(both_ms - ms, 1e-6)
@@ -261,9 +262,9 @@ def print_row(name, row):
 
 # ---------------------------------------------------------------------------- other attentions
 def measure_extremes():
-    """pytorch#196678: keys 64 over a multiple of 128, a mask, sums of exponentials below e^-88.7.
+    """pytorch#196678: 64 keys in the last tile, a mask, sums of exponentials below e^-88.7.
 
-    None of this occurs in the model, whose scores are normalised. cuDNN's gradient is NaN here.
+    cuDNN's gradient is NaN here. Such sums do not occur in the model, whose scores are normalised.
     """
     S = N + 64
     q, k, v = (0.1 * torch.randn(1, K, tokens, h, device=DEVICE, dtype=DTYPE)
@@ -286,7 +287,7 @@ def measure_extremes():
 
 
 def measure_gemma(text):
-    """Gemma's attention, without a gradient."""
+    """Measure Gemma's attention, without gradients."""
     q, k, v = (torch.randn(B, heads, text, h, device=DEVICE, dtype=DTYPE) for heads in (H, K, K))
     index = torch.arange(text, device=DEVICE)
     causal = index[:, None] >= index
@@ -307,7 +308,7 @@ def measure_vae():
 
 @torch.no_grad()
 def measure_forms(model, forms):
-    """Milliseconds of each form, and its distance from the first."""
+    """Measure the milliseconds of each variant, and its distance from the first."""
     first = None
     for name, run in forms.items():
         try:
@@ -329,11 +330,11 @@ def main():
     measure_extremes()
     measure_gemma(first)
     measure_vae()
-    measure_joint(first, "flex")            # last, since compiling takes most of the time
+    measure_joint(first, "flex")            # last, since it takes long to compile
     if wrong:
         raise SystemExit(f"wrong: {'; '.join(wrong)}")
     if not CUDA:
-        print("no GPU: the times mean nothing")
+        print("no GPU: the times are meaningless")
 
 
 if __name__ == "__main__":

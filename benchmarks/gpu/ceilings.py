@@ -1,7 +1,7 @@
-"""What the machine is, and its limits: matrix rate, memory bandwidth, the cost of a launch.
+"""The machine and its limits: matrix rate, memory bandwidth, cost of a kernel launch.
 
 The matrix products are those of a DiT block of the 2B model for 8 images of 1024 tokens, forward
-and both gradients; also with gate and up, and q, k and v, each joined into one product.
+and both gradients; also with gate and up, and q, k and v, each fused into one product.
 """
 import os
 import platform
@@ -28,7 +28,7 @@ class Widths(NamedTuple):
 
 
 class Sizes(NamedTuple):
-    square: int                         # side of a square product
+    square: int                         # side of a square matrix
     tokens: int
     widths: Widths
     copied_bytes: int
@@ -42,7 +42,7 @@ else:
 
 # ---------------------------------------------------------------------------- the machine
 def last_line_of(*argv):
-    """The last line that a program prints, or why it could not run."""
+    """The last line that a program prints, or the reason why it could not run."""
     try:
         done = subprocess.run(argv, capture_output=True, text=True, timeout=20)
     except (OSError, subprocess.TimeoutExpired) as e:
@@ -124,15 +124,15 @@ def products():
 
 
 def float8_products(tokens, width, mlp_width):
-    """The gate's product in float8, scaled by 1, with quick and with exact sums."""
+    """Time the gate's product in float8, scaled by 1, with fast and with exact accumulation."""
     x = random(tokens, width).to(torch.float8_e4m3fn)
     weight = random(mlp_width, width).to(torch.float8_e4m3fn)
     one = torch.ones((), device=DEVICE)
     flops = 2 * tokens * width * mlp_width
-    for sums, quick in (("quick", True), ("exact", False)):
-        name = f"float8 gate, {sums} sums"
+    for sums, fast in (("fast", True), ("exact", False)):
+        name = f"float8 gate, {sums} accumulation"
         work = partial(torch._scaled_mm, x, weight.T, one, one, out_dtype=DTYPE,
-                       use_fast_accum=quick)
+                       use_fast_accum=fast)
         try:
             ms = milliseconds(work, 20)
         except Exception as e:
@@ -151,11 +151,11 @@ def device_bandwidth():
     ms = milliseconds(lambda: b.copy_(a), 20)
     tb_s = 2 * size / ms / 1e9
     record("copy", ms=ms, tb_s=tb_s)
-    print(f"copy on the device: {tb_s:.2f} TB/s, read and written")
+    print(f"copy on the device: {tb_s:.2f} TB/s, reads and writes together")
 
 
 def transfer_bandwidth():
-    """Copies of 1 GiB between the CPU's memory and the GPU's."""
+    """Time copies of 1 GiB between the CPU's memory and the GPU's."""
     on_cpu = torch.zeros(2**28)
     pinned = on_cpu.pin_memory()
     on_gpu = on_cpu.to(DEVICE)
@@ -178,9 +178,9 @@ def launches():
     def work():
         for _ in range(1000):
             tiny.add_(1)
-    us = milliseconds(work, 3, 1)           # milliseconds of 1000 are microseconds of one
+    us = milliseconds(work, 3, 1)           # the ms of 1000 launches are the us of one
     record("launch", us=us)
-    print(f"one tiny kernel after the other: {us:.2f} us each")
+    print(f"tiny kernels launched in sequence: {us:.2f} us each")
 
 
 def main():

@@ -1,4 +1,4 @@
-"""What the parts of the kit share: the device, a clock, and the lines of results.jsonl.
+"""Code shared by the parts of the kit: the device, timing, and the lines of results.jsonl.
 
 Import this before torch: it also puts the repository and benchmarks/ on the import path.
 """
@@ -39,7 +39,7 @@ warnings.filterwarnings("ignore")
 
 
 def record(kind, **row):
-    """Append a line to results.jsonl at once, so that it is there if the part is killed later."""
+    """Append a line to results.jsonl at once, so that it is kept if the part is killed later."""
     OUT.mkdir(parents=True, exist_ok=True)
     row = dict(kind=kind, part=os.environ.get("PART"), **row)
     with open(OUT / "results.jsonl", "a") as file:
@@ -47,7 +47,7 @@ def record(kind, **row):
 
 
 def seconds_left():
-    """Seconds until this part is killed, less a few for it to end by itself."""
+    """Seconds until this part is killed, minus a few so that it can end by itself."""
     limit = float(os.environ.get("LIMIT", "1e9"))
     return limit - 5 - (time.monotonic() - BEGIN)
 
@@ -59,7 +59,7 @@ def wait():
 
 
 def milliseconds(work, rounds=10, warm=3):
-    """Median milliseconds of work(), by the GPU's own clock where there is one.
+    """Median milliseconds of work(), measured with GPU events if there is a GPU.
 
     The first `warm` calls are not counted.
     """
@@ -94,7 +94,7 @@ def _gpu_times(work, rounds):
 
 
 def reset_peak():
-    """Start a new measurement of the peak memory; returns the bytes in use now."""
+    """Start a new measurement of the peak memory. Returns the bytes in use now."""
     if not CUDA:
         return 0
     torch.cuda.empty_cache()
@@ -103,14 +103,14 @@ def reset_peak():
 
 
 def peak():
-    """The most bytes that were in use since reset_peak()."""
+    """The peak memory in bytes since reset_peak()."""
     if not CUDA:
         return 0
     return torch.cuda.max_memory_allocated()
 
 
 def one_line(error):
-    """An exception in one line."""
+    """A one-line description of an exception."""
     lines = str(error).strip().splitlines()
     message = ""
     if lines:
@@ -119,5 +119,5 @@ def one_line(error):
 
 
 def distance(a, b):
-    """The norm of a - b, relative to the norm of b; nan if a is not finite."""
+    """The norm of a - b, relative to the norm of b; NaN if a is not finite."""
     return float((a.double() - b.double()).norm() / b.double().norm())

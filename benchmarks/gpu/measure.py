@@ -1,25 +1,26 @@
 """Measure fusedit on this machine's GPU: speed, memory, exactness, and whether all flags work.
 
-    bash benchmarks/gpu/measure.sh                  about 7 minutes of an H100 or H200
+    bash benchmarks/gpu/measure.sh                  about 7 minutes on an H100 or H200
     STEPS="smoke sample large score tests" TOTAL=340 bash benchmarks/gpu/measure.sh
 
 Settings are environment variables:
-    STEPS    which parts run, in this order; some of
+    STEPS    the parts to run, in this order; any of
              {parts}
-    TOTAL    seconds after which no part starts, and any that runs is stopped (415)
-    OUT      folder of the results (runs/gpu); they are added to those of earlier calls
-    W        folder of data, checkpoints and compiled kernels, for later calls (runs/gpu-work)
-    LIMITS   other time limits of parts, in seconds: "large:240 smoke:200"
-    SMALL    1: tiny sizes, also on a CPU, to find mistakes; 4 minutes on two cores
-    PY       the Python that runs all of it (python3)
-    PLANT    parts that are made to fail, to check that the others lose nothing: "demo" raises,
-             "demo:hang" never ends, "demo:kill" is killed
+    TOTAL    total time limit in seconds: no part starts after it, and a running part is stopped
+             (default 415)
+    OUT      folder for the results, which are added to those of earlier calls (runs/gpu)
+    W        folder for data, checkpoints and compiled kernels, kept for later calls (runs/gpu-work)
+    LIMITS   time limits of parts in seconds, instead of the usual ones: "large:240 smoke:200"
+    SMALL    1: use tiny sizes, which also run on a CPU, to find mistakes; 4 minutes on two cores
+    PY       the Python interpreter to use (python3)
+    PLANT    parts that are made to fail, to check that the others lose nothing: "demo" raises an
+             error, "demo:hang" never ends, "demo:kill" is killed
 
-Each part is a process group of its own with its own time limit: if it fails, hangs or is killed,
-its results so far are kept and the other parts run. The exit code is 0 only if no part failed.
-OUT then contains log.txt (what the parts printed), results.jsonl (one figure per line),
-profile.txt, train.json, sample.json, demo.jsonl, large.jsonl and grid.png. The table that is
-printed last is in log.txt too.
+Each part runs in its own process group with its own time limit. If it fails, hangs or is killed,
+its results so far are kept and the other parts still run. The exit code is 0 only if no part
+failed. Afterwards OUT contains log.txt (the output of the parts), results.jsonl (one result per
+line), profile.txt, train.json, sample.json, demo.jsonl, large.jsonl and grid.png. The table that is
+printed last is also in log.txt.
 """
 import importlib.util
 import json
@@ -40,13 +41,13 @@ ROOT = HERE.parents[1]
 USUAL_PARTS = "ceilings demo attn step train draw smoke sample score"
 USUAL_TOTAL = 415                           # seconds
 SMALL_TOTAL = 1200                          # with SMALL=1
-SMALL_LIMIT = 300                           # seconds of a part with SMALL=1, on a busy machine
+SMALL_LIMIT = 300                           # seconds per part with SMALL=1, on a busy machine
 TINY = ["--batch", 1, "--rounds", 1, "--no-compile", "--dtype", "float32", "--image-size", 16]
 VARIANTS = os.environ.get(                  # the most promising ones come first
     "VARIANTS", "budget70:12,budget50:16,compiled:12,vae:8,tuned:8,graphs:2,demo-graphs:512,"
     "compiled:16,remat:16,eager:4")
 SMALL_VARIANTS = "budget70:2,vae:1,tuned:2,graphs:2,demo-graphs:4,eager:2"
-LOG_BYTES = 200_000                         # of a part's output that log.txt keeps
+LOG_BYTES = 200_000                         # how much of a part's output log.txt keeps
 
 # Exit codes of parts that did not end by themselves.
 TOO_SLOW = 124
@@ -58,9 +59,9 @@ NOT_BEGUN = -1
 class Part(NamedTuple):
     limit: int                              # seconds
     command: list
-    small: list | None = None               # the command with SMALL=1, if it is another
+    small: list | None = None               # the command with SMALL=1, if it differs
     needs_shards: bool = False
-    elastic: bool = False                   # does what it can in the time that there is
+    elastic: bool = False                   # does as much as the remaining time allows
     torchao: bool = False                   # needs torchao, which may break transformers
 
 
@@ -108,7 +109,7 @@ def all_parts(out):
 
 # ---------------------------------------------------------------------------- settings
 class Settings(NamedTuple):
-    """What the environment variables say; see the top of this file."""
+    """The settings from environment variables; see the top of this file."""
     small: bool
     steps: list                             # names of the parts to run
     total: float                            # seconds
@@ -123,7 +124,7 @@ def folder_setting(name, default):
 
 
 def read_settings():
-    """Exits with a message if a part does not exist."""
+    """Read Settings from the environment. Exits with a message if a part does not exist."""
     small = os.environ.get("SMALL") == "1"
     out = folder_setting("OUT", "gpu")
     parts = list(all_parts(out))
@@ -145,13 +146,13 @@ def read_settings():
 
     unknown = {*steps, *plants, *limits} - {*parts}
     if unknown:
-        sys.exit(f"no part {', '.join(sorted(unknown))}; there are {' '.join(parts)}")
+        sys.exit(f"unknown part {', '.join(sorted(unknown))}; choose from {' '.join(parts)}")
     return Settings(small, steps, float(os.environ.get("TOTAL") or total), out,
                     folder_setting("W", "gpu-work"), limits, plants)
 
 
 def process_environment(settings):
-    """The environment of all parts: quiet, offline, and with caches in W."""
+    """The environment variables of all parts: quiet, offline, and with caches in W."""
     env = os.environ | dict(
         PYTHONUNBUFFERED="1",
         TQDM_DISABLE="1",
@@ -170,7 +171,7 @@ def process_environment(settings):
 
 # ---------------------------------------------------------------------------- processes
 def end(process):
-    """End a process and all that it started; returns when it has ended."""
+    """End a process and everything that it started, and wait until it has ended."""
     for number, patience in ((signal.SIGTERM, 5), (signal.SIGKILL, None)):
         with suppress(ProcessLookupError, PermissionError):
             os.killpg(process.pid, number)
@@ -179,13 +180,13 @@ def end(process):
 
 
 def start(command, log, env):
-    """Start a command in a process group of its own, with its output in an open file."""
+    """Start a command in its own process group, with its output going to an open file."""
     return subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, cwd=ROOT,
                             stderr=subprocess.STDOUT, env=env, start_new_session=True)
 
 
 def run(command, log, env, limit):
-    """Run a command with its output in the file `log`; returns its exit code."""
+    """Run a command with its output going to the file `log`. Returns its exit code."""
     with open(log, "ab") as file:
         file.write(f"$ {' '.join(command)}\n".encode())
         file.flush()
@@ -195,7 +196,7 @@ def run(command, log, env, limit):
         except subprocess.TimeoutExpired:
             return TOO_SLOW
         finally:
-            end(process)                    # and whatever it left running
+            end(process)                    # and everything that it left running
 
 
 def planted_fault(way):
@@ -207,9 +208,9 @@ def planted_fault(way):
 
 
 def install_wheels(work, folder, names):
-    """Install wheels that prepare.sh has fetched into work/folder, if this Python lacks them.
+    """Install wheels that prepare.sh has downloaded into work/folder, if this Python lacks them.
 
-    names: of the packages; None: all but torchao.
+    names: the packages to install; None: all except torchao.
     """
     wheels = {path.name.split("-")[0]: str(path) for path in sorted(HERE.glob("whl/*.whl"))}
     if names is None:
@@ -255,7 +256,7 @@ class Kit:
             file.write(text + "\n")
 
     def install(self):
-        """Install missing packages into W. torchao has a folder of its own: few parts see it."""
+        """Install missing packages into W. torchao has a separate folder, as few parts need it."""
         install_wheels(self.work, "site", None)
         install_wheels(self.work, "torchao", ["torchao"])
         if (self.work / "site").exists():
@@ -269,7 +270,7 @@ class Kit:
         return path
 
     def start_shards(self):
-        """Start making the demo's data, beside the first parts; returns the process or None."""
+        """Start making the demo's data while the first parts run. Returns the process or None."""
         needed = any(self.parts[name].needs_shards for name in self.settings.steps)
         if not needed or (self.work / "shards").exists():
             return None
@@ -277,7 +278,7 @@ class Kit:
             return start(kit("runs", "shards"), log, self.env)
 
     def await_shards(self, shards):
-        """Wait for the demo's data. Parts that need it fail by themselves if there is none."""
+        """Wait for the demo's data. If there is none, the parts that need it fail by themselves."""
         if shards.poll() is None:
             patience = max(1, min(120, self.settings.total - self.seconds()))
             with suppress(subprocess.TimeoutExpired):
@@ -286,7 +287,7 @@ class Kit:
             self.print("no data: " + (self.work / "shards.log").read_text()[-300:].strip())
 
     def limit_of(self, name):
-        """Seconds that a part may take; None if too little is left of the total to start it."""
+        """The time limit of a part in seconds; None if too little time is left to start it."""
         part = self.parts[name]
         limit = self.settings.limits.get(name, part.limit)
         if self.settings.small:
@@ -302,20 +303,20 @@ class Kit:
     def environment_of(self, name, limit):
         env = self.env | dict(PART=name, LIMIT=str(limit))
         if name == "tests" and not self.settings.small:
-            env["GPU_EXPECTED"] = "1"       # without a GPU all tests would be skipped, none fail
+            env["GPU_EXPECTED"] = "1"       # without a GPU, fail instead of skipping all tests
         if self.parts[name].torchao:
             env["PYTHONPATH"] = self.path_with("torchao")
         return env
 
     def measure(self, name):
-        """Run a part, and report how it ended."""
+        """Run a part and report the outcome."""
         begin = self.seconds()
         limit = self.limit_of(name)
         if limit is None:
             self.print(f"--- {name}: no time left")
             self.record(kind="part", name=name, code=NOT_BEGUN, seconds=0)
             return
-        self.print(f"--- {name}: at most {limit:.0f} s, begun after {begin:.0f} s")
+        self.print(f"--- {name}: at most {limit:.0f} s, started after {begin:.0f} s")
 
         part = self.parts[name]
         command = part.command
@@ -343,7 +344,7 @@ class Kit:
             self.print(f"    {name}: {status} after {seconds} s")
 
     def show_output(self, log):
-        """Append a part's output to log.txt, and print its last lines."""
+        """Append a part's output to log.txt and print its last lines."""
         text = log.read_bytes().decode(errors="replace")
         with open(self.out / "log.txt", "a") as file:
             file.write(text[-LOG_BYTES:].rstrip() + "\n")
@@ -364,7 +365,7 @@ class Kit:
                 end(shards)
 
     def main(self):
-        """Run all parts and print the table; returns the exit code."""
+        """Run all parts and print the table. Returns the exit code."""
         self.install()
         self.print(f"{time.strftime('%F %T')}: {' '.join(self.settings.steps)}; ready after "
                    f"{self.seconds():.0f} s")
@@ -375,7 +376,7 @@ class Kit:
         if self.failed:
             result = f"FAILED: {', '.join(self.failed)}"
         files = " ".join(sorted(path.name for path in self.out.iterdir()))
-        self.print(f"{result}; {self.seconds():.0f} s; in {self.out}: {files}")
+        self.print(f"{result}; {self.seconds():.0f} s; results in {self.out}: {files}")
         return int(bool(self.failed))
 
 

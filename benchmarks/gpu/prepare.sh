@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Fetch what a machine with torch and no network lacks, as wheels for Python 3.12 (8 MB), into whl/
-# beside this file. Run it where pip works; measure.py installs from there what is missing.
+# Download the packages that a machine with torch but no network lacks, as wheels for Python 3.12
+# (8 MB), to whl/ next to this file. Run it where pip works; measure.py installs them from there.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")"
 python=${PY:-python3}
@@ -23,9 +23,9 @@ fetch hjson hjson
 fetch annotated_types annotated-types
 fetch typing_inspection typing-inspection
 fetch pydantic "pydantic==2.12.5"
-fetch pydantic_core "pydantic-core==2.41.5"                # what this pydantic asks for
+fetch pydantic_core "pydantic-core==2.41.5"                # the version that this pydantic requires
 fetch torchao "torchao==0.18.0"
-if ! have deepspeed; then               # PyPI has its sources alone; none of its kernels is built
+if ! have deepspeed; then               # PyPI has only its sources; no kernel is built here
     venv=$(mktemp -d)
     trap 'rm -rf "$venv"' EXIT
     "$python" -m venv "$venv"

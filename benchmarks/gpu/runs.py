@@ -1,13 +1,13 @@
 """Parts of the kit that run the repository's own commands, as a user would.
 
-    shards    the demo's data, for training and for validation
-    demo      train_gpu.py trains the demo for some time; SIGTERM ends it, and it saves
-    draw      sample.py makes images with the bundled demo and with the new one
-    score     evaluate.py shapes scores the new demo, or the bundled one
-    sample    benchmarks/sample.py with 8 images and with 1
-    exact     benchmarks/train.py with its distances from float32
-    large     train_gpu.py makes some steps of the 2B model with random weights, with each --zero,
-              and from latents that prepare_data.py encode has written before
+    shards    make the demo's data, for training and for validation
+    demo      train the demo with train_gpu.py for some time, until a SIGTERM makes it save and end
+    draw      draw images with sample.py, with the bundled demo and the newly trained one
+    score     score the newly trained demo (or else the bundled one) with evaluate.py shapes
+    sample    run benchmarks/sample.py with 8 images and with 1
+    exact     run benchmarks/train.py with its distances from float32
+    large     run train_gpu.py for some steps on a 2B model with random weights, at each --zero, and
+              from latents that prepare_data.py encode has written
 """
 import argparse
 import json
@@ -38,15 +38,15 @@ def start(*argv):
 
 
 def run(*argv):
-    """Run a program of the repository; ends this process if it fails."""
+    """Run a program of the repository. Ends this process if it fails."""
     code = start(*argv).wait()
     if code:
-        raise SystemExit(f"{argv[0]} has failed with exit code {code}")
+        raise SystemExit(f"{argv[0]} failed with exit code {code}")
 
 
 # ---------------------------------------------------------------------------- the demo
 def shards(kit, _):
-    """Make the demo's data. 80,000 images take 16 cores 15 seconds."""
+    """Make the demo's data. 80,000 images take 15 seconds on 16 cores."""
     if kit.SMALL:
         counts = dict(val=40, shards=200)
     else:
@@ -59,7 +59,7 @@ def shards(kit, _):
 
 
 def demo_flags(kit, out):
-    """The README's command, with a batch size for a GPU."""
+    """The flags of the documented command, with a batch size for a GPU."""
     flags = ["--preset", "demo", "--data", kit.WORK / "shards", "--val-data", kit.WORK / "val",
              "--out", out, "--lr", "2e-3", "--beta2", "0.99", "--ema-every", 5, "--compile"]
     if kit.SMALL:
@@ -121,7 +121,7 @@ def draw(kit, _):
         run("sample.py", "--model", model, "--num-images", 2, "--grid", "--out", out, *flags)
         shutil.copy(out / "grid.png", kit.OUT / "grid.png")
         images = len(list(out.glob("*.png"))) - 1          # one is the grid
-        kit.record("draw", name=name, pictures=images)
+        kit.record("draw", name=name, images=images)
 
 
 def score(kit, _):
@@ -168,7 +168,7 @@ def exact(kit, _):
 class LargeRun(NamedTuple):
     name: str
     flags: list
-    latents: bool = False                   # trains from latents, which are encoded before
+    latents: bool = False                   # encode latents first, and train from them
 
 
 def large_runs(kit, args):
@@ -184,7 +184,7 @@ def large_runs(kit, args):
 
 
 def large(kit, args):
-    """All runs for which there is time. Fails if one makes no step or its loss is not finite."""
+    """Do all runs for which there is time. Fails if one makes no step or a loss is not finite."""
     import random_model
     folder = kit.WORK / "random"
     random_model.make(folder)
@@ -227,9 +227,9 @@ def large_flags(kit, folder, out, large_run):
 
 
 def run_until_logged(kit, flags, out, enough):
-    """Run train_gpu.py until it has logged some steps, then kill it: a checkpoint has 32 GB.
+    """Run train_gpu.py until it has logged some steps, then kill it: a checkpoint takes 32 GB.
 
-    Returns the logged rows, and the exit code or None if it was still running.
+    Returns the logged rows, and the exit code, or None if it was still running.
     """
     process = start("train_gpu.py", *flags)
     rows = []
@@ -240,13 +240,13 @@ def run_until_logged(kit, flags, out, enough):
     process.kill()
     process.wait()
     if kit.CUDA:
-        # Its data processes notice that within 5 seconds, and hold some GPU memory until then.
+        # Its data workers notice within 5 seconds, and hold some GPU memory until then.
         time.sleep(6)
     return rows, code
 
 
 def train_some_steps(kit, folder, large_run):
-    """Make some steps of a run and record them; returns whether they were right."""
+    """Make some steps of a run and record them. Returns True if nothing went wrong."""
     out = kit.WORK / "large"
     shutil.rmtree(out, ignore_errors=True)
     begin = time.monotonic()
@@ -283,9 +283,9 @@ def main():
                  large=large)
     p = argparse.ArgumentParser(description=__doc__,
                                 formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("part", choices=parts)
-    p.add_argument("--seconds", type=float, default=90, help="how long demo trains")
-    p.add_argument("--zero", nargs="+", default=["1"], help="ZeRO stages of large")
+    p.add_argument("part", choices=parts, help="the part to run")
+    p.add_argument("--seconds", type=float, default=90, help="training time of the part demo")
+    p.add_argument("--zero", nargs="+", default=["1"], help="ZeRO stages of the part large")
     args = p.parse_args()
     import kit
     parts[args.part](kit, args)

@@ -1,8 +1,8 @@
-"""Runs train_gpu.py with every flag that it has, some steps each, in one process: what fails?
+"""Smoke test of train_gpu.py: runs a few steps with each of its flags, all in one process.
 
-The model is the demo's, on rendered shapes. Each run validates, samples, saves checkpoints and
-ends. Some resume from a checkpoint, with another ZeRO stage or after a SIGTERM in the middle. The
-losses of runs that compute the same are compared.
+The model is the demo's, trained on rendered shapes. Each run validates, samples, saves checkpoints
+and ends. Some resume from a checkpoint, with another ZeRO stage or after a SIGTERM. The losses of
+runs that should compute the same are compared.
 
     python benchmarks/gpu/smoke.py --only zero
 """
@@ -29,7 +29,7 @@ from kit import CUDA, SMALL, one_line, record
 import train_gpu
 
 SIGNAL_RUN = "SIGTERM in the middle"
-# Largest relative distance of a loss from that of --zero 1: bfloat16 and another order of sums.
+# Largest relative difference of a loss from that of --zero 1, due to bfloat16 and summation order.
 TOLERANCE = 0.02
 BATCH = 64
 if SMALL:
@@ -40,8 +40,8 @@ DEEPSPEED_CONFIG = '{"zero_optimization": {"reduce_bucket_size": 1000000}}'
 class Run(NamedTuple):
     name: str
     flags: str
-    resumes: str = ""                       # the name of the run from whose checkpoint it resumes
-    same: bool = False                      # computes what "zero 1" does
+    resumes: str = ""                       # name of the run from whose checkpoint this one resumes
+    same: bool = False                      # computes the same as "zero 1"
     quick: bool = False                     # also runs with SMALL=1
 
 
@@ -80,7 +80,7 @@ RUNS = [
 
 
 def base_flags():
-    """Flags of all runs: a checkpoint every 2 steps, samples and validation every 4."""
+    """The flags of all runs: a checkpoint every 2 steps, samples and validation every 4."""
     data = str(kit.WORK / "val")
     flags = (f"--preset demo --batch {BATCH} --log-every 1 --save-every 2 --sample-every 4 "
              f"--val-every 4 --val-samples {BATCH} --sample-steps 2 --ema-every 1 --lr 1e-3 "
@@ -89,7 +89,7 @@ def base_flags():
 
 
 def share_process_group():
-    """All runs share one process group, as a process can create only one with NCCL."""
+    """Make all runs share one process group, as a process can create only one with NCCL."""
     init = dist.init_process_group
 
     def init_once(*args, **kwargs):
@@ -137,7 +137,7 @@ def train(run, flags, out):
         with redirect_stdout(output), redirect_stderr(output):
             code = train_gpu.main()
         return Outcome(code, "", output.getvalue())
-    except BaseException as e:              # SystemExit, too
+    except BaseException as e:              # including SystemExit
         return Outcome(None, one_line(e), output.getvalue() + traceback.format_exc())
     finally:
         signal.signal(signal.SIGINT, signal.SIG_DFL)
@@ -153,7 +153,7 @@ def last_step(out):
 
 
 def find_problem(run, out, outcome, losses, first_losses):
-    """What is wrong with a run, or "". losses: {step: loss}. first_losses: those of zero 1."""
+    """The problem with a run, or "". losses: {step: loss}. first_losses: those of zero 1."""
     if outcome.problem:
         return outcome.problem
     if outcome.code != 0:
@@ -177,7 +177,7 @@ def find_problem(run, out, outcome, losses, first_losses):
 
 
 def do(run, more_flags, first_losses):
-    """Run, check and report; returns the problem, or "", and the losses of the steps."""
+    """Run, check and report. Returns the problem or "", and the losses of the steps."""
     begin = time.time()
     folder = (run.resumes or run.name).replace(" ", "-")
     out = kit.WORK / "smoke" / folder
@@ -205,9 +205,9 @@ def do(run, more_flags, first_losses):
 def main():
     p = argparse.ArgumentParser(description=__doc__,
                                 formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("--only", default="", help="only runs whose name contains this")
+    p.add_argument("--only", default="", help="run only those whose name contains this text")
     p.add_argument("--more", nargs="*", default=[],
-                   help="flags for all runs, without their dashes, such as float8")
+                   help="additional flags for all runs, without their dashes, such as float8")
     args = p.parse_args()
     more_flags = [f"--{flag}" for flag in args.more]
     share_process_group()

@@ -2,18 +2,19 @@
 
     python benchmarks/gpu/step.py --batch 8 --variants remat:8,nocudnn:8,budget70:12
 
---batch: images of the step whose parts are measured; 0: only variants. A variant is NAME:BATCH.
-These are of the DiT alone, forward and backward:
-    compiled    as train_gpu.py --compile         eager      without it
+--batch is the number of images in the step whose parts are measured; 0 measures only variants. A
+variant is NAME:BATCH. These run the DiT alone, forward and backward:
+    compiled    as train_gpu.py --compile         eager      without --compile
     remat       --compile --remat                 budgetNN   --compile --memory-budget 0.NN
     nocudnn     --compile, without cuDNN's attention
     tuned       --compile, with Inductor's coordinate descent, which tries more kernels
-    float8      --compile --float8; it comes last, since it cannot be undone
-and others are:
-    vae         the VAE's encoder: memory formats, compiled or not, cuDNN's search for a convolution
+    float8      --compile --float8; it has to come last, since it cannot be undone
+The others are:
+    vae         the VAE's encoder: memory formats, compiled or not, with or without cuDNN's
+                search for the fastest convolution
     graphs      a call of the DiT without gradients, as in sampling one image (batch 2): compiled,
-                with CUDA graphs by torch.compile, and captured whole
-    demo-graphs the same of the demo's DiT, forward and backward
+                with CUDA graphs by torch.compile, and captured as one CUDA graph
+    demo-graphs the same for the demo's DiT, forward and backward
 """
 import argparse
 import contextlib
@@ -46,12 +47,12 @@ from torch.utils.checkpoint import checkpoint as recompute
 import fusedit
 from fusedit_lib import backend, files, pretrained
 
-STEP_BATCH = 512                            # images of a step, in the figures with AdamW
+STEP_BATCH = 512                            # images per step, in the figures that include AdamW
 
 
 # ---------------------------------------------------------------------------- models
 def small_case():
-    """The preset's DiT and VAE on two layers of the small Gemma, at 32 pixels."""
+    """The preset's DiT and VAE with two layers of the small Gemma, at 32 pixels."""
     gemma = pretrained.gemma_config(common.SMALL | dict(num_hidden_layers=2))
     return common.Case(fusedit.preset("fusedit/large-scale", image_size=32), gemma, 64, (16, 32))
 
@@ -77,7 +78,7 @@ def undo_compile(model, vae=None):
 
 
 class Step:
-    """A model and a batch, and the parts of a training step on them."""
+    """A model, a batch, and the parts of a training step on them."""
 
     def __init__(self, model, case, batch):
         self.model = model
@@ -112,7 +113,7 @@ class Step:
 
 # ---------------------------------------------------------------------------- parts of a step
 def measure_parts(case, model, batch):
-    """Milliseconds of each part of a compiled step, and its profile."""
+    """Measure the milliseconds of each part of a compiled step, and profile the step."""
     begin = time.monotonic()
     vae = case.vae(DEVICE, DTYPE, True)
     step = Step(model, case, batch)
@@ -150,9 +151,9 @@ def measure_parts(case, model, batch):
 
 
 def report_parts(ms, useful, batch, held, compile_seconds):
-    """A line for each part, with the useful TFLOP/s where it is known what is useful.
+    """Print a line for each part, with its useful TFLOP/s if its useful FLOPs are known.
 
-    ms: {part: milliseconds}. useful: FLOPs of one image. held: bytes of activations and gradients.
+    ms: {part: milliseconds}. useful: FLOPs per image. held: bytes of activations and gradients.
     """
     flops = {
         "VAE": useful["vae"],
@@ -168,7 +169,7 @@ def report_parts(ms, useful, batch, held, compile_seconds):
         if name in flops:
             tflops[name] = batch * flops[name] / took / 1e9
             rate = f"{tflops[name]:7.0f} TFLOP/s useful"
-        print(f"  {name:<28}{took:9.2f} ms {took / batch:8.2f} an image {rate}", flush=True)
+        print(f"  {name:<28}{took:9.2f} ms {took / batch:8.2f} per image {rate}", flush=True)
 
     images_per_s = {}
     for name in ms:
@@ -177,26 +178,26 @@ def report_parts(ms, useful, batch, held, compile_seconds):
             images_per_s[name] = 1000 * STEP_BATCH / step_ms
     speeds = ", ".join(f"{name} {speed:.1f}" for name, speed in images_per_s.items())
     print(f"  images per second, with AdamW after {STEP_BATCH}: {speeds}; the DiT's activations "
-          f"and gradients {held / 1e9:.1f} GB; compiled and warm after {compile_seconds:.0f} s",
+          f"and gradients {held / 1e9:.1f} GB; compiled and ready after {compile_seconds:.0f} s",
           flush=True)
     record("parts", batch=batch, ms=ms, tflops=tflops, images_per_s=images_per_s,
            held_gb=held / 1e9, compile_s=compile_seconds)
 
 
 def report_profile(work, batch, rounds=2):
-    """Write the kernels of a step to profile.txt, the slowest first; print their kinds."""
+    """Write the kernels of a step to profile.txt, the slowest first, and print their kinds."""
     work()
     wait()
     kernels = common.profile(work, DEVICE, rounds)
     kernels.sort(key=lambda kernel: kernel.seconds, reverse=True)
-    to_ms = 1000 / rounds                   # from seconds of all rounds to milliseconds of one
+    to_ms = 1000 / rounds                   # from seconds of all rounds to milliseconds per round
     total = to_ms * sum(kernel.seconds for kernel in kernels) or 1.0
     kinds = {}
     for kernel in kernels:
         kind = common.kind_of(kernel.name)
         kinds[kind] = kinds.get(kind, 0) + to_ms * kernel.seconds
 
-    lines = [f"kernels of a step of {batch} with AdamW: {total:.1f} ms"]
+    lines = [f"kernels of a step of {batch} images with AdamW: {total:.1f} ms"]
     for kind, took in sorted(kinds.items(), key=lambda item: -item[1]):
         lines.append(f"  {took:9.2f} ms {took / total:6.1%}  {kind}")
     for kernel in kernels[:80]:
@@ -211,7 +212,7 @@ def report_profile(work, batch, rounds=2):
 # ---------------------------------------------------------------------------- variants of the DiT
 @contextlib.contextmanager
 def without_cudnn():
-    """Without cuDNN's attention, and without stored graphs, which name their kernel."""
+    """Context without cuDNN's attention, and without cached graphs, which name their kernel."""
     torch.backends.cuda.enable_cudnn_sdp(False)
     torch._functorch.config.enable_autograd_cache = False
     try:
@@ -222,7 +223,7 @@ def without_cudnn():
 
 
 def settings_of(name):
-    """The context that a variant runs in."""
+    """The context in which a variant runs."""
     if name == "nocudnn":
         return without_cudnn()
     if name == "tuned":
@@ -231,7 +232,7 @@ def settings_of(name):
 
 
 def measure_variant(case, model, name, batch):
-    """The DiT's forward and backward in one of the variants."""
+    """Measure the DiT's forward and backward pass in one of the variants."""
     begin = time.monotonic()
     step = Step(model, case, batch)
     if name == "float8":
@@ -258,14 +259,14 @@ def measure_variant(case, model, name, batch):
     record("variant", name=name, batch=batch, ms=both_ms, forward_ms=forward_ms,
            held_gb=held / 1e9, peak_gb=peak() / 1e9, tflops=tflops, seconds=seconds)
     title = f"{name}:{batch}"
-    print(f"  {title:<14}{both_ms:9.2f} ms {both_ms / batch:8.2f} an image {tflops:6.0f} TFLOP/s "
+    print(f"  {title:<14}{both_ms:9.2f} ms {both_ms / batch:8.2f} per image {tflops:6.0f} TFLOP/s "
           f"useful, forward {forward_ms:8.2f} ms, activations and gradients {held / 1e9:5.1f} GB "
-          f"({seconds:.0f} s in all)", flush=True)
+          f"({seconds:.0f} s in total)", flush=True)
 
 
 # ---------------------------------------------------------------------------- the VAE's encoder
 def measure_vae(case, batch):
-    """The encoder's time, by memory format, compiled or not, with and without cuDNN's search."""
+    """Time the encoder in both memory formats, compiled or not, with or without cuDNN's search."""
     x = next(case.batches(1, batch, DEVICE))["x"]
     for compiled in ("eager", "compiled"):
         for memory_format in ("channels last", "contiguous"):
@@ -281,12 +282,12 @@ def measure_encoder(vae, x, batch, name, search):
     with torch.no_grad(), torch.backends.cudnn.flags(enabled=True, benchmark=search):
         ms = milliseconds(lambda: vae.moments(x), 3, 3)
     record("VAE", name=name, batch=batch, ms=ms)
-    print(f"  VAE, {name:<42}{ms:9.2f} ms {ms / batch:8.2f} an image", flush=True)
+    print(f"  VAE, {name:<42}{ms:9.2f} ms {ms / batch:8.2f} per image", flush=True)
 
 
 # ---------------------------------------------------------------------------- CUDA graphs
 def capture(work):
-    """The same work as one CUDA graph of all its kernels."""
+    """Capture all kernels of work() in one CUDA graph. Returns a function that replays it."""
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
@@ -300,7 +301,7 @@ def capture(work):
 
 
 def measure_graphs(case, model, batch, title, backward):
-    """A call of the DiT, limited by launches if it is small: compiled, and in CUDA graphs."""
+    """Time a call of the DiT, compiled and in CUDA graphs. Small calls are bound by launches."""
     step = Step(model, case, batch)
     work = step.forward
     if backward:
@@ -332,7 +333,7 @@ def measure_graphs(case, model, batch, title, backward):
         name = f"{title}: {way}"
         try:
             ms = measure()
-        except RuntimeError as e:           # something that cannot be captured
+        except RuntimeError as e:           # something could not be captured
             record("graphs", name=name, batch=batch, error=one_line(e))
             print(f"  {name}: {one_line(e)}", flush=True)
             continue
@@ -358,14 +359,14 @@ def run(case, model, name, batch):
 
 
 def run_all(case, model, items):
-    """Run items NAME:BATCH while there is time; returns those that failed."""
+    """Run items NAME:BATCH while there is time. Returns those that failed."""
     failed = []
     for item in items:
         name, batch = item.split(":")
         if name == "float8" and not importlib.util.find_spec("torchao"):
             print("  float8: torchao is not installed")
             continue
-        if kit.seconds_left() < 35:         # most of a variant's time goes into compiling
+        if kit.seconds_left() < 35:         # a variant spends most of its time compiling
             print(f"  {item}: no time left")
             continue
         undo_compile(model)
@@ -383,8 +384,10 @@ def run_all(case, model, items):
 def main():
     p = argparse.ArgumentParser(description=__doc__,
                                 formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("--batch", type=int, default=8)
-    p.add_argument("--variants", default="")
+    p.add_argument("--batch", type=int, default=8,
+                   help="images in the measured step; 0: measure only variants (default: 8)")
+    p.add_argument("--variants", default="",
+                   help="variants to measure, as NAME:BATCH, separated by commas")
     args = p.parse_args()
     torch.set_float32_matmul_precision("high")
     backend.configure(DEVICE, DTYPE)

@@ -1,12 +1,12 @@
-"""The table that is printed last, made of what the parts wrote to OUT. It does not need torch."""
+"""The table that is printed last, made from the files that the parts wrote to OUT (no torch)."""
 import json
 from pathlib import Path
 
-TOLERANCE = 0.03                            # of attention, as in attn.py
+TOLERANCE = 0.03                            # for attention, as in attn.py
 
 
 def rows(path):
-    """The JSON lines of a file, if it exists. A line that was cut by a kill is left out."""
+    """The JSON lines of a file, if it exists. A line cut short by a kill is skipped."""
     found = []
     if not path.exists():
         return found
@@ -19,7 +19,7 @@ def rows(path):
 
 
 def newest(out):
-    """{kind: rows} of results.jsonl. If something was measured twice, the last time counts."""
+    """{kind: rows} of results.jsonl. If something was measured twice, the last result counts."""
     found = {}
     for row in rows(out / "results.jsonl"):
         key = (row.get("name"), row.get("text"), row.get("batch"))
@@ -28,7 +28,7 @@ def newest(out):
 
 
 def lines(out):
-    """The lines of the table. A section that cannot be made is named, and the others follow."""
+    """The lines of the table. For a section that cannot be shown, a line gives the reason."""
     out = Path(out)
     found = newest(out)
     yield "=" * 40 + " SUMMARY " + "=" * 40
@@ -57,16 +57,16 @@ def ceilings(found, _):
         else:
             yield f"  {row['name']:<34}{row['ms']:9.3f} ms {row['tflops']:7.1f} TFLOP/s"
     for row in found.get("copy", []):
-        yield f"  copy on the device, read and written: {row['tb_s']:.2f} TB/s"
+        yield f"  copy on the device, reads and writes together: {row['tb_s']:.2f} TB/s"
     for row in found.get("transfer", []):
         yield f"  {row['name']}: {row['gb_s']:.1f} GB/s"
     for row in found.get("launch", []):
-        yield f"  one tiny kernel after the other: {row['us']:.2f} us each"
+        yield f"  tiny kernels launched in sequence: {row['us']:.2f} us each"
 
 
 def attention(found, _):
     for row in found.get("choice", []):
-        yield (f"attention, {row['text']} tokens of text: with a mask PyTorch chooses "
+        yield (f"attention, {row['text']} text tokens: with a mask PyTorch chooses "
                f"{row['added']}, without one {row['none']}")
     missing = {}                            # error -> names
     for row in found.get("attention", []):
@@ -102,12 +102,12 @@ def _attention_result(row):
 def parts(found, _):
     for row in found.get("parts", []):
         batch = row["batch"]
-        yield f"a step of {batch} images, compiled (warm after {row['compile_s']:.0f} s):"
+        yield f"a step of {batch} images, compiled (ready after {row['compile_s']:.0f} s):"
         for name, ms in row["ms"].items():
             rate = ""
             if row["tflops"].get(name):
                 rate = f" {row['tflops'][name]:7.0f} TFLOP/s useful"
-            yield f"  {name:<28}{ms:9.2f} ms {ms / batch:8.2f} an image{rate}"
+            yield f"  {name:<28}{ms:9.2f} ms {ms / batch:8.2f} per image{rate}"
         speeds = ", ".join(f"{name} {speed:.1f}" for name, speed in row["images_per_s"].items())
         yield (f"  images per second, with AdamW after 512: {speeds}; activations and gradients "
                f"{row['held_gb']:.1f} GB")
@@ -125,19 +125,19 @@ def variants(found, _):
         if "error" in row:
             yield f"  {name:<16} {row['error'][:110]}"
         else:
-            yield (f"  {name:<16}{row['ms']:9.2f} ms {row['ms'] / row['batch']:8.2f} an image "
+            yield (f"  {name:<16}{row['ms']:9.2f} ms {row['ms'] / row['batch']:8.2f} per image "
                    f"{row['tflops']:6.0f} TFLOP/s useful, held {row['held_gb']:5.1f} GB")
     for row in found.get("VAE", []):
-        yield f"  VAE, {row['name']:<40}{row['ms']:9.2f} ms of {row['batch']}"
+        yield f"  VAE, {row['name']:<40}{row['ms']:9.2f} ms for {row['batch']} images"
     for row in found.get("graphs", []):
         if "ms" in row:
-            yield f"  {row['name']:<56}{row['ms']:9.3f} ms of {row['batch']}"
+            yield f"  {row['name']:<56}{row['ms']:9.3f} ms for {row['batch']} images"
         else:
             yield f"  {row['name']:<56}{row['error'][:80]}"
 
 
 def benchmarks(found, out):
-    """train.json and sample.json, of benchmarks/train.py and benchmarks/sample.py."""
+    """The results in train.json and sample.json, from benchmarks/train.py and sample.py."""
     results = {}
     if (out / "train.json").exists():
         results["train.py"] = json.loads((out / "train.json").read_text())
@@ -183,16 +183,16 @@ def smoke(found, _):
     if results:
         bad = [f"{row['name']} ({row['problem'][:100]})" for row in results if row["problem"]]
         right = len(results) - len(bad)
-        yield f"  smoke: {right} of {len(results)} right {'; '.join(bad)}"
+        yield f"  smoke: {right} of {len(results)} passed {'; '.join(bad)}"
     apart = found.get("apart", [])
     if apart:
         most = max(apart, key=lambda row: row["apart"])
-        yield f"  smoke: losses are at most {most['apart']:.1e} apart ({most['name']})"
+        yield f"  smoke: losses differ by at most {most['apart']:.1e} ({most['name']})"
 
 
 def ends(found, _):
-    """How the parts ended."""
-    names = {0: "ok", -1: "not begun", 124: "too slow", 130: "stopped"}
+    """The outcome of each part."""
+    names = {0: "ok", -1: "not started", 124: "timed out", 130: "stopped"}
     results = []
     for row in found.get("part", []):
         end = names.get(row["code"], f"FAILED with {row['code']}")

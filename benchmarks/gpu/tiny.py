@@ -1,4 +1,4 @@
-"""Runs a benchmark on a model of two layers and almost without a matrix product, for SMALL=1.
+"""Runs a benchmark with a model of two layers and a tiny matrix product, for SMALL=1.
 
     python benchmarks/gpu/tiny.py train --batch 1 --rounds 1 --no-compile
 """
@@ -11,7 +11,7 @@ import torch
 
 
 def small_product(case, device, dtype, rows, train):
-    """Replaces common.product, which takes seconds in order to measure a reliable rate."""
+    """Replacement for common.product, which takes seconds to measure a reliable rate."""
     a = torch.randn(256, 256, device=device, dtype=dtype)
     return lambda: a @ a, 2 * 256**3
 

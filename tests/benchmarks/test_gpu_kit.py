@@ -1,4 +1,4 @@
-"""The kit that measures a GPU, at tiny sizes on a CPU; a fault of one part stays its own."""
+"""The GPU measurement kit, at tiny sizes on a CPU: a part that fails does not affect the others."""
 import importlib.util
 import json
 import os
@@ -37,7 +37,7 @@ def results(folder):
 
 
 def exit_codes(folder):
-    """{name of a part: its exit code}."""
+    """{name of a part: its exit code} from results.jsonl."""
     return {row["name"]: row["code"] for row in results(folder) if row["kind"] == "part"}
 
 
@@ -70,7 +70,7 @@ def test_all_parts_run(tmp_path):
 
 
 @pytest.mark.parametrize("way, code", [("fail", 1), ("hang", 124), ("kill", -9)])
-def test_a_part_that_fails_loses_nothing_of_the_others(tmp_path, way, code):
+def test_a_failing_part_does_not_affect_the_others(tmp_path, way, code):
     done = measure(tmp_path, STEPS="ceilings attn", PLANT=f"ceilings:{way}")
     assert done.returncode == 1
     assert exit_codes(tmp_path) == dict(ceilings=code, attn=0)
@@ -105,7 +105,7 @@ def test_a_signal_ends_the_part_and_prints_the_table(tmp_path):
 
 
 def test_wrong_settings_are_reported_at_once(tmp_path):
-    assert measure(tmp_path, STEPS="ceiling").stderr.startswith("no part ceiling; there are")
+    assert measure(tmp_path, STEPS="ceiling").stderr.startswith("unknown part ceiling; choose from")
     helped = measure(tmp_path, "--help")
     assert helped.returncode == 0
     assert all(part in helped.stdout for part in PARTS)
