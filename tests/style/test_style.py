@@ -32,6 +32,7 @@ LEVELS = {
     "fusedit_lib.data": 6, "fusedit_lib.train": 7, "fusedit_lib.evaluation": 7,
 }
 PROGRAM = 8                                       # the level of a file at the root
+FOLDERS = "fusedit_lib", "demo", "docs", "examples", "benchmarks", "tests"
 
 # Identifiers of an earlier private language, and the words of it in comments, help and logs.
 LEFT_OUT_NAMES = set(
@@ -298,18 +299,17 @@ def test_the_demo_is_small():
 
 
 def test_the_readme_shows_the_house_as_it_is():
-    """Every program and every file and folder of fusedit_lib, and nothing that is not there."""
-    tree = re.search(r"^## Files\n+```\n(.*?)```", read("README.md"), re.M | re.S)[1]
-    shown = re.findall(r"^(  )?([\w/]+(?:\.py)?/?)  ", tree, re.M)
-    inside = {name for indent, name in shown if indent}
-    there = {p.name + "/" * p.is_dir() for p in (ROOT / "fusedit_lib").iterdir()
-             if not p.name.startswith("__")}
-    assert inside == there
-    programs = {name for indent, name in shown if not indent and name.endswith(".py")}
-    assert programs == {p.name for p in ROOT.glob("*.py")}
+    """It lists every program and every folder, at the root and in fusedit_lib, and no others."""
+    tree = re.search(r"^## What is where\n+```\n(.*?)```", read("README.md"), re.M | re.S)[1]
+    shown = re.findall(r"^(  )?([\w/]+(?:\.py)?)  ", tree, re.M)
+    outer = {name for indent, name in shown if not indent}
+    inner = {name for indent, name in shown if indent}
+    programs = {p.name for p in ROOT.glob("*.py")}
     assert len(programs) == 6
-    for indent, name in shown:
-        assert indent or (ROOT / name).exists(), name
+    assert outer == programs | {f"{folder}/" for folder in FOLDERS}
+    assert inner == {f"{p.name}/" for p in (ROOT / "fusedit_lib").iterdir()
+                     if p.is_dir() and not p.name.startswith("__")}
+    assert all((ROOT / folder).is_dir() for folder in FOLDERS)
 
 
 def test_no_path_of_a_machine():
