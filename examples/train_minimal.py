@@ -1,12 +1,12 @@
-"""Train a small fusedit with torch alone: the whole recipe in one process and one short file.
+"""Train a small fusedit in plain torch: the whole recipe in one short file and one process.
 
     python examples/train_minimal.py                                scenes of coloured shapes
     python examples/train_minimal.py --data 'shards/*.tar'          any captioned images
     python sample.py --model runs/minimal --prompt "a large red circle"
 
 It trains the DiT of the preset "demo" (32 x 32 pixels) from scratch, in float32, on the CPU or one
-GPU. train_gpu.py has the same losses on the same shards, and adds what is left out here: VAE, bf16,
-compilation, several GPUs, checkpoints and resuming, validation, a limit on unreadable samples.
+GPU. train_gpu.py computes the same losses from the same shards, and adds what this file leaves out:
+several GPUs, bf16, compilation, VAE latents, checkpoints, validation, limits on unreadable data.
 """
 import argparse
 import copy
@@ -29,9 +29,9 @@ from fusedit_lib.train.config import PROMPTS, RunConfig, absolute, data_workers
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=cli.HelpFormatter)
 parser.add_argument("--data", help="shards to train on (default: scenes drawn during training)")
 parser.add_argument("--base", default="demo/gemma", help="folder or hub id of the frozen Gemma")
-parser.add_argument("--steps", type=cli.positive, default=1500, help="number of training steps")
-parser.add_argument("--batch", type=cli.positive, default=32, help="number of images in a step")
-parser.add_argument("--lr", type=float, default=2e-3, help="highest learning rate")
+parser.add_argument("--steps", type=cli.positive, default=1800, help="number of training steps")
+parser.add_argument("--batch", type=cli.positive, default=16, help="number of images in a step")
+parser.add_argument("--lr", type=float, default=1.5e-3, help="highest learning rate")
 parser.add_argument("--seed", type=cli.uint32, default=42, help="seed of weights, data and noise")
 parser.add_argument("--log-every", type=cli.positive, default=20, help="steps between log lines")
 parser.add_argument("--out", type=Path, default="runs/minimal", help="folder for the new model")
@@ -40,11 +40,10 @@ parser.add_argument("--out", type=Path, default="runs/minimal", help="folder for
 def scene_batches(args, config, tokenizer):
     """Batches of the captioned scenes that `prepare_data.py shapes` makes, each scene once."""
     for step in range(args.steps):
-        images, captions = [], []
-        for i in range(step * args.batch, (step + 1) * args.batch):
-            scene = shapes_sample(args.seed, config.image_size, i)
-            images.append(read_square(scene["image.png"], config.image_size))
-            captions.append(scene["synthetic_caption.txt"].decode())
+        first = step * args.batch
+        scenes = [shapes_sample(args.seed, config.image_size, first + j) for j in range(args.batch)]
+        images = [read_square(scene["image.png"], config.image_size) for scene in scenes]
+        captions = [scene["synthetic_caption.txt"].decode() for scene in scenes]
         # Guidance needs the velocity without a caption, so one in ten is left out.
         captions = [caption if torch.rand(()) > 0.1 else "" for caption in captions]
 
@@ -80,7 +79,7 @@ def train(args, model, batches, device):
         torch.nn.utils.clip_grad_norm_(weights, 1.0)
         adam.step()
 
-        decay = min(0.995, step / (9 + step))           # lower at first: forgets the first weights
+        decay = min(0.995, step / (9 + step))           # lower at first, to forget the start
         for average, weight in zip(ema.parameters(), weights, strict=True):
             average.lerp_(weight.detach(), 1 - decay)
 
