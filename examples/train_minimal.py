@@ -1,0 +1,120 @@
+"""Train a small fusedit in plain torch: the whole recipe in one short file and one process.
+
+    python examples/train_minimal.py                                scenes of coloured shapes
+    python examples/train_minimal.py --data 'shards/*.tar'          any captioned images
+    python sample.py --model runs/minimal --prompt "a large red circle"
+
+It trains the DiT of the preset "demo" (32 x 32 pixels) from scratch, in float32, on the CPU or one
+GPU. train_gpu.py computes the same losses from the same shards, and adds what this file leaves out:
+several GPUs, bf16, compilation, VAE latents, checkpoints, validation, limits on unreadable data.
+"""
+import argparse
+import copy
+import math
+import time
+from pathlib import Path
+
+from fusedit_lib import threads
+threads.limit_spinning()                    # before torch is imported
+
+import torch
+
+import fusedit
+from fusedit_lib import backend, cli, pretrained, sampling
+from fusedit_lib.data.batches import Batches, load_batches, to_device
+from fusedit_lib.data.images import read_square
+from fusedit_lib.data.shapes import shapes_sample
+from fusedit_lib.train.config import PROMPTS, RunConfig, absolute, data_workers
+
+parser = argparse.ArgumentParser(description=__doc__, formatter_class=cli.HelpFormatter)
+parser.add_argument("--data", help="shards to train on (default: scenes drawn during training)")
+parser.add_argument("--base", default="demo/gemma", help="folder or hub id of the frozen Gemma")
+parser.add_argument("--steps", type=cli.positive, default=1800, help="number of training steps")
+parser.add_argument("--batch", type=cli.positive, default=16, help="number of images in a step")
+parser.add_argument("--lr", type=float, default=1.5e-3, help="highest learning rate")
+parser.add_argument("--seed", type=cli.uint32, default=42, help="seed of weights, data and noise")
+parser.add_argument("--log-every", type=cli.positive, default=20, help="steps between log lines")
+parser.add_argument("--out", type=Path, default="runs/minimal", help="folder for the new model")
+
+
+def scene_batches(args, config, tokenizer):
+    """Batches of the captioned scenes that `prepare_data.py shapes` makes, each scene once."""
+    for step in range(args.steps):
+        first = step * args.batch
+        scenes = [shapes_sample(args.seed, config.image_size, first + j) for j in range(args.batch)]
+        images = [read_square(scene["image.png"], config.image_size) for scene in scenes]
+        captions = [scene["synthetic_caption.txt"].decode() for scene in scenes]
+        # Guidance needs the velocity without a caption, so one in ten is left out.
+        captions = [caption if torch.rand(()) > 0.1 else "" for caption in captions]
+
+        pixels = torch.stack(images)                                # uint8 [B,3,H,W]
+        ids, mask = fusedit.tokenize(tokenizer, captions, config)   # [B,T] each
+        normal = torch.randn(len(pixels))                           # [B], for the noise levels
+        noise = torch.randn(len(pixels), 1, *pixels.shape[1:])      # [B,1,3,H,W]
+        yield dict(pixels=pixels, ids=ids, mask=mask, normal=normal, noise=noise)
+
+
+def learning_rate(args, step):
+    """A linear warmup in the first tenth of the steps, then half a cosine down to zero."""
+    warmup = max(1, args.steps // 10)
+    progress = max(0, step - 1 - warmup) / max(1, args.steps - warmup)
+    return args.lr * min(step / warmup, 0.5 * (1 + math.cos(math.pi * progress)))
+
+
+def train(args, model, batches, device):
+    """Trains model.dit. Returns a DiT with the EMA (exponential moving average) of its weights."""
+    weights = list(model.dit.parameters())
+    ema = copy.deepcopy(model.dit).requires_grad_(False)
+    adam = torch.optim.AdamW(weights, betas=(0.9, 0.99), weight_decay=1e-4)
+    losses = []
+    start = time.time()
+    for step, loaded in enumerate(batches, 1):
+        adam.param_groups[0]["lr"] = learning_rate(args, step)
+        batch = to_device(loaded, device, cut_text=True)            # x: pixels in [-1,1]
+        text = batch.ids, batch.mask
+        sigma = fusedit.logit_normal_sigma(batch.normal, model.config.shift)            # [B]
+        loss = fusedit.flow_loss(model, batch.x, text, sigma, batch.eps).mean()
+        adam.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(weights, 1.0)
+        adam.step()
+
+        decay = min(0.995, step / (9 + step))           # lower at first, to forget the start
+        for average, weight in zip(ema.parameters(), weights, strict=True):
+            average.lerp_(weight.detach(), 1 - decay)
+
+        losses.append(loss.detach())
+        if step % args.log_every == 0 or step == args.steps:
+            mean = torch.stack(losses[-args.log_every:]).mean()
+            seconds = (time.time() - start) / step                  # of a step
+            print(f"step {step}/{args.steps}  loss {mean:.6f}  {args.batch / seconds:.0f} images/s"
+                  f"  remaining {seconds * (args.steps - step) / 60:.1f} min", flush=True)
+    return ema
+
+
+def main():
+    args = parser.parse_args()
+    if args.out.exists():
+        raise fusedit.FuseDiTError(f"{args.out} exists: choose another --out, or remove it")
+    device = backend.pick_device("auto")
+    backend.configure(device, torch.float32)
+    torch.set_float32_matmul_precision("high")
+    torch.manual_seed(args.seed)
+    config = fusedit.preset("demo", base=absolute(args.base))
+    model = pretrained.build_model(config, device)
+
+    batches = scene_batches(args, config, model.tokenizer)
+    if args.data:                           # each sample has its own noise, as in train_gpu.py
+        run = RunConfig(data=[args.data], batch=args.batch, seed=args.seed)
+        dataset = Batches(run, config, model.tokenizer, args.batch)
+        batches = load_batches(dataset, range(args.steps), data_workers(run), device)
+    model.dit = train(args, model, batches, device)
+
+    pretrained.save_model(args.out, config, model.dit.state_dict())
+    images = sampling.generate(model, PROMPTS, seeds=range(len(PROMPTS)))
+    sampling.image_grid(images, columns=4).save(args.out / "samples.png")
+    print(f"wrote {args.out}")
+
+
+if __name__ == "__main__":
+    cli.run(main, "--batch")
