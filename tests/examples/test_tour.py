@@ -34,7 +34,7 @@ def execute(notebook):
     specs = KernelSpecManager(kernel_dirs=[])
     kernel = AsyncKernelManager(kernel_name="python3", kernel_spec_manager=specs)
     client = NotebookClient(notebook, km=kernel, timeout=60 * MINUTES, record_timing=False,
-                            startup_timeout=60 * MINUTES)
+                            startup_timeout=60 * MINUTES, coalesce_streams=True)
     paths = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
     return client.execute(cwd=NOTEBOOK.parent, env=os.environ | {"PYTHONPATH": paths})
 
@@ -43,9 +43,12 @@ def without_noise(notebook):
     """The notebook without what would change from one run or machine to the next."""
     for cell in notebook.cells:
         cell.metadata.pop("execution", None)
-        for output in cell.get("outputs", ()):
-            data = output.get("data", {})
-            data.pop("image/jpeg", None)                    # Pillow offers every image as JPEG, too
+        if cell.cell_type != "code":
+            continue
+        # Warnings depend on what else is installed, as ipywidgets.
+        cell.outputs = [output for output in cell.outputs if output.get("name") != "stderr"]
+        for output in cell.outputs:
+            output.get("data", {}).pop("image/jpeg", None)  # Pillow offers images as JPEG as well
     notebook.metadata["language_info"] = {"name": "python"}             # no version
     return notebook
 
@@ -96,7 +99,6 @@ def test_it_is_stored_without_noise(stored):
     assert NOTEBOOK.stat().st_size < 400_000
     text = NOTEBOOK.read_text(encoding="utf-8")
     assert nbformat.writes(without_noise(read())) + "\n" == text
-    assert "stderr" not in text
 
 
 def test_it_is_readable(stored):
