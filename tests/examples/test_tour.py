@@ -30,7 +30,7 @@ def read():
 
 def execute(notebook):
     """The notebook with new outputs. A cell that fails is an error."""
-    # With no folders to look in, the kernel is that of this very Python, whatever else is installed.
+    # With no folders to search, the kernel is that of this Python, whatever else is installed.
     specs = KernelSpecManager(kernel_dirs=[])
     kernel = AsyncKernelManager(kernel_name="python3", kernel_spec_manager=specs)
     client = NotebookClient(notebook, km=kernel, timeout=60 * MINUTES, record_timing=False,
