@@ -4,7 +4,7 @@ In a notebook:
 
     from fusedit_lib import pretrained, sampling
     model = pretrained.load_model("demo")
-    sampling.generate(model, ["a large red circle", "a small blue star"], seeds=[0, 1])
+    sampling.generate(model, ["a large red circle", "a small blue star"])
 
 sample.py, evaluate.py and the sample grids of a training run all draw with generate(). A model that
 works on the latents of a VAE also needs vae=load_vae(model.config.vae, ...).
@@ -23,9 +23,9 @@ from fusedit_lib import backend
 # ---- drawing -------------------------------------------------------------------------------------
 
 @torch.no_grad()
-def generate(model, prompts, seeds, *, vae=None, height=None, width=None, steps=25, guidance=None,
-             guidance_span=(0, 1), negative="", text_length=None, callback=None):
-    """Draw one batch: a PIL image for each pair of prompts[i] and seeds[i].
+def generate(model, prompts, seeds=None, *, vae=None, height=None, width=None, steps=25,
+             guidance=None, guidance_span=(0, 1), negative="", text_length=None, callback=None):
+    """Draw one batch: a PIL image for each pair of prompts[i] and seeds[i] (default: 0, 1, 2, ...).
 
     model          FuseDiT, as load_model returns it
     vae            its VAE; None for a model of pixels
@@ -40,8 +40,7 @@ def generate(model, prompts, seeds, *, vae=None, height=None, width=None, steps=
     A seed gives the same noise regardless of what else is in the batch. Raises FuseDiTError.
     """
     config = model.config
-    if len(prompts) != len(seeds):
-        raise FuseDiTError(f"{len(prompts)} prompts but {len(seeds)} seeds: give one per prompt")
+    seeds = check_seeds(prompts, seeds)
     if config.vae and vae is None:
         raise FuseDiTError(f"this model draws latents of the VAE {config.vae}: pass it as vae=")
     check_guidance_span(guidance_span)
@@ -71,6 +70,17 @@ def generate(model, prompts, seeds, *, vae=None, height=None, width=None, steps=
     for latents in x.split(1):              # one at a time: decoding takes a lot of memory
         images += to_images(latents, vae)
     return images
+
+
+def check_seeds(prompts, seeds):
+    """The seeds, by default 0, 1, 2, ...; raises FuseDiTError unless each prompt has one."""
+    if isinstance(prompts, str):
+        raise FuseDiTError(f"prompts must be a list of prompts: [{prompts!r}]")
+    if seeds is None:
+        return range(len(prompts))
+    if len(prompts) != len(seeds):
+        raise FuseDiTError(f"{len(prompts)} prompts but {len(seeds)} seeds: give one per prompt")
+    return seeds
 
 
 def check_guidance_span(span):

@@ -222,10 +222,19 @@ def test_prompts_and_seeds_of_a_batch_are_paired(model):
     assert abs(np.asarray(alone, int) - np.asarray(images[2], int)).max() <= 1
 
 
+def test_default_seeds_count_from_zero(model):
+    loaded = load_model(model)
+    drawn = sampling.generate(loaded, ["a star"] * 2, steps=2)
+    expected = sampling.generate(loaded, ["a star"] * 2, [0, 1], steps=2)
+    assert [image.tobytes() for image in drawn] == [image.tobytes() for image in expected]
+
+
 def test_generate_rejects_bad_arguments(model):
     loaded = load_model(model)
     with pytest.raises(FuseDiTError, match="2 prompts but 1 seeds"):
         sampling.generate(loaded, ["a star", "a circle"], [0])
+    with pytest.raises(FuseDiTError, match="must be a list of prompts: \\['a star'\\]"):
+        sampling.generate(loaded, "a star")
     with pytest.raises(FuseDiTError, match="width 7 is not a multiple of 2 pixels"):
         sampling.generate(loaded, ["a star"], [0], width=7)
     with pytest.raises(FuseDiTError, match="lower noise level comes first"):
