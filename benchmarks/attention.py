@@ -153,7 +153,7 @@ def main():
     for name in [*found, "flex"]:
         try:
             with warnings.catch_warnings():
-                warnings.simplefilter("ignore")            # long ones, if a kernel does not apply
+                warnings.simplefilter("ignore")            # long if a kernel does not apply
                 if name == "flex":
                     attention = flex_attention(lengths, args.text, args.image)
                 else:

@@ -3,7 +3,7 @@
     python prepare_data.py emoji shards/emoji
     python benchmarks/distances.py shards/emoji/train          4 minutes on two cores
 
-One half of the flat emoji is compared with the other half: unchanged, blurred, with noise, and in
+One half of the flat emoji is compared with the other half: unchanged, blurred, noisy, and in
 another style.
 """
 import argparse
@@ -82,10 +82,10 @@ def image_sets(styles, rng):
 
     changed = {"the other half": flat}
     for sd in (0.5, 1, 2):
-        changed[f"it, blurred by {sd:g}"] = [blur(image, sd) for image in flat]
+        changed[f"blurred by {sd:g}"] = [blur(image, sd) for image in flat]
     for sd in (5, 15, 45):
-        changed[f"it, noised by {sd}"] = [add_noise(image, rng, sd) for image in flat]
-    changed["it, in 3D style"] = [styles["fluent"][concept] for concept in others]
+        changed[f"with noise of {sd}"] = [add_noise(image, rng, sd) for image in flat]
+    changed["in 3D style"] = [styles["fluent"][concept] for concept in others]
     return reference, changed
 
 

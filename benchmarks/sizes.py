@@ -7,7 +7,7 @@
 The first figure shows whether the cost jumps at any size. One size varies at a time: image tokens,
 batch size, or text tokens (of the longest caption of the batch; the shortest has half as many). The
 other two keep their usual values. Only the DiT is measured, with compiled blocks: its forward pass
-("forward"), and forward and backward ("training"), in turn with a matrix product.
+("forward"), and forward and backward ("training"), alternating with a matrix product.
 """
 import argparse
 import json

@@ -7,7 +7,7 @@
 in the batch, and then the DiT, with compiled blocks. "joint mask" (common.py) follows the published
 code: text padded to its full length runs through Gemma in every forward pass, both streams are
 concatenated in every layer under one dense additive mask, keys are repeated for each head, and
-nothing is compiled. Both have the same weights and the same AdamW, and take turns with a matrix
+nothing is compiled. Both use the same weights and the same AdamW, and take turns with a matrix
 product in one process; medians are reported. Useful FLOPs are those of unpadded text.
 """
 import statistics
@@ -186,7 +186,7 @@ def main():
     if not args.no_exactness:
         result["exactness"] = exactness(case, model, device, batches[0])
 
-    # both formulations and a matrix product take turns
+    # the two formulations and a matrix product take turns
     adam = Adam(model.dit.parameters())
     multiply, flops = product(case, device, dtype, args.batch * case.image_tokens, train=True)
     steps = step_functions(model, adam, batches, fast_vae, slow_vae,

@@ -50,7 +50,7 @@ def other_programs(folder):
 
 @pytest.fixture(scope="module")
 def cold(tmp_path_factory):
-    """ColdStarts of all programs. The trainings run in turn, in parallel with the others."""
+    """ColdStarts of all programs. One training run follows the other, in parallel with the rest."""
     folder = tmp_path_factory.mktemp("cold")
 
     def run(commands):

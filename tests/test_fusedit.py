@@ -468,7 +468,7 @@ def sum_of_features(text):
 
 
 @pytest.mark.parametrize("point", FUSIONS, ids=str)
-def test_gradients_show_who_sees_whom(gemma_folder, point):
+def test_gradients_show_which_tokens_see_which(gemma_folder, point):
     """The image sees every real token and no padding; the text does not see the image."""
     model = small_model(gemma_folder, **point)
     model.llm.requires_grad_(True)

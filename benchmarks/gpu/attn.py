@@ -3,9 +3,9 @@
 In the DiT, 1024 image tokens attend to [text ; image], with 8 query heads, 4 key heads and head
 size 256; a mask hides the padding of the text. "rows" is fusedit.attention, which stacks the query
 heads of a key head as rows of one head; "gqa" is PyTorch's grouped-query attention; "repeat" copies
-keys and values. The mask is added to the scores, boolean, or absent. Gemma's attention is causal
-over the text. The VAE's has 4096 positions of width 512. This part fails if the error of the kernel
-that PyTorch chooses by default exceeds the rounding of bfloat16.
+keys and values. The mask is either added to the scores, boolean, or absent. Gemma's attention is
+causal over the text. The VAE's has 4096 positions of width 512. This part of the kit fails if the
+error of the kernel that PyTorch chooses by default exceeds the rounding of bfloat16.
 """
 import inspect
 from functools import partial
@@ -256,7 +256,7 @@ def print_row(name, row):
     if not row["off"] < TOLERANCE:
         warning = "   <-- WRONG"
     print(f"  {name:<28}{row['ms']:9.3f} ms {row['tflops']:6.0f} TFLOP/s, with backward "
-          f"{row['both_ms']:9.3f} ms {row['backward_tflops']:6.0f} TFLOP/s, off by "
+          f"{row['both_ms']:9.3f} ms, backward alone {row['backward_tflops']:6.0f} TFLOP/s, off by "
           f"{row['off']:.0e}{warning}", flush=True)
 
 
@@ -330,7 +330,7 @@ def main():
     measure_extremes()
     measure_gemma(first)
     measure_vae()
-    measure_joint(first, "flex")            # last, since it takes long to compile
+    measure_joint(first, "flex")            # last, since it is slow to compile
     if wrong:
         raise SystemExit(f"wrong: {'; '.join(wrong)}")
     if not CUDA:

@@ -1,7 +1,7 @@
-"""The machine and its limits: matrix rate, memory bandwidth, cost of a kernel launch.
+"""The machine and its limits: matrix rate, memory bandwidth, and the cost of a kernel launch.
 
 The matrix products are those of a DiT block of the 2B model for 8 images of 1024 tokens, forward
-and both gradients; also with gate and up, and q, k and v, each fused into one product.
+and both gradients; also with gate and up fused into one product, and q, k and v into another.
 """
 import os
 import platform

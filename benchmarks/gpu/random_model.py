@@ -1,6 +1,6 @@
 """A Gemma 2 2B and a VAE with random weights, and shards of images for training at 512 pixels.
 
-With these, train_gpu.py runs at full size without a download: DIR/gemma, DIR/vae, DIR/shards.
+With these (DIR/gemma, DIR/vae and DIR/shards), train_gpu.py runs at full size without a download.
 """
 import json
 import shutil
@@ -23,7 +23,7 @@ VAE_CONFIG = dict(block_out_channels=[128, 256, 512, 512], layers_per_block=2, i
 
 
 def random_weights(module):
-    """bfloat16 weights {name: tensor}, for which activations neither explode nor vanish.
+    """bfloat16 weights {name: tensor} with which activations neither explode nor vanish.
 
     Norms and biases have their initial values.
     """

@@ -1,8 +1,8 @@
 """Parts of the kit that run the repository's own commands, as a user would.
 
     shards    make the demo's data, for training and for validation
-    demo      train the demo with train_gpu.py for some time, until a SIGTERM makes it save and end
-    draw      draw images with sample.py, with the bundled demo and the newly trained one
+    demo      train the demo with train_gpu.py for some time, until a SIGTERM makes it save and stop
+    draw      draw images with sample.py, using the bundled demo and the newly trained one
     score     score the newly trained demo (or else the bundled one) with evaluate.py shapes
     sample    run benchmarks/sample.py with 8 images and with 1
     exact     run benchmarks/train.py with its distances from float32
@@ -184,7 +184,7 @@ def large_runs(kit, args):
 
 
 def large(kit, args):
-    """Do all runs for which there is time. Fails if one makes no step or a loss is not finite."""
+    """Do all runs that there is time for. Fails if one finishes no step or a loss is not finite."""
     import random_model
     folder = kit.WORK / "random"
     random_model.make(folder)
@@ -227,7 +227,7 @@ def large_flags(kit, folder, out, large_run):
 
 
 def run_until_logged(kit, flags, out, enough):
-    """Run train_gpu.py until it has logged some steps, then kill it: a checkpoint takes 32 GB.
+    """Run train_gpu.py until it has logged some steps, then kill it, as a checkpoint takes 32 GB.
 
     Returns the logged rows, and the exit code, or None if it was still running.
     """
@@ -246,7 +246,7 @@ def run_until_logged(kit, flags, out, enough):
 
 
 def train_some_steps(kit, folder, large_run):
-    """Make some steps of a run and record them. Returns True if nothing went wrong."""
+    """Train some steps of a run and record them. Returns True if nothing went wrong."""
     out = kit.WORK / "large"
     shutil.rmtree(out, ignore_errors=True)
     begin = time.monotonic()
@@ -261,7 +261,7 @@ def train_some_steps(kit, folder, large_run):
         for row in rows:
             file.write(json.dumps(dict(row, name=name)) + "\n")
     if not rows:
-        error = f"no step was made in {seconds:.0f} s; exit code {code}"
+        error = f"no step finished in {seconds:.0f} s; exit code {code}"
         print(f"{name}: {error}")
         kit.record("large", name=name, error=error)
         return False

@@ -317,7 +317,7 @@ def measure_graphs(case, model, batch, title, backward):
         return milliseconds(capture(work))
 
     def reduce_overhead():
-        # as backend.compile_model, but each compiled block is one CUDA graph
+        # like backend.compile_model, but each compiled block is one CUDA graph
         undo_compile(model)
         for module in (*model.dit.layers, model.dit.norm_out):
             module.forward = torch.compile(module.forward, mode="reduce-overhead")

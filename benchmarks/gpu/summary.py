@@ -1,4 +1,4 @@
-"""The table that is printed last, made from the files that the parts wrote to OUT (no torch)."""
+"""Makes the table that is printed last from the files in OUT, without importing torch."""
 import json
 from pathlib import Path
 
@@ -78,8 +78,8 @@ def attention(found, _):
         if not row["off"] < TOLERANCE:
             warning = "  <-- WRONG"
         yield (f"  {row['text']:>4} {row['name']:<28}{row['ms']:8.3f} ms {row['tflops']:5.0f} "
-               f"TFLOP/s, both {row['both_ms']:8.3f} ms, backward {row['backward_tflops']:5.0f} "
-               f"TFLOP/s, off {row['off']:.0e}{warning}")
+               f"TFLOP/s, with backward {row['both_ms']:8.3f} ms, backward alone "
+               f"{row['backward_tflops']:5.0f} TFLOP/s, off by {row['off']:.0e}{warning}")
     for error, names in missing.items():
         yield f"  not available: {', '.join(names)}: {error}"
 

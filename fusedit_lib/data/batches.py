@@ -1,6 +1,6 @@
 """Makes training batches from WebDataset shards, in an order that depends only on the seed.
 
-Each position of the run is computed directly, without replaying earlier positions:
+Each position of the run (see order.py) is computed directly, without replaying earlier ones:
 
     position -> data set, epoch, offset in it -> shard, sample -> pixels, caption, noise
 
@@ -45,7 +45,7 @@ class Sample(NamedTuple):
 def decode(files, run, size, rng):
     """Decode a sample's files to (pixels uint8 [3,size,size] or latents, caption).
 
-    Raises ValueError or an exception of Pillow's if the sample cannot be used.
+    Raises ValueError or one of Pillow's exceptions if the sample cannot be used.
     """
     image = None
     for name in files:
@@ -87,7 +87,7 @@ class Batches(Dataset):
         clip       [B,77] CLIP tokens, if the model has CLIP modulation
         bad        one line for each sample that could not be read and was replaced by another
 
-    In case of an error it is {"error": message} instead, since an exception raised in a worker
+    If an error occurs, self[m] is {"error": message} instead, since an exception raised in a worker
     would arrive with the worker's traceback.
     """
 
@@ -95,7 +95,7 @@ class Batches(Dataset):
         """micro_batch: samples per micro-batch; accumulation: micro-batches per training step.
 
         Both numbers are per rank. Raises FuseDiTError if --data is missing or matches nothing, or
-        if --data-weights does not fit it.
+        if --data-weights does not match it.
         """
         self.run = run
         self.config = config
@@ -114,7 +114,7 @@ class Batches(Dataset):
                                f"has {len(sets)} data sets")
         self.shards = sum(sets, [])
         weights = run.data_weights
-        if not weights:                     # one data set: an epoch has every sample once
+        if not weights:                     # one data set: an epoch contains every sample once
             sets = [self.shards]
             weights = [1]
         self.digest = digest(self.shards)
@@ -140,7 +140,7 @@ class Batches(Dataset):
             self.reader.local_files(shard)
 
     def prefetch(self, position):
-        """Start to copy the shard of a position in the background if it is remote."""
+        """Start copying the shard of a position in the background if the shard is remote."""
         shard, _ = self.order[position]
         if shard in self.downloads or not is_url(self.shards[shard].path):
             return
@@ -241,7 +241,7 @@ def start_worker(_):
 
 
 class DoneEvent:
-    """Replaces the event with which a DataLoader tells its workers to exit. It kills them instead.
+    """Replaces the event with which a DataLoader tells its workers to exit, and kills them instead.
 
     The DataLoader's own event contains a lock. If a worker was killed while holding it, setting the
     event blocks forever (such hangs are reported in pytorch/pytorch#21554 and #39570). Killing the
@@ -266,7 +266,7 @@ def is_worker_death(error):
     if isinstance(error, RuntimeError):
         names = "DataLoader worker", "Pin memory thread"
         return any(name in str(error) for name in names)
-    return True                             # OSError, EOFError: a pipe broke in mid-batch
+    return True                             # OSError, EOFError: a pipe broke mid-batch
 
 
 def stream_batches(batches, which, workers, device):
@@ -294,8 +294,9 @@ def stream_batches(batches, which, workers, device):
         if not workers or not is_worker_death(e):
             raise
         reason = str(e).splitlines()[0]
-        raise FuseDiTError(f"a data process died ({reason}): out of memory? Then lower --workers. "
-                           f"Or did a batch take over {BATCH_TIMEOUT / 60:g} minutes?") from e
+        raise FuseDiTError(f"a data process died ({reason}). If it ran out of memory, lower "
+                           "--workers. A data process is also killed if a batch takes over "
+                           f"{BATCH_TIMEOUT / 60:g} minutes") from e
     finally:
         iterator = None                     # its destructor stops the workers
 
@@ -304,7 +305,7 @@ def load_batches(batches, which, workers, device=None):
     """A generator of the micro-batches `which` (a range), prepared ahead of time by processes.
 
     The processes start immediately. Call this before creating the optimizer, since each worker
-    keeps a copy of all memory of this process. workers: number of processes, 0 for none; device:
+    keeps a copy of all of this process's memory. workers: number of processes, 0 for none; device:
     where the batches will be used. Raises FuseDiTError if data cannot be read or a process dies.
     """
     os.environ["TOKENIZERS_PARALLELISM"] = "false"         # its threads do not survive a fork
@@ -331,8 +332,8 @@ def cut_text_length(mask, device):
     """The length to which a batch's text is cut: that of its longest caption, rounded up.
 
     It is rounded up to quarters of the full length, since a compiled model is recompiled for some
-    new lengths; on a GPU, to whole tiles (backend.round_up_to_tile). mask: [B,T], of all tokens. It
-    is on the CPU, which avoids waiting for the device.
+    new lengths. On a GPU, it is rounded up to whole tiles instead (backend.round_up_to_tile).
+    mask: [B,T] before the cut, on the CPU, which avoids waiting for the device.
     """
     full = mask.shape[1]
     longest = int(mask.sum(1).max())

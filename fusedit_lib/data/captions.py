@@ -10,7 +10,7 @@ LOOKUP_SIZE = 250                           # number of captions that are looked
 
 
 class CaptionTable:
-    """Captions by key, in a DuckDB file sorted by key, since millions would not fit into memory.
+    """Captions by key, in a DuckDB file sorted by key, since millions would not fit in memory.
 
     If a key has several captions, the one that sorts first is used, so the order of the rows in
     the original files does not matter.
@@ -113,7 +113,7 @@ def remove_leftovers(path):
 
 
 class CaptionFolder:
-    """Captions by key, in a folder of files KEY.txt."""
+    """Captions by key, in a folder of KEY.txt files."""
 
     def __init__(self, folder):
         self.folder = folder

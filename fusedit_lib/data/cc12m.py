@@ -1,7 +1,7 @@
 """CC12M: the images of pixparse/cc12m-wds with captions written by LLaVA-NeXT.
 
 The captions are those of CaptionEmporium/conceptual-captions-cc12m-llavanext. Both data sets are on
-the Hugging Face Hub. Each tar of images becomes one shard.
+the Hugging Face hub. Each tar of images becomes one shard.
 """
 from functools import partial
 

@@ -29,7 +29,7 @@ class Problem(NamedTuple):
 
 
 class ShardContents(NamedTuple):
-    """A summary of a shard: a few numbers per sample, so that millions fit into memory."""
+    """A summary of a shard: a few numbers per sample, so that millions fit in memory."""
     path: Path
     entry: dict                             # packing.index_entry
     sizes: np.ndarray                       # int32 [samples,2] width and height; 0: unknown
@@ -221,7 +221,7 @@ MARGIN = 8
 
 
 def draw_sample(page, corner, side, shard, i):
-    """Draw a sample's image with its caption below; corner: (x, y) of the upper left corner."""
+    """Draw a sample's image with its caption below; corner: (x, y) of its upper-left corner."""
     key, files = read_shard_sample(shard, i)
     text = "(no caption)"
     for caption in CAPTIONS:

@@ -1,4 +1,4 @@
-"""Downloads SA-1B's thousand tars and the emoji packages. A file is complete or absent."""
+"""Downloads SA-1B's thousand tars and the emoji packages. A file is either complete or absent."""
 import errno
 import os
 import shutil
@@ -18,7 +18,7 @@ from fusedit_lib.data.shards import ends_well
 CHUNK = 1 << 20                             # maximum number of bytes to read at once
 SILENCE = 60                                # seconds without data before a connection is dropped
 SLOWEST = 1000                              # bytes per second; slower connections are dropped too
-TRIES = 6                                   # consecutive attempts with (almost) no new data
+TRIES = 6                                   # attempts in a row with (almost) no new data
 WAIT = 1.0                                  # seconds before the second try; then 2, 4, ...
 FINAL = {400, 401, 403, 404, 405, 410, 451}     # HTTP errors for which retrying is pointless
 LOCAL = {errno.ENOSPC, errno.EACCES, errno.EROFS}   # errors of the disk, not of the network
@@ -32,12 +32,12 @@ class DownloadFailed(Exception):
 def fetch(url, path, find_fault, on_data):
     """Download a file to `path`, resuming from PATH.part if it exists.
 
-    The file must have the length that the server announces. find_fault(path) describes the fault of
-    a complete file, or returns None. on_data(bytes, length) is called whenever data arrives and may
+    The file must have the length that the server announces. find_fault(path) returns what is wrong
+    with a complete file, or None. on_data(bytes, length) is called whenever data arrives and may
     raise DownloadFailed to stop. Raises DownloadFailed, or OSError if the disk is full or not
     writable.
 
-    PATH.part.id holds the server's identifier of this version of the file, so that parts of two
+    PATH.part.id holds the server's identifier for this version of the file, so that parts of two
     versions are never combined.
     """
     part = path.with_name(path.name + ".part")
@@ -183,7 +183,7 @@ def tar_fault(path):
             if not ends_well(tar.fileobj, tar.offset):
                 return "the tar is cut short"
     except tarfile.TarError as e:
-        return f"not a whole tar ({e})"
+        return f"not a complete tar ({e})"
     return None
 
 

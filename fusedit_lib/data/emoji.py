@@ -89,7 +89,7 @@ def concept_of(code_points: str) -> str:
     """Normalise the spelling of code points joined by "-", so that it is equal in all packages.
 
     The packages differ in case, in leading zeros, and in whether they include the code point FE0F,
-    which only requests an image instead of a black and white glyph.
+    which only requests an image instead of a black-and-white glyph.
     """
     parts = [part.lower() for part in code_points.split("-")]
     return "-".join(part.lstrip("0") for part in parts if part != "fe0f")
@@ -120,7 +120,7 @@ def list_emoji(packages: Path) -> list[Emoji]:
 
 
 def choose_held_out(all_emoji: list[Emoji], rng: random.Random) -> set[tuple[str, str]]:
-    """(concept, style) pairs: one style each of a twentieth of the concepts with both styles."""
+    """(concept, style) pairs: for a twentieth of the concepts in both styles, one style each."""
     counts = Counter(emoji.concept for emoji in all_emoji)
     in_both_styles = [concept for concept, count in counts.items() if count == len(STYLES)]
     held_out = set()

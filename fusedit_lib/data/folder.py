@@ -26,7 +26,7 @@ CAPTION_FIELDS = ("caption", "original_caption", "text", "prompt", "description"
 
 # ---------------------------------------------------------------------------- rows of captions
 def rows_of_text_files(files: dict[str, Path], folder: Path, skipped: list) -> list[dict]:
-    """A row for every image with the text of the .txt file of the same name, or "" without one.
+    """A row for every image, with the text of the .txt file of the same name, or "" if it has none.
 
     An image whose caption is not UTF-8 is moved from `files` to `skipped`.
     """
@@ -126,7 +126,7 @@ def folder_items(files: dict[str, Path], rows: list, skipped: list) -> list[Item
         if not image:
             skipped.append((f"no image name ({', '.join(IMAGE_FIELDS)})", f"row {number}"))
         elif name is None:
-            skipped.append(("image is not there", image))
+            skipped.append(("image not found", image))
         elif not captions:
             skipped.append(("no caption", name))
         else:
@@ -142,8 +142,8 @@ def folder(args):
     captions = args.captions or args.images
     require_exists(args.images, captions)
     if not captions.is_dir() and captions.suffix not in (".json", ".jsonl", ".csv"):
-        raise FuseDiTError(f"CAPTIONS is {captions}, but must be a .json, .jsonl or .csv file or a "
-                           "folder of .txt files")
+        raise FuseDiTError(f"CAPTIONS is {captions}, but it must be a .json, .jsonl or .csv file "
+                           "or a folder of .txt files")
     files = {name: args.images / name for name in list_images(args.images)}
     if not files:
         raise FuseDiTError(f"no images in {args.images} ({', '.join(sorted(SUFFIXES))})")

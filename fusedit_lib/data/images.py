@@ -64,9 +64,10 @@ def square(image, size, crop, rng):
 
 
 def open_safely(data):
-    """Open the bytes of an image file without decoding it. Raises an error over 90 megapixels.
+    """Open the bytes of an image file without decoding it.
 
-    A small file that decodes to a huge image may be an attack (a decompression bomb).
+    Raises an error for an image over 90 megapixels, because a small file that decodes to a huge
+    image may be an attack (a decompression bomb).
     """
     with warnings.catch_warnings():
         warnings.simplefilter("error", Image.DecompressionBombWarning)
@@ -77,8 +78,8 @@ def open_safely(data):
 class ImageRules(NamedTuple):
     """The rules for selecting and storing images."""
     size: int               # larger images are downscaled to this shorter side; 0: never
-    quality: int            # of JPEGs that are encoded again
-    min_size: int           # images whose shorter side is shorter are skipped
+    quality: int            # of JPEGs that are re-encoded
+    min_size: int           # images whose shorter side is below this are skipped
     max_aspect: float       # images with a larger ratio of longer to shorter side are skipped
 
 
@@ -114,8 +115,8 @@ def pack_image(data, rules):
     """Convert the bytes of an image file to (suffix, bytes) of the file to store; raises Skip.
 
     The bytes are kept unchanged where possible. Every image is decoded completely in order to find
-    truncated files. A JPEG that is kept is decoded at an eighth of its size, which takes hardly
-    longer than reading it.
+    truncated files. A JPEG that is kept is decoded at an eighth of its size, which takes only
+    slightly longer than reading it.
     """
     image = open_image(data, rules)
     kind = image.format

@@ -1,4 +1,4 @@
-"""Writes and repairs index.json and offsets.npy of a folder of shards: `prepare_data.py index`.
+"""Writes and repairs the index.json and offsets.npy of a shard folder: `prepare_data.py index`.
 
 shards.py, which reads the two files, describes their contents.
 """

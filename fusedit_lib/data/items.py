@@ -1,4 +1,4 @@
-"""The inputs of packing: items, files of lines, and folders of images.
+"""The inputs to packing: items, ranges of lines in a file, and folders of images.
 
 The module of a data set (cc12m.py, sa1b.py, journeydb.py, folder.py, emoji.py) assigns items to
 shards; packing.py does the rest. Items are read by the process that packs them.
@@ -16,7 +16,7 @@ NOT_OUTPUT_SETTINGS = {"out", "overwrite", "workers", "run", "packages", "regist
 
 # ---------------------------------------------------------------------------- one item
 class Item(NamedTuple):
-    """An image to pack with its captions. str(item) is its name in the report."""
+    """An image to pack, with its captions. str(item) is its name in the report."""
     name: str
     image: Path | bytes | Skip      # a file, the bytes of a file, or the reason for having none
     captions: dict                  # kind, such as "synthetic_caption" -> text, which may be empty
@@ -63,16 +63,16 @@ def read_image_file(path):
     try:
         return path.read_bytes()
     except FileNotFoundError:
-        raise Skip("image is not there") from None
+        raise Skip("image not found") from None
     except OSError as e:
-        raise Skip(f"cannot be read: {e.strerror or 'its name'}") from None
+        raise Skip(f"cannot be read: {e.strerror or 'invalid name'}") from None
     except ValueError:                      # a name that no file can have
-        raise Skip("cannot be read: its name") from None
+        raise Skip("cannot be read: invalid name") from None
 
 
 # ---------------------------------------------------------------------------- files and folders
 class LineRange:
-    """Consecutive lines of a file. Iterating yields (line number, bytes), without blank lines."""
+    """Consecutive lines of a file. Iterating yields (line number, bytes) of non-blank lines."""
 
     def __init__(self, path, first, start, stop):
         self.path = path
@@ -97,8 +97,8 @@ def split_lines(path, size):
     parts = []
     number = 0                              # lines read so far
     not_blank = 0                           # non-blank lines among them
-    first = 1                               # first line of the current part
-    start = 0                               # and its first byte
+    first = 1                               # number of the current part's first line
+    start = 0                               # position of that line's first byte
     position = 0
     with open(path, "rb") as file:
         for line in file:

@@ -1,6 +1,6 @@
 """`prepare_data.py encode`: encodes the images of shards to VAE latents, stored beside the shards.
 
-Training then reads the latents and does not have to encode images in every step.
+Training then reads the latents and does not have to encode images at every step.
 
     cc12m-000012.tar                    the samples
     cc12m-000012.latents.safetensors    latents bf16 [samples,2*C,H/8,W/8]: mean and log variance of
@@ -95,7 +95,7 @@ def encode_shard(tar, vae, args, description, progress):
         progress(len(pixels))
 
     tensors = dict(latents=latents, whole=whole)
-    # All in one entry, since safetensors writes several entries in no fixed order.
+    # This is a single entry, since safetensors writes several entries in no fixed order.
     metadata = dict(encoded=json.dumps(description))
     with atomic_write(latents_path(tar)) as tmp:
         save_file(tensors, tmp, metadata)
@@ -110,8 +110,8 @@ def check_overwrite(descriptions, overwrite):
         if read_description(tar) not in ({}, description):
             other.append(tar.name)
     if other and not overwrite:
-        raise FuseDiTError(f"{len(other)} shards, such as {other[0]}, already have latents of "
-                           "another VAE, image size or shard: --overwrite replaces them")
+        raise FuseDiTError(f"{len(other)} shards, such as {other[0]}, already have latents "
+                           "from another VAE, image size or shard: --overwrite replaces them")
 
 
 def encode_shards(tars, vae, args, descriptions, samples, rank):

@@ -1,9 +1,9 @@
 """The order of training samples, which depends only on the seed.
 
 A position is the number of a sample in the run, counted over all steps and ranks: 0, 1, 2, ...
-Order maps a position to a sample of one data set, Mixture to a sample of several data sets. Neither
-keeps state, so a run can resume at any position, on any number of ranks, without replaying earlier
-positions.
+Order maps a position to a sample of one data set; Mixture maps it to one from several data sets.
+Neither keeps state, so a run can resume at any position, on any number of ranks, without replaying
+earlier positions.
 """
 import functools
 
@@ -70,8 +70,8 @@ class Order:
 class Mixture:
     """The order of samples from several data sets, mixed by weight.
 
-    Each data set has a fixed number of every CYCLE positions. Its positions are scattered at
-    random, and this pattern repeats. Each data set keeps its own order and epochs.
+    Each data set gets a fixed number of every CYCLE positions. These are scattered at random, and
+    the pattern repeats. Each data set keeps its own order and epochs.
     """
 
     def __init__(self, sets, weights, seed, pool):

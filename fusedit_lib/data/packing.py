@@ -162,7 +162,7 @@ def begin(args, **settings):
     """
     out = args.out
     progress = out / ".progress"
-    settings = json.loads(json.dumps(settings, default=str))    # as they are read from JSON
+    settings = json.loads(json.dumps(settings, default=str))    # as if read from JSON
     if out.exists() and not out.is_dir():
         raise FuseDiTError(f"{out} is a file; OUT must be a folder")
     names = []
@@ -249,7 +249,7 @@ def pack(args, name, jobs, make, skipped=(), total=None, **more):
     """Pack the shards that are not finished yet, then write the report and the index.
 
     name: the tars are named NAME-000000.tar, NAME-000001.tar, ... jobs: an iterable of items for
-    each shard. make: see write_shard. skipped: [(reason, key)] of inputs that are in no shard.
+    each shard. make: see write_shard. skipped: [(reason, key)] of inputs that belong to no shard.
     total: the number of items in all shards, if known. more: further entries of report.json.
     """
     global _items_done
@@ -330,7 +330,7 @@ def report_skipped(keys):
 def write_index(out, entries):
     """Write offsets.npy and then index.json from index_entry's dicts; returns the sample count.
 
-    The latents that an earlier index.json lists for a shard stay listed if the shard is the same.
+    The latents that an earlier index.json lists for a shard stay listed if the shard is unchanged.
     """
     with atomic_write(out / "offsets.npy") as tmp, open(tmp, "wb") as file:
         np.save(file, np.concatenate([entry["offsets"] for entry in entries]))

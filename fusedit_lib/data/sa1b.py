@@ -58,7 +58,7 @@ def sa1b(args):
     require_exists(args.images, args.captions)
     folders = [path for path in sorted(args.images.iterdir())
                if path.is_dir() and not path.name.startswith(".")]
-    # Listing millions of files takes long, so changes are detected by the folders' times instead.
+    # Listing millions of files is slow, so changes are detected by the folders' times instead.
     times = digest((path.name, path.stat().st_mtime_ns) for path in folders or [args.images])
     if not packing.begin(args, **output_settings(args, folders=times)):
         return
@@ -105,7 +105,7 @@ def is_caption_folder(path):
 def read_links(path):
     """{file name: url} from Meta's list, a heading followed by lines of NAME TAB URL.
 
-    Raises FuseDiTError if the file cannot be read or has another format.
+    Raises FuseDiTError if the file cannot be read or has a different format.
     """
     try:
         lines = path.read_text("utf-8-sig").splitlines()
@@ -184,7 +184,7 @@ def image_folder(out, name):
 
 
 def sa1b_download(args):
-    """Run `prepare_data.py sa1b-download`: download, check and unpack every tar of the list."""
+    """Run `prepare_data.py sa1b-download`: download, check and unpack every tar in the list."""
     links = read_links(args.links)
     checksums = {}
     if args.md5:

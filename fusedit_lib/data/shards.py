@@ -103,7 +103,7 @@ def shard_paths(path):
 
 
 def expand_shards(pattern):
-    """A list of the Shard of every tar that a pattern of --data names.
+    """A list with a Shard for every tar that a --data pattern names.
 
     pattern: files, folders, globs, {000..012} ranges and URLs, joined by "::". Raises FuseDiTError
     if it matches nothing, if an index.json does not list a tar, or if there are no samples.
@@ -271,7 +271,7 @@ class ShardReader:
         return local
 
     def try_open(self, number):
-        """Open a shard. Returns an OpenShard, or raises the error that occurs."""
+        """Open a shard. Returns an OpenShard. Raises any error that occurs."""
         tar, *latents_files = self.local_files(number)
         latents = whole = None
         for path in latents_files:

@@ -69,8 +69,8 @@ def is_mjhq_row(name, row):
 
 def shapes(n, seed):
     """Scenes of coloured shapes from the demo's world (fusedit_lib/shapes/scenes.py), in GenEval's
-    categories and held out of training. An image is correct if it contains exactly the objects
-    that the prompt describes, and no others."""
+    categories and held out of training where possible. An image is correct if it contains exactly
+    what the prompt describes."""
     prompts = [prompt for _, _, prompt in scenes.evaluation_prompts(n, seed)]
     files = [[f"{k:05}.png"] for k in range(len(prompts))]
     return Benchmark(prompts, files)

@@ -174,7 +174,7 @@ def draw_missing(run, benchmark, model, vae, settings):
     start = time.monotonic()
     with progress_bar(done + count, done, hidden=rank > 0) as bar:
         draw_batches(run, benchmark, model, vae, missing, paths, bar)
-    if missing and done == 0 and world == 1:               # only then is it the whole run's speed
+    if missing and done == 0 and world == 1:               # this is the whole run's speed
         settings["images_per_s"] = round(count / (time.monotonic() - start), 3)
         settings["device"] = str(model.llm.embed_tokens.weight.device)
         write_settings(settings, run.out)
@@ -244,7 +244,7 @@ class ImageWriter:
         self.benchmark = benchmark
         self.paths = paths
         self.pool = pool
-        self.jobs = []                      # those that were unfinished at the last check
+        self.jobs = []                      # jobs that were unfinished at the last check
         self.grid = []                      # images of the current prompt's grid
         self.grid_seeds = []
 

@@ -82,7 +82,7 @@ def draw_dot(axis, measurement, y):
 def sweep(results, path):
     """Plot scores against guidance, with one line per number of steps, and vice versa.
 
-    results: of the shapes benchmark, one per point of the sweep. A chart is omitted if its
+    results: those of the shapes benchmark, one per point of the sweep. A chart is omitted if its
     horizontal axis would have only one value.
     """
     names = {"guidance": "guidance", "steps": "Euler steps"}
@@ -127,8 +127,8 @@ def draw_sweep_lines(axis, results, x, line):
 def verdict_grid(categories, rows, images, columns=10):
     """An image grid whose rows show the first images of each category.
 
-    A frame and a mark show whether an image is right. rows: dicts with category, prompt and right,
-    one per image.
+    A frame and a mark show whether an image is correct. rows: dicts with category, prompt and
+    right, one per image.
     """
     size = (columns * CELL, len(categories) * (CELL + LABEL))
     grid = Image.new("RGB", size, "white")
@@ -144,7 +144,7 @@ def verdict_grid(categories, rows, images, columns=10):
 
 
 def draw_verdict(grid, pen, x, y, row, image):
-    """Draw one framed image with its mark and prompt; x, y: its upper left corner."""
+    """Draw one framed image with its mark and prompt; x, y: its upper-left corner."""
     colour = WRONG_COLOUR
     strokes = [((2, 2), (9, 10)), ((9, 2), (2, 10))]       # a cross
     if row["right"]:

@@ -1,4 +1,4 @@
-"""Scores images: the shapes benchmark with the pixel detector, folders by their distance."""
+"""Scores images: the shapes benchmark with the pixel detector, and folders by distance."""
 import random
 import re
 
@@ -58,9 +58,9 @@ def score_distance(real, fake, extractor, device, batch_size, workers, out=None)
     kid = metrics.kid(x, y)
 
     label = extractor.label
-    print(f"{label:<26}{distance:10.4f}   {len(x)} real, {len(y)} drawn: compare only with equal "
-          "numbers")
-    print(f"{'KID x 1000':<26}{1000 * kid:10.4f}   unbiased: comparable between any numbers")
+    print(f"{label:<26}{distance:10.4f}   {len(x)} real, {len(y)} drawn: compare only distances "
+          "with the same numbers of images")
+    print(f"{'KID x 1000':<26}{1000 * kid:10.4f}   unbiased: comparable for any number of images")
     result = dict(benchmark="distance", label=label, distance=distance, kid=kid, real=len(x),
                   fake=len(y), folders=[str(real), str(fake)])
     if out is None:

@@ -190,7 +190,7 @@ def kernel(dots, width):
 
 
 def kernel_sum(a, b, block):
-    """The sum of the kernel over all pairs of a row of a and a row of b."""
+    """The sum of the kernel over all pairs of a row of `a` and a row of `b`."""
     total = 0.0
     for rows in a.split(block):             # limits the memory
         total += float(kernel(rows @ b.T, a.shape[1]).sum())
@@ -198,7 +198,7 @@ def kernel_sum(a, b, block):
 
 
 def mean_kernel_within(a, block):
-    """The mean of the kernel over all pairs of different rows of a."""
+    """The mean of the kernel over all pairs of different rows of `a`."""
     with_itself = float(kernel(a.square().sum(1), a.shape[1]).sum())
     return (kernel_sum(a, a, block) - with_itself) / (len(a) * (len(a) - 1))
 

@@ -18,7 +18,7 @@ def report(sources, out):
     Each source is NAME=PATH or PATH, where PATH is a result, a folder of results, or the folder of
     a training run. The table is written to a .md file, and the figure to a .png file beside it.
     """
-    import matplotlib  # noqa: F401         if it is missing, fail now and not at the end
+    import matplotlib  # noqa: F401         if it is missing, fail now rather than at the end
     if out.suffix != ".md":
         raise FuseDiTError(f"--out {out}: the table must be a .md file; the figure is saved beside "
                            "it")
@@ -109,8 +109,8 @@ def training_measurements(path):
 
 
 def distance_measurements(result):
-    """The Frechet and kernel distances. Their names contain the real folder and both numbers of
-    images, because distances are comparable only if these are equal."""
+    """The Frechet and kernel distances. Their names contain the real folder and both numbers
+    of images, because distances are comparable only if these are equal."""
     real = Path(result["folders"][0]).name
     sets = f"{real}, {result['real']} and {result['fake']}"
     label = result["label"]

@@ -79,7 +79,7 @@ def load(path):
 
 
 def is_result(value):
-    """True if JSON has the keys that are read from a result or a run.json."""
+    """True if a JSON value has the keys that are read from a result or a run.json."""
     if not isinstance(value, dict) or "benchmark" not in value:
         return False
     if "overall" in value:
@@ -106,8 +106,8 @@ def geneval_score(path, out=None):
             raise FuseDiTError(f"{path}: line {number} is not one of GenEval's results") from None
     counts = {len(images) for images in rights.values()}
     if len(counts) > 1:
-        raise FuseDiTError(f"prompts have {min(counts)} to {max(counts)} images: drawing is not "
-                           "finished; repeat the geneval command to resume it")
+        raise FuseDiTError(f"prompts have {min(counts)} to {max(counts)} images each: drawing is "
+                           "not finished; repeat the geneval command to resume it")
 
     rows = []
     for (_, tag, prompt), images in rights.items():

@@ -20,7 +20,7 @@ import random
 from collections import Counter
 from typing import NamedTuple
 
-# At least 100 apart in RGB, so that the nearest colour is correct even in a poor image.
+# They are at least 100 apart in RGB, so that the nearest colour is correct even in a poor image.
 COLOURS = {
     "red": (215, 25, 45),
     "orange": (250, 135, 0),
@@ -90,7 +90,7 @@ class EvaluationPrompt(NamedTuple):
 
 # ---------------------------------------------------------------------------- held out of training
 def is_held_out_count(count: int, colour: str, shape: str) -> bool:
-    """True if this number of equal objects is held out of training, as is one number in six."""
+    """True if this number of equal objects is held out of training (one in six is)."""
     if count < 2:
         return False
     index = count + list(COLOURS).index(colour) + 2 * SHAPES.index(shape)
@@ -371,7 +371,7 @@ def _moved(coordinate, r, rng):
 
 
 def relation_holds(relation: str, a: Disc, b: Disc) -> bool:
-    """True if a is left of (right of, above, below) b, and further along that axis than across."""
+    """True if a is left of (right of, above, below) b, and farther along that axis than across."""
     dx = b.x - a.x
     dy = b.y - a.y
     if relation == "left of":

@@ -1,7 +1,7 @@
 """Trains a Gemma 2 with two million parameters, which is the demo's frozen text tower.
 
 It is trained on the text of training_text.py and saved like any other Gemma. The report shows the
-share of questions about unseen captions that it answers correctly.
+share of questions about unseen captions that the model answers correctly.
 """
 import json
 import math

@@ -62,7 +62,7 @@ def image_file(kind, seed):
         data = saved(image, "GIF", save_all=True, append_images=[scene(seed + 1)])
     elif kind == "turned":
         exif = Image.Exif()
-        exif[0x0112] = 6                    # orientation: rotate by 90 degrees to the right
+        exif[0x0112] = 6                    # orientation: rotate by 90 degrees clockwise
         data = jpeg(image.transpose(Image.Transpose.ROTATE_90), exif=exif)
     else:
         data = broken_data(kind, image)

@@ -1,4 +1,4 @@
-"""Batches from shards: reproducible at any step and on any ranks, with damaged data and workers."""
+"""Batches from shards: reproducible at any step and rank, with damaged data and dead workers."""
 import io
 import json
 import multiprocessing
@@ -116,7 +116,7 @@ print(time.time() - begin, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 
 def test_any_step_is_reached_directly(gemma_folder, tmp_path, known):
     """2,600 shards of 10,000 samples, step 800,000 at batch 512; all shards are links to one tar.
 
-    Also without offsets.npy, where the 16 tars of the batch are scanned for their offsets.
+    The same holds without offsets.npy, when the batch's 16 tars are scanned for their offsets.
     """
     tar = tmp_path / "one.tar"
     files = {"image.png": b"x", "synthetic_caption.txt": "a"}
@@ -371,7 +371,7 @@ def test_workers_yield_batches_in_order_and_stop(gemma_folder, shards):
 
 @pytest.mark.parametrize("milliseconds", range(6))
 def test_a_dead_worker_is_reported_with_its_cause(gemma_folder, shards, milliseconds):
-    """Killed at different times; immediately after the start, it may be transferring a batch."""
+    """The worker dies at different times; just after its start, it may be transferring a batch."""
     stream = load_batches(tiny_batches(gemma_folder, shards), range(1000), 1)
     next(stream)
     time.sleep(milliseconds / 1000)
@@ -411,7 +411,7 @@ def test_a_hanging_worker_is_reported(gemma_folder, shards, monkeypatch):
         patch.setattr(batches_module, "BATCH_TIMEOUT", 1)
         patch.setattr(batches_module, "decode", lambda *_: time.sleep(60))
         stream = load_batches(tiny_batches(gemma_folder, shards), range(1000), 1)
-        with pytest.raises(FuseDiTError, match="a data process died.*did a batch take over"):
+        with pytest.raises(FuseDiTError, match="a data process died.*if a batch takes over"):
             next(stream)
 
     # An idle worker may wait for longer than the limit.

@@ -179,7 +179,7 @@ def test_journeydb(tmp_path):
     samples, report = read_shards(tmp_path / "out")
     not_json = "not JSON with img_path and prompt"
     assert report["skipped"] == expected_skips(
-        data_set, **{"image is not there": 1, not_json: 2})
+        data_set, **{"image not found": 1, not_json: 2})
     assert report["skipped_keys"][not_json] == ["line 101", "line 103"]
     assert report["inputs"] == 102
 
@@ -220,7 +220,7 @@ def test_odd_rows_and_duplicate_keys_are_skipped(tmp_path):
     samples, report = read_shards(tmp_path / "out")
     prompts = {key: text_of(sample, "synthetic") for key, sample in samples.items()}
     assert prompts == {"a": "one", "b": "two", "c": "list"}
-    assert report["skipped"] == {"same key as the one before": 1, "cannot be read: its name": 2,
+    assert report["skipped"] == {"same key as the one before": 1, "cannot be read: invalid name": 2,
                                  "not JSON with img_path and prompt": 1}
 
 

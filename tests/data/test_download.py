@@ -188,7 +188,7 @@ def test_downloads_are_complete_and_every_failure_is_reported(tmp_path, url, cap
     assert sorted(report["failed"]) == names[6:]
     assert report["failed"][names[6]] == "404 Not Found"
     for name in names[7:]:
-        assert "not a whole tar" in report["failed"][name]
+        assert "not a complete tar" in report["failed"][name]
     assert names_in(out) == {"download.json"} | folders_of(names[:6])
     assert ("drops", 70_000) in Server.ranges              # resumed after the data it had
     assert Server.asked[f"/404/{names[6]}"] == 1           # trying again would not help

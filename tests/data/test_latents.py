@@ -1,4 +1,4 @@
-"""prepare_data.py encode, whose latents train like the images, and prepare_data.py check."""
+"""prepare_data.py encode, whose latents replace images in training, and prepare_data.py check."""
 import json
 import shutil
 

@@ -325,7 +325,7 @@ def test_folder_with_a_file_of_captions(photos, tmp_path, name, capsys):
     pack("folder", photos, write_captions(tmp_path / name, rows), tmp_path / "out")
     samples, index = read_shards(tmp_path / "out")
     assert captions(samples) == sorted(caption for _, caption in ROWS)
-    assert index["skipped"] == {"no caption": 2, "image is not there": 1}
+    assert index["skipped"] == {"no caption": 2, "image not found": 1}
     err = capsys.readouterr().err
     assert "nowhere.png" in err and "e.bmp" in err and "f.JPEG" in err
 

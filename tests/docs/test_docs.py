@@ -65,7 +65,7 @@ def read(name):
 
 
 def markdown(name):
-    """A document as Markdown: a notebook's cells, and of a program its docstring."""
+    """A document as Markdown: for a notebook, its cells; for a program, its docstring."""
     text = read(name)
     if name.endswith(".py"):
         return docstring_markdown(ast.get_docstring(ast.parse(text)) or "")
@@ -75,7 +75,7 @@ def markdown(name):
 
 
 def docstring_markdown(docstring):
-    """A docstring whose indented lines are commands, each with what it does after a gap."""
+    """A docstring whose indented lines are commands; what each does follows after a gap."""
     lines = []
     for line in docstring.splitlines():
         if line.startswith("    "):
@@ -346,7 +346,7 @@ def flags_in(words):
 
 
 def check_run_settings(words, engine):
-    """Parse the command line of a training run; raise FuseDiTError if its model cannot be."""
+    """Parse the command line of a training run; raise FuseDiTError if its model is impossible."""
     run = parse_run(words, "", engine)
     model_config(run)
     if run.plan:
@@ -354,7 +354,7 @@ def check_run_settings(words, engine):
 
 
 def usage_error(command):
-    """What a program, before it begins, says against a command line; empty if nothing."""
+    """The usage error that a program reports for a command line; empty if there is none."""
     engines = {"train_gpu.py": "gpu", "train_tpu.py": "tpu"}
     output = io.StringIO()
     with contextlib.redirect_stderr(output), contextlib.redirect_stdout(output):
@@ -425,7 +425,7 @@ def missing_paths(text, name="README.md"):
 
 
 def unknown_flags(text):
-    """Flags in inline code that no program has, or not the one that is named with them."""
+    """Flags in inline code that no program has, or that the program named with them lacks."""
     found = []
     for span in spans(text):
         words = span.split()
@@ -529,14 +529,14 @@ def unknown_names(text):
 
 
 def unknown_settings(text):
-    """What the column "set by" names besides config fields and flags."""
+    """Names in the column "set by" that are neither config fields nor flags."""
     known = all_flags() | {field.name for field in fields(FuseDiTConfig)}
     cells = table_with(text, "set by").column("set by")
     return [name for name in itertools.chain(*map(names_in, cells)) if name not in known]
 
 
 def difference(listed, wanted):
-    """What two lists do not have in common, and what the first has twice."""
+    """Items that only one of two lists has, and items that the first list has twice."""
     repeated = {name for name in listed if listed.count(name) > 1}
     return sorted(set(listed) ^ set(wanted) | repeated)
 
@@ -591,7 +591,7 @@ def dit_tensors():
 
 
 def missing_tensors(text):
-    """DiT tensors that are not listed, and the reverse."""
+    """DiT tensors that are not listed, and listed ones that do not exist."""
     listed = list(itertools.chain(*map(expand_braces, first_names(text, "tensor"))))
     in_no_preset = {"dit.patch_embed.pos_embed",
                     "dit.layers.N.post_cross_attention_layernorm.weight"}
@@ -600,7 +600,7 @@ def missing_tensors(text):
 
 # ---- the repository ------------------------------------------------------------------------------
 
-def test_the_documents_are_there():
+def test_the_documents_exist():
     assert {"README.md", GLOSSARY, "benchmarks/gpu/README.md"} <= set(DOCS)
 
 

@@ -431,7 +431,7 @@ def test_a_batch_contains_whole_prompts_if_possible(untrained, tmp_path, monkeyp
     assert drawn == sizes
 
 
-# The process kills itself before its n-th operation that writes, renames or makes something in OUT.
+# The process kills itself before its n-th operation that writes, renames or creates a file in OUT.
 KILLS_ITSELF = """
 import os, signal, sys
 left = iter(range({n}))

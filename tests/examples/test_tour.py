@@ -1,4 +1,4 @@
-"""The notebook examples/tour.ipynb and the README's snippet of Python run, and show what they say.
+"""The notebook examples/tour.ipynb and the README's Python snippet run and show what they claim.
 
     python tests/examples/test_tour.py        run the notebook and store its new outputs
 """
@@ -45,7 +45,7 @@ def without_noise(notebook):
         cell.metadata.pop("execution", None)
         if cell.cell_type != "code":
             continue
-        # Warnings depend on what else is installed, as ipywidgets.
+        # Warnings depend on what else is installed, such as ipywidgets.
         cell.outputs = [output for output in cell.outputs if output.get("name") != "stderr"]
         for output in cell.outputs:
             output.get("data", {}).pop("image/jpeg", None)  # Pillow offers images as JPEG as well

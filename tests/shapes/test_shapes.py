@@ -415,7 +415,7 @@ def test_make_replaces_only_its_own_files(gemma_of_two_steps):
     assert [path.name for path in gemma_of_two_steps.parent.iterdir()] == ["gemma"]
 
 
-def test_a_failed_training_leaves_the_old_model(tmp_path, monkeypatch):
+def test_a_failed_training_run_leaves_the_old_model(tmp_path, monkeypatch):
     def fail(*_):
         raise ZeroDivisionError
 

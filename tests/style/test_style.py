@@ -1,4 +1,4 @@
-"""DESIGN's rules of style, as functions of source text; the last tests plant a fault for each."""
+"""The rules of style, as functions of source text; the last tests plant a fault for each."""
 import ast
 import io
 import re
@@ -34,13 +34,14 @@ LEVELS = {
 PROGRAM = 8                                       # the level of a file at the root
 FOLDERS = "fusedit_lib", "demo", "docs", "examples", "benchmarks", "tests"
 
-# Identifiers of an earlier private language, and the words of it in comments, help and logs.
+# Names that an earlier version used and that must not return: as identifiers, and as words in
+# comments, help and logs.
 LEFT_OUT_NAMES = set(
     "attend rotate turns image_turns sine sine_table Blocks random_sigma train_sigmas "
     "upto reads saw stepped look look_at said painter sheet picture pictures".split())
 LEFT_OUT_WORDS = re.compile(r"\b(pictures?|painters?|goes on|pictures a step)\b", re.I)
 
-# The words of the demo's captions, "a picture of a star" among them.
+# These files contain the words of the demo's captions, such as "a picture of a star".
 GRAMMAR = "fusedit_lib/shapes/scenes.py", "fusedit_lib/shapes/training_text.py"
 
 WHERE = "*.py", "fusedit_lib/**/*.py", "tests/**/*.py", "benchmarks/**/*.py", "examples/**/*.py"
@@ -198,7 +199,7 @@ def our_imports(source):
 
 
 def wrong_directions(source, module):
-    """What a module of ours imports and should not, with why."""
+    """What a module of ours imports but should not, with the reason."""
     found = []
     for imported, name, late in our_imports(source):
         if imported == "fusedit_lib":
@@ -242,7 +243,7 @@ def test_code_is_not_packed(name):
 
 
 def test_the_method_reads_like_its_models():
-    """The figures of DESIGN section 8, between those of nanoGPT, DiT, flux, gpt-fast, ..."""
+    """The limits lie between the figures of nanoGPT, DiT, flux, gpt-fast and others."""
     source = read("fusedit.py")
     assert tokens_per_line(source) <= METHOD_TOKENS
     assert wide_share(source) <= METHOD_WIDE
@@ -257,12 +258,12 @@ def test_the_method_needs_only_torch():
 
 
 @pytest.mark.parametrize("name", ["fusedit.py", "fusedit_lib/vae.py", "fusedit_lib/pretrained.py"])
-def test_the_method_knows_no_backend(name):
+def test_the_method_imports_no_backend(name):
     assert backends(read(name)) == []
 
 
 @pytest.mark.parametrize("name", HOUSE)
-def test_each_backend_has_one_room(name):
+def test_each_backend_stays_in_its_own_files(name):
     allowed = {"fusedit_lib/train/xla.py": ("torch_xla",), "train_tpu.py": ("torch_xla",),
                "fusedit_lib/train/zero.py": ("deepspeed",), "train_gpu.py": ("deepspeed",)}
     others = {"torch_xla", "deepspeed", "diffusers"} - set(allowed.get(name, ()))
@@ -274,7 +275,7 @@ def test_imports_point_down(name):
     assert wrong_directions(read(name), module_of(name)) == []
 
 
-def test_imports_lead_nowhere_back():
+def test_there_are_no_import_cycles():
     graph = {}
     for name in HOUSE:
         imported = {module for module, _, _ in our_imports(read(name))}
@@ -284,7 +285,7 @@ def test_imports_lead_nowhere_back():
 
 
 @pytest.mark.parametrize("name", HOUSE)
-def test_names_are_the_fields(name):
+def test_left_out_names_and_words_do_not_occur(name):
     source = read(name)
     assert left_out_names(source) == []
     if name not in GRAMMAR:
@@ -298,7 +299,7 @@ def test_the_demo_is_small():
     assert sum(p.stat().st_size for p in files) < DEMO_BYTES
 
 
-def test_the_readme_shows_the_house_as_it_is():
+def test_the_readme_lists_what_is_there():
     """It lists every program and every folder, at the root and in fusedit_lib, and no others."""
     tree = re.search(r"^## What is where\n+```\n(.*?)```", read("README.md"), re.M | re.S)[1]
     shown = re.findall(r"^(  )?([\w/]+(?:\.py)?)  ", tree, re.M)
@@ -312,7 +313,7 @@ def test_the_readme_shows_the_house_as_it_is():
     assert all((ROOT / folder).is_dir() for folder in FOLDERS)
 
 
-def test_no_path_of_a_machine():
+def test_there_are_no_machine_paths():
     run = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True)
     if run.returncode:
         pytest.skip("not a git checkout")
@@ -380,7 +381,7 @@ def test_a_planted_fault_is_found(case):
     assert rule(source)
 
 
-def test_what_is_allowed_is_not_found():
+def test_what_is_allowed_is_not_reported():
     rules = (long_lines, long_functions, packed, wrong_imports, backends, left_out_names,
              left_out_words, MACHINE_PATH.search)
     for source in INNOCENT:

@@ -1,4 +1,4 @@
-"""The counts of skipped steps and samples, and the model FLOPs utilization (MFU)."""
+"""The counts of skipped steps and samples, and the model FLOPs utilisation (MFU)."""
 import json
 import re
 

@@ -44,7 +44,7 @@ def test_a_resumed_run_equals_one_never_stopped(gemma, data, tmp_path, stages, d
 
 @pytest.mark.slow
 def test_resumed_ranks_equal_ranks_never_stopped(gemma, data, tmp_path):
-    """Bit for bit with two ranks, and under ZeRO 3 with three, by which few tensors divide."""
+    """Bit for bit with two ranks, and under ZeRO 3 with three, which divides few tensors evenly."""
     def job(name, steps, zero, *more):
         return flags(gemma, data, tmp_path / name, "--steps", str(steps), "--zero", zero,
                      "--ema-every", "1", "--sample-every", "100", *more)
@@ -68,7 +68,7 @@ def state_in_one(out, step):
     ("1", 2), pytest.param("0123", 2, marks=pytest.mark.slow),
     pytest.param("13", 4, marks=pytest.mark.slow)])
 def test_the_number_of_ranks_may_change(gemma, data, tmp_path, stages, more_ranks):
-    """More or fewer ranks in mid-run, with gradient accumulation, give the same losses."""
+    """More or fewer ranks mid-run, with gradient accumulation, give the same losses."""
     def job(name, steps, *more):
         return flags(gemma, data, tmp_path / name, "--steps", str(steps), "--ema-every", "1",
                      "--sample-every", "100", *more)

@@ -467,7 +467,7 @@ def test_an_error_is_one_line(gemma, data, tmp_path, more, says):
 
 
 def test_data_that_cannot_be_read_is_an_error_in_one_line(gemma, tmp_path):
-    """An exception of a thread is raised where the batches are used."""
+    """A thread's exception is raised where the batches are used."""
     broken = numbered(tmp_path)
     for tar in broken.glob("*.tar"):
         tar.write_bytes(b"")

@@ -128,7 +128,7 @@ def check_parity(tmp_path, gemma, data, plain, single, pairs):
     for name in single | pairs:
         assert losses(tmp_path / name) == pytest.approx(known, rel=1e-5), name
 
-    # two ranks generate the same grid as one
+    # two ranks generate the same image grid as one
     one = next(iter(single))
     grids = {(tmp_path / name / "samples" / "step-0000015.png").read_bytes()
              for name in [one, *pairs]}
@@ -203,7 +203,7 @@ def test_compiled_blocks_train_the_same(gemma, data, tmp_path):
 
 @pytest.mark.slow
 def test_float8_trains_nearly_the_same_and_resumes(gemma, data, tmp_path):
-    """Emulated, at ZeRO 2 and 3. Resuming from a checkpoint is exact."""
+    """Float8 is emulated, at ZeRO 2 and 3. Resuming from a checkpoint is exact."""
     pytest.importorskip("torchao")
 
     def job(name, steps, zero_stage, *more):
