@@ -1,16 +1,16 @@
-"""Train a small fusedit in plain torch: the whole recipe in one short file and one process.
+"""Train a small fusedit in plain PyTorch: the whole recipe in one short file and one process.
 
-    python examples/train_minimal.py                                scenes of coloured shapes
+    python examples/train_minimal.py                                coloured shapes, drawn here
     python examples/train_minimal.py --data 'shards/*.tar'          any captioned images
     python sample.py --model runs/minimal --prompt "a large red circle"
 
-It trains the DiT of the preset "demo" (32 x 32 pixels) from scratch, in float32, on the CPU or one
-GPU. train_gpu.py computes the same losses from the same shards, and adds what this file leaves out:
-several GPUs, bf16, compilation, VAE latents, checkpoints, validation, limits on unreadable data.
+Trains the DiT of the preset "demo" from scratch, in float32. On the same shards, train_gpu.py has
+the same losses, and adds several GPUs, bf16, compilation, latents, checkpoints and validation.
 """
 import argparse
 import copy
 import math
+import random
 import time
 from pathlib import Path
 
@@ -22,12 +22,14 @@ import torch
 import fusedit
 from fusedit_lib import backend, cli, pretrained, sampling
 from fusedit_lib.data.batches import Batches, load_batches, to_device
-from fusedit_lib.data.images import read_square
-from fusedit_lib.data.shapes import shapes_sample
-from fusedit_lib.train.config import PROMPTS, RunConfig, absolute, data_workers
+from fusedit_lib.shapes import render, scenes
+from fusedit_lib.train.config import RunConfig, absolute, data_workers
+
+PROMPTS = ["a red circle", "a green heart", "a small blue square", "a yellow star on black",
+           "a white cross on red", "a purple triangle", "an orange square", "a small pink heart"]
 
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=cli.HelpFormatter)
-parser.add_argument("--data", help="shards to train on (default: scenes drawn during training)")
+parser.add_argument("--data", help="shards to train on (default: draw scenes of one shape)")
 parser.add_argument("--base", default="demo/gemma", help="folder or hub id of the frozen Gemma")
 parser.add_argument("--steps", type=cli.positive, default=1800, help="number of training steps")
 parser.add_argument("--batch", type=cli.positive, default=16, help="number of images in a step")
@@ -38,19 +40,20 @@ parser.add_argument("--out", type=Path, default="runs/minimal", help="folder for
 
 
 def scene_batches(args, config, tokenizer):
-    """Batches of the captioned scenes that `prepare_data.py shapes` makes, each scene once."""
-    for step in range(args.steps):
-        first = step * args.batch
-        scenes = [shapes_sample(args.seed, config.image_size, first + j) for j in range(args.batch)]
-        images = [read_square(scene["image.png"], config.image_size) for scene in scenes]
-        captions = [scene["synthetic_caption.txt"].decode() for scene in scenes]
+    """Yields batches of captioned scenes of a single shape, each drawn when it is needed."""
+    rng = random.Random(args.seed)
+    for _ in range(args.steps):
+        batch = [scenes.random_scene(rng, "single") for _ in range(args.batch)]
+        images = [render.render(scene, scenes.layout(scene, rng)) for scene in batch]
+        captions = [scenes.caption(scenes.omit_defaults(scene, rng), rng) for scene in batch]
         # Guidance needs the velocity without a caption, so one in ten is left out.
-        captions = [caption if torch.rand(()) > 0.1 else "" for caption in captions]
+        captions = [caption if rng.random() > 0.1 else "" for caption in captions]
 
-        pixels = torch.stack(images)                                # uint8 [B,3,H,W]
+        data = bytearray(b"".join(image.tobytes() for image in images))
+        pixels = torch.frombuffer(data, dtype=torch.uint8).view(-1, 32, 32, 3).movedim(3, 1)
         ids, mask = fusedit.tokenize(tokenizer, captions, config)   # [B,T] each
-        normal = torch.randn(len(pixels))                           # [B], for the noise levels
-        noise = torch.randn(len(pixels), 1, *pixels.shape[1:])      # [B,1,3,H,W]
+        normal = torch.randn(args.batch)                            # [B], for the noise levels
+        noise = torch.randn(args.batch, 1, 3, 32, 32)
         yield dict(pixels=pixels, ids=ids, mask=mask, normal=normal, noise=noise)
 
 
@@ -71,24 +74,22 @@ def train(args, model, batches, device):
     for step, loaded in enumerate(batches, 1):
         adam.param_groups[0]["lr"] = learning_rate(args, step)
         batch = to_device(loaded, device, cut_text=True)            # x: pixels in [-1,1]
-        text = batch.ids, batch.mask
         sigma = fusedit.logit_normal_sigma(batch.normal, model.config.shift)            # [B]
-        loss = fusedit.flow_loss(model, batch.x, text, sigma, batch.eps).mean()
+        loss = fusedit.flow_loss(model, batch.x, (batch.ids, batch.mask), sigma, batch.eps).mean()
         adam.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(weights, 1.0)
         adam.step()
 
         decay = min(0.995, step / (9 + step))           # lower at first, to forget the start
-        for average, weight in zip(ema.parameters(), weights, strict=True):
-            average.lerp_(weight.detach(), 1 - decay)
+        for ema_weight, weight in zip(ema.parameters(), weights, strict=True):
+            ema_weight.lerp_(weight.detach(), 1 - decay)
 
         losses.append(loss.detach())
         if step % args.log_every == 0 or step == args.steps:
             mean = torch.stack(losses[-args.log_every:]).mean()
-            seconds = (time.time() - start) / step                  # of a step
-            print(f"step {step}/{args.steps}  loss {mean:.6f}  {args.batch / seconds:.0f} images/s"
-                  f"  remaining {seconds * (args.steps - step) / 60:.1f} min", flush=True)
+            rate = args.batch * step / (time.time() - start)
+            print(f"step {step}/{args.steps}  loss {mean:.6f}  {rate:.0f} images/s", flush=True)
     return ema
 
 
@@ -102,7 +103,6 @@ def main():
     torch.manual_seed(args.seed)
     config = fusedit.preset("demo", base=absolute(args.base))
     model = pretrained.build_model(config, device)
-
     batches = scene_batches(args, config, model.tokenizer)
     if args.data:                           # each sample has its own noise, as in train_gpu.py
         run = RunConfig(data=[args.data], batch=args.batch, seed=args.seed)
@@ -111,7 +111,7 @@ def main():
     model.dit = train(args, model, batches, device)
 
     pretrained.save_model(args.out, config, model.dit.state_dict())
-    images = sampling.generate(model, PROMPTS, seeds=range(len(PROMPTS)))
+    images = sampling.generate(model, PROMPTS)
     sampling.image_grid(images, columns=4).save(args.out / "samples.png")
     print(f"wrote {args.out}")
 
