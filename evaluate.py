@@ -8,7 +8,7 @@
 
 For each combination of settings, a benchmark writes run.json and images/ to
 DIR/guidance-G-steps-S/, in the layout that its official scorer expects. The noise of an image
-depends only on the seed, the index of its prompt and the number of the image within that prompt. To
+depends only on the seed, the index of its prompt and its number among the images of that prompt. To
 resume a run that was stopped, repeat the command.
 """
 import argparse
@@ -90,7 +90,7 @@ def load_benchmark(args):
 
 
 def model_name(model):
-    """The last part of a model's path; for a checkpoint, the last two, as RUN-step-0001000."""
+    """The last part of a model's path; for a checkpoint, the last two: RUN-step-0001000."""
     path = Path(last_checkpoint(model))
     if path.name.startswith("step-"):
         return "-".join(path.parts[-2:])
@@ -228,7 +228,7 @@ def add_draw_commands(commands):
                        help="number of prompts, spread evenly over the categories")
     group.add_argument("--ground-truth", action="store_true",
                        help="score the detector instead of a model: render N scenes exactly and "
-                            "detect them")
+                            "run the detector on them")
     add_draw_command(commands, "geneval", benchmarks.geneval,
                      "objects, counts, colours and positions, for GenEval's scorer",
                      "GenEval's prompts/evaluation_metadata.jsonl")
@@ -296,7 +296,7 @@ def add_score_commands(commands):
 
 
 def parse_args(argv=None):
-    """Parse the command line, or a list of its words; args.command(args) runs the command."""
+    """Parse argv or, if it is None, the command line; args.command(args) runs the command."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
     commands = parser.add_subparsers(required=True, metavar="COMMAND", title="commands")
     add_draw_commands(commands)

@@ -7,8 +7,8 @@ same softmax, to the keys and values that layer i of Gemma computed for the text
 of "Exploring the Deep Fusion of Large Language Models and Diffusion Transformers for Text-to-Image
 Synthesis" (arXiv 2505.10046), called "the paper" below.
 
-Gemma sees neither the image nor the noise level. So it runs once per prompt, before the DiT, and
-its keys and values serve at every step of the sampler:
+Gemma sees neither the image nor the noise level. It therefore runs only once per prompt, before the
+DiT, and its keys and values are reused at every step of the sampler:
 
          prompt                                    noise
            |                                         |
@@ -28,8 +28,8 @@ Glossary
              and the DiT's may differ                      attention also the values
     L        Gemma's layers                       [B,C,H,W]  an image: C channels, height, width
     H, K     query heads, key/value heads (GQA)   h        width of one head
-Some letters have a second meaning, as in the papers: eps is also RMSNorm's, shift and scale are the
-schedule's and attention's, and AdaLN's.
+Some names have two meanings, as in the papers. eps is also RMSNorm's epsilon. shift (of the noise
+schedule) and scale (of attention scores) are also names in AdaLN.
 
 Reading order: flow matching (loss and sampler), configuration, building blocks, Gemma, the DiT,
 both towers (Gemma is the text tower, the DiT the image tower), presets. A reference such as
@@ -82,17 +82,17 @@ def flow_loss(model, x, text, sigma, eps):
 
     A straight line joins the image x to the noise eps. Its direction, eps - x, is the same at every
     sigma, and is what the model is asked to predict from a single point x_t on the line. Many lines
-    pass through one x_t, so what minimises the squared error is the mean direction of them all,
-    given x_t and the text. That mean is the velocity which the sampler follows.
+    pass through one x_t, so the squared error is smallest for their mean direction, given x_t and
+    the text. That mean is the velocity that the sampler follows.
 
     x, eps: [B,C,H,W]; sigma: [B]. model(x_t, sigma, text) is a DiT, with TextFeatures as text, or a
-    FuseDiT, with a tuple of the arguments of its encode_ids. The caller draws noise and level:
+    FuseDiT, with a tuple of the arguments of its encode_ids. The caller draws eps and sigma:
 
         eps = torch.randn_like(x)
         sigma = logit_normal_sigma(torch.randn(len(x), device=x.device), shift)
 
-    (In train_gpu.py and train_tpu.py the data loader does so, from the run's seed and the sample's
-    position in the data, so that a resumed run repeats the same numbers.)
+    (In train_gpu.py and train_tpu.py the data loader does this, from the run's seed and the
+    sample's position in the run, so that a resumed run draws the same numbers.)
     """
     x = x.float()
     s = sigma[:, None, None, None]
@@ -103,9 +103,9 @@ def flow_loss(model, x, text, sigma, eps):
 
 def sampling_sigmas(steps, shift):
     """The noise levels [steps + 1] of the sampler, from 1 to 0."""
-    # As the published sampler (diffusers' FlowMatchEulerDiscreteScheduler) does, we space the steps
-    # evenly from 1 to the last training level, and then shift them all. Since that level is shifted
-    # already, the last level before 0 is shifted twice.
+    # Like the published sampler (diffusers' FlowMatchEulerDiscreteScheduler), we space the levels
+    # evenly from 1 to the last training level and then shift them all. Since that level is already
+    # shifted, the last level before 0 is shifted twice.
     last = float(training_sigmas(shift)[-1])
     sigmas = shift_sigma(torch.linspace(1, last, steps, dtype=torch.float64), shift)
     return torch.cat([sigmas, sigmas.new_zeros(1)]).float()
@@ -118,8 +118,8 @@ def sample(dit, noise, text, uncond, steps, guidance, shift, guidance_span=(0, 1
     text, uncond: TextFeatures (below) of the B prompts and of B empty (or negative) prompts, padded
     to the same T. Classifier-free guidance (arXiv 2207.12598; pipelines.py:264-280) computes both
     velocities in one batch of 2B and extrapolates away from the empty prompt's:
-    v_uncond + guidance * (v - v_uncond). Guidance is off if it is 1, and in steps whose sigma lies
-    outside guidance_span; then the DiT does not see the empty prompt.
+    v_uncond + guidance * (v - v_uncond). Guidance is off if guidance is 1, and at steps whose sigma
+    lies outside guidance_span; the DiT then runs on the prompts alone.
     callback(i, x) is called after every step.
     """
     x = noise.float()
@@ -160,7 +160,7 @@ class GemmaConfig:
     rope_theta: float
     rope_factor: float                 # positions are divided by it: by 8 in Gemma 3 4B and larger
     local_theta: float                 # rope_theta of layers with a sliding window (Gemma 3)
-    sliding_window: int                # length of that window in tokens, the current one included
+    sliding_window: int                # length of that window in tokens, including the current one
     sliding_layers: tuple              # indices of these layers
 
     @staticmethod
@@ -190,7 +190,7 @@ class GemmaConfig:
 
         # Rotary embedding. transformers 4 has the keys rope_theta, rope_scaling and (Gemma 3)
         # rope_local_base_freq. transformers 5 has {"rope_theta": ..., "factor": ...} under
-        # rope_parameters, for Gemma 3 one for "full_attention" and one for "sliding_attention".
+        # rope_parameters: for Gemma 3, one under "full_attention", one under "sliding_attention".
         parameters = d.get("rope_parameters") or {}
         full = parameters.get("full_attention", parameters)
         sliding = parameters.get("sliding_attention", parameters)
@@ -222,7 +222,7 @@ def sliding_layers(d):
 
 @dataclass(frozen=True)
 class FuseDiTConfig:
-    """One point of the paper's design space. The defaults are its baseline."""
+    """One point in the paper's design space. The defaults are its baseline."""
 
     # The text tower, and how the image reads it
     base: str = "google/gemma-2b"           # the frozen Gemma: a hub id or a folder
@@ -235,7 +235,7 @@ class FuseDiTConfig:
     text_hidden_states_index: int = -1      # the hidden state that shallow fusion reads: i is the
                                             # input of layer i, -1 the output of the final norm
     max_text_tokens: int = 256              # longer prompts are truncated
-    instruction: str = ""                   # put before each prompt but the empty one
+    instruction: str = ""                   # put before every prompt except the empty one
     apply_chat_template: bool = False       # wrap prompts as instruction-tuned Gemmas expect
 
     # The image tower
@@ -282,12 +282,12 @@ class FuseDiTConfig:
         if self.clip and not self.text_modulation_embeds_dim:
             raise FuseDiTError("config field clip needs text_modulation_embeds_dim (ViT-L: 768)")
         if self.text_modulation_embeds_dim and not self.timestep_conditioning:
-            raise FuseDiTError("text_modulation_embeds_dim needs a timestep_conditioning, to whose "
-                               "embedding it is added")
+            raise FuseDiTError("config field text_modulation_embeds_dim needs a "
+                               "timestep_conditioning: its vector is added to the time embedding")
 
     @staticmethod
     def from_dict(d):
-        """From JSON. Unknown keys are errors: a typo must not leave a default in place."""
+        """From JSON. Unknown keys are errors, so that a typo cannot leave a default in place."""
         known = [f.name for f in fields(FuseDiTConfig)]
         for key in d:
             if key not in known:
@@ -416,9 +416,9 @@ def image_rope(kind, rows, cols, offset, h, device):
               range of h/4 frequencies
     m-rope    the h/2 frequencies are split: the fast half encodes the row, the slow half the column
 
-    The base theta is 10000, whatever Gemma's own. A score between text and image therefore depends
-    on their positions only through the difference if both sides rotate with the same frequencies:
-    with 1d-rope or m-rope, and Gemma 1 or 2.
+    The base theta is 10000, whatever Gemma's own is. Text and image therefore rotate with the same
+    frequencies only with 1d-rope or m-rope, and Gemma 1 or 2. In these cases, a score between text
+    and image depends only on the difference of their positions.
     """
     if kind == "ape":
         return None
@@ -457,12 +457,13 @@ def attention(q, k, v, mask=None, scale=None):
 
 
 class Attention(nn.Module):
-    """Projections and per-head norms of an attention. The caller decides who attends to whom.
+    """Projections and per-head norms of attention. The caller decides which tokens attend to which.
 
-    Number and width of the heads are always Gemma's, whatever the width of the stream, so that keys
-    of text and image fit into one softmax. has_kv: has k_proj and v_proj, for the stream itself.
-    has_text_kv: has text_k_proj and text_v_proj, for the text in shallow fusion. The
-    cross-attention of deep fusion has neither, since its keys and values are Gemma's.
+    The number and width of the heads are always Gemma's, whatever the width of the stream, so that
+    the keys of text and image fit into one softmax.
+    has_kv: has k_proj and v_proj, for the stream itself. has_text_kv: has text_k_proj and
+    text_v_proj, for the text in shallow fusion. The cross-attention of deep fusion has neither,
+    since its keys and values are Gemma's.
     """
     def __init__(self, width, gemma: GemmaConfig, qk_norm, has_kv=True, has_text_kv=False):
         super().__init__()
@@ -505,7 +506,7 @@ class Attention(nn.Module):
 class TransformerLayer(nn.Module):
     """The weights and residual branches that a Gemma layer and a DiT block have in common.
 
-    self_attn and input_layernorm are handed in, since they are what differs.
+    self_attn and input_layernorm are passed in, since these two differ.
     """
     def __init__(self, width, gemma: GemmaConfig, sandwich_norm, self_attn, input_layernorm):
         super().__init__()
@@ -528,7 +529,7 @@ class TransformerLayer(nn.Module):
         return x + gate * attn
 
     def add_mlp(self, x, shift=0, scale=0, gate=1):
-        """x plus the whole branch of the MLP: norm, modulation, MLP."""
+        """x plus the whole MLP branch: norm, modulation, MLP."""
         if self.sandwich_norm:
             y = self.mlp(modulate(self.pre_feedforward_layernorm(x), shift, scale))
             y = self.post_feedforward_layernorm(y)
@@ -540,10 +541,10 @@ class TransformerLayer(nn.Module):
 class LayerStack(nn.ModuleList):
     """The layers of a tower, applied in order.
 
-    per_layer holds a tuple of inputs for each layer to apply, which may be fewer than there are;
-    common holds the inputs that are the same for all. A layer is called with x, then the inputs of
-    its tuple, then the common ones. (On a TPU, a scan takes the place of this class: it compiles
-    one layer instead of all of them.)
+    per_layer holds a tuple of inputs for each layer to apply; the layers beyond its end are not
+    applied. common holds the inputs that are the same for all layers. A layer is called with x,
+    then the inputs in its tuple, then the common ones. (On a TPU, this class is replaced by a scan,
+    which compiles one layer instead of all of them.)
     """
     def forward(self, x, per_layer, common):
         assert len(per_layer) <= len(self), (len(per_layer), len(self))
@@ -556,7 +557,7 @@ class LayerStack(nn.ModuleList):
 
 # ------------------------------------------------------------------------------ Gemma
 class TextFeatures(NamedTuple):
-    """All that the DiT needs to know about its prompts: computed once, used at every step."""
+    """Everything the DiT needs to know about its prompts, computed once and used at every step."""
     keys: tuple                         # one per DiT block: [B,K,T,h] of the Gemma layer that it
     values: tuple                       #   reads, or None. Shallow fusion: all are None
     hidden: torch.Tensor | None         # [B,T,D] shallow fusion: the hidden state that is read
@@ -575,7 +576,7 @@ class TextFeatures(NamedTuple):
                             pooled=f_or_none(self.pooled))
 
     def concat(self, other):
-        """Both batches as one: the samples of this one, then those of the other."""
+        """Both batches as one: first the samples of this batch, then those of the other."""
         def cat(a, b):
             return None if a is None else torch.cat([a, b])
 
@@ -597,8 +598,8 @@ class GemmaLayer(TransformerLayer):
     def forward(self, x, rope, mask, scale, rotate_keys):
         """Returns x [B,T,D] after this layer, and the LayerStates.
 
-        After keep_layers, the deepest layer has no queries and no MLP left: it gives its states and
-        returns x unchanged.
+        After keep_layers, the deepest layer has no queries and no MLP left. It returns x unchanged,
+        and its states.
         """
         y = self.input_layernorm(x)
         k, v = self.self_attn.kv(y)                             # [B,K,T,h]
@@ -618,7 +619,7 @@ class GemmaLayer(TransformerLayer):
 
 
 class Gemma(nn.Module):
-    """Gemma 1, 2 or 3 as a text encoder: returns keys and values of its layers instead of logits.
+    """Gemma 1, 2 or 3 as a text encoder: returns its layers' keys and values instead of logits.
 
     Gemma 2 was trained with soft-capping, which squashes large attention scores. We leave it out:
     the published FuseDiT models were trained without it (models.py:488).
@@ -668,7 +669,7 @@ class Gemma(nn.Module):
         # Gemma multiplies by sqrt(D) in x's own dtype: in bf16 the factor itself is rounded.
         x = x * torch.full((), c.hidden_size ** 0.5, dtype=x.dtype, device=device)
 
-        # who sees whom: all tokens so far, or those in the window
+        # which tokens a token sees: all tokens so far, or those in the window
         position = torch.arange(T, device=device)
         distance = position[:, None] - position                 # [T,T] how far back the key lies
         causal = distance >= 0
@@ -746,18 +747,18 @@ class AdaNorm(nn.Module):
 class DiTBlock(TransformerLayer):
     """A Gemma layer whose tokens are image patches, which also attend to the text.
 
-    Where the text's keys and values come from is config.fusion:
+    config.fusion determines where the text's keys and values come from:
         deep      from a Gemma layer, as Gemma computed them
         shallow   projected by this block itself, from one hidden state of Gemma, which all blocks
                   share (after DiT.context_embedder has brought it to the DiT's width)
 
-    How the image attends to them is config.attention:
+    config.attention determines how the image attends to them:
         self      in one softmax over text and image
         cross     in a second softmax, over the text alone
 
     Published: models.py:394-612 (deep), modules.py:218-306 (shallow). There, deep self-attention
-    computes text and image together, under one mask in which text does not see the image. Because
-    text does not see the image, computing it first gives the same result.
+    computes text and image together, under one mask in which text does not see the image. For that
+    very reason, computing the text first gives the same result.
 
     In deep fusion, a block whose Gemma layer is not in shared_attention_layers reads no text: the
     image attends to itself alone.
@@ -780,14 +781,14 @@ class DiTBlock(TransformerLayer):
             self.cross_attn = Attention(width, gemma, c.qk_norm, has_kv=False, has_text_kv=shallow)
             if c.sandwich_norm:
                 self.post_cross_attention_layernorm = RMSNorm(width, eps)
-        if self.conditioning == "adaln-single":     # its part of the modulation: see below
+        if self.conditioning == "adaln-single":     # this block's part of the modulation
             self.scale_shift_table = nn.Parameter(torch.zeros(6 * width))
 
     def modulation(self, cond):
-        """shift, scale, gate of attention, then of the MLP, each [B,1,D]; or numbers of no effect.
+        """shift, scale, gate of attention, then of the MLP, each [B,1,D]; or neutral numbers.
 
         adaln-zero     each block has its own Linear; cond is the time embedding [B,D]
-        adaln-single   all blocks share one Linear, DiT.t_block, whose output cond is [B,6D]; each
+        adaln-single   all blocks share one Linear, DiT.t_block, whose output is cond [B,6D]; each
                        adds its own table (shift first, despite the table's published name)
         """
         if self.conditioning == "adaln-zero":
@@ -797,7 +798,7 @@ class DiTBlock(TransformerLayer):
         return 0, 0, 1, 0, 0, 1
 
     def forward(self, img, text_k, text_v, cond, rope, text_hidden, text_mask, joint_mask):
-        """Returns img [B,N,D] after this block (and None, since LayerStack wants a pair).
+        """Returns img [B,N,D] after this block (and None, since LayerStack expects a pair).
 
         text_k, text_v   [B,K,T,h] of a Gemma layer (deep fusion), or None
         cond             see modulation
@@ -841,12 +842,12 @@ class DiTBlock(TransformerLayer):
 
 
 def embedding_mlp(width_in, width):
-    """The layers of a small MLP that embeds a vector of width_in."""
+    """The layers of a small MLP that embeds a vector of length width_in."""
     return nn.Linear(width_in, width), nn.SiLU(), nn.Linear(width, width)
 
 
 class DiT(nn.Module):
-    """Velocity of a noisy image, given text. Module names match the released checkpoints."""
+    """Predicts the velocity of a noisy image. Module names match the released checkpoints."""
     def __init__(self, c: FuseDiTConfig, gemma: GemmaConfig):
         super().__init__()
         eps = gemma.rms_norm_eps
@@ -884,8 +885,8 @@ class DiT(nn.Module):
     def init_weights(self):
         """Fresh weights, for training from scratch (models.py:285-324).
 
-        The first prediction is 0. With adaln-zero the gates are 0, too, so that every block starts
-        as the identity, except for cross-attention, which has no gate.
+        The first prediction is 0. With adaln-zero the gates are also 0, so every block starts as
+        the identity, except for its cross-attention, which has no gate.
         """
         for name, p in self.named_parameters():
             if "scale_shift_table" in name:
@@ -907,7 +908,7 @@ class DiT(nn.Module):
         return temb
 
     def final_modulation(self, temb):
-        """shift, scale of the last norm, each [B,1,D]; or numbers of no effect.
+        """shift, scale of the last norm, each [B,1,D]; or neutral numbers.
 
         Beware of the order: adaln-zero stores scale first (modules.py:46), adaln-single shift first
         (models.py:277).
@@ -923,8 +924,8 @@ class DiT(nn.Module):
     def rope(self, text, rows, cols):
         """Rotary table of the image.
 
-        In deep self-attention the image comes after the text, whose positions are 0, 1, 2, ...: its
-        rows and columns start at the number of real (unpadded) text tokens of its sample. With
+        In deep self-attention the image comes after the text, whose positions are 0, 1, 2, ...; so
+        its rows and columns start at the number of real text tokens (without padding). With
         cross-attention or shallow fusion, where the text's keys are not rotated, they start at 0.
         With pos_embed "ape" the image is not rotated at all, though in deep self-attention Gemma's
         keys still are.
@@ -993,7 +994,7 @@ def layers_to_read(c: FuseDiTConfig, L):
 
     DiT block i reads Gemma layer i + initial_layers, if shared_attention_layers allows it
     (models.py:782-800). In shallow fusion only the length of the list matters. L: the number of
-    Gemma's layers. Raises FuseDiTError if it lacks one that is needed, or if none is read.
+    Gemma's layers. Raises FuseDiTError if a layer that is needed is missing, or if none is read.
     """
     count = c.dit_num_hidden_layers
     if count is None:
@@ -1039,8 +1040,8 @@ class FuseDiT(nn.Module):
         L = gemma.num_hidden_layers
         index = config.text_hidden_states_index
         if not -(L + 1) <= index <= L:
-            raise FuseDiTError(f"text_hidden_states_index {index}: "
-                               f"this Gemma has {-(L + 1)} to {L}")
+            raise FuseDiTError(f"config field text_hidden_states_index is {index}; this Gemma "
+                               f"has hidden states {-(L + 1)} to {L}")
         if config.fusion == "shallow":
             self.last_layer = index % (L + 1)                   # -1 becomes L
         else:
@@ -1051,7 +1052,7 @@ class FuseDiT(nn.Module):
 
         pooled: the output of clip_encoder, for CLIP modulation. Gemma is frozen, so autograd
         records nothing here. If requires_grad is set on its weights, gradients reach them through
-        what the DiT reads, with no other change.
+        what the DiT reads; nothing else has to change.
         """
         rotate_keys = self.config.attention == "self"           # cross: keys without positions
         keys, values, hidden = self.llm(ids, self.last_layer, rotate_keys)
@@ -1066,7 +1067,7 @@ class FuseDiT(nn.Module):
     def encode(self, prompts, pad_to=None):
         """TextFeatures of a list of prompts, padded to the longest or to pad_to tokens.
 
-        For sample, encode prompts and empty prompts together, or pad both to the same length.
+        For sample(), encode prompts and empty prompts together, or pad both to the same length.
         """
         ids, mask = tokenize(self.tokenizer, prompts, self.config, pad_to)
         device = self.llm.embed_tokens.weight.device
@@ -1085,7 +1086,7 @@ def token_ids(tokenizer, prompts, config):
 
     The instruction and the chat template go around every prompt except the empty one, which means
     "no prompt": some captions are dropped in training, so that guidance has something to move away
-    from. Their tokens do not count towards max_text_tokens (pipelines.py:220-234).
+    from. Instruction and template do not count towards max_text_tokens (pipelines.py:220-234).
     """
     def wrap(text):
         if not config.apply_chat_template:
@@ -1104,7 +1105,7 @@ def token_ids(tokenizer, prompts, config):
 
     # Count the tokens of instruction and template. A space at the end of the instruction merges
     # into the prompt's first token, so it is stripped. <bos> is subtracted, because max_text_tokens
-    # counts it already. (Truncation cuts the end of the whole text, also that of a template.)
+    # counts it already. (Truncation cuts the end of the whole text, even that of a template.)
     overhead = tokenizer(wrap(config.instruction.rstrip()))["input_ids"]
     limit = config.max_text_tokens + len(overhead) - overhead.count(bos)
     return ids, limit

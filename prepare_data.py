@@ -156,7 +156,7 @@ class Commands:
 
 
 def parse_args(argv=None):
-    """Parse the command line, or a list of its words; args.run(args) runs the command."""
+    """Parse argv or, if it is None, the command line; args.run(args) runs the command."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
     commands = Commands(parser)
     add_shapes(commands)
@@ -279,8 +279,8 @@ def add_journeydb(commands):
     p = commands.add("journeydb", journeydb.journeydb,
                      "pack JourneyDB with its prompts as captions",
                      "train_anno_realease_repath.jsonl imgs/ shards/journeydb",
-                     ". Prompts are stored as synthetic captions, which training uses by default, "
-                     "and the captions that GPT wrote as original captions")
+                     ". Prompts are stored as synthetic captions, which training uses by default; "
+                     "the captions that GPT wrote are stored as original captions")
     p.add_argument("annotations", type=Path, metavar="ANNOTATIONS",
                    help="train_anno_realease_repath.jsonl")
     p.add_argument("images", type=Path, metavar="IMAGES",
@@ -310,10 +310,10 @@ def add_index(commands):
 
 
 def add_encode(commands):
-    p = commands.add("encode", latents.encode, "encode the images of shards to VAE latents",
+    p = commands.add("encode", latents.encode, "encode the images of shards into VAE latents",
                      "shards/cc12m --vae PATH_OR_HUB_ID", ". The latents are stored beside the "
                      "shards, and training reads them in place of the images. Start the command "
-                     "with torchrun to distribute the shards over several GPUs")
+                     "with torchrun to distribute the shards across several GPUs")
     add_shard_folder(p)
     group = p.add_argument_group("latents")
     group.add_argument("--vae", required=True, metavar="PATH_OR_HUB_ID",
@@ -325,10 +325,11 @@ def add_encode(commands):
                        help="number of images encoded at once")
     add_device(group)
     group.add_argument("--dtype", **DTYPE,
-                       help="precision of the computation; auto is bf16 where the device computes "
-                            "in it natively, else float32")
+                       help="precision of the computation; auto is bf16 if the device supports it "
+                            "natively, otherwise float32")
     group.add_argument("--compile", action="store_true",
-                       help="compile the VAE on a GPU: faster after about a minute")
+                       help="compile the VAE on a GPU, which takes about a minute and makes "
+                            "encoding faster")
     group.add_argument("--overwrite", action="store_true", help="replace existing latents")
     add_workers(group, "number of processes that decode images",
                 max(1, os.cpu_count() // local_world()))

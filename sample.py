@@ -95,14 +95,14 @@ def add_output_flags(parser):
     group.add_argument("--gif", action="store_true",
                        help="also save an animation of the denoising of each image")
     group.add_argument("--export", type=Path, metavar="DIR",
-                       help="write the model to a new folder in the released layout; a prompt is "
-                            "then optional")
+                       help="write the model to a new folder in the layout of the published "
+                            "models; a prompt is then optional")
 
 
 # ---- drawing -------------------------------------------------------------------------------------
 
 def draw(loaded, jobs, args):
-    """Draw and save the image of each job, and with --gif its animation. Returns the images."""
+    """Draw and save the image of each job and, with --gif, its animation. Returns the images."""
     frames = []                             # one list of images per step of the current batch
     images = []
 

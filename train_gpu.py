@@ -64,7 +64,7 @@ def build_engine(run, model, vae, checkpoint, micro_batch, accumulation):
     with contextlib.redirect_stdout(io.StringIO()):         # hides pages of memory statistics
         engine, *_ = deepspeed.initialize(model=model, optimizer=adam, config=config)
 
-    adam.state.clear()                      # stage 0 in bf16 fills it with an empty step
+    adam.state.clear()                      # in stage 0 with bf16, an empty step fills it
     if zero.adam_is_plain(run):
         zero.clip_and_skip(adam, run.max_grad_norm)
     zero.load_optimizer_state(engine, checkpoint)
@@ -94,7 +94,7 @@ def deepspeed_config(run, model, micro_batch, accumulation):
     defaults = {
         "zero_optimization": {"reduce_bucket_size": min(plan.BUCKET, weights),
                               "stage3_max_live_parameters": plan.BUCKET},
-        "timers": {"throughput": {"enabled": False}},       # waits for the device
+        "timers": {"throughput": {"enabled": False}},       # would wait for the device
     }
     config = zero.merge_config(config, run.deepspeed_config, defaults)
     if zero.adam_is_plain(run):
@@ -177,7 +177,7 @@ def main():
         return plan.show(run, config)
     check_run(run)                          # finds most mistakes before the model is loaded
     code = train(run, config)
-    dist.barrier()                          # leaving early would break the others' connections
+    dist.barrier()                          # exiting early would break the others' connections
     dist.destroy_process_group()
     return code
 

@@ -51,7 +51,7 @@ def configure(device, dtype):
     """Configure this process to compute in dtype on a device."""
     if device.type != "cpu":
         return
-    # In bf16 the CPU's fused attention is 2.5 times slower than two products and a softmax. (In
+    # In bf16 the CPU's fused attention is 2.5 times slower than two matmuls and a softmax. (In
     # float32 it is as fast, and without it the scores of long sequences would fill the memory.)
     torch.backends.cuda.enable_flash_sdp(dtype != torch.bfloat16)
     torch.backends.cuda.allow_fp16_bf16_reduction_math_sdp(True)
@@ -133,7 +133,7 @@ def use_float8(dit):
 # ---- compilation ---------------------------------------------------------------------------------
 
 def compile_model(model, vae, llm=True, budget=1.0):
-    """Compile the blocks of both towers and, on a GPU, the VAE; takes about a minute at first use.
+    """Compile the blocks of both towers and, on a GPU, the VAE; takes about a minute on first use.
 
     Blocks are compiled one by one, and all blocks of a tower share a graph, so the time does not
     grow with depth. budget: the fraction of a block's activations that may be kept for the backward
@@ -157,7 +157,7 @@ def compile_model(model, vae, llm=True, budget=1.0):
 
 
 def compile_vae(vae):
-    """Compile the VAE, if there is one, on a GPU. On a CPU compiling makes it slower."""
+    """Compile the VAE, if there is one, on a GPU. On a CPU, compiling makes it slower."""
     if vae is not None and next(vae.parameters()).is_cuda:
         vae.encoder.compile()
         vae.decoder.compile()
@@ -169,7 +169,7 @@ def round_up_to_tile(tokens, limit, device):
     """The length to pad a text to: on a GPU the next multiple of 128, but at most limit.
 
     With a mask and 64 keys in the last tile, cuDNN 9.19's gradient can be NaN (pytorch#196678).
-    (Images have 256 tokens, 1024, ..., which are whole tiles.) Padding also keeps the number of
+    (Images have 256, 1024, ... tokens, which are whole tiles.) Padding also keeps the number of
     different lengths small: a compiled model may recompile for each of them.
     """
     if device.type != "cuda":
@@ -231,7 +231,7 @@ def avoid_broken_cudnn(q, k, v, mask):
     if not first:
         return ""
     torch.backends.cuda.enable_cudnn_sdp(False)
-    # A cached graph names its kernel, and would still run it after it has been switched off.
+    # A cached graph names its kernel, and would still run cuDNN's after it is switched off.
     from torch._functorch import config as functorch_config
     functorch_config.enable_autograd_cache = False
     second = problem()

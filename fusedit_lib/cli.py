@@ -114,11 +114,11 @@ def add_model_flags(parser):
                        help="auto, cpu, cuda, cuda:1, ...; auto uses a GPU if there is one, and "
                             "under torchrun one GPU per process")
     group.add_argument("--dtype", **DTYPE,
-                       help="precision of the weights; auto is bf16 where the device computes in "
-                            "it natively, else float32")
+                       help="precision of the weights; auto is bf16 if the device supports it "
+                            "natively, otherwise float32")
     group.add_argument("--compile", action="store_true",
-                       help="compile the model, which takes about a minute and then makes drawing "
-                            "faster: worth it for many images")
+                       help="compile the model, which takes about a minute and makes drawing "
+                            "faster: worthwhile for many images")
 
 
 def add_guidance_span(group):
@@ -212,7 +212,10 @@ def announce(loaded, prompts):
 
 
 def unknown_words(tokenizer, prompts, token_ids):
-    """The words in prompts that the tokenizer maps to its unknown token; token_ids: all tokens."""
+    """The words in prompts that the tokenizer maps to its unknown token.
+
+    token_ids: the token ids of each prompt.
+    """
     unknown_id = tokenizer.unk_token_id
     words = []
     for prompt, ids in zip(prompts, token_ids, strict=True):

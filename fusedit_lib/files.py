@@ -29,14 +29,14 @@ def atomic_write(path):
 
 
 def fsync(path):
-    """Flush a file's contents, or a folder's entries, to disk, to survive a power failure."""
+    """Flush a file's contents, or a folder's entries, to disk, so that they survive a power cut."""
     fd = os.open(path, os.O_RDONLY)
     os.fsync(fd)
     os.close(fd)
 
 
 def unused_path(path, *other_suffixes):
-    """The first of path, NAME_2, NAME_3, ... that no file has, with any of the suffixes."""
+    """The first of path, NAME_2, NAME_3, ... that is not taken with any of the suffixes."""
     candidate = path
     number = 2
     while any(candidate.with_suffix(s).exists() for s in (path.suffix, *other_suffixes)):
@@ -68,7 +68,7 @@ def read_json(path):
 
 
 def read_jsonl(path):
-    """The JSON objects in a file with one per line. A line cut short by a kill is skipped."""
+    """The JSON objects in a file with one per line. A line that a kill cut short is skipped."""
     found = []
     for line in path.read_text().splitlines():
         with contextlib.suppress(ValueError):
@@ -114,7 +114,7 @@ class SlicedTensor:
 
     def __init__(self, metadata):
         self.metadata = metadata
-        self.slices = []                    # of each part, a tuple of slice objects
+        self.slices = []                    # a tuple of slice objects for each part
         self.sources = []                   # (open file, name there), in the same order
 
     def add(self, ranges, file, name):
@@ -133,14 +133,15 @@ class SlicedTensor:
     def get_tensor(self, name):
         parts = [file.get_tensor(stored_name) for file, stored_name in self.sources]
         if sum(part.numel() for part in parts) != math.prod(self.get_shape()):
-            raise FuseDiTError(f"{name} lacks some of its slices: is a file missing in its folder?")
+            raise FuseDiTError(f"{name} lacks some of its slices: is a file missing from its "
+                               "folder?")
         whole = torch.empty(self.get_shape(), dtype=parts[0].dtype)
         for where, part in zip(self.slices, parts, strict=True):
             whole[where] = part
         return whole
 
 
-# ---- into a module -------------------------------------------------------------------------------
+# ---- loading into a module -----------------------------------------------------------------------
 
 def check_tensors(module, tensors, source, hint=""):
     """Raise FuseDiTError unless tensors (of open_tensors) match the module's names and shapes."""

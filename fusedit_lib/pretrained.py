@@ -7,9 +7,9 @@ A model is loaded from
     the released layout     transformer/ (config.json, model.safetensors with "llm.*" and "dit.*"),
                             vae/, scheduler/, tokenizer/
     a hub id                one of these on the Hugging Face hub
-Loading is strict: a missing or unexpected tensor means another model, so it is an error that names
-the tensor. Models are built on the meta device, which has shapes but no memory; then only the
-tensors that are needed are read.
+Loading is strict: a missing or unexpected tensor means that this is another model, and raises an
+error that names the tensor. Models are built on the meta device, which has shapes but no memory;
+then only the tensors that are needed are read.
 """
 import hashlib
 import json
@@ -56,7 +56,7 @@ def resolve(name, near=".", patterns=("*.json", "*.safetensors", "*.model")):
 
 
 def resolve_vae(name):
-    """The folder with a VAE's config.json and weights: itself, or its subfolder vae/."""
+    """The folder with a VAE's config.json and weights: `name` itself, or its subfolder vae/."""
     folder = resolve(name, patterns=("vae/*",))
     if (folder / "vae").is_dir():
         return folder / "vae"
@@ -78,15 +78,15 @@ def last_checkpoint(path):
     if latest.exists():
         return Path(path) / latest.read_text().strip()
     if (Path(path) / "metrics.jsonl").exists():
-        raise FuseDiTError(f"{path} is a training run that has no checkpoint yet: the first comes "
-                           "after --save-every steps")
+        raise FuseDiTError(f"{path} is a training run that has no checkpoint yet: the first is "
+                           "saved after --save-every steps")
     return path
 
 
 # ---- the text tower ------------------------------------------------------------------------------
 
 def text_config(d):
-    """The text model's part of a config.json: of a released FuseDiT, of PaliGemma, or all of it."""
+    """The part of a config.json that describes the text model; for a plain Gemma, all of it."""
     return d.get("base_config") or d.get("text_config") or d
 
 
@@ -155,8 +155,8 @@ def build_model(config, device="cpu", dtype=torch.float32, dit_tensors=None, sou
     """A FuseDiT with the Gemma of config.base and a DiT, either stored or newly initialised.
 
     dit_tensors: open_tensors of a DiT in the folder source, loaded in dtype, as Gemma is; None: new
-    weights in float32. llm_tensors: weights of a Gemma that was trained as well, which replace
-    base's; only the layers that are read. Raises FuseDiTError.
+    weights in float32. llm_tensors: the weights of a Gemma that was trained as well, which
+    replace base's; they include only the layers that are read. Raises FuseDiTError.
     """
     check_build(config)
     warm_up_mkl()

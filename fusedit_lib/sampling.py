@@ -42,7 +42,8 @@ def generate(model, prompts, seeds=None, *, vae=None, height=None, width=None, s
     config = model.config
     seeds = check_seeds(prompts, seeds)
     if config.vae and vae is None:
-        raise FuseDiTError(f"this model draws latents of the VAE {config.vae}: pass it as vae=")
+        raise FuseDiTError(f"this model draws latents of the VAE {config.vae}: pass it as "
+                           "vae=load_vae(model.config.vae, ...)")
     check_guidance_span(guidance_span)
     if guidance is None:
         guidance = config.guidance
@@ -75,7 +76,7 @@ def generate(model, prompts, seeds=None, *, vae=None, height=None, width=None, s
 def check_seeds(prompts, seeds):
     """The seeds, by default 0, 1, 2, ...; raises FuseDiTError unless each prompt has one."""
     if isinstance(prompts, str):
-        raise FuseDiTError(f"prompts must be a list of prompts: [{prompts!r}]")
+        raise FuseDiTError(f"prompts must be a list, such as [{prompts!r}]")
     if seeds is None:
         return range(len(prompts))
     if len(prompts) != len(seeds):

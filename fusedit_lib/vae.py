@@ -29,7 +29,7 @@ from fusedit_lib.pretrained import resolve_vae
 class VAEConfig:
     """The keys of config.json that matter here; the defaults are those of Stable Diffusion 3."""
     block_out_channels: tuple = (128, 256, 512, 512)  # at 1, 1/2, 1/4, 1/8 of the resolution
-    layers_per_block: int = 2             # residual blocks at each of them; one more in the decoder
+    layers_per_block: int = 2             # residual blocks at each resolution; decoder: one more
     in_channels: int = 3
     latent_channels: int = 16
     norm_num_groups: int = 32             # of every GroupNorm
@@ -136,7 +136,7 @@ def encoder(cfg):
 
 
 def decoder(cfg):
-    """Latents [B,16,H/8,W/8] to pixels [B,3,H,W]: the mirror image, one block deeper."""
+    """Latents [B,16,H/8,W/8] to pixels [B,3,H,W]: mirrors the encoder, with deeper stages."""
     widths = cfg.block_out_channels[::-1]
     depth = cfg.layers_per_block + 1
     groups = cfg.norm_num_groups
@@ -200,8 +200,8 @@ def load_vae(path_or_id, device="cpu", dtype=torch.float32, channels=None):
     tensors = open_tensors(folder, "diffusion_pytorch_model")
     check_tensors(vae, tensors, folder)
     if channels not in (None, vae.config.latent_channels):
-        raise FuseDiTError(f"the VAE {path_or_id} has {vae.config.latent_channels} channels, the "
-                           f"model's config.json has in_channels {channels}: they must agree")
+        raise FuseDiTError(f"the VAE {path_or_id} has {vae.config.latent_channels} channels, but "
+                           f"the model's config.json has in_channels {channels}")
     assign_tensors(vae, tensors, device, dtype)
     layout = torch.contiguous_format
     if dtype == torch.bfloat16:

@@ -233,7 +233,7 @@ def test_generate_rejects_bad_arguments(model):
     loaded = load_model(model)
     with pytest.raises(FuseDiTError, match="2 prompts but 1 seeds"):
         sampling.generate(loaded, ["a star", "a circle"], [0])
-    with pytest.raises(FuseDiTError, match="must be a list of prompts: \\['a star'\\]"):
+    with pytest.raises(FuseDiTError, match="must be a list, such as \\['a star'\\]"):
         sampling.generate(loaded, "a star")
     with pytest.raises(FuseDiTError, match="width 7 is not a multiple of 2 pixels"):
         sampling.generate(loaded, ["a star"], [0], width=7)

@@ -86,8 +86,8 @@ def is_moved(name, old, new):
 def changed_settings(stored, run, config):
     """Describes the settings that differ from the run's config.json although they must not.
 
-    stored: the content of that config.json. If a setting is missing there, it was added after the
-    run was started, which then used its default.
+    stored: the content of that config.json. If a setting is missing there, it was introduced after
+    the run was started, so the run used its default.
     """
     current = json.loads(run_settings_json(run, config))
     defaults = json.loads(run_settings_json(type(run)(), type(config)()))
@@ -124,8 +124,8 @@ def requested_checkpoints(run, available):
 def open_run(run, config):
     """The checkpoint folder to resume from, or None for a new run.
 
-    Raises FuseDiTError if --out holds another run or a model, if it has no checkpoint that matches
-    --resume, or if every checkpoint that does is damaged.
+    Raises FuseDiTError if --out holds another run or a model, if no checkpoint matches --resume, or
+    if every checkpoint that matches is damaged.
     """
     out = Path(run.out)
     available = list_checkpoints(out)

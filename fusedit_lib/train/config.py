@@ -73,15 +73,16 @@ class RunConfig:
                                "classifier-free guidance requires", low=0, high=1)
     original_caption_rate: float = flag(0.0, "probability of using the original caption instead of "
                                         "the synthetic one", low=0, high=1)
-    mix_shards: int = flag(8, "number of shards that are read at a time, with their samples mixed",
+    mix_shards: int = flag(8, "number of shards read at a time, whose samples are mixed",
                            low=1)
     max_skipped: float = flag(0.01, "stop the run if more than this fraction of the samples cannot "
                               "be read", True, low=0, high=1)
-    workers: int = flag(-1, "data loading processes per GPU or per TPU host; 0: none; -1: one less "
-                        "than its share of the CPU cores, at most 16", True, low=-1)
+    workers: int = flag(-1, "data loading processes per GPU or per TPU host; 0: load in "
+                        "the training process; -1: one less than its share of the CPU cores, at "
+                        "most 16", True, low=-1)
 
     # Optimization. These settings determine the trained weights.
-    batch: int = flag(512, "global batch size: images per optimizer step, over all devices",
+    batch: int = flag(512, "global batch size: images per optimizer step, across all devices",
                       low=1, group="optimization")
     micro_batch: int = flag(0, "images per device in one forward pass; gradients are accumulated "
                             "to reach --batch; 0: no accumulation", True, low=0)
@@ -102,13 +103,13 @@ class RunConfig:
 
     # Precision, and trade-offs between speed and memory.
     dtype: str = flag("auto", "data type of the computation; weights are kept in float32. auto: "
-                      "bf16 if the device computes in it natively, otherwise float32; a resumed "
-                      "run keeps its data type",
+                      "bf16 if the device supports it natively, otherwise float32; a resumed run "
+                      "keeps its data type",
                       choices=("auto", "bf16", "float32"), group="precision and memory")
     float8: bool = flag(False, "compute the DiT's matrix products in float8, with torchao, on an "
                         "H100 or newer: faster, with slightly different results", only="gpu")
-    compile: bool = flag(False, "compile the transformer blocks, which takes a minute: faster "
-                         "steps and less memory", True, only="gpu")
+    compile: bool = flag(False, "compile the transformer blocks, which takes about a minute: "
+                         "faster steps and less memory", True, only="gpu")
     memory_budget: float = flag(1.0, "with --compile, the fraction of the activations to keep; the "
                                 "others, the cheapest ones first, are recomputed in the backward "
                                 "pass. A compromise between 1, which keeps all, and --remat",
@@ -209,7 +210,7 @@ def make_parser(description, engine):
         if setting.metadata["only"] in ("", engine):
             add_flag(group, setting)
 
-    # torchrun and DeepSpeed add this flag. It is ignored: LOCAL_RANK has the same value.
+    # DeepSpeed's launcher adds this flag. It is ignored: LOCAL_RANK has the same value.
     parser.add_argument("--local_rank", "--local-rank", help=argparse.SUPPRESS)
     return parser
 

@@ -89,7 +89,7 @@ def open_tensorboard(out, first):
 
 
 def open_wandb(run, out, settings):
-    """Returns a function that logs a row to Weights & Biases. A resumed run continues its job."""
+    """Returns a function that logs a row to Weights & Biases. A resumed run adds to its job."""
     import wandb
     job = wandb.init(project=run.wandb, dir=out, name=out.name,
                      id=f"{out.resolve().name}-{run.seed}", resume="allow", config=settings)

@@ -281,7 +281,7 @@ def print_model(run, config, model, vae):
 
 
 def compute_dtype(run):
-    """The dtype of the computation. The plan takes --dtype auto as bf16."""
+    """The dtype of the computation. The plan treats --dtype auto as bf16."""
     if run.dtype == "float32":
         return torch.float32
     return torch.bfloat16

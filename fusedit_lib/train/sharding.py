@@ -128,8 +128,8 @@ class Shard(NamedTuple):
 def slices_to_store(prefix, name, shards, shape):
     """The part of a parameter that a host writes, as {name in the checkpoint: values}.
 
-    shards: the (slices, values) on this host's devices, as torch_xla lists them: slices may be ...
-        for a whole tensor, and values may be padded at the end.
+    shards: the (slices, values) on this host's devices, as torch_xla lists them: slices may be
+        Ellipsis for a whole tensor, and values may be padded at the end.
     shape: the shape of the whole parameter.
     prefix: a prefix for every name, such as "exp_avg.".
 

@@ -181,7 +181,7 @@ class ScannedStack(nn.ModuleDict):
 
 
 def count_alike(layers):
-    """The number of layers at the beginning that have the same kind."""
+    """The number of layers at the beginning that are of the same kind."""
     kinds = [layer_kind(layer) for layer in layers]
     count = 1
     while count < len(kinds) and kinds[count] == kinds[0]:
@@ -206,7 +206,7 @@ def stack_layers(layers):
 
 
 def stack_inputs(per_layer):
-    """Stacks the inputs of each layer, a list of tuples, to one list of tensors or None."""
+    """Stacks the inputs of each layer, a list of tuples, into one list of tensors or None."""
     stacked = []
     for values in zip(*per_layer, strict=True):
         if values[0] is None:
@@ -217,14 +217,14 @@ def stack_inputs(per_layer):
 
 
 def unstack_outputs(outputs, count):
-    """Unstacks scan's outputs to a list with a tuple or None for each of `count` layers."""
+    """Unstacks scan's outputs into a list with a tuple or None for each of `count` layers."""
     if outputs is None:
         return [None] * count
     return list(zip(*(output.unbind() for output in outputs), strict=True))
 
 
 def set_parameter(model, name, parameter):
-    """Replaces the parameter of a module that has this dotted name."""
+    """Replaces the parameter with this dotted name in a module."""
     owner, _, leaf = name.rpartition(".")
     model.get_submodule(owner).register_parameter(leaf, parameter)
 
@@ -371,7 +371,7 @@ class Engine:
         (loss / self.accumulation).backward()
         for name, state in self.state.items():
             if state.weight.grad is not None:
-                self.to_mesh(name, state.weight.grad)       # or XLA might replicate it
+                self.to_mesh(name, state.weight.grad)       # otherwise XLA may replicate it
 
     def step(self):
         """Ends a micro-batch. After the last one of a step, records Adam's step."""
@@ -384,7 +384,7 @@ class Engine:
                               self.max_grad_norm)
 
     def update_ema(self, decay):
-        """Updates the EMA and runs the step. A decay of 1 leaves the EMA, with the same graph."""
+        """Updates the EMA and runs the step. A decay of 1 keeps the EMA, with the same graph."""
         update_ema(self.state.values(), self.to_scalar(1 - decay))
         sync()
 

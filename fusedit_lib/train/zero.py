@@ -28,7 +28,7 @@ from fusedit_lib.train.build import trainable
 # ------------------------------------------------------------------------------ start
 
 def set_environment_defaults():
-    """Sets the variables of a single process, unless a launcher has set them."""
+    """Sets the environment variables of a single process, unless a launcher has set them."""
     if "RANK" in os.environ:
         return
     with socket.socket() as free:
@@ -145,7 +145,7 @@ def adam_is_plain(run):
 def clip_and_skip(adam, max_norm):
     """Makes Adam clip gradients, and skip a step whose gradient is not finite.
 
-    This is for stage 0 in float32, where there is no DeepSpeed optimizer that does it. As with
+    This is for stage 0 in float32, where no DeepSpeed optimizer does it. As with
     GradScaler, the decision is made on the device, so that the host does not wait. adam.norm is the
     norm before clipping.
     """
@@ -345,7 +345,7 @@ class Engine:
         offload = getattr(optimizer, "cpu_offload", False)
         if self.deepspeed.zero_optimization_stage() < 3 and offload and optimizer.overflow:
             # DeepSpeed 0.19 would add the next step's gradients to those of the skipped step. (We
-            # know of no upstream issue. Remove this when the tests of skipped steps pass without.)
+            # know of no upstream issue. Remove this when tests of skipped steps pass without it.)
             gradients = optimizer.averaged_gradients
             gradients.update(dict.fromkeys(gradients))
         return self.deepspeed.get_global_grad_norm()
@@ -383,7 +383,7 @@ class Engine:
                         replaced[name] = parameter.detach().to("cpu", copy=True)
                     parameter.copy_(new[name])
                 if self.deepspeed.zero_optimization_stage() < 3:
-                    # DeepSpeed's group, because the first use of another one would take GPU memory.
+                    # Use DeepSpeed's group: the first use of another would take GPU memory.
                     dist.broadcast(parameter.data, owner, self.deepspeed.seq_data_parallel_group)
 
     def gather_state(self):
