@@ -6,7 +6,7 @@ In a notebook:
     model = pretrained.load_model("demo")
     sampling.generate(model, ["a large red circle", "a small blue star"])
 
-sample.py, evaluate.py and the sample grids of a training run all draw with generate(). A model that
+sample.py, evaluate.py and the image grids of a training run all draw with generate(). A model that
 works on the latents of a VAE also needs vae=load_vae(model.config.vae, ...).
 """
 import math

@@ -98,7 +98,7 @@ class RunConfig:
     max_grad_norm: float = flag(1.0, "clip gradients to this norm; 0: no clipping", low=0)
     ema_decay: float = flag(0.99, "decay of the EMA weights at each update", low=0, high=1)
     ema_every: int = flag(100, "steps between EMA updates", low=1)
-    seed: int = flag(42, "seed for the initial weights, noise, data order and sample grids",
+    seed: int = flag(42, "seed for the initial weights, noise, data order and image grids",
                      low=0, high=2**32 - 1)
 
     # Precision, and trade-offs between speed and memory.
@@ -143,18 +143,18 @@ class RunConfig:
     keep_every: int = flag(0, "never delete checkpoints at multiples of this step; 0: no "
                            "exceptions", True, low=0)
 
-    # Logging, validation and sample grids.
+    # Logging, validation and image grids.
     log_every: int = flag(20, "steps between log lines", True, low=1,
-                          group="logging, validation and sample grids")
+                          group="logging, validation and image grids")
     tensorboard: bool = flag(False, "also log to TensorBoard, in the run folder", True)
     wandb: str = flag("", "also log to this Weights & Biases project", True)
     val_data: tuple = flag((), "held-out shards for the validation loss, given as in --data", True)
     val_every: int = flag(1000, "steps between validations", True, low=1)
     val_samples: int = flag(256, "number of held-out samples per validation", True, low=1)
-    sample_every: int = flag(1000, "steps between sample grids; 0: none", True, low=0)
-    prompts: tuple = flag(PROMPTS, "prompts for the sample grid, or .txt files with one prompt per "
+    sample_every: int = flag(1000, "steps between image grids; 0: none", True, low=0)
+    prompts: tuple = flag(PROMPTS, "prompts for the image grid, or .txt files with one prompt per "
                           "line", True)
-    sample_steps: int = flag(25, "number of sampler steps for the sample grid", True, low=1)
+    sample_steps: int = flag(25, "number of sampler steps for the image grid", True, low=1)
 
     # Instead of training.
     plan: str = flag("", "print the parameters, memory and time that the run would need on these "

@@ -1,4 +1,4 @@
-"""Log lines, metrics, counts of skipped steps and samples, validation and sample grids."""
+"""Log lines, metrics, counts of skipped steps and samples, validation and image grids."""
 import math
 import resource
 import sys
@@ -42,9 +42,9 @@ class StepResults(NamedTuple):
 
 
 class Monitor:
-    """Records micro-batches and steps; writes the log, validation losses and sample grids.
+    """Records micro-batches and steps; writes the log, validation losses and image grids.
 
-    Every rank has one, because sums and sample grids need all ranks. Only rank 0 writes.
+    Every rank has one, because sums and image grids need all ranks. Only rank 0 writes.
     """
 
     def __init__(self, run, config, model, vae, checkpoint, micro_batch, source, host=None):
@@ -63,7 +63,7 @@ class Monitor:
         self.world = dist.get_world_size()
         self.device = model.llm.embed_tokens.weight.device
 
-        # Sample grids and validation run on each rank separately, or on all hosts as one device.
+        # Image grids and validation run on each rank separately, or on all hosts as one device.
         self.host = host or SpmdHost(place=iter, sync=lambda: None, devices=self.world)
         self.grid_rank = 0 if host else self.rank
         self.grid_world = 1 if host else self.world
@@ -276,7 +276,7 @@ class Monitor:
     # ------------------------------------------------------------------------------ validation
 
     def validate(self, step, model):
-        """Write the sample grid and the validation loss of a model, if they are due."""
+        """Write the image grid and the validation loss of a model, if they are due."""
         if sample_grid_is_due(self.run, step):
             self.write_grid(step, model)
         if validation_is_due(self.run, step):

@@ -45,7 +45,7 @@ def validation_is_due(run, step):
 class Due(NamedTuple):
     """The actions due after a step."""
     log: bool                               # a log line; also checks the losses
-    validate: bool                          # sample grid, validation loss, or both
+    validate: bool                          # image grid, validation loss, or both
     save: bool                              # checkpoint
 
 

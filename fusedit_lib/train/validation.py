@@ -1,4 +1,4 @@
-"""Sample grids and the validation loss during training."""
+"""Image grids and the validation loss during training."""
 import math
 from dataclasses import replace
 
@@ -14,7 +14,7 @@ from fusedit_lib.train import distributed
 VALIDATION_SIGMAS = [(i + 0.5) / 8 for i in range(8)]      # noise levels of the validation loss
 
 
-# ------------------------------------------------------------------------------ sample grids
+# ------------------------------------------------------------------------------ image grids
 
 def sample_images(run, model, vae, indices, sync):
     """Generates images for run.prompts[i], for i in indices, as a list of PIL images.

@@ -490,7 +490,7 @@ def wrong_bibtex(text):
 # ---- rules for the glossary ----------------------------------------------------------------------
 
 def resolves(dotted):
-    """Whether a.b.c is a module, or an attribute of one, of a class or of a class's instances."""
+    """True if a.b.c is a module, or an attribute of one, of a class or of a class's instances."""
     parts = dotted.split(".")
     for end in range(len(parts), 0, -1):
         try:

@@ -41,6 +41,9 @@ LEFT_OUT_NAMES = set(
     "upto reads saw stepped look look_at said painter sheet picture pictures".split())
 LEFT_OUT_WORDS = re.compile(r"\b(pictures?|painters?|goes on|pictures a step)\b", re.I)
 
+# Words that open a riddle. A docstring says what a thing is or does instead.
+RIDDLE = re.compile(r"(What|Of|Those|Whether|How)\b")
+
 # These files contain the words of the demo's captions, such as "a picture of a star".
 GRAMMAR = "fusedit_lib/shapes/scenes.py", "fusedit_lib/shapes/training_text.py"
 
@@ -77,6 +80,17 @@ def docstring_lines(source):
         if documented and ast.get_docstring(node):
             lines |= set(range(node.body[0].lineno, node.body[0].end_lineno + 1))
     return lines
+
+
+def riddles(source):
+    """The docstrings that begin with a word of RIDDLE."""
+    found = []
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef):
+            docstring = ast.get_docstring(node) or ""
+            if RIDDLE.match(docstring):
+                found.append(docstring.splitlines()[0])
+    return found
 
 
 def code_tokens(source):
@@ -199,7 +213,7 @@ def our_imports(source):
 
 
 def wrong_directions(source, module):
-    """What a module of ours imports but should not, with the reason."""
+    """The imports of a module of ours that are not allowed, each with the reason."""
     found = []
     for imported, name, late in our_imports(source):
         if imported == "fusedit_lib":
@@ -328,6 +342,11 @@ def test_there_are_no_machine_paths():
     assert not found
 
 
+@pytest.mark.parametrize("name", SOURCES)
+def test_docstrings_say_what_a_thing_is(name):
+    assert riddles(read(name)) == []
+
+
 # ---- the rules bite ------------------------------------------------------------------------------
 
 def directions_of_data(source):
@@ -366,6 +385,7 @@ PLANTED = {
     "cycle": (cycles, {"a": {"b"}, "b": {"c"}, "c": {"a"}}),
     "self": (cycles, {"a": {"a"}}),
     "old name": (left_out_names, "x = attend(q, k)"),
+    "riddle": (riddles, 'def f():\n    """Whether it is done."""'),
     "old word": (left_out_words, "# draws a picture"),
     "machine": (MACHINE_PATH.search, "data = '" + "/".join(["", "work", "main"]) + "'"),
 }

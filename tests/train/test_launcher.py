@@ -127,7 +127,7 @@ for module in (checkpoints, distributed, monitor, validation):
 
 
 def test_one_gpu_needs_no_collectives_on_cpu_tensors(gemma, data, tmp_path):
-    """Covers checkpoints, log, sample grids, validation and a resumed run."""
+    """Covers checkpoints, log, image grids, validation and a resumed run."""
     def argv(steps):
         return flags(gemma, data, tmp_path / "run", "--steps", str(steps), "--save-every", "1",
                      "--sample-every", "2", "--val-data", str(data), "--val-every", "2",

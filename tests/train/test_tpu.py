@@ -430,7 +430,7 @@ def validations(out):
 
 
 def test_validation_matches_train_gpu(gemma, data, tmp_path):
-    """Validation loss and sample grids of the EMA weights, in float32 and in bf16."""
+    """Validation loss and image grids of the EMA weights, in float32 and in bf16."""
     def job(name, *more):
         return flags(gemma, data, tmp_path / name, "--steps", "6", "--ema-every", "1",
                      "--sample-every", "3", "--val-data", str(data), "--val-every", "3",
