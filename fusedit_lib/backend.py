@@ -32,6 +32,12 @@ def local_world():
     return int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or 1)
 
 
+def first_line(error):
+    """The first line of an error's message, or the name of its class if it has no message."""
+    lines = str(error).splitlines()
+    return lines[0] if lines else type(error).__name__
+
+
 def pick_device(name):
     """The torch.device for a value of --device; "auto" is a GPU if there is one."""
     if name in ("auto", "cuda") and torch.cuda.is_available():
@@ -42,7 +48,7 @@ def pick_device(name):
         device = torch.device(name)
         torch.zeros(1, device=device)
     except (RuntimeError, AssertionError) as e:
-        raise FuseDiTError(f"--device {name} is not available here ({str(e).splitlines()[0]}); "
+        raise FuseDiTError(f"--device {name} is not available here ({first_line(e)}); "
                            "use --device cpu or auto") from None
     return device
 
@@ -222,7 +228,7 @@ def avoid_broken_cudnn(q, k, v, mask):
             with torch.enable_grad():       # sampling disables it
                 grads = torch.autograd.grad(attention(q, k, v, mask).sum(), (q, k, v))
         except RuntimeError as e:
-            return str(e).splitlines()[0]
+            return first_line(e)
         if all(grad.isfinite().all() for grad in grads):
             return ""
         return "its gradient is not finite"

@@ -470,6 +470,11 @@ def test_importing_changes_nothing():
     assert {name: changed for name, changed in changes.items() if changed} == {}
 
 
+def test_an_error_without_a_message_has_its_name():
+    assert backend.first_line(EOFError()) == "EOFError"
+    assert backend.first_line(RuntimeError("a\nb")) == "a"
+
+
 def tracked_files():
     """The files that git tracks, relative to the root."""
     listed = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True)

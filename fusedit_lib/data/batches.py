@@ -293,7 +293,7 @@ def stream_batches(batches, which, workers, device):
     except (RuntimeError, OSError, EOFError) as e:
         if not workers or not is_worker_death(e):
             raise
-        reason = str(e).splitlines()[0]
+        reason = backend.first_line(e)
         raise FuseDiTError(f"a data process died ({reason}). If it ran out of memory, lower "
                            "--workers. A data process is also killed if a batch takes over "
                            f"{BATCH_TIMEOUT / 60:g} minutes") from e

@@ -4,6 +4,7 @@ import shutil
 import sys
 
 from fusedit import FuseDiTError
+from fusedit_lib.backend import first_line
 from fusedit_lib.files import atomic_write
 
 LOOKUP_SIZE = 250                           # number of captions that are looked up at once
@@ -45,7 +46,7 @@ class CaptionTable:
                         f'"{caption_column}"::VARCHAR AS caption '
                         f"FROM {read_expression(files, key_column, caption_column)} ORDER BY ALL")
                 except duckdb.Error as e:
-                    reason = str(e).splitlines()[0]
+                    reason = first_line(e)
                     raise FuseDiTError(f"cannot read {source}: {reason}") from None
                 for column, name in (("key", key_column), ("caption", caption_column)):
                     count = db.execute(f"SELECT count({column}) FROM captions").fetchone()[0]

@@ -15,6 +15,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from fusedit import FuseDiTError
+from fusedit_lib.backend import first_line
 from fusedit_lib.data.images import FORMATS
 
 INCEPTION = "inception-2015-12-05.pt"       # 95 MB; the weights used for published FIDs
@@ -61,7 +62,7 @@ def load_inception(folder, device):
     try:
         model = InceptionV3W(str(folder), download=False)
     except RuntimeError as e:
-        reason = str(e).splitlines()[0]
+        reason = first_line(e)
         raise FuseDiTError(f"{folder / INCEPTION} is damaged ({reason}): delete it and download it "
                            f"again from {URL}") from None
 
@@ -96,7 +97,7 @@ def load_vision_model(name, device):
         processor = AutoImageProcessor.from_pretrained(name)
         model = AutoModel.from_pretrained(name)
     except (OSError, ValueError, ImportError) as e:
-        reason = str(e).splitlines()[0]
+        reason = first_line(e)
         raise FuseDiTError(f"--features {name} is neither inception nor efficientnet-lite0 nor a "
                            f"vision model that transformers can load ({reason})") from None
     model = getattr(model, "vision_model", model).to(device).eval()    # CLIP has two towers

@@ -57,7 +57,7 @@ def start(run):
         xr.use_spmd()
         devices = xr.global_runtime_device_count()
     except (RuntimeError, OSError) as error:
-        reason = str(error).splitlines()[0]
+        reason = backend.first_line(error)
         raise FuseDiTError(f"no {kind} found ({reason}); to train on a CPU, set PJRT_DEVICE=CPU "
                            "CPU_NUM_DEVICES=4") from None
 
