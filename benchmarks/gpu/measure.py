@@ -1,6 +1,6 @@
 """Measure fusedit on this machine's GPU: speed, memory, exactness, and whether all flags work.
 
-    bash benchmarks/gpu/measure.sh                  about 7 minutes on an H100 or H200
+    bash benchmarks/gpu/measure.sh                  at most 7 minutes
     STEPS="smoke sample large score tests" TOTAL=340 bash benchmarks/gpu/measure.sh
 
 Settings are environment variables:

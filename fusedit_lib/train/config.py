@@ -107,7 +107,8 @@ class RunConfig:
                       "keeps its data type",
                       choices=("auto", "bf16", "float32"), group="precision and memory")
     float8: bool = flag(False, "compute the DiT's matrix products in float8, with torchao, on an "
-                        "H100 or newer: faster, with slightly different results", only="gpu")
+                        "Ada or Hopper (H100) GPU or newer: faster, with slightly different "
+                        "results", only="gpu")
     compile: bool = flag(False, "compile the transformer blocks, which takes about a minute: "
                          "faster steps and less memory", True, only="gpu")
     memory_budget: float = flag(1.0, "with --compile, the fraction of the activations to keep; the "
@@ -127,8 +128,8 @@ class RunConfig:
                      "step on the CPU", True, only="gpu", choices=ZERO_STAGES)
     deepspeed_config: str = flag("", "JSON file with more DeepSpeed settings", True, only="gpu")
     mesh: str = flag("-1,1", "device mesh, as the number of devices along two axes: fsdp, which "
-                     "shards the batch and all tensors, and tensor, which shards attention heads "
-                     "and the MLP width; -1: all remaining devices", True, only="tpu")
+                     "shards the batch and all large tensors, and tensor, which shards attention "
+                     "heads and the MLP width; -1: all remaining devices", True, only="tpu")
 
     # The run folder and its checkpoints.
     out: str = flag("", "run folder (default: runs/PRESET); if it holds a run, that run is resumed",
