@@ -290,7 +290,7 @@ def add_score_commands(commands):
                          "results of several models in one table and one figure")
     parser.add_argument("results", nargs="+", metavar="NAME=PATH",
                         help="a result or a folder of results; a training run's folder adds its "
-                             "validation loss and speed; equal names share a row")
+                             "validation loss and speed; results with the same name share a row")
     parser.add_argument("--out", type=Path, default=Path("report.md"), metavar="FILE.md",
                         help="output file for the table; the figure is saved as FILE.png")
 

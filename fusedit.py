@@ -411,7 +411,7 @@ def image_rope(kind, rows, cols, offset, h, device):
     offset [B]: the position of the first patch, which DiT.rope chooses.
 
     1d-rope   a patch has one position, its index in reading order, as if the image were more text;
-              all h/2 frequencies rotate by it
+              it determines the rotation of all h/2 channel pairs
     2d-rope   half of the channel pairs encode the row and half the column, each with its own full
               range of h/4 frequencies
     m-rope    the h/2 frequencies are split: the fast half encodes the row, the slow half the column
@@ -1105,7 +1105,8 @@ def token_ids(tokenizer, prompts, config):
 
     # Count the tokens of instruction and template. A space at the end of the instruction merges
     # into the prompt's first token, so it is stripped. <bos> is subtracted, because max_text_tokens
-    # counts it already. (Truncation cuts the end of the whole text, even that of a template.)
+    # counts it already. (Truncation removes the end of the whole text, even where that is part of
+    # the chat template.)
     overhead = tokenizer(wrap(config.instruction.rstrip()))["input_ids"]
     limit = config.max_text_tokens + len(overhead) - overhead.count(bos)
     return ids, limit

@@ -237,8 +237,8 @@ def add_cc12m(commands):
                      "cc12m-wds/ train.jsonl.gz shards/cc12m",
                      ". Download the images (pixparse/cc12m-wds) and the captions "
                      "(CaptionEmporium/conceptual-captions-cc12m-llavanext) from the Hugging Face "
-                     "Hub first. Each tar of images becomes one shard")
-    p.add_argument("images", type=Path, metavar="IMAGES", help="folder of cc12m-wds's tars")
+                     "hub first. Each tar of images becomes one shard")
+    p.add_argument("images", type=Path, metavar="IMAGES", help="folder of the cc12m-wds tars")
     p.add_argument("captions", type=Path, metavar="CAPTIONS",
                    help=".jsonl, .jsonl.gz or .parquet file, or a folder of such files")
     add_caption_columns(p, "key", "caption_llava")

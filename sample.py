@@ -6,8 +6,8 @@
     python sample.py --model runs/demo --export my-model
 
 Each PNG stores its prompt, seed and settings as text, which is enough to draw it again. The images
-of a prompt use consecutive seeds, starting at --seed. A seed gives the same image regardless of
-what else is drawn.
+of a prompt use consecutive seeds, starting at --seed. A seed gives the same image, up to
+rounding, regardless of what else is drawn.
 """
 import argparse
 import re

@@ -48,7 +48,8 @@ def start(run):
 
 def build_engine(run, model, vae, checkpoint, micro_batch, accumulation):
     """DeepSpeed's engine with an EMA. ZeRO shards the training state across ranks."""
-    warnings.filterwarnings("ignore", category=FutureWarning, module="torch")   # by DeepSpeed
+    # triggered by DeepSpeed
+    warnings.filterwarnings("ignore", category=FutureWarning, module="torch")
     import deepspeed
 
     ema = zero.shard_ema(model, checkpoint, dist.get_rank(), dist.get_world_size(), run.ema_offload)

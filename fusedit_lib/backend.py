@@ -214,7 +214,7 @@ def check_attention(model, dtype):
     note = avoid_broken_cudnn(q, k, v, mask)
     q_rows = q.reshape(2, gemma.num_key_value_heads, -1, gemma.head_dim)
     kernel = KERNELS.get(torch._fused_sdp_choice(q_rows, k, v, mask), "?")
-    return f"attention by {kernel}{note}"
+    return f"attention kernel: {kernel}{note}"
 
 
 def avoid_broken_cudnn(q, k, v, mask):

@@ -234,7 +234,7 @@ def run(main, memory_flags):
     """Call a program's main() and exit. Errors that the user can fix become one line on stderr.
 
     Other errors keep their traceback. memory_flags: the flags to lower when memory runs out, as
-    text for the message.
+    text for the message; "" if there are none.
     """
     try:
         sys.exit(main())
@@ -270,7 +270,9 @@ def explain(error, memory_flags):
     if isinstance(error, RuntimeError) and "closed by peer" in str(error):
         return "another process of this run has stopped; see its log for the reason"
     if out_of_memory(error):
-        return f"out of memory: lower {memory_flags}"
+        if memory_flags:
+            return f"out of memory: lower {memory_flags}"
+        return "out of memory"
     return None
 
 

@@ -68,7 +68,10 @@ def read_json(path):
 
 
 def read_jsonl(path):
-    """The JSON objects in a file with one per line. A line that a kill cut short is skipped."""
+    """The JSON objects in a file with one per line.
+
+    A line truncated when the process was killed is skipped.
+    """
     found = []
     for line in path.read_text().splitlines():
         with contextlib.suppress(ValueError):

@@ -73,7 +73,7 @@ def vae_fingerprint(vae):
 
 
 def last_checkpoint(path):
-    """The last checkpoint of a run's folder; any other path or hub id is returned as it is."""
+    """The last checkpoint of a run's folder; any other path or hub id is returned unchanged."""
     latest = Path(path) / "latest"
     if latest.exists():
         return Path(path) / latest.read_text().strip()

@@ -28,7 +28,7 @@ def generate(model, prompts, seeds=None, *, vae=None, height=None, width=None, s
     """Draw one batch: a PIL image for each pair of prompts[i] and seeds[i] (default: 0, 1, 2, ...).
 
     model          FuseDiT, as load_model returns it
-    vae            its VAE; None for a model of pixels
+    vae            its VAE; None for a model that draws pixels
     height, width  in pixels; by default the size that the model was trained at
     steps          number of Euler steps
     guidance       scale of classifier-free guidance; by default the model's own; 1 turns it off

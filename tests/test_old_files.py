@@ -100,4 +100,4 @@ def test_an_old_run_is_not_resumed_with_other_settings(old, tmp_path):
     words = [*flags("resume_flags", old), "--lr", "2e-2"]
     done = warm.run([ROOT / "train_gpu.py", *words], ENV, tmp_path)
     assert done.returncode == 1
-    assert "lr was 0.01, is 0.02" in done.stderr
+    assert "lr was 0.01, is now 0.02" in done.stderr

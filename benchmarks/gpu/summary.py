@@ -6,7 +6,7 @@ TOLERANCE = 0.03                            # for attention, as in attn.py
 
 
 def rows(path):
-    """The JSON lines of a file, if it exists. A line cut short by a kill is skipped."""
+    """The JSON lines of a file, if it exists. A line truncated by a kill is skipped."""
     found = []
     if not path.exists():
         return found

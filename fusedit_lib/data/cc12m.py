@@ -55,7 +55,7 @@ def cc12m(args):
     require_exists(args.images, args.captions)
     tars = sorted(args.images.rglob("*.tar"))
     if not tars:
-        raise FuseDiTError(f"no *.tar in {args.images}: give the folder of cc12m-wds's tars")
+        raise FuseDiTError(f"no *.tar in {args.images}: give the folder of the cc12m-wds tars")
     names_and_sizes = digest((tar.name, tar.stat().st_size) for tar in tars)
     if not packing.begin(args, **output_settings(args, tars=names_and_sizes)):
         return

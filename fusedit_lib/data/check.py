@@ -103,7 +103,7 @@ def read_shard(path):
                 problems.append(Problem(problem, f"{key} of {path.name}"))
         if not ends_well(tar, offsets[-1]):
             where = f"{path.name} at byte {offsets[-1]:,}, after {len(keys)} samples"
-            problems.append(Problem("the shard is damaged or cut short", where))
+            problems.append(Problem("damaged or truncated shard", where))
     return ShardContents(
         path=path,
         entry=entry,
@@ -242,7 +242,8 @@ def draw_sample(page, corner, side, shard, i):
 def write_image_grid(out, shards, columns=6, rows=4, side=192):
     """Write a PNG of random samples, each side x side pixels, with their captions."""
     count = columns * rows
-    candidates = []                         # at least `count` of each shard, evenly spaced
+    # at least `count` of each shard (all of a smaller one), evenly spaced
+    candidates = []
     for shard in shards:
         samples = len(shard.keys)
         stride = max(1, samples // count)

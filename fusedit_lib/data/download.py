@@ -107,7 +107,7 @@ def receive(url, part, have, on_data):
                 checked = time.monotonic()
                 checked_bytes = have
     if length is not None and have != length:
-        raise OSError(f"{have} of {length} bytes arrived")
+        raise OSError(f"{have} of {length} bytes received")
 
 
 def request(url, part, have):
@@ -175,13 +175,13 @@ def unpack(archive, folder, pattern):
 
 
 def tar_fault(path):
-    """The fault of a tar, or None if every header is valid and the end marker is present."""
+    """The problem with a tar, or None if every header is valid and the end marker is present."""
     try:
         with tarfile.open(path, "r:") as tar:
             for _ in tar:
                 tar.members.clear()         # tarfile would keep all members in memory
             if not ends_well(tar.fileobj, tar.offset):
-                return "the tar is cut short"
+                return "the tar is truncated"
     except tarfile.TarError as e:
         return f"not a complete tar ({e})"
     return None

@@ -70,7 +70,7 @@ def download_packages(folder: Path, registry: str) -> None:
 
 
 def checksum_fault(sha512, path):
-    """The fault of a downloaded file, or None if it has this checksum."""
+    """The problem with a downloaded file, or None if it has this checksum."""
     with open(path, "rb") as file:
         digest = hashlib.file_digest(file, "sha512").digest()
     if base64.b64encode(digest).decode() != sha512:
@@ -86,7 +86,7 @@ class Emoji(NamedTuple):
 
 
 def concept_of(code_points: str) -> str:
-    """Normalise the spelling of code points joined by "-", so that it is equal in all packages.
+    """Normalise the spelling of code points joined by "-", so that it is the same in all packages.
 
     The packages differ in case, in leading zeros, and in whether they include the code point FE0F,
     which only requests an image instead of a black-and-white glyph.

@@ -41,7 +41,7 @@ def index(args):
         with open(path, "rb") as tar:
             whole = ends_well(tar, end)
         if not whole:
-            print(f"{path.name} is damaged or cut short at byte {end:,}, after "
+            print(f"{path.name} is damaged or truncated at byte {end:,}, after "
                   f"{entry['samples']} samples", file=sys.stderr)
     if not any(entry["samples"] for entry in entries):
         raise FuseDiTError(f"{args.folder}: no samples in any of {len(tars)} shards")

@@ -111,7 +111,8 @@ def check_overwrite(descriptions, overwrite):
             other.append(tar.name)
     if other and not overwrite:
         raise FuseDiTError(f"{len(other)} shards, such as {other[0]}, already have latents "
-                           "from another VAE, image size or shard: --overwrite replaces them")
+                           "made with a different VAE or image size, or from an earlier version of "
+                           "the shard: --overwrite replaces them")
 
 
 def encode_shards(tars, vae, args, descriptions, samples, rank):
@@ -147,8 +148,11 @@ def encode(args):
     if args.compile:
         backend.compile_vae(vae)
     if rank == 0:
+        text = f"encoding in {args.dtype} on {device}"
         slow = backend.emulation_note(args.dtype, device)
-        print(f"encoding in {args.dtype} on {device}", slow, file=sys.stderr)
+        if slow:
+            text += f" ({slow})"
+        print(text, file=sys.stderr)
     if args.image_size % vae.factor:
         raise FuseDiTError(f"--image-size {args.image_size} is not a multiple of {vae.factor}")
 

@@ -204,7 +204,7 @@ def check_same_settings(out, earlier, settings):
         now = settings.get(name)
         if before != now:
             differences.append(f"{name} {before}, now {now}")
-    raise FuseDiTError(f"{out} was started with other settings ({', '.join(differences)}): repeat "
+    raise FuseDiTError(f"{out} was started with other settings ({', '.join(differences)}): use "
                        "the original settings to resume it, or give a new folder or --overwrite")
 
 

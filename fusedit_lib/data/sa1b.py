@@ -58,7 +58,8 @@ def sa1b(args):
     require_exists(args.images, args.captions)
     folders = [path for path in sorted(args.images.iterdir())
                if path.is_dir() and not path.name.startswith(".")]
-    # Listing millions of files is slow, so changes are detected by the folders' times instead.
+    # Listing millions of files is slow, so changes are detected from the folders' modification
+    # times instead.
     times = digest((path.name, path.stat().st_mtime_ns) for path in folders or [args.images])
     if not packing.begin(args, **output_settings(args, folders=times)):
         return
@@ -170,7 +171,7 @@ class TarDownload:
             tar.unlink()
 
     def find_fault(self, name, path):
-        """The fault of a downloaded tar, or None."""
+        """The problem with a downloaded tar, or None."""
         if name in self.checksums:
             with open(path, "rb") as file:
                 md5 = hashlib.file_digest(file, "md5").hexdigest()

@@ -242,7 +242,7 @@ class ShardReader:
                 with atomic_write(path) as tmp, gopen(url) as source, open(tmp, "wb") as copy:
                     shutil.copyfileobj(source, copy)
                     if size not in (None, copy.tell()):
-                        raise OSError(f"{copy.tell()} of {size} bytes arrived")
+                        raise OSError(f"{copy.tell()} of {size} bytes received")
             os.utime(path)                  # so that its age is the time since its last use
         return path
 

@@ -4,7 +4,7 @@
     OUT/images/...   the images, named as the benchmark's scorer expects
 
 The noise of an image depends only on the seed, the index of its prompt in the benchmark and the
-number of the image within that prompt.
+number of the image among those of its prompt.
 """
 import hashlib
 import io
@@ -39,7 +39,7 @@ class SamplingRun(NamedTuple):
 class ImageNumber(NamedTuple):
     """One image of a benchmark."""
     prompt: int                             # index of the prompt
-    image: int                              # number of the image within its prompt
+    image: int                              # number of the image among those of its prompt
 
 
 def image_seed(seed, prompt, image):
@@ -71,7 +71,10 @@ def weights_digest(model):
 
 
 def run_settings(run, benchmark, model):
-    """The settings of a run, for run.json. Two runs with equal settings draw the same images."""
+    """The settings of a run, for run.json.
+
+    Two runs with the same settings draw the same images, up to rounding.
+    """
     prompts = json.dumps([benchmark.prompts, benchmark.files])
     dtype = next(model.dit.parameters()).dtype
     settings = {
@@ -111,11 +114,13 @@ def claim_folder(run, benchmark, model):
                 changes.append(f"{key} {before.get(key)}, now {value}")
         if changes:
             raise FuseDiTError(f"{run.out} contains images drawn with other settings "
-                               f"({'; '.join(changes)}): give another --out or delete the folder")
+                               f"({'; '.join(changes)}): choose a different --out or delete the "
+                               "folder")
         return before
 
     if names:
-        raise FuseDiTError(f"{run.out} is not empty and has no run.json: give another --out")
+        raise FuseDiTError(f"{run.out} is not empty and has no run.json: choose a different "
+                           "--out")
     write_settings(settings, run.out)
     return settings
 
@@ -222,7 +227,8 @@ def draw_batches(run, benchmark, model, vae, batches, paths, bar):
     def after_step(step, x):
         bar.update(len(x) / run.steps)
 
-    with ThreadPoolExecutor(4) as pool:     # PNG compression takes as long as steps on a GPU
+    # On a GPU, compressing a PNG takes as long as sampling steps do.
+    with ThreadPoolExecutor(4) as pool:
         writer = ImageWriter(run, benchmark, paths, pool)
         for batch in batches:
             images = generate(

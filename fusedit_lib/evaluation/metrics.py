@@ -47,7 +47,10 @@ def load_extractor(name, device, weights=None):
 
 
 def load_inception(folder, device):
-    """clean-fid's "clean" mode (arXiv 2104.11222): bicubic resizing without rounding, Inception."""
+    """clean-fid's "clean" mode (arXiv 2104.11222).
+
+    It is bicubic resizing without rounding, then Inception.
+    """
     try:                                    # these modules of clean-fid do not use torchvision
         from cleanfid.inception_torchscript import InceptionV3W
         from cleanfid.resize import build_resizer
@@ -91,7 +94,7 @@ def load_efficientnet(device):
 
 
 def load_vision_model(name, device):
-    """A vision model of transformers, such as DINOv2 (arXiv 2306.04675), with its processor."""
+    """A vision model from transformers, such as DINOv2 (arXiv 2306.04675), with its processor."""
     try:
         from transformers import AutoImageProcessor, AutoModel
         processor = AutoImageProcessor.from_pretrained(name)

@@ -31,8 +31,8 @@ def report(sources, out):
                 by_model = table.setdefault(measurement.measure, {})
                 if by_model.setdefault(model, measurement) != measurement:
                     raise FuseDiTError(
-                        f"{file}: {model} already has another {measurement.measure!r}: give single "
-                        "files or a different NAME=")
+                        f"{file}: {model} already has a different value of "
+                        f"{measurement.measure!r}: give individual files or a different NAME=")
     if not table:
         raise FuseDiTError("no results found: give files or folders written by evaluate.py or "
                            "train_*.py")

@@ -217,5 +217,5 @@ def compare(path_a, path_b):
 
 
 def prompt_keys(result):
-    """The category and text of each prompt, which must be equal in two results to compare."""
+    """Category and text of each prompt, which must be the same in both results being compared."""
     return [(row["category"], row["prompt"]) for row in result.get("prompts", ())]

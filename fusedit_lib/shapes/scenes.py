@@ -10,7 +10,8 @@ is trained on, whether or not the caption mentions them:
 
     HELD_OUT_PAIRS        a colour on a shape                          "a red star"
     HELD_OUT_TOGETHER     two shapes in one image                      "a star and a heart"
-    is_held_out_count()   a number of one shape in one colour, 1 in 6  "three pink squares"
+    is_held_out_count()   a count of one shape in one colour           "three pink squares"
+                          (1 in 6 of them)
 
 (The text may name one only to deny it: "is there a red star ? no".) The prompts of evaluate.py are
 held-out compositions in every category where this is possible. A single shape ("a large circle")
@@ -90,7 +91,7 @@ class EvaluationPrompt(NamedTuple):
 
 # ---------------------------------------------------------------------------- held out of training
 def is_held_out_count(count: int, colour: str, shape: str) -> bool:
-    """True if this number of equal objects is held out of training (one in six is)."""
+    """True if this number of objects of this colour and shape is held out (one in six is)."""
     if count < 2:
         return False
     index = count + list(COLOURS).index(colour) + 2 * SHAPES.index(shape)
@@ -125,7 +126,8 @@ MIXED_COUNTS = ((1, 1, 1), (1, 1, 1), (2, 1), (1, 2), (3, 1), (1, 3), (2, 2), (2
 # noise. When unmentioned backgrounds, colours and positions were random, samples were still
 # fragmented after 320,000 training images.
 BACKGROUNDS = tuple(COLOURS) + 9 * ("white",)
-DEFAULT_COLOUR_SHARE = 0.2              # of scenes, in which all objects have the default colour
+# share of scenes in which all objects have the default colour
+DEFAULT_COLOUR_SHARE = 0.2
 
 
 def default_colour(background: str) -> str:

@@ -66,7 +66,7 @@ def next_token_loss(model, ids: torch.Tensor) -> torch.Tensor:
 
 
 def learning_rate(step: int, steps: int, peak: float) -> float:
-    """Linear warm-up over the first twentieth of the steps, capped by a cosine decay to 0."""
+    """Linear warmup over the first twentieth of the steps, capped by a cosine decay to 0."""
     warmup_steps = max(1, steps // 20)
     cosine = 0.5 + 0.5 * math.cos(math.pi * step / steps)
     return peak * min(step / warmup_steps, cosine)

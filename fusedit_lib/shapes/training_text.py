@@ -75,7 +75,7 @@ def referring_phrase(description: Scene, k: int, rng: random.Random) -> str | No
     others = description.groups[:k] + description.groups[k + 1:]
     same_shape = [other for other in others if other.shape == group.shape]
 
-    adjectives = []                     # lists; each identifies the group together with the noun
+    adjectives = []                     # lists; each, together with the noun, identifies the group
     if not same_shape:
         adjectives.append([])
     for field in ("colour", "size"):

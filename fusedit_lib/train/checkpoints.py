@@ -6,6 +6,7 @@ some of the files, but a checkpoint can be resumed with any number of ranks and 
 random state is stored, because all randomness in training is a function of the seed and of a
 sample's position in the run (see data/batches.py).
 """
+import errno
 import json
 import os
 import shlex
@@ -100,7 +101,7 @@ def changed_settings(stored, run, config):
             old = stored[part].get(name, defaults[part][name])
             if old == new or f"{part}.{name}" in free or is_moved(name, old, new):
                 continue
-            changed.append(f"{part}.{name} was {old!r}, is {new!r}")
+            changed.append(f"{part}.{name} was {old!r}, is now {new!r}")
     return changed
 
 
@@ -205,6 +206,17 @@ def load_checkpoint(folder):
 
 
 # ------------------------------------------------------------------------------ writing
+
+class NoSpace(Exception):
+    """A checkpoint would not fit in the free space."""
+
+
+def is_for_lack_of_space(problem):
+    """True if an exception means that the disk is full."""
+    if isinstance(problem, SafetensorError):                # it has no errno
+        return "No space left" in str(problem)
+    return isinstance(problem, NoSpace) or getattr(problem, "errno", None) == errno.ENOSPC
+
 
 class CheckpointWriter:
     """Writes checkpoints while training continues. Each rank writes its share.
@@ -317,16 +329,17 @@ class CheckpointWriter:
     def prepare(self, tmp, size):
         """Make the folder for a checkpoint of `size` bytes.
 
-        Returns None, or a description of what went wrong.
+        Returns None, or the exception that describes what went wrong.
         """
         try:
             free = shutil.disk_usage(self.out).free
             if free < size * 1.01:
-                return f"it needs {size / 1e9:.3g} GB, but only {free / 1e9:.3g} GB are free"
+                return NoSpace(f"it needs {size / 1e9:.3g} GB, but only {free / 1e9:.3g} GB are "
+                               "free")
             shutil.rmtree(tmp, ignore_errors=True)
             (tmp / "train_state").mkdir(parents=True)
         except OSError as e:
-            return str(e)
+            return e
         return None
 
     def write(self, tmp, ema, state):
@@ -430,14 +443,20 @@ class CheckpointWriter:
             shutil.rmtree(old, ignore_errors=True)         # a file may be open on a network disk
 
     def warn(self, step, problem):
-        """Warn that a checkpoint failed. problem: None on the ranks where it did not."""
+        """Warn that a checkpoint failed.
+
+        problem: the exception; None on the ranks where nothing failed.
+        """
         if problem is None:
             return
         last = "There is no checkpoint yet"
         if self.last_saved:
             last = f"The last checkpoint is {checkpoint_name(self.last_saved)}"
-        print_warning(f"\nWARNING: step {step} is NOT saved: {problem}\n{last}; training "
-                      f"continues. Free some space in {self.out.resolve()}\n")
+        advice = ""
+        if is_for_lack_of_space(problem):
+            advice = f". Free some space in {self.out.resolve()}"
+        print_warning(f"\nWARNING: step {step} was NOT saved: {problem}\n{last}; training "
+                      f"continues{advice}\n")
 
     def close(self, step, stopped):
         """Finish writing. Returns the exit code, which is 0 if the last step is saved.

@@ -141,8 +141,8 @@ class RunConfig:
     save_minutes: float = flag(0.0, "also save once this many minutes have passed since the last "
                                "checkpoint; 0: save by steps only", True, low=0)
     keep: int = flag(3, "number of newest checkpoints to keep; older ones are deleted", True, low=1)
-    keep_every: int = flag(0, "never delete checkpoints at multiples of this step; 0: no "
-                           "exceptions", True, low=0)
+    keep_every: int = flag(0, "never delete checkpoints whose step is a multiple of this; 0: "
+                           "delete them like any other", True, low=0)
 
     # Logging, validation and image grids.
     log_every: int = flag(20, "steps between log lines", True, low=1,
@@ -170,7 +170,7 @@ def flag_name(name):
 
 
 def default_text(default):
-    """The default as --help shows it. An empty default gives an empty text."""
+    """The default as --help shows it. An empty default gives an empty string."""
     if default == "" or default == ():
         return ""
     if isinstance(default, bool):

@@ -263,7 +263,8 @@ def activations(model, config, batch, dtype, train_llm=False, attention=FusedAtt
 
 def compiled_bytes(block_inputs, budget):
     """The bytes that each compiled block saves. block_inputs: [(block, its arguments)]."""
-    known = {}                              # blocks with equal kinds of arguments save as much
+    # Blocks with the same kinds of arguments save the same number of bytes.
+    known = {}
     sizes = []
     for block, args in block_inputs:
         leaves, _ = tree_flatten(args)

@@ -84,7 +84,7 @@ def find_kind(name, known):
 
 
 def parse(text):
-    """Parses "64xH100@0.4" or "v4-256" (128 chips) to Devices. Raises FuseDiTError."""
+    """Parses "64xH100@0.4" or "v4-256" (128 chips) into Devices. Raises FuseDiTError."""
     text, _, share = text.strip().partition("@")
     utilization = 0.0                       # refused below
     if not share:
@@ -227,7 +227,8 @@ def tpu_memory(run, model, sizes, dtype, vae):
 def show(run, config):
     """Print the plan of a run. Returns the exit code, 0.
 
-    Raises FuseDiTError if --plan cannot be parsed or the batch is not divisible by the devices.
+    Raises FuseDiTError if --plan cannot be parsed or the batch is not divisible by the number of
+    devices.
     """
     devices = parse(run.plan)
     micro_batch, accumulation = split_batch(run, devices.count)
@@ -288,7 +289,7 @@ def compute_dtype(run):
 
 
 def verdict(memory, kept, remat):
-    """Describes whether a run fits. kept, remat: bytes that it needs without and with --remat."""
+    """A verdict on whether a run fits. kept, remat: bytes needed without and with --remat."""
     if remat > memory:
         return "too much"
     if kept > memory:

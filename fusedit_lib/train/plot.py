@@ -89,4 +89,4 @@ def main():
 
 
 if __name__ == "__main__":
-    cli.run(main, "the number of points")
+    cli.run(main, "")

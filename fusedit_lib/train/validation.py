@@ -96,7 +96,8 @@ def validation_losses(batches, model, vae, device, sync):
             sums[k] += (loss * counts.to(device)).sum().cpu()
         samples += counts.sum().cpu()
 
-    # If all hosts act as one device, this multiplies both sums by the number of hosts.
+    # If all hosts act as one device, this multiplies both sums by the number of hosts, which leaves
+    # the means unchanged.
     if distributed.several_ranks():
         both = torch.cat([sums, samples])
         dist.all_reduce(both)

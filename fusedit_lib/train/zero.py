@@ -127,7 +127,7 @@ def add_settings(theirs, ours, path, prefix=""):
 
 
 def skip_shared_memory_op():
-    """Keeps DeepSpeed from compiling its C++ all-reduce in shared memory, on CPUs.
+    """On CPUs, keeps DeepSpeed from compiling its C++ shared-memory all-reduce.
 
     Compiling it takes a minute at the first start, and gloo does not need it. DeepSpeed has no
     setting for this, so an entry of its private table of ops is changed. (We know of no upstream

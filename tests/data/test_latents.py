@@ -101,7 +101,7 @@ def test_eight_kills_do_not_change_the_bytes(tmp_path, capsys):
     kill(["encode", killed, *ENCODE], 0.3)
     assert files(killed) == files(whole)
     capsys.readouterr()
-    with pytest.raises(FuseDiTError, match="12 shards.*another VAE, image size.*--overwrite"):
+    with pytest.raises(FuseDiTError, match="12 shards.*a different VAE or image size.*--overwrite"):
         encode(whole, "--image-size", "16")
     encode(whole, "--image-size", "16", "--overwrite")
     assert expand_shards(str(whole))[0].latents["image_size"] == 16
@@ -178,7 +178,7 @@ def test_check_reports_contents_and_problems(shards, tmp_path):
         "1 x damaged image: n13 of s-000001.tar",
         "1 x no image: b of s-000003.tar",
         "2 x no caption: n26 of s-000002.tar, c of s-000003.tar",
-        "1 x the shard is damaged or cut short",
+        "1 x damaged or truncated shard",
         "1 keys occur more than once, such as n00",
         "index.json was wrong and has been rewritten",
         f"synthetic_caption: {count - 2}, length 3 to 3",

@@ -115,7 +115,7 @@ def test_index_reports_damaged_shards(tmp_path):
     out, err = command("index", tmp_path)
     assert "7 samples in 3 shards" in out
     for tar, count in ((first, 4), (second, 3), (third, 0)):
-        assert re.search(rf"{tar.name} is damaged or cut short at byte [\d,]+, after {count} "
+        assert re.search(rf"{tar.name} is damaged or truncated at byte [\d,]+, after {count} "
                          "samples", err)
         tar.write_bytes(b"<html>")
     assert "no samples in any of 3 shards" in command("index", tmp_path, code=1)[1]

@@ -479,7 +479,7 @@ def test_other_settings_are_not_mixed(untrained, tmp_path, capsys):
     if backend.native_bf16(torch.device("cpu")):
         other_dtype = "float32"
     for more in (["--seed", 1], ["-n", 3], ["--dtype", other_dtype]):
-        with pytest.raises(FuseDiTError, match="drawn with other settings .*give another --out"):
+        with pytest.raises(FuseDiTError, match="with other settings .*choose a different --out"):
             command(*words, untrained, *more)
     with pytest.raises(FuseDiTError, match="weights"):
         command(*words, ROOT / "demo", "--guidance", 3)

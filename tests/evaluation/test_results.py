@@ -233,7 +233,7 @@ def test_the_report_contains_all_results_of_all_models(models, capsys):
 
 def test_what_the_report_refuses(models):
     out = models / "r.md"
-    with pytest.raises(FuseDiTError, match="already has another 'FID, real, 30 and 30'"):
+    with pytest.raises(FuseDiTError, match="has a different value of 'FID, real, 30 and 30'"):
         command("report", f"x={models / 'one'}", f"x={models / 'two'}", "--out", out)
     (models / "nothing").mkdir()
     with pytest.raises(FuseDiTError, match="no results found"):

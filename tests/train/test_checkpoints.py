@@ -96,8 +96,9 @@ def test_a_checkpoint_that_cannot_be_written_is_absent(folder, monkeypatch, caps
         patch.setattr(f"fusedit_lib.train.checkpoints.{broken}", no_space)
         assert save(run, config, 4) == 1    # the last step is not saved, so the run has failed
     err = capsys.readouterr().err
-    assert "WARNING: step 4 is NOT saved" in err
+    assert "WARNING: step 4 was NOT saved" in err
     assert "No space" in err
+    assert f"training continues. Free some space in {out.resolve()}" in err
     assert "The last checkpoint is step-0000003" in err
     assert steps_of(run) == [2, 3]
     assert not list(out.glob(".step*"))
@@ -111,7 +112,19 @@ def test_free_space_is_checked_before_writing(folder, monkeypatch, capsys):
     assert save(run, config, 4) == 1
     err = capsys.readouterr().err
     assert "it needs 4.8e-08 GB, but only 4e-08 GB are free" in err
-    assert "There is no checkpoint yet" in err
+    assert "There is no checkpoint yet; training continues. Free some space in " in err
+
+
+def test_other_problems_are_not_blamed_on_the_space(folder, monkeypatch, capsys):
+    def fail(*_):
+        raise PermissionError(13, "Permission denied")
+    run, config = folder
+    monkeypatch.setattr(checkpoints, "save_file", fail)
+    assert save(run, config, 4) == 1
+    err = capsys.readouterr().err
+    assert "WARNING: step 4 was NOT saved: [Errno 13] Permission denied" in err
+    assert "training continues\n" in err
+    assert "space" not in err
 
 
 def test_a_checkpoint_contains_what_was_saved(folder):
@@ -316,8 +329,8 @@ def test_the_folder_of_another_run_is_refused(folder):
     with pytest.raises(FuseDiTError) as error:
         checkpoints.open_run(run, replace(config, pos_embed="ape"))
     message = str(error.value)
-    assert "run.lr was 0.0001, is 0.5" in message
-    assert "model.pos_embed was '2d-rope', is 'ape'" in message
+    assert "run.lr was 0.0001, is now 0.5" in message
+    assert "model.pos_embed was '2d-rope', is now 'ape'" in message
     assert "steps" not in message and "workers" not in message
     run.lr = 1e-4
     checkpoints.open_run(run, replace(config, guidance=2.0))       # only used for sampling
@@ -365,8 +378,8 @@ def test_a_full_disk_does_not_end_the_run(gemma, data, tmp_path):
 
     for name, done in zip(sizes, ends, strict=True):
         assert done.returncode == 1
-        assert "WARNING: step 8 is NOT saved" in done.stderr
-        assert "WARNING: step 10 is NOT saved" in done.stderr
+        assert "WARNING: step 8 was NOT saved" in done.stderr
+        assert "WARNING: step 10 was NOT saved" in done.stderr
         assert "The last checkpoint is step-0000004" in done.stderr
         left = [path.name for path in checkpoints.list_checkpoints(tmp_path / name)]
         assert left == ["step-0000004"]

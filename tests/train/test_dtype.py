@@ -75,7 +75,7 @@ def test_a_run_resumes_in_its_own_dtype(gemma_folder, data, tmp_path):
 
     refused = run(6, "float32", native=False)
     assert refused.returncode == 1
-    assert "run.dtype was 'bf16', is 'float32'" in refused.stderr
+    assert "run.dtype was 'bf16', is now 'float32'" in refused.stderr
     assert metrics(out)[-1]["step"] == 4
 
 

@@ -36,7 +36,7 @@ def test_a_run_learns_saves_and_resumes(gemma, data, tmp_path):
     # another run in the same folder
     other = launch(flags(gemma, data, out, "--steps", "50", "--seed", "1", *more), check=False)
     assert other.returncode == 1
-    assert "run.seed was 42, is 1" in other.stderr
+    assert "run.seed was 42, is now 1" in other.stderr
     assert other.stderr.count("\n") == 1
     check_tensorboard(out)
     with Image.open(plot.plot(out)) as image:

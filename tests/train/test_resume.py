@@ -142,5 +142,5 @@ def test_a_run_older_than_a_flag_resumes(gemma, data, tmp_path):
     path.write_text(json.dumps(config))
     done = launch([*argv, "--float8"], check=False)
     assert done.returncode == 1
-    assert "float8 was False, is True" in done.stderr
+    assert "float8 was False, is now True" in done.stderr
     launch(argv)
