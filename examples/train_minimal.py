@@ -4,8 +4,8 @@
     python examples/train_minimal.py --data 'shards/*.tar'          any captioned images
     python sample.py --model runs/minimal --prompt "a large red circle"
 
-Trains the DiT of the preset "demo" from scratch, in float32. On the same shards, train_gpu.py has
-the same losses, and adds several GPUs, bf16, compilation, latents, checkpoints and validation.
+Trains the DiT of the preset "demo" from scratch, in float32. train_gpu.py has the same losses
+on the same shards and settings. It adds several GPUs, bf16, compilation, latents and checkpoints.
 """
 import argparse
 import copy
@@ -113,7 +113,7 @@ def main():
     pretrained.save_model(args.out, config, model.dit.state_dict())
     images = sampling.generate(model, PROMPTS)
     sampling.image_grid(images, columns=4).save(args.out / "samples.png")
-    print(f"wrote {args.out}")
+    print(f"wrote {args.out}/samples.png; more: python sample.py --model {args.out} --prompt ...")
 
 
 if __name__ == "__main__":

@@ -45,7 +45,7 @@ WRAPPERS = ("nohup", "time", "exec", "sudo", "env", "nice", "do", "then", "else"
 
 # Flags of other programs that the text may mention.
 OTHER_FLAGS = set(
-    "--hostfile --ipc --nproc-per-node --nnodes --shutdown-timeout "              # launchers
+    "--hostfile --include --ipc --nproc-per-node --nnodes --shutdown-timeout "    # launchers
     "--accelerator-type --command --force --runtime-version --spot --worker --zone "  # gcloud
     "--index-url --no-deps "                                                      # pip
     "--res-path --outfile "                                                       # scorers
