@@ -86,7 +86,7 @@ def deepspeed_config(run, model, micro_batch, accumulation):
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,
     }
-    if stage > 0:                           # stage 0 can only accumulate gradients in bf16
+    if stage > 0:                           # in bf16, stage 0 can only accumulate gradients in bf16
         config["data_types"] = {"grad_accum_dtype": "fp32"}
     if run.zero.endswith("offload"):
         config["zero_optimization"]["offload_optimizer"] = {"device": "cpu"}

@@ -23,7 +23,7 @@ TILE = 128                                  # keys per tile of a GPU kernel
 # ---- processes and devices -----------------------------------------------------------------------
 
 def rank_and_world():
-    """The rank of this process and the number of processes, as set by torchrun (or Slurm)."""
+    """The rank of this process and the number of processes, as set by torchrun."""
     return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
 
 
@@ -175,8 +175,8 @@ def round_up_to_tile(tokens, limit, device):
     """The length to pad a text to: on a GPU the next multiple of 128, but at most limit.
 
     With a mask and 64 keys in the last tile, cuDNN 9.19's gradient can be NaN (pytorch#196678).
-    (Images have 256, 1024, ... tokens, which are whole tiles.) Padding also keeps the number of
-    different lengths small: a compiled model may recompile for each of them.
+    (Images of 256 or 512 pixels have 256 or 1024 tokens, which are whole tiles.) Padding also keeps
+    the number of different lengths small: a compiled model may recompile for each of them.
     """
     if device.type != "cuda":
         return tokens

@@ -146,7 +146,7 @@ def to_images(x, vae):
 def image_grid(images, columns, side=192):
     """One image that shows all `images`, which have the same size, in rows of `columns`.
 
-    Images narrower than `side` pixels are enlarged by an integer factor, without smoothing.
+    Images at most half as wide as `side` are enlarged by an integer factor, without smoothing.
     """
     margin = 2                              # white pixels around each image
     scale = max(1, side // images[0].width)

@@ -29,7 +29,7 @@ from fusedit_lib.data.order import CYCLE, Mixture
 from fusedit_lib.data.shards import ShardReader, can_read_latents, expand_shards, is_url
 from fusedit_lib.pretrained import ClipTokenizer
 
-DOWNLOAD_AHEAD = 20_000                     # positions ahead at which remote shards are copied
+DOWNLOAD_AHEAD = 20_000                     # how many positions ahead remote shards are copied
 BATCH_TIMEOUT = 1800                        # seconds per batch before its worker is killed
 MAX_ATTEMPTS = 100                          # samples tried for one position before giving up
 
@@ -233,8 +233,8 @@ def digest(shards):
 # ------------------------------------------------------------------------------ worker processes
 
 def start_worker(_):
-    """Set up a worker. It ignores signals: the launcher, which handles them, needs batches to
-    finish its step."""
+    """Set up a worker. It ignores signals: the training process, which handles them, needs
+    batches to finish its step."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     torch.set_num_threads(1)

@@ -93,7 +93,7 @@ def write_image_list(folder, path):
 
 
 def is_caption_folder(path):
-    """True for a folder of .txt files, that is, a folder without .parquet and .jsonl files."""
+    """True for a folder of .txt files, that is, a folder without any .parquet or .jsonl files."""
     if not path.is_dir():
         return False
     for pattern in ("*.parquet", "*.jsonl*", "*/*.parquet"):

@@ -227,7 +227,7 @@ def draw_batches(run, benchmark, model, vae, batches, paths, bar):
     def after_step(step, x):
         bar.update(len(x) / run.steps)
 
-    # On a GPU, compressing a PNG takes as long as sampling steps do.
+    # On a GPU, compressing a PNG can take as long as a sampling step.
     with ThreadPoolExecutor(4) as pool:
         writer = ImageWriter(run, benchmark, paths, pool)
         for batch in batches:

@@ -123,8 +123,8 @@ def image_files(folder):
         if path.suffix.lower() in SUFFIXES and not path.name.startswith("."):
             paths.append(path)
     if len(paths) < 2:
-        raise FuseDiTError(f"{folder} contains {len(paths) or 'no'} images: a distance needs at "
-                           "least two")
+        raise FuseDiTError(f"{folder} contains {'only one image' if paths else 'no images'}: a "
+                           "distance needs at least two")
     return paths
 
 

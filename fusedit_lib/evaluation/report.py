@@ -110,7 +110,7 @@ def training_measurements(path):
 
 def distance_measurements(result):
     """The Frechet and kernel distances. Their names contain the real folder and both numbers
-    of images, because distances are comparable only if these are equal."""
+    of images, because Frechet distances are comparable only if these are equal."""
     real = Path(result["folders"][0]).name
     sets = f"{real}, {result['real']} and {result['fake']}"
     label = result["label"]

@@ -1,8 +1,8 @@
 """Writes, reads and compares results, and makes them from the output of official scorers.
 
-A result is a JSON file that names its "benchmark". If every prompt has a score, it also contains
-"overall" (the mean of the categories, as in GenEval), "categories", their 95 % "intervals", the
-"settings" and all "prompts".
+A result is a JSON file that names its "benchmark". The results of shapes and GenEval also contain
+"overall" (the mean of the categories), "categories", their 95 % "intervals", the "settings" and all
+"prompts". That of DPG-Bench contains the scorer's own overall score and no "prompts".
 """
 import json
 from collections import defaultdict

@@ -52,7 +52,7 @@ class Detection(NamedTuple):
 
 
 class Silhouette(NamedTuple):
-    """A filled shape in the square from -1 to 1."""
+    """A filled shape, cut off at the square from -1 to 1."""
     shape: str
     mask: np.ndarray                    # [128, 128], bool
     area: float                         # of the shape with radius 1

@@ -38,7 +38,7 @@ def _cross_outline(long=0.93, wide=0.34):
     return outline
 
 
-# Polygons around (0, 0) inside a disc of radius 1; y points down.
+# Polygons around (0, 0), about the size of a disc of radius 1; y points down.
 OUTLINES = {
     "square": [(-0.8, -0.8), (0.8, -0.8), (0.8, 0.8), (-0.8, 0.8)],
     "triangle": [(0, -0.9), (0.98, 0.75), (-0.98, 0.75)],
@@ -46,7 +46,7 @@ OUTLINES = {
     "heart": _heart_outline(),
     "cross": _cross_outline(),
 }
-CIRCLE_RADIUS = 0.92                    # inside the same disc; a circle is drawn as an ellipse
+CIRCLE_RADIUS = 0.92                    # in the same units; a circle is drawn as an ellipse
 
 
 def draw_shape(draw: ImageDraw.ImageDraw, shape: str, disc: Disc, scale: float, fill) -> None:

@@ -104,7 +104,7 @@ def is_held_out(scene: Scene) -> bool:
     if any(pair <= shapes for pair in HELD_OUT_TOGETHER):
         return True
 
-    # objects of one colour and shape count together, also across groups
+    # objects of one colour and shape are counted together, even across groups
     totals = Counter()
     for group in scene.groups:
         totals[group.colour, group.shape] += group.count

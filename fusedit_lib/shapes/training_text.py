@@ -2,10 +2,11 @@
 
 A frozen text tower retains only what its own training required. With captions alone, the next-token
 loss never requires it to bind a colour to a shape: any colour may follow "a", so forgetting the
-colour costs nothing. Here every caption is followed by the same caption in other words, by
-statements, and by questions with answers ("what color is the small circle ? red"). To predict
-these, the keys and values at the words of the caption have to carry colour, size, number and
-position, each bound to its object. These keys and values are what the DiT attends to.
+colour costs nothing. Here every caption is followed by questions with answers ("what color is the
+small circle ? red"), some of which ask for a list of the objects or for the caption in other words.
+30 % of the captions are repeated first. To predict all this, the keys and values at the words of
+the caption have to carry colour, size, number and position, each bound to its object. These keys
+and values are what the DiT attends to.
 """
 import random
 import re

@@ -157,8 +157,8 @@ def open_run(run, config):
             print_warning(f"checkpoint {folder} is damaged and is not used: {problem}")
     others = [folder.name for folder in available if folder not in requested]
     if others:
-        raise FuseDiTError(f"the checkpoint of --resume {run.resume} is damaged (see above); {out} "
-                           "also has " + ", ".join(others))
+        raise FuseDiTError(f"the checkpoint selected by --resume {run.resume} is damaged (see "
+                           f"above); {out} also has " + ", ".join(others))
     raise FuseDiTError(f"every checkpoint in {out} is damaged (see above). To start a new run, "
                        "choose another --out")
 
@@ -225,7 +225,7 @@ class CheckpointWriter:
     renamed when all ranks have finished, and only then recorded in `latest`. Old checkpoints are
     deleted after that.
 
-    All methods must be called by all ranks.
+    All ranks must create it and call save, poll, wait and close.
     """
 
     def __init__(self, run, config, checkpoint, data_digest):
@@ -291,7 +291,7 @@ class CheckpointWriter:
         return self.out / f".{checkpoint_name(step)}.tmp"
 
     def part_name(self, stem, rank):
-        """The name of the file that this rank writes."""
+        """The name of the file that a rank writes."""
         if self.world == 1:
             return f"{stem}.safetensors"
         return f"{stem}-{rank + 1:05d}-of-{self.world:05d}.safetensors"

@@ -1,7 +1,7 @@
 """The settings of a training run, their command line flags, and values derived from them.
 
-Both launchers use RunConfig. Its fields are stored under the same names in the config.json of a run
-folder.
+train_gpu.py and train_tpu.py both use RunConfig. Its fields are stored under the same names in the
+config.json of a run folder.
 """
 import argparse
 import json
@@ -38,7 +38,7 @@ def flag(default, about, free=False, low=None, high=None, choices=None, only="",
     about: the flag's text in --help.
     free: True if the value may change when a run is resumed.
     low, high: the smallest and the largest allowed value.
-    only: "gpu" or "tpu" if only one of the launchers has this flag.
+    only: "gpu" or "tpu" if only one of the training programs has this flag.
     group: title of the --help group that begins with this field.
     """
     metadata = dict(about=about, free=free, low=low, high=high, choices=choices, only=only,
@@ -117,8 +117,8 @@ class RunConfig:
                                 True, low=0, high=1, only="gpu")
     remat: bool = flag(False, "recompute all activations of each block in the backward pass: "
                        "less memory, slower steps", True)
-    ema_offload: bool = flag(False, "keep the EMA in CPU memory, which saves 4 bytes per weight "
-                             "on the GPU", True, only="gpu")
+    ema_offload: bool = flag(False, "keep the EMA in CPU memory, which saves 4 bytes per weight, "
+                             "divided among the GPUs", True, only="gpu")
 
     # The devices, and how they share the work.
     device: str = flag("auto", "device to train on", True, choices=("auto", "cuda", "cpu"),
@@ -200,7 +200,7 @@ def add_flag(parser, setting):
 
 
 def make_parser(description, engine):
-    """The argument parser of a launcher; engine: "gpu" or "tpu"."""
+    """The argument parser of a training program; engine: "gpu" or "tpu"."""
     parser = argparse.ArgumentParser(
         description=description, formatter_class=argparse.RawDescriptionHelpFormatter,
         usage="%(prog)s [--flag value ...]; --help lists the flags")
@@ -217,7 +217,7 @@ def make_parser(description, engine):
 
 
 def join_mesh(words):
-    """Replaces "--mesh -1,2" by "--mesh=-1,2", because argparse would take -1,2 for a flag."""
+    """Replaces "--mesh -1,2" with "--mesh=-1,2", because argparse would take -1,2 for a flag."""
     joined = []
     words = iter(words)
     for word in words:
@@ -258,7 +258,7 @@ def parse_run(argv, description, engine="gpu"):
     """RunConfig from the command line.
 
     argv: the arguments after the program's name; None: those of this process.
-    description: the launcher's docstring, for --help. engine: "gpu" or "tpu".
+    description: the training program's docstring, for --help. engine: "gpu" or "tpu".
     Exits with code 2 on a usage error; raises FuseDiTError if a prompt file cannot be read.
     """
     parser = make_parser(description, engine)
@@ -299,7 +299,7 @@ def check_run(run):
 
 
 def check_json(path):
-    """Raise FuseDiTError if the file of --deepspeed-config cannot be read or is not JSON."""
+    """Raise FuseDiTError if the --deepspeed-config file cannot be read or is not JSON."""
     try:
         json.loads(Path(path).read_text())
     except OSError as e:

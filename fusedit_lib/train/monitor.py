@@ -181,7 +181,7 @@ class Monitor:
         self.start_clock(now)
 
     def metrics_row(self, step, lr, results, speed):
-        """A row of metrics.jsonl. Its loss is the mean over the steps that were not skipped.
+        """A row of metrics.jsonl. Its loss is the mean over the steps whose loss is finite.
 
         speed: images/s since the clock was started.
         """
@@ -271,7 +271,7 @@ class Monitor:
             raise FuseDiTError(
                 f"{skipped} of {seen} samples could not be read, more than --max-skipped "
                 f"{self.run.max_skipped:g} allows; the last one is {last_bad}. "
-                f"{self.out}/metrics.jsonl lists the others")
+                f"{self.out}/metrics.jsonl lists those of earlier log lines")
 
     # ------------------------------------------------------------------------------ validation
 

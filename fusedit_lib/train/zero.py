@@ -39,7 +39,7 @@ def set_environment_defaults():
 
 
 def pick_device(run):
-    """The GPU of this process, or the device of --device.
+    """The GPU of this process, or the device given by --device.
 
     Raises FuseDiTError if one of several processes has no GPU although torch is built for CUDA,
     unless --device is given.
