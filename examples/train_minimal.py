@@ -2,7 +2,6 @@
 
     python examples/train_minimal.py                                coloured shapes, drawn here
     python examples/train_minimal.py --data 'shards/*.tar'          any captioned images
-    python sample.py --model runs/minimal --prompt "a large red circle"
 
 Trains the DiT of the preset "demo" from scratch, in float32. train_gpu.py has the same losses
 on the same shards and settings. It adds several GPUs, bf16, compilation, latents and checkpoints.
@@ -74,8 +73,9 @@ def train(args, model, batches, device):
     for step, loaded in enumerate(batches, 1):
         adam.param_groups[0]["lr"] = learning_rate(args, step)
         batch = to_device(loaded, device, cut_text=True)            # x: pixels in [-1,1]
+        text = batch.ids, batch.mask
         sigma = fusedit.logit_normal_sigma(batch.normal, model.config.shift)            # [B]
-        loss = fusedit.flow_loss(model, batch.x, (batch.ids, batch.mask), sigma, batch.eps).mean()
+        loss = fusedit.flow_loss(model, batch.x, text, sigma, batch.eps).mean()
         adam.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(weights, 1.0)
