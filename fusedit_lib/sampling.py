@@ -48,22 +48,20 @@ def generate(model, prompts, seeds=None, *, vae=None, height=None, width=None, s
     if guidance is None:
         guidance = config.guidance
 
-    # Text: each distinct prompt is encoded once, and the negative prompt is the last row.
+    # Text: each distinct prompt is encoded once.
     distinct = list(dict.fromkeys(prompts))
-    encoded = [*distinct, negative]
+    rows = [distinct.index(prompt) for prompt in prompts]
     if text_length is None:
-        text_length = padded_text_length(model, encoded)
-    features = model.encode(encoded, text_length)
-    prompt_rows = [distinct.index(prompt) for prompt in prompts]
-    negative_rows = [len(distinct)] * len(prompts)
-    text = features.map(lambda t: t[prompt_rows])
-    uncond = features.map(lambda t: t[negative_rows])
+        text_length = padded_text_length(model, distinct, negative)
+    text = model.encode(distinct, text_length).map(lambda t: t[rows])
+    uncond = model.encode([negative], text_length, instruction="")
+    uncond = uncond.map(lambda t: t[[0] * len(prompts)])
 
     # Noise is drawn on the CPU, where a seed gives the same numbers on every machine.
     shape = (config.in_channels, *latent_size(config, vae, height, width))
     generators = [torch.Generator().manual_seed(seed) for seed in seeds]
     noise = [torch.randn(shape, generator=generator) for generator in generators]
-    noise = torch.stack(noise).to(features.mask.device)                # [B,C,h,w]
+    noise = torch.stack(noise).to(text.mask.device)                    # [B,C,h,w]
 
     x = fusedit.sample(model.dit, noise, text, uncond, steps, guidance, config.shift,
                        guidance_span, callback)
@@ -122,10 +120,11 @@ def check_side(name, pixels, patch):
                        f"try {near}")
 
 
-def padded_text_length(model, prompts):
-    """The number of tokens to pad prompts to: that of the longest, rounded up on a GPU."""
+def padded_text_length(model, prompts, negative):
+    """The number of tokens to pad all prompts to: that of the longest, rounded up on a GPU."""
     token_ids, limit = fusedit.token_ids(model.tokenizer, prompts, model.config)
-    longest = max(len(ids) for ids in token_ids)
+    negative_ids, _ = fusedit.token_ids(model.tokenizer, [negative], model.config, instruction="")
+    longest = max(len(ids) for ids in token_ids + negative_ids)
     device = model.llm.embed_tokens.weight.device
     return backend.round_up_to_tile(min(longest, limit), limit, device)
 

@@ -14,8 +14,9 @@ from safetensors.torch import load_file, save_file
 from transformers import Gemma2ForCausalLM
 
 from fusedit import FuseDiTConfig, FuseDiTError, load_gemma
-from fusedit_lib import files, pretrained
-from fusedit_lib.pretrained import build_model, load_model, save_model
+from fusedit_lib import files
+from fusedit_lib.export import export
+from fusedit_lib.pretrained import MODEL_FILES, build_model, load_model, save_model
 
 PIPELINE = REFERENCE / "released_layout" / "pipeline"
 
@@ -335,7 +336,7 @@ def test_only_needed_files_are_downloaded(folder, monkeypatch):
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
     assert load_model("someone/a-model").config.image_size == 8
-    assert asked == [("someone/a-model", ["*.json", "*.safetensors", "*.model"])]
+    assert asked == [("someone/a-model", list(MODEL_FILES))]
 
 
 def test_a_refused_download_is_an_error_with_advice(monkeypatch):
@@ -351,7 +352,7 @@ def test_a_refused_download_is_an_error_with_advice(monkeypatch):
 
 def test_export_stands_alone_and_is_the_same_model(folder, tmp_path):
     model = load_model(folder)
-    pretrained.export(model, tmp_path / "out")
+    export(model, tmp_path / "out")
     shutil.rmtree(folder)
     again = load_model(tmp_path / "out")
     assert_same_tensors(again.state_dict(), model.state_dict())
@@ -361,13 +362,13 @@ def test_export_stands_alone_and_is_the_same_model(folder, tmp_path):
     del want["base"], got["base"]
     assert got == want
     with pytest.raises(FuseDiTError, match="not empty"):
-        pretrained.export(again, tmp_path / "out")
+        export(again, tmp_path / "out")
 
 
 def test_export_of_the_published_layout_has_every_tensor(tmp_path):
     """An export of the authors' folder equals it, tensor for tensor."""
     out = tmp_path / "out"
-    pretrained.export(load_model(PIPELINE), out)
+    export(load_model(PIPELINE), out)
     want = load_file(PIPELINE / "transformer" / "model.safetensors")
     assert_same_tensors(load_file(out / "transformer" / "model.safetensors"), want)
 
@@ -385,7 +386,7 @@ def test_export_of_an_ape_model_contains_its_table(tmp_path, gemma_folder):
     case = REFERENCE / "cases" / "deep-self-ape-adaln_zero"
     want = load_file(case / "model.safetensors")["dit.patch_embed.pos_embed"]
     model = build_model(FuseDiTConfig(base=str(gemma_folder), vae=None, in_channels=3))
-    pretrained.export(model, tmp_path / "out")
+    export(model, tmp_path / "out")
     tensors = load_file(tmp_path / "out" / "transformer" / "model.safetensors")
     assert (tensors["dit.patch_embed.pos_embed"] - want).abs().max() < 1e-5
     load_model(tmp_path / "out")
@@ -413,7 +414,7 @@ def test_clip_modulation_end_to_end(tmp_path, gemma_folder):
 
     # and an export includes CLIP
     save_model(tmp_path / "m", config, model.dit.state_dict())
-    pretrained.export(load_model(tmp_path / "m"), tmp_path / "out")
+    export(load_model(tmp_path / "m"), tmp_path / "out")
     again = load_model(tmp_path / "out")
     pooled = again.encode(["a red circle"]).pooled
     assert torch.allclose(pooled, text.pooled[:1], atol=1e-5)

@@ -25,7 +25,7 @@ def sample_images(run, model, vae, indices, sync):
     def after_step(step, x):
         sync()
 
-    length = padded_text_length(model, [*run.prompts, ""])     # the same on all ranks
+    length = padded_text_length(model, run.prompts, "")     # the same on all ranks
     return generate(model, [run.prompts[i] for i in indices], [run.seed + i for i in indices],
                     vae=vae, steps=run.sample_steps, text_length=length, callback=after_step)
 

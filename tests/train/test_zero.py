@@ -9,6 +9,7 @@ from launching import assert_equal, flags, launch, launch_all, losses, state
 
 import fusedit
 from fusedit_lib import pretrained
+from fusedit_lib.export import export
 from fusedit_lib.data.batches import Batches
 from fusedit_lib.train import zero
 from fusedit_lib.train.config import model_config, parse_run
@@ -239,7 +240,7 @@ def test_gemma_can_be_trained(gemma, data, tmp_path):
     assert {"embed_tokens.weight", "layers.0.mlp.up_proj.weight",
             "layers.1.self_attn.k_proj.weight"} <= changed
 
-    pretrained.export(model, tmp_path / "whole")
+    export(model, tmp_path / "whole")
     exported = pretrained.load_model(tmp_path / "whole").llm.state_dict()
     for name, tensor in model.llm.state_dict().items():
         assert torch.equal(tensor, exported[name])
