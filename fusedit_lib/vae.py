@@ -11,8 +11,8 @@ It is the KL-regularised autoencoder of latent diffusion (Rombach et al., arXiv 
 with 16 channels (Esser et al., arXiv 2403.03206, 5.2.1). The encoder predicts a Gaussian rather
 than a point (arXiv 1312.6114). Its training pulls that Gaussian slightly towards N(0,1), so that a
 nearly correct latent decodes to a nearly correct image. Module names are those of diffusers'
-AutoencoderKL, so the VAEs of Stable Diffusion 1 to 3.5, SDXL and FLUX.1 load as well: shapes below
-are Stable Diffusion 3's, and config.json may say otherwise.
+AutoencoderKL, which is also the VAE of Stable Diffusion 1 and 2, SDXL and FLUX.1: the shapes below
+are Stable Diffusion 3's, and those of another VAE follow from its config.json.
 """
 import math
 from collections import OrderedDict

@@ -234,6 +234,13 @@ def test_the_default_vae_has_the_size_of_sd3s():
     assert conv.weight.shape == (128, 256, 3, 3)
 
 
+def test_stable_diffusion_1s_and_sdxls_vae_have_the_published_size():
+    with torch.device("meta"):
+        vae = VAE(VAEConfig(latent_channels=4, use_quant_conv=True, use_post_quant_conv=True))
+    assert sum(p.numel() for p in vae.encoder.parameters()) == 34_163_592
+    assert sum(p.numel() for p in vae.parameters()) == 83_653_863
+
+
 # ---- loading -------------------------------------------------------------------------------------
 
 def test_the_folder_itself_or_its_parent(folder):
@@ -369,7 +376,7 @@ def test_statistics_that_cannot_be_used_are_named(tmp_path, changes, message):
 
 
 def test_the_config_is_read_without_a_download(tmp_path, monkeypatch):
-    """Of a hub id, only the cache is read; what is not there is assumed to be SD 3's."""
+    """A hub id that is not in the cache is assumed to be Stable Diffusion 3's."""
     from huggingface_hub import constants
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
     assert config_on_disk("someone/pipeline") is None

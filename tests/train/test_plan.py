@@ -186,7 +186,8 @@ def test_the_plan_knows_a_vae_that_is_on_disk(tmp_path, gemma_folder, monkeypatc
         return "\n".join(show(flags(gemma_folder, "x", "y", *more), capsys))
 
     vae = tiny_vae(tmp_path / "vae")
-    parameters = sum(t.numel() for t in load_file(vae / "diffusion_pytorch_model.safetensors").values())
+    weights = load_file(vae / "diffusion_pytorch_model.safetensors")
+    parameters = sum(t.numel() for t in weights.values())
     local = text(vae, 4)
     assert f"VAE {parameters:,} parameters" in local
     assert f"{(64 // 4 // 2) ** 2:,} image tokens, " in local
