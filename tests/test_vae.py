@@ -267,7 +267,7 @@ def test_absent_keys_have_the_defaults_of_diffusers(tmp_path):
 
 
 def test_old_names_of_the_attention(folder, vae, golden):
-    """Stable Diffusion 1's weights have the names of diffusers before version 0.18."""
+    """Stable Diffusion 1's weights have the names of older versions of diffusers."""
     old_names = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}
 
     def rename(tensors):
