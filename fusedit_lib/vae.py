@@ -359,8 +359,8 @@ class VAE(nn.Module):
 
 # ---- loading -------------------------------------------------------------------------------------
 
-# Older versions of diffusers had other names in the attention of the middle block, which it converts
-# in ModelMixin._fix_state_dict_keys_on_load. Stable Diffusion 1's weights still have them.
+# Older versions of diffusers had other names in the attention of the middle block, and Stable
+# Diffusion 1's weights still have them. diffusers: ModelMixin._fix_state_dict_keys_on_load.
 OLD_NAMES = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
 
 
