@@ -28,7 +28,7 @@ from fusedit_lib.data.batches import cut_text_length
 from fusedit_lib.files import atomic_write
 from fusedit_lib.pretrained import gemma_config
 from fusedit_lib.train import costs
-from fusedit_lib.vae import VAE
+from fusedit_lib.vae import VAE, latent_side, vae_config
 
 SMALL = dict(model_type="gemma2", vocab_size=8192, hidden_size=512, intermediate_size=2048,
              num_hidden_layers=8, num_attention_heads=2, num_key_value_heads=1, head_dim=256)
@@ -51,9 +51,7 @@ class Case:
     @property
     def latent_size(self):
         """Height and width of the latents, or of the pixels if the model has no VAE."""
-        if self.config.vae:
-            return self.config.image_size // 8
-        return self.config.image_size
+        return latent_side(self.config)
 
     @property
     def image_tokens(self):
@@ -105,7 +103,7 @@ class Case:
             yield {name: tensor.to(device) for name, tensor in tensors.items()}
 
     def vae(self, device, dtype, fast):
-        """SD3's VAE with random weights, or None if the model has no VAE.
+        """The model's VAE with random weights, or None if it has none.
 
         fast: use the memory format of vae.load_vae.
         """
@@ -113,7 +111,7 @@ class Case:
             return None
         torch.manual_seed(0)
         with torch.device(device):
-            vae = VAE().requires_grad_(False).to(dtype)
+            vae = VAE(vae_config(self.config.vae)).requires_grad_(False).to(dtype)
         if fast:
             vae = vae.to(memory_format=torch.channels_last)
         return vae

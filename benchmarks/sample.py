@@ -109,14 +109,6 @@ class Bench:
         backend.configure(self.device, self.dtype)
         return x
 
-    def image_tokens(self):
-        """The number of image tokens per image."""
-        config = self.case.config
-        side = config.image_size // config.patch_size
-        if config.vae:
-            side //= 8
-        return side * side
-
 
 # ---- what is measured ----------------------------------------------------------------------------
 
@@ -138,7 +130,7 @@ def exactness(bench):
 def time_formulations(bench):
     """{formulation: seconds of each round}, and the matrix rate in FLOP/s."""
     args = bench.args
-    rows = 2 * args.batch * bench.image_tokens()           # with guidance
+    rows = 2 * args.batch * bench.case.image_tokens        # with guidance
     multiply, flops = product(bench.case, bench.device, bench.dtype, rows, train=False)
 
     def products(i):
@@ -192,9 +184,9 @@ def main():
     flops = {name: args.batch * count for name, count in useful.items()}
 
     name = machine(bench.device)
-    print(f"{name}, torch {torch.__version__}, {args.dtype}, {bench.image_tokens()} image tokens, "
-          f"{args.batch} images, {args.steps} steps; the MLP's matrix product: "
-          f"{rate / 1e9:,.0f} GFLOP/s")
+    print(f"{name}, torch {torch.__version__}, {args.dtype}, "
+          f"{bench.case.image_tokens} image tokens, {args.batch} images, {args.steps} steps; "
+          f"the MLP's matrix product: {rate / 1e9:,.0f} GFLOP/s")
     rows = table(seconds, sum(flops.values()), rate, args.batch, peak)
     ratio = rows["joint mask"]["seconds"] / rows["two phases"]["seconds"]
     print(f"two phases are {ratio:.2f} times as fast")

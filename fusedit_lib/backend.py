@@ -183,13 +183,13 @@ def round_up_to_tile(tokens, limit, device):
     return min(limit, -(-tokens // TILE) * TILE)
 
 
-def check_attention(model, dtype):
+def check_attention(model, vae, dtype):
     """Try the attention kernel that the DiT will use on a GPU. Returns a line for the log.
 
     The kernel runs once, forward and backward, with a mask as in training. cuDNN, PyTorch's first
     choice on an H100, raises an error for shapes that it does not support, and some versions return
     NaN (pytorch#196678). In either case cuDNN is switched off and PyTorch uses its next choice.
-    Returns "" on other devices.
+    vae: the model's VAE or None. Returns "" on other devices.
     """
     device = model.dit.proj_out.weight.device
     if device.type != "cuda":
@@ -197,8 +197,8 @@ def check_attention(model, dtype):
     config = model.config
     gemma = model.llm.config
     side = config.image_size // config.patch_size
-    if config.vae:
-        side //= 8
+    if vae is not None:
+        side //= vae.factor
     image = side * side
     text = min(TILE, config.max_text_tokens)
 

@@ -199,7 +199,7 @@ def open_model(path, device="auto", dtype="auto", ema=True, compile=False, chang
     if config.vae:
         vae = load_vae(config.vae, device, torch_dtype, config.in_channels)
 
-    kernel = backend.check_attention(model, torch_dtype)
+    kernel = backend.check_attention(model, vae, torch_dtype)
     if kernel:
         print(kernel, file=sys.stderr)
     if compile:

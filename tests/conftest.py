@@ -96,6 +96,23 @@ def tiny_clip(folder):
     return folder
 
 
+def tiny_vae(folder, stages=3, seed=0, **changes):
+    """Save a random VAE with this number of resolutions and 4 channels. changes: to config.json."""
+    from safetensors.torch import save_file
+
+    from fusedit_lib.vae import VAE, VAEConfig
+    shape = dict(block_out_channels=[8] * stages, layers_per_block=1, latent_channels=4,
+                 norm_num_groups=4, use_quant_conv=False, use_post_quant_conv=False,
+                 scaling_factor=1.5, shift_factor=0.25)
+    shape |= changes
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "config.json").write_text(json.dumps(shape))
+    torch.manual_seed(seed)
+    vae = VAE(VAEConfig.from_dict(shape, folder))
+    save_file(vae.state_dict(), folder / "diffusion_pytorch_model.safetensors")
+    return folder
+
+
 def assert_near(got, want, near):
     """Assert that the largest difference is at most `near` times the largest value."""
     assert got.shape == want.shape, (got.shape, want.shape)

@@ -19,7 +19,7 @@ from fusedit_lib.vae import VAE
 
 VAE_CONFIG = dict(block_out_channels=[128, 256, 512, 512], layers_per_block=2, in_channels=3,
                   latent_channels=16, norm_num_groups=32, scaling_factor=1.5305,
-                  shift_factor=0.0609)
+                  shift_factor=0.0609, use_quant_conv=False, use_post_quant_conv=False)
 
 
 def random_weights(module):

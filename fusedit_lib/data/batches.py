@@ -28,6 +28,7 @@ from fusedit_lib.data.images import read_square
 from fusedit_lib.data.order import CYCLE, Mixture
 from fusedit_lib.data.shards import ShardReader, can_read_latents, expand_shards, is_url
 from fusedit_lib.pretrained import ClipTokenizer
+from fusedit_lib.vae import latent_side
 
 DOWNLOAD_AHEAD = 20_000                     # how many positions ahead remote shards are copied
 BATCH_TIMEOUT = 1800                        # seconds per batch before its worker is killed
@@ -99,6 +100,7 @@ class Batches(Dataset):
         """
         self.run = run
         self.config = config
+        self.side = latent_side(config)     # height and width of x
         self.tokenizer = tokenizer
         self.micro_batch = micro_batch
         self.accumulation = accumulation
@@ -152,14 +154,11 @@ class Batches(Dataset):
 
     def draw_noise(self, rng):
         """Draw (normal [], noise [1,C,h,w] or, with a VAE, [2,C,h,w]) for one sample."""
-        side = self.config.image_size
-        count = 1
-        if self.config.vae:
-            side //= 8
-            count = 2
+        count = 2 if self.config.vae else 1
         generator = torch.Generator().manual_seed(rng.getrandbits(63))
         normal = torch.randn((), generator=generator)
-        noise = torch.randn(count, self.config.in_channels, side, side, generator=generator)
+        noise = torch.randn(count, self.config.in_channels, self.side, self.side,
+                            generator=generator)
         return normal, noise
 
     def sample(self, position, bad):

@@ -3,6 +3,7 @@ import torch
 
 from fusedit_lib import backend
 from fusedit_lib.pretrained import build_model
+from fusedit_lib.sampling import latent_size
 from fusedit_lib.vae import load_vae
 
 
@@ -11,7 +12,7 @@ def build_models(run, config, device, checkpoint):
 
     Trained weights are float32. The VAE and, if it is frozen, Gemma have the dtype of the run.
     checkpoint: the Checkpoint to take the trained weights from; if None, they are initialised with
-    run.seed.
+    run.seed. Raises FuseDiTError, for example if the VAE does not fit the image size.
     """
     dtype = backend.torch_dtype(run.dtype)
     torch.manual_seed(run.seed)
@@ -19,6 +20,7 @@ def build_models(run, config, device, checkpoint):
     vae = None
     if config.vae:
         vae = load_vae(config.vae, device, dtype, config.in_channels)
+        latent_size(config, vae)            # model_config may not have known a hub id's VAE
     if run.train_llm:
         model.llm.float().requires_grad_(True)
 

@@ -16,6 +16,7 @@ import fusedit
 from fusedit import FuseDiTError
 from fusedit_lib import backend, cli
 from fusedit_lib.data.shards import expand_shards
+from fusedit_lib.vae import vae_config
 
 PROMPTS = (
     "a large red circle above a small blue square",
@@ -360,7 +361,7 @@ def model_config(run):
 
     patch = config.patch_size               # in pixels
     if config.vae:
-        patch *= 8
+        patch *= vae_config(config.vae).factor
     if config.image_size % patch:
         raise FuseDiTError(f"image_size {config.image_size} is not a multiple of the patch size of "
                            f"{patch} pixels; nearest: {multiples_around(config.image_size, patch)}")

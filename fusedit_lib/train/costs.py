@@ -13,7 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from fusedit import FuseDiT
 from fusedit_lib.files import read_json
 from fusedit_lib.pretrained import gemma_config, resolve
-from fusedit_lib.vae import VAE
+from fusedit_lib.vae import VAE, latent_side, vae_config
 
 # Shapes of the Gemma models in the paper, so that none has to be downloaded.
 _GEMMA_2B = dict(model_type="gemma", vocab_size=256000, hidden_size=2048, intermediate_size=16384,
@@ -51,9 +51,7 @@ class Inputs(NamedTuple):
 
 def example_inputs(config, batch, dtype, text_tokens=None):
     """Inputs of a micro-batch. text_tokens: caption length; by default the maximum."""
-    side = config.image_size
-    if config.vae:
-        side //= 8
+    side = latent_side(config)
     if text_tokens is None:
         text_tokens = config.max_text_tokens
     with torch.device("meta"):
@@ -90,7 +88,7 @@ def flops(model, config, text_tokens=None):
     encoder = 0
     if config.vae:
         with torch.device("meta"):
-            vae = VAE()
+            vae = VAE(vae_config(config.vae))
             pixels = torch.empty(1, 3, config.image_size, config.image_size)
         encoder, _ = count_flops(vae.moments, pixels)
     return ForwardFlops(gemma, dit, encoder)

@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import torch
 
-from fusedit import FuseDiTError
+from fusedit import FuseDiTConfig, FuseDiTError
 from fusedit_lib.train import sharding
 from fusedit_lib.train.config import split_batch
 from fusedit_lib.train.costs import (
@@ -19,7 +19,7 @@ from fusedit_lib.train.costs import (
     flops,
     step_flops,
 )
-from fusedit_lib.vae import VAE
+from fusedit_lib.vae import VAE, config_on_disk, latent_side, vae_config
 
 
 class Hardware(NamedTuple):
@@ -236,9 +236,12 @@ def show(run, config):
     vae = 0
     if config.vae:
         with torch.device("meta"):
-            vae = count_parameters(VAE())
+            vae = count_parameters(VAE(vae_config(config.vae)))
     print(f"{run.preset} at {config.image_size} pixels, batch {run.batch} = {devices.count} "
           f"{devices.kind} x {accumulation} x {micro_batch} (accumulation x micro-batch)\n")
+    if config.vae and config.vae != FuseDiTConfig.vae and config_on_disk(config.vae) is None:
+        print(f"  {config.vae} has not been downloaded, so its VAE is assumed to have the shape of "
+              "Stable Diffusion 3's, with 8 x 8 pixels per latent\n")
     per_image = print_model(run, config, model, vae)
     if devices.kind in TPUS:
         print_tpu_memory(run, config, devices, micro_batch, vae)
@@ -258,10 +261,7 @@ def show(run, config):
 
 
 def image_tokens(config):
-    side = config.image_size
-    if config.vae:
-        side //= 8
-    return (side // config.patch_size) ** 2
+    return (latent_side(config) // config.patch_size) ** 2
 
 
 def print_model(run, config, model, vae):

@@ -5,7 +5,7 @@ import shutil
 import numpy as np
 import pytest
 import torch
-from conftest import REFERENCE, assert_near
+from conftest import REFERENCE, assert_near, tiny_vae
 from launching import flags, launch_all, losses
 from PIL import Image
 from safetensors.torch import load_file
@@ -17,7 +17,8 @@ from fusedit import FuseDiTError
 from fusedit_lib import backend
 from fusedit_lib.data import images
 from fusedit_lib.data.shards import ShardReader, can_read_latents, expand_shards
-from fusedit_lib.pretrained import vae_fingerprint
+from fusedit_lib.pretrained import load_model, vae_fingerprint
+from fusedit_lib.sampling import generate
 from fusedit_lib.train.config import RunConfig
 from fusedit_lib.vae import load_vae
 
@@ -125,6 +126,29 @@ def test_training_from_latents_matches_training_from_pixels(shards, gemma_folder
     assert len(a) == 10
     assert a != b
     assert a == pytest.approx(b, rel=1e-3)
+
+
+def test_a_vae_of_factor_4_encodes_trains_and_samples(shards, gemma_folder, tmp_path):
+    """With a normalisation per channel, which training from latents applies as well."""
+    vae = tiny_vae(tmp_path / "vae", 3, latents_mean=[0.1, 0.2, 0.3, 0.4],
+                   latents_std=[0.5, 0.25, 2, 1])
+    pack("encode", shards, *ENCODE, "--vae", vae)
+    stored = load_file(shards / "s-000000.latents.safetensors")["latents"]
+    assert stored.shape == (8, 2 * 4, 32 // 4, 32 // 4)
+
+    shape = [f"vae={vae}", "in_channels=4", "image_size=32", "patch_size=2"]
+    more = ["--steps", "3", "--sample-every", "3", "--val-data", str(shards), "--val-every", "3",
+            "--set", *shape, "--max-skipped", "0.2"]
+    from_latents = flags(gemma_folder, shards, tmp_path / "latents", *more)
+    from_pixels = flags(gemma_folder, shards, tmp_path / "pixels", *more, "--no-latents")
+    launch_all([from_latents, from_pixels])
+    assert losses(tmp_path / "latents") == pytest.approx(losses(tmp_path / "pixels"), rel=1e-2)
+
+    model = load_model(tmp_path / "pixels")
+    image, = generate(model, ["a star"], [0], vae=load_vae(vae), steps=2)
+    assert image.size == (32, 32)
+    grid = Image.open(next((tmp_path / "pixels" / "samples").glob("*.png")))
+    assert min(grid.size) >= 32
 
 
 class Config:

@@ -1,12 +1,15 @@
 """Run settings: flags, --help, usage errors, model configuration and batch arithmetic."""
 import os
 import re
-from dataclasses import fields
+from dataclasses import fields, replace
 
 import pytest
+import torch
+from conftest import tiny_vae
 from launching import flags, launch
 
 from fusedit import FuseDiTError
+from fusedit_lib.train.build import build_models
 from fusedit_lib.train.config import (
     RunConfig,
     data_workers,
@@ -91,6 +94,26 @@ def test_overrides_reach_the_model(tmp_path, monkeypatch):
     assert config.base == str(tmp_path / "gemma")          # absolute: usable from anywhere
     hub = model_config(parse_run(["--preset", "fusedit"], ""))
     assert hub.base == "google/gemma-2-2b"
+
+
+def test_the_patch_size_in_pixels_is_from_the_vae(tmp_path):
+    for stages, patch in ((3, 8), (5, 32)):
+        vae = tiny_vae(tmp_path / f"{stages}", stages)
+        argv = ["--set", f"vae={vae}", "in_channels=4", "patch_size=2", "--image-size"]
+        assert model_config(parse_run([*argv, str(3 * patch)], "")).image_size == 3 * patch
+        with pytest.raises(FuseDiTError, match=f"patch size of {patch} pixels"):
+            model_config(parse_run([*argv, str(3 * patch + patch // 2)], ""))
+
+
+def test_a_vae_that_was_unknown_is_checked_once_it_is_loaded(tmp_path, gemma_folder):
+    """model_config takes a hub id that has not been downloaded to have a factor of 8."""
+    argv = ["--base", str(gemma_folder), "--dtype", "float32", "--image-size", "32", "--set",
+            f"vae={tiny_vae(tmp_path / 'vae', 5)}", "in_channels=4", "patch_size=2"]
+    run = parse_run(argv, "")
+    config = model_config(run)
+    build_models(run, config, torch.device("cpu"), None)
+    with pytest.raises(FuseDiTError, match="48 is not a multiple of 32 pixels"):
+        build_models(run, replace(config, image_size=48), torch.device("cpu"), None)
 
 
 def test_prompts_come_from_flags_and_files(tmp_path):

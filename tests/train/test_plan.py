@@ -3,10 +3,11 @@ import json
 
 import pytest
 import torch
-from conftest import REFERENCE, tiny_gemma
+from conftest import REFERENCE, tiny_gemma, tiny_vae
 from launching import flags, launch
+from safetensors.torch import load_file
 
-from fusedit import FuseDiTError, preset
+from fusedit import FuseDiTConfig, FuseDiTError, preset
 from fusedit_lib.train import costs, plan
 from fusedit_lib.train.config import model_config, parse_run
 
@@ -173,6 +174,31 @@ def show(argv, capsys, engine="gpu"):
     run = parse_run(argv, "", engine)
     assert plan.show(run, model_config(run)) == 0
     return capsys.readouterr().out.splitlines()
+
+
+def test_the_plan_knows_a_vae_that_is_on_disk(tmp_path, gemma_folder, monkeypatch, capsys):
+    from huggingface_hub import constants
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+
+    def text(vae, channels):
+        more = ["--plan", "8xH100", "--steps", "8", "--set", f"vae={vae}",
+                f"in_channels={channels}", "image_size=64", "patch_size=2"]
+        return "\n".join(show(flags(gemma_folder, "x", "y", *more), capsys))
+
+    vae = tiny_vae(tmp_path / "vae")
+    weights = load_file(vae / "diffusion_pytorch_model.safetensors")
+    parameters = sum(t.numel() for t in weights.values())
+    local = text(vae, 4)
+    assert f"VAE {parameters:,} parameters" in local
+    assert f"{(64 // 4 // 2) ** 2:,} image tokens, " in local
+    assert "assumed" not in local
+
+    hub = text("someone/pipeline", 16)
+    assert "someone/pipeline has not been downloaded" in hub
+    assert "assumed to have the shape of Stable Diffusion 3's, with 8 x 8 pixels" in hub
+    assert f"{(64 // 8 // 2) ** 2:,} image tokens, " in hub
+    # the presets' VAE is that of Stable Diffusion 3
+    assert "assumed" not in text(FuseDiTConfig.vae, 16)
 
 
 def test_the_printed_plan(capsys):
