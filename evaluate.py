@@ -277,7 +277,8 @@ def add_draw_commands(commands):
     parser.set_defaults(command=shapes_command)
     group = parser.add_argument_group("shapes")
     group.add_argument("-n", type=positive, default=600, metavar="N",
-                       help="number of prompts, spread evenly over the categories")
+                       help="number of prompts, spread evenly over the categories; another "
+                            "number needs another --out")
     group.add_argument("--ground-truth", action="store_true",
                        help="score the detector instead of a model: render N scenes exactly and "
                             "run the detector on them")

@@ -32,7 +32,7 @@ def geneval(tmp_path, *more, out="out"):
 
 
 def drawn(folder):
-    """How many prompts are drawn and how many there are, according to run.json."""
+    """The numbers of drawn prompts and of all prompts in run.json."""
     settings = read_json(folder / "run.json")
     return settings["prompts_drawn"], settings["prompts_total"]
 
