@@ -9,7 +9,9 @@
 For each combination of settings, a benchmark writes run.json and images/ to
 DIR/guidance-G-steps-S/, in the layout that its official scorer expects. The noise of an image
 depends only on the seed, the index of its prompt and its number among the images of that prompt. To
-resume a run that was stopped, repeat the command.
+resume a run that was stopped, repeat the command. geneval, dpg and mjhq draw only the first N
+prompts with -n N; the same command with a larger N, or without -n, adds the rest. For the settings
+of the published evaluation, see "The published settings" in docs/evaluation.md.
 """
 import argparse
 import inspect
@@ -25,6 +27,7 @@ from fusedit_lib import backend, cli
 from fusedit_lib.cli import HelpFormatter, number_list, positive, uint32
 from fusedit_lib.evaluation import benchmarks, figures, judging, metrics, results
 from fusedit_lib.evaluation.drawing import (
+    JPEG_QUALITY,
     SamplingRun,
     claim_folder,
     draw_missing,
@@ -32,7 +35,7 @@ from fusedit_lib.evaluation.drawing import (
 )
 from fusedit_lib.evaluation.report import report
 from fusedit_lib.pretrained import last_checkpoint
-from fusedit_lib.sampling import check_guidance_span
+from fusedit_lib.sampling import check_guidance_span, latent_size
 
 # Commands that score the images of benchmarks with external scorers (see docs/evaluation.md).
 NEXT_COMMANDS = {
@@ -40,10 +43,16 @@ NEXT_COMMANDS = {
                 "{out}/results.jsonl --model-path DETECTOR",
                 "python evaluate.py geneval-score {out}/results.jsonl"],
     "dpg": ["(cd ELLA && PYTHONHASHSEED=0 accelerate launch dpg_bench/compute_dpg_bench.py "
-            "--image-root-path {out}/images --resolution {size} --pic-num 4 "
+            "--image-root-path {out}/images --resolution {height} --pic-num 4 "
             "--res-path {out}/dpg.txt)",
             "python evaluate.py dpg-score {out}/dpg.txt"],
     "mjhq": ["python evaluate.py fid --real REAL --fake {out}/images"],
+}
+
+# Benchmarks whose images must be square -> the reason.
+SQUARE = {
+    "shapes": "the detector resizes images to a square",
+    "dpg": "DPG-Bench's scorer cuts squares out of the image grid",
 }
 
 
@@ -70,13 +79,13 @@ def draw_command(args):
         dtype = started_dtype(folder)
     loaded = cli.open_model(args.model, args.device, dtype, not args.no_ema, args.compile)
     if backend.rank_and_world()[0] == 0:
-        cli.announce(loaded, benchmark.prompts)
+        cli.announce(loaded, list(dict.fromkeys([*benchmark.prompts[:args.n], args.negative])))
 
-    runs = sampling_runs(args, folder, loaded)
+    runs = sampling_runs(args, folder, loaded, len(benchmark.prompts))
     all_settings = [claim_folder(run, benchmark, loaded.model) for run in runs]
     for run, settings in zip(runs, all_settings, strict=True):
         if draw_missing(run, benchmark, loaded.model, loaded.vae, settings):
-            finish_run(run, benchmark, settings, args)
+            finish_run(run, settings, args)
     if is_sweep:
         draw_sweep(runs, folder)
 
@@ -97,8 +106,29 @@ def model_name(model):
     return path.name
 
 
-def sampling_runs(args, folder, loaded):
-    """A SamplingRun for every combination of --guidance and --steps."""
+def image_size(args, loaded):
+    """(height, width) in pixels. Raises FuseDiTError if the model cannot draw images of this size
+    or the benchmark cannot use them."""
+    height = args.height
+    if height is None:
+        height = loaded.model.config.image_size
+    width = args.width
+    if width is None:
+        width = loaded.model.config.image_size
+    latent_size(loaded.model.config, loaded.vae, height, width)
+    if args.name in SQUARE and height != width:
+        raise FuseDiTError(f"images of {height} x {width} pixels: {SQUARE[args.name]}; give "
+                           "--height and --width the same value")
+    return height, width
+
+
+def sampling_runs(args, folder, loaded, total):
+    """A SamplingRun for every combination of --guidance and --steps. total: the prompts of the
+    whole benchmark."""
+    height, width = image_size(args, loaded)
+    n = total
+    if args.n is not None:
+        n = min(args.n, total)
     scales = args.guidance
     if scales is None:
         scales = [loaded.model.config.guidance]
@@ -111,20 +141,25 @@ def sampling_runs(args, folder, loaded):
         for steps in args.steps:
             out = folder / f"guidance-{guidance:g}{span}-steps-{steps}"
             runs.append(SamplingRun(args.name, out, loaded.path, args.seed, steps, guidance,
-                                    [low, high], args.batch_size))
+                                    [low, high], args.negative, height, width, n,
+                                    args.jpeg_quality, args.batch_size))
     return runs
 
 
-def finish_run(run, benchmark, settings, args):
+def finish_run(run, settings, args):
     """Score the images of a run, or print the commands that do."""
-    count = len(benchmark.prompts) * benchmark.images_per_prompt
-    print(f"{run.out}/images: {count} images for {len(benchmark.prompts)} prompts")
+    drawn = settings["prompts_drawn"]
+    total = settings["prompts_total"]
+    prompts = f"{drawn} prompts"
+    if drawn < total:
+        prompts = f"the first {drawn} of {total} prompts"
+    print(f"{run.out}/images: {drawn * settings['images']} images for {prompts}")
     if run.name == "shapes":
         judging.score_shapes(run.out, args.n, args.seed, settings)
         return
     print("next:")
     for command in NEXT_COMMANDS[run.name]:
-        print("    " + command.format(out=run.out.resolve(), size=settings["size"]))
+        print("    " + command.format(out=run.out.resolve(), height=run.height))
 
 
 def draw_sweep(runs, folder):
@@ -179,6 +214,14 @@ def report_command(args):
 
 # ---- the command line ----------------------------------------------------------------------------
 
+def jpeg_quality(text):
+    """The quality of a JPEG: an integer from 1 to 100."""
+    number = int(text)
+    if not 1 <= number <= 100:
+        raise argparse.ArgumentTypeError("must be from 1 to 100")
+    return number
+
+
 def add_command(commands, name, function, documented, summary):
     """Add a subcommand whose description in --help is the docstring of `documented`."""
     parser = commands.add_parser(name, formatter_class=HelpFormatter, help=summary,
@@ -190,15 +233,24 @@ def add_command(commands, name, function, documented, summary):
 def add_draw_command(commands, name, documented, summary, prompts_help=None):
     """Add a benchmark with the flags that all benchmarks share. Returns its parser."""
     parser = add_command(commands, name, draw_command, documented, summary)
-    parser.set_defaults(name=name, prompts=None)
+    parser.set_defaults(name=name, prompts=None, jpeg_quality=None)
 
     group = parser.add_argument_group("what to draw")
     if prompts_help is not None:
         group.add_argument("--prompts", type=Path, required=True, metavar="PATH",
                            help=prompts_help)
+        group.add_argument("-n", type=positive, metavar="N",
+                           help="draw only the first N prompts (default: all); a larger N adds the "
+                                "others to the same folder later")
+    group.add_argument("--negative", default="", metavar="TEXT",
+                       help="negative prompt: a description of what to steer away from")
     group.add_argument("--seed", type=uint32, default=0, metavar="N",
                        help="random seed for the noise, and for the prompts of the shapes "
                             "benchmark")
+    group.add_argument("--height", type=positive, metavar="PIXELS",
+                       help="height of the images (default: the size the model was trained at)")
+    group.add_argument("--width", type=positive, metavar="PIXELS",
+                       help="width of the images (default: the size the model was trained at)")
     group.add_argument("--out", type=Path, metavar="DIR",
                        help="output folder, with one subfolder per combination of settings "
                             "(default: evaluation/BENCHMARK-MODEL)")
@@ -224,8 +276,9 @@ def add_draw_commands(commands):
                               "coloured shapes, scored by an exact pixel detector")
     parser.set_defaults(command=shapes_command)
     group = parser.add_argument_group("shapes")
-    group.add_argument("-n", type=positive, default=600,
-                       help="number of prompts, spread evenly over the categories")
+    group.add_argument("-n", type=positive, default=600, metavar="N",
+                       help="number of prompts, spread evenly over the categories; another "
+                            "number needs another --out")
     group.add_argument("--ground-truth", action="store_true",
                        help="score the detector instead of a model: render N scenes exactly and "
                             "run the detector on them")
@@ -235,8 +288,13 @@ def add_draw_commands(commands):
     add_draw_command(commands, "dpg", benchmarks.dpg,
                      "long prompts, for DPG-Bench's scorer",
                      "ELLA's folder dpg_bench/prompts, which contains .txt files")
-    add_draw_command(commands, "mjhq", benchmarks.mjhq,
-                     "30,000 images for FID", "MJHQ-30K's meta_data.json")
+    parser = add_draw_command(commands, "mjhq", benchmarks.mjhq,
+                              "30,000 images for FID", "MJHQ-30K's meta_data.json")
+    group = parser.add_argument_group("images")
+    group.add_argument("--jpeg-quality", type=jpeg_quality, default=JPEG_QUALITY, metavar="N",
+                       help="quality of the JPEGs, from 1 to 100, which changes FID; below 90, "
+                            "colour is stored at half the resolution; 75 gives the files of the "
+                            "published script")
 
 
 def add_fid_command(commands):

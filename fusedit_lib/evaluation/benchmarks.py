@@ -15,7 +15,8 @@ class Benchmark(NamedTuple):
     prompts: list[str]
     files: list[list[str]]                  # for each prompt: a file per image, or one for a grid
     images_per_prompt: int = 1
-    texts: dict[str, str] = {}              # other files that the scorer reads: name -> content
+    texts: list[tuple[str, str]] = []       # for each prompt: another file that the scorer reads,
+                                            # as (name, content); or none at all
 
 
 def geneval(path):
@@ -24,7 +25,7 @@ def geneval(path):
     lines = [line for line in read_text(path).splitlines() if line.strip()]
     prompts = []
     files = []
-    texts = {}
+    texts = []
     for k, line in enumerate(lines):
         row = parse_object(line, f"{path}: line {k + 1}")
         if not has_strings(row, "tag", "prompt"):
@@ -32,7 +33,7 @@ def geneval(path):
                                "prompts/evaluation_metadata.jsonl?")
         prompts.append(row["prompt"])
         files.append([f"{k:05}/samples/{i:04}.png" for i in range(4)])
-        texts[f"{k:05}/metadata.jsonl"] = line + "\n"
+        texts.append((f"{k:05}/metadata.jsonl", line + "\n"))
     return Benchmark(prompts, files, 4, texts)
 
 

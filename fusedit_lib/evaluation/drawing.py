@@ -1,10 +1,12 @@
 """Draws the images of a benchmark in one or more processes, and resumes interrupted runs.
 
-    OUT/run.json     the settings; a folder with other settings is refused
+    OUT/run.json     the settings, and how many prompts have all their images; a folder with other
+                     settings is refused
     OUT/images/...   the images, named as the benchmark's scorer expects
 
 The noise of an image depends only on the seed, the index of its prompt in the benchmark and the
-number of the image among those of its prompt.
+number of the image among those of its prompt. A run may draw only the first prompts of a benchmark;
+a later one adds the others to the same folder.
 """
 import hashlib
 import io
@@ -24,6 +26,9 @@ from fusedit_lib.files import atomic_write
 from fusedit_lib.sampling import batches_of, generate, png_info, progress_bar
 
 
+JPEG_QUALITY = 95                           # of MJHQ's images, unless --jpeg-quality is given
+
+
 class SamplingRun(NamedTuple):
     """A benchmark, the settings to draw it with, and the folder for its images."""
     name: str                               # of the benchmark
@@ -33,6 +38,11 @@ class SamplingRun(NamedTuple):
     steps: int
     guidance: float
     guidance_span: list[float]              # lowest and highest noise level with guidance
+    negative: str                           # prompt to steer away from
+    height: int                             # of the images, in pixels
+    width: int
+    n: int                                  # the number of prompts to draw, from the first
+    jpeg_quality: int | None                # None: the benchmark's images are PNGs
     batch_size: int
 
 
@@ -73,7 +83,8 @@ def weights_digest(model):
 def run_settings(run, benchmark, model):
     """The settings of a run, for run.json.
 
-    Two runs with the same settings draw the same images, up to rounding.
+    Two runs with the same settings draw the same images, up to rounding. The number of prompts to
+    draw is not a setting: run.json contains the number that has been drawn (see write_progress).
     """
     prompts = json.dumps([benchmark.prompts, benchmark.files])
     dtype = next(model.dit.parameters()).dtype
@@ -83,15 +94,26 @@ def run_settings(run, benchmark, model):
         "weights": weights_digest(model),
         "prompts": hashlib.sha256(prompts.encode()).hexdigest()[:16],
         "images": benchmark.images_per_prompt,
-        "size": model.config.image_size,
+        "height": run.height,
+        "width": run.width,
         "seed": run.seed,
         "steps": run.steps,
         "guidance": run.guidance,
+        "guidance_span": list(run.guidance_span),
+        "negative": run.negative,
         "dtype": str(dtype).removeprefix("torch."),
     }
-    if list(run.guidance_span) != [0, 1]:
-        settings["guidance_span"] = list(run.guidance_span)
+    if run.jpeg_quality is not None:
+        settings["jpeg_quality"] = run.jpeg_quality
     return settings
+
+
+def read_settings(path):
+    """The content of a run.json, with the settings that earlier versions did not store."""
+    settings = parse_object(read_text(path), str(path))
+    size = settings.get("size")
+    return {"height": size, "width": size, "guidance_span": [0, 1], "negative": "",
+            "jpeg_quality": JPEG_QUALITY, **settings}
 
 
 def claim_folder(run, benchmark, model):
@@ -107,11 +129,11 @@ def claim_folder(run, benchmark, model):
         names = [p.name for p in run.out.iterdir() if not p.name.startswith(".")]
 
     if path.exists():
-        before = parse_object(read_text(path), str(path))
+        before = read_settings(path)
         changes = []
         for key, value in settings.items():
             if key != "model" and before.get(key) != value:        # a model may have moved
-                changes.append(f"{key} {before.get(key)}, now {value}")
+                changes.append(f"{key} {before.get(key)!r}, now {value!r}")
         if changes:
             raise FuseDiTError(f"{run.out} contains images drawn with other settings "
                                f"({'; '.join(changes)}): choose a different --out or delete the "
@@ -121,8 +143,14 @@ def claim_folder(run, benchmark, model):
     if names:
         raise FuseDiTError(f"{run.out} is not empty and has no run.json: choose a different "
                            "--out")
-    write_settings(settings, run.out)
+    write_progress(settings, 0, run, benchmark)
     return settings
+
+
+def write_progress(settings, drawn, run, benchmark):
+    """Write run.json with the number of prompts, from the first, whose images exist."""
+    settings |= {"prompts_drawn": drawn, "prompts_total": len(benchmark.prompts)}
+    write_settings(settings, run.out)
 
 
 def write_settings(settings, folder):
@@ -133,12 +161,13 @@ def write_settings(settings, folder):
 # ---- drawing -------------------------------------------------------------------------------------
 
 class ImagePaths:
-    """The paths of a run's images."""
+    """The paths of a benchmark's images, and of the scorer's text files for the run's prompts."""
 
     def __init__(self, run, benchmark):
         folder = run.out / "images"
         self.by_prompt = [[folder / name for name in names] for names in benchmark.files]
-        self.texts = {folder / name: text for name, text in benchmark.texts.items()}
+        # The scorer of GenEval expects images beside each of these files.
+        self.texts = {folder / name: text for name, text in benchmark.texts[:run.n]}
 
     def path(self, number):
         """The file of an image, or of the grid that contains it."""
@@ -147,25 +176,34 @@ class ImagePaths:
             return paths[0]
         return paths[number.image]
 
-    def complete(self):
-        """True if all images have been drawn."""
-        return all(path.exists() for paths in self.by_prompt for path in paths)
+    def prompts_drawn(self):
+        """The number of prompts before the first one that lacks an image."""
+        for number, paths in enumerate(self.by_prompt):
+            if not all(path.exists() for path in paths):
+                return number
+        return len(self.by_prompt)
 
 
 def draw_missing(run, benchmark, model, vae, settings):
-    """Draw this process's share of the missing images.
+    """Draw this process's share of the missing images of the first run.n prompts.
 
-    Adds the speed to run.json and to settings if it could be measured. Returns True if this process
-    has to score the images: all exist, and it drew some of them or is rank 0.
+    Adds the speed, if it could be measured, and the number of prompts whose images exist to
+    run.json and to settings. Returns True if this process has to score the images: all exist, and
+    it drew some of them or is rank 0.
 
     A batch always consists of the same images, regardless of which process draws it and which of
     them already exist, because in another batch a sum may differ in the last bit and a pixel by one
-    level. All images of an incomplete batch are therefore drawn again; existing files are kept.
+    level. (Only the last batch of the first n prompts may be smaller than that of a larger n.) All
+    images of an incomplete batch are therefore drawn again; existing files are kept.
     """
     rank, world = backend.rank_and_world()
     paths = ImagePaths(run, benchmark)
     share = share_of_batches(run, benchmark, rank, world)
     prepare_folder(run, paths, share, rank)
+    # run.json may be out of date: a process was killed, or images were deleted.
+    drawn = paths.prompts_drawn()
+    if rank == 0 and settings.get("prompts_drawn") != drawn:
+        write_progress(settings, drawn, run, benchmark)
 
     missing = []
     done = 0
@@ -179,13 +217,19 @@ def draw_missing(run, benchmark, model, vae, settings):
     start = time.monotonic()
     with progress_bar(done + count, done, hidden=rank > 0) as bar:
         draw_batches(run, benchmark, model, vae, missing, paths, bar)
-    if missing and done == 0 and world == 1:               # this is the whole run's speed
+    if count > done and world == 1:                        # the speed of most of the images
         settings["images_per_s"] = round(count / (time.monotonic() - start), 3)
         settings["device"] = str(model.llm.embed_tokens.weight.device)
         write_settings(settings, run.out)
 
     took_part = bool(missing) or rank == 0
-    return took_part and paths.complete()
+    if not took_part:
+        return False
+    drawn = paths.prompts_drawn()
+    if drawn < run.n:                                      # other processes are still drawing
+        return False
+    write_progress(settings, drawn, run, benchmark)
+    return True
 
 
 def share_of_batches(run, benchmark, rank, world):
@@ -195,7 +239,7 @@ def share_of_batches(run, benchmark, rank, world):
     """
     images = benchmark.images_per_prompt
     prompts_per_batch = max(1, run.batch_size // images)
-    groups = batches_of(range(len(benchmark.prompts)), prompts_per_batch)
+    groups = batches_of(range(run.n), prompts_per_batch)
     batches = []
     for group in groups[rank::world]:
         numbers = [ImageNumber(prompt, image) for prompt in group for image in range(images)]
@@ -233,8 +277,9 @@ def draw_batches(run, benchmark, model, vae, batches, paths, bar):
         for batch in batches:
             images = generate(
                 model, [benchmark.prompts[number.prompt] for number in batch],
-                [image_seed(run.seed, *number) for number in batch], vae=vae, steps=run.steps,
-                guidance=run.guidance, guidance_span=run.guidance_span, callback=after_step)
+                [image_seed(run.seed, *number) for number in batch], vae=vae, height=run.height,
+                width=run.width, steps=run.steps, guidance=run.guidance,
+                guidance_span=run.guidance_span, negative=run.negative, callback=after_step)
             for number, image in zip(batch, images, strict=True):
                 writer.add(number, image)
         writer.wait()
@@ -278,8 +323,9 @@ class ImageWriter:
                 unfinished.append(job)
         run = self.run
         info = png_info(self.benchmark.prompts[number.prompt], seeds, run.steps, run.guidance,
-                        run.guidance_span, "", run.model)
-        self.jobs = [*unfinished, self.pool.submit(save_image, image, path, info)]
+                        run.guidance_span, run.negative, run.model)
+        job = self.pool.submit(save_image, image, path, info, run.jpeg_quality)
+        self.jobs = [*unfinished, job]
 
     def wait(self):
         """Wait until all images are stored."""
@@ -297,15 +343,21 @@ def grid_of_four(images):
     return grid
 
 
-def save_image(image, path, info):
-    """Write a PNG with text chunks, or a high-quality JPEG. An existing file is kept."""
+def save_image(image, path, info, quality):
+    """Write a PNG with text chunks or, if quality is not None, a JPEG. An existing file is kept.
+
+    A quality of 75 gives the file that image.save(path) writes, as the published script does.
+    """
     if path.exists():
         return
     data = io.BytesIO()
-    if path.suffix == ".png":
+    if quality is None:
         image.save(data, format="PNG", pnginfo=info)
     else:
-        image.save(data, format="JPEG", quality=95, subsampling=0)
+        subsampling = "4:2:0"               # colour at half the resolution
+        if quality >= 90:
+            subsampling = "4:4:4"
+        image.save(data, format="JPEG", quality=quality, subsampling=subsampling)
     write_bytes(path, data.getvalue())
 
 

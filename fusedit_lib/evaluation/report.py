@@ -6,7 +6,7 @@ from fusedit import FuseDiTError
 from fusedit_lib import files
 from fusedit_lib.evaluation import figures
 from fusedit_lib.evaluation.figures import Measurement
-from fusedit_lib.evaluation.results import format_interval, load
+from fusedit_lib.evaluation.results import DPG_PROMPTS, format_interval, load
 from fusedit_lib.files import atomic_write, unused_path
 
 BENCHMARKS = {"geneval": "GenEval", "dpg": "DPG-Bench"}    # their names in the table
@@ -87,6 +87,8 @@ def read_measurements(path):
     if "overall" in result:
         if "prompts" in result:
             name += f", {len(result['prompts'])} prompts"
+        elif result.get("num_prompts", DPG_PROMPTS) != DPG_PROMPTS:
+            name += f", {result['num_prompts']} prompts"
         return [Measurement(name, result["overall"], result["intervals"]["overall"], True)]
     if result.get("images_per_s"):          # a run.json
         measure = f"sampling, images/s ({result['benchmark']})"

@@ -2,7 +2,8 @@
 
 A result is a JSON file that names its "benchmark". The results of shapes and GenEval also contain
 "overall" (the mean of the categories), "categories", their 95 % "intervals", the "settings" and all
-"prompts". That of DPG-Bench contains the scorer's own overall score and no "prompts".
+"prompts". That of DPG-Bench contains the scorer's own overall score, and "num_prompts" instead of
+"prompts".
 """
 import json
 from collections import defaultdict
@@ -13,6 +14,8 @@ from fusedit_lib.files import atomic_write, unused_path
 
 # The categories of GenEval, in the order of its paper.
 GENEVAL = ("single_object", "two_object", "counting", "colors", "position", "color_attr")
+GENEVAL_PROMPTS = 553
+DPG_PROMPTS = 1065
 
 
 # ---- a result ------------------------------------------------------------------------------------
@@ -113,9 +116,13 @@ def geneval_score(path, out=None):
     for (_, tag, prompt), images in rights.items():
         rows.append(dict(category=tag, prompt=prompt, right=sum(images) / len(images)))
     rows.sort(key=geneval_order)            # the file is in no particular order
-    print(f"{len(rows)} of GenEval's 553 prompts, {max(counts)} images per prompt")
+    print(f"{len(rows)} of GenEval's {GENEVAL_PROMPTS} prompts, {max(counts)} images per prompt")
     result = make_result("geneval", rows, dict(results=str(path)))
     print_result(result)
+    missing = [tag for tag in GENEVAL if tag not in result["categories"]]
+    if missing:                             # a run with -n: the prompts are sorted by category
+        print(f"no prompts of {', '.join(missing)}: the overall score is that of the other "
+              "categories, not GenEval's")
     if out is None:
         out = path.with_name("geneval.json")
     write(result, out)
@@ -138,7 +145,8 @@ def dpg_score(path, out=None):
         raise FuseDiTError(f"{path} is not a complete --res-path file of compute_dpg_bench.py, "
                            "whose last line is 'DPG-Bench score: ...'") from None
     result["settings"] = dict(results=str(path))
-    print(f"{count} of DPG-Bench's 1,065 prompts")
+    result["num_prompts"] = count
+    print(f"{count} of DPG-Bench's {DPG_PROMPTS:,} prompts")
     for name, value in result["categories"].items():
         print(f"{name:<16}{100 * value:6.2f}")
     print(f"{'overall':<16}{100 * result['overall']:6.2f}")

@@ -60,6 +60,16 @@ def test_geneval_score_matches_the_official_one(tmp_path, capsys):
     assert high - low < 0.15
 
 
+def test_geneval_score_of_a_part_names_the_missing_categories(tmp_path, capsys):
+    """The prompts of GenEval are sorted by category, so that the first ones lack some of them."""
+    file = tmp_path / "results.jsonl"
+    rows = write_geneval_results(file, dict.fromkeys(TAGS, 0.5))
+    first = [json.dumps(row) + "\n" for row in rows if row["tag"] in TAGS[:4]]
+    file.write_text("".join(first))
+    command("geneval-score", file)
+    assert "no prompts of position, color_attr: the overall score is" in capsys.readouterr().out
+
+
 def test_geneval_results_in_any_order_compare(tmp_path, capsys):
     file = tmp_path / "results.jsonl"
     write_geneval_results(file, dict.fromkeys(TAGS, 0.5))
@@ -111,6 +121,7 @@ def test_dpg_score_reads_the_official_file(tmp_path, capsys):
     table = capsys.readouterr().out
     assert "62.50" in table
     assert "2 of DPG-Bench's 1,065 prompts" in table
+    assert result["num_prompts"] == 2
 
 
 @pytest.mark.parametrize("text", [
@@ -229,6 +240,21 @@ def test_the_report_contains_all_results_of_all_models(models, capsys):
     assert table["sampling, images/s (shapes) ↑"] == ["**7.5**"] * 2
     assert table["GenEval, 110 prompts ↑"][0] == ""
     assert Image.open(models / "results.png").width > 1000
+
+
+def test_the_report_tells_a_part_of_dpg_bench_from_all_of_it(tmp_path, capsys):
+    result = dict(benchmark="dpg", overall=0.5, categories=dict(entity=0.5),
+                  intervals=dict(overall=[0.4, 0.6]))
+    for name, count in (("part", 100), ("whole", 1065), ("old", None)):
+        if count is not None:               # an earlier version did not store it
+            result["num_prompts"] = count
+        else:
+            del result["num_prompts"]
+        (tmp_path / f"{name}.json").write_text(json.dumps(result))
+    command("report", *tmp_path.glob("*.json"), "--out", tmp_path / "r.md")
+    header = capsys.readouterr().out.splitlines()[0]
+    columns = {cell.strip() for cell in header.strip("|").split("|")[1:]}
+    assert columns == {"DPG-Bench ↑", "DPG-Bench, 100 prompts ↑"}
 
 
 def test_what_the_report_refuses(models):
