@@ -159,7 +159,7 @@ def encode(args):
     if args.image_size % vae.factor:
         raise FuseDiTError(f"--image-size {args.image_size} is not a multiple of {vae.factor}")
 
-    # Existing latents are kept if they were made from the same shard, with this VAE, size and filter.
+    # Existing latents are kept if they were made from the same shard, with these settings.
     wanted = dict(vae=vae_fingerprint(args.vae), image_size=args.image_size, resize=args.resize)
     descriptions = {tar: wanted | dict(shard=tar.stat().st_size) for tar in tars}
     check_overwrite(descriptions, args.overwrite)

@@ -267,6 +267,19 @@ def test_brightness_of_16_bits_and_transparency_are_kept():
     assert (images.read_square(data, 16) == 255).all()     # a transparent image becomes white
 
 
+def test_packing_can_resize_as_the_published_code_does():
+    """Resize(512) of the published process_sa1b.py: bilinear, the longer side rounded down."""
+    rng = np.random.default_rng(0)
+    image = Image.fromarray(rng.integers(0, 256, (35, 47, 4), np.uint8))
+    rules = images.ImageRules(size=20, quality=95, min_size=1, max_aspect=1000, resize="bilinear")
+    _, data = images.pack_image(saved(image, "PNG"), rules)
+    want = image.resize((int(20 * 47 / 35), 20), Image.Resampling.BILINEAR)
+    assert Image.open(io.BytesIO(data)).tobytes() == want.tobytes()
+    _, data = images.pack_image(saved(image, "PNG"), rules._replace(resize="bicubic"))
+    want = image.resize((27, 20), Image.Resampling.BICUBIC)        # 26.86, rounded
+    assert Image.open(io.BytesIO(data)).tobytes() == want.tobytes()
+
+
 def test_emoji_hold_out_style_concept_pairs(tmp_path):
     emoji_packages(tmp_path)
     pack("emoji", tmp_path / "out", "--packages", tmp_path / "packages")
