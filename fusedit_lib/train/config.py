@@ -17,7 +17,7 @@ from fusedit import FuseDiTError
 from fusedit_lib import backend, cli
 from fusedit_lib.data.shards import expand_shards
 from fusedit_lib.files import read_json
-from fusedit_lib.train.published import published_settings
+from fusedit_lib.train.published_runs import published_settings
 
 PROMPTS = (
     "a large red circle above a small blue square",

@@ -11,7 +11,7 @@ from launching import flags, launch
 import fusedit
 from fusedit import FuseDiTError
 from fusedit_lib.train.config import RunConfig, parse_run
-from fusedit_lib.train.published import HOSTS, published_settings
+from fusedit_lib.train.published_runs import HOSTS, published_settings
 
 CONFIGS = json.loads((REFERENCE / "published_configs.json").read_text())
 RUNS = {name: CONFIGS["all"] | own for name, own in CONFIGS["runs"].items()}
