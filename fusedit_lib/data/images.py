@@ -60,21 +60,21 @@ def square(image, size, crop, rng, resize="bicubic"):
 
     if resize == "bilinear":
         image = resize_shorter_side(image, size, resize)
+        corner = square_corner(image, crop, rng)
+        left, top = map(round, corner)      # a half to the even number, as torchvision rounds
+        return image.crop((left, top, left + size, top + size))
+    left, top = square_corner(image, crop, rng)
     side = min(image.size)
-    free_x = image.width - side
-    free_y = image.height - side
+    return image.resize((size, size), FILTERS[resize], (left, top, left + side, top + side))
+
+
+def square_corner(image, crop, rng):
+    """(left, top) of the largest square in an image: the central one, or a random one."""
+    free_x = image.width - min(image.size)
+    free_y = image.height - min(image.size)
     if crop == "random":
-        left = rng.randint(0, free_x)
-        top = rng.randint(0, free_y)
-    else:
-        left = free_x / 2
-        top = free_y / 2
-    if resize == "bilinear":
-        left = round(left)                  # a half to the even number, as torchvision rounds
-        top = round(top)
-        return image.crop((left, top, left + side, top + side))
-    box = (left, top, left + side, top + side)
-    return image.resize((size, size), FILTERS[resize], box)
+        return rng.randint(0, free_x), rng.randint(0, free_y)
+    return free_x / 2, free_y / 2
 
 
 def resize_shorter_side(image, size, resize):

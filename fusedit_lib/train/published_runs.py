@@ -9,7 +9,8 @@ from fusedit import FuseDiTError
 
 HOSTS = 32                                  # of a TPU v4-256 pod: 128 chips, 4 on each host
 
-# Settings of RunConfig.
+# Settings of RunConfig. trainer.mixed_precision, which is bf16, is not one of them: --dtype auto is
+# bf16 wherever the device computes in it natively.
 ALL_RUNS = dict(
     train_llm=False,                        # trainer.train_llm
 
@@ -31,7 +32,6 @@ ALL_RUNS = dict(
     ema_every=100,                          # ema.update_steps
     ema_warmup=False,                       # no key: trainers.py:293
     seed=42,                                # trainer.seed
-    dtype="bf16",                           # trainer.mixed_precision
 
     # checkpoints and the log
     save_every=5000,                        # trainer.checkpointing_steps

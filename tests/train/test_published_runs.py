@@ -21,7 +21,6 @@ SAME = {
     "trainer.max_steps": "steps",
     "trainer.seed": "seed",
     "trainer.gradient_clipping": "max_grad_norm",
-    "trainer.mixed_precision": "dtype",
     "trainer.checkpointing_steps": "save_every",
     "trainer.consolidation_steps": "keep_every",
     "trainer.logging_steps": "log_every",
@@ -64,8 +63,8 @@ def test_settings_are_set_where_they_are_not_given(capsys, engine):
     assert run.steps == 9 and run.ema_warmup is True
     assert run.resize == "bilinear" and run.keep_every == 50_000
     assert capsys.readouterr().err == (
-        "--like-published sets --resize bilinear --dtype bf16 --save-every 5000 "
-        "--keep-every 50000 --log-every 100\n")
+        "--like-published sets --resize bilinear --save-every 5000 --keep-every 50000 "
+        "--log-every 100\n")
     plain = parse_run(["--preset", "fusedit"], "", engine)
     assert plain.steps == RunConfig().steps and plain.resize == "bicubic"
     assert capsys.readouterr().err == ""
