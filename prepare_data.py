@@ -41,6 +41,7 @@ from fusedit_lib.data import (
     sa1b,
     shapes,
 )
+from fusedit_lib.data.images import FILTERS
 from fusedit_lib.shapes import tiny_gemma
 
 SEED_HELP = "random seed"
@@ -83,6 +84,8 @@ def add_image_rules(p, size=0):
                             "0 stores image files unchanged where possible")
     group.add_argument("--quality", type=jpeg_quality, default=95,
                        help="JPEG quality of downscaled images")
+    group.add_argument("--resize", choices=tuple(FILTERS), default="bicubic",
+                       help="filter to downscale with; bilinear: as in the published code")
     group.add_argument("--min-size", type=natural, default=1, metavar="PIXELS",
                        help="skip images whose shorter side is shorter than this")
     group.add_argument("--max-aspect", type=aspect_ratio, default=1000, metavar="RATIO",
@@ -320,6 +323,9 @@ def add_encode(commands):
                        help="the VAE that the model's config names: a folder or a hub id")
     group.add_argument("--image-size", type=positive, default=512, metavar="PIXELS",
                        help="image size of the model")
+    group.add_argument("--resize", choices=tuple(FILTERS), default="bicubic",
+                       help="filter with which images are resized; the training run must have the "
+                            "same --resize")
     group = p.add_argument_group("execution")
     group.add_argument("--batch-size", type=positive, default=16, metavar="N",
                        help="number of images encoded at once")

@@ -22,7 +22,7 @@ import fusedit
 from fusedit_lib import backend, cli, pretrained, sampling
 from fusedit_lib.data.batches import Batches, load_batches, to_device
 from fusedit_lib.shapes import render, scenes
-from fusedit_lib.train.config import RunConfig, absolute, data_workers
+from fusedit_lib.train.config import RunConfig, data_workers, lasting_name
 
 PROMPTS = ["a red circle", "a green heart", "a small blue square", "a yellow star on black",
            "a white cross on red", "a purple triangle", "an orange square", "a small pink heart"]
@@ -101,7 +101,7 @@ def main():
     backend.configure(device, torch.float32)
     torch.set_float32_matmul_precision("high")
     torch.manual_seed(args.seed)
-    config = fusedit.preset("demo", base=absolute(args.base))
+    config = fusedit.preset("demo", base=lasting_name(args.base))
     model = pretrained.build_model(config, device)
     batches = scene_batches(args, config, model.tokenizer)
     if args.data:                           # each sample has its own noise, as in train_gpu.py

@@ -66,7 +66,7 @@ def decode(files, run, size, rng):
     if "latents" in files:
         pixels = files["latents"]
     else:
-        pixels = read_square(files[image], size, run.crop, rng)
+        pixels = read_square(files[image], size, run.crop, rng, run.resize)
     if pixels is None:
         raise ValueError("damaged image")
 

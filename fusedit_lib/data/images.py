@@ -16,29 +16,37 @@ STORED = {"JPEG": "jpg", "PNG": "png", "WEBP": "webp"}
 
 LONGEST_JPEG = 65500                        # longest side in pixels that libjpeg can write
 
+# How images are resized. Pillow's filters widen when they downscale an image, so there is no
+# aliasing. Bicubic is sharper than a box filter at odd ratios and rings less than Lanczos; bilinear
+# is that of the published code, with whose pixels it agrees (see resize_shorter_side).
+FILTERS = {"bicubic": Image.Resampling.BICUBIC, "bilinear": Image.Resampling.BILINEAR}
+
 
 class Skip(Exception):
     """Raised to leave an input out of a data set; its message is the reason."""
 
 
 # ---------------------------------------------------------------------------- for training
-def read_square(data, size, crop="center", rng=None):
+def read_square(data, size, crop="center", rng=None, resize="bicubic"):
     """Decode the bytes of an image file to uint8 [3,size,size].
 
-    crop: "center" or "random"; the latter uses rng, a random.Random. Raises whatever Pillow raises
-    for a broken file, and DecompressionBombWarning for images over 90 megapixels.
+    crop: "center" or "random"; the latter uses rng, a random.Random. resize: a key of FILTERS.
+    Raises whatever Pillow raises for a broken file, and DecompressionBombWarning for images over 90
+    megapixels.
     """
     image = open_safely(data)
-    image.draft("RGB", (size, size))        # decodes a JPEG at the smallest sufficient scale
-    pixels = np.array(square(image, size, crop, rng))
+    if resize == "bicubic":
+        image.draft("RGB", (size, size))    # decodes a JPEG at the smallest sufficient scale
+    pixels = np.array(square(image, size, crop, rng, resize))
     return torch.from_numpy(pixels).permute(2, 0, 1)
 
 
-def square(image, size, crop, rng):
+def square(image, size, crop, rng, resize="bicubic"):
     """Turn a PIL image upright, convert it to RGB and crop and resize it to size x size.
 
-    Transparent parts become white. Pillow's bicubic filter widens when it downscales an image, so
-    there is no aliasing. It is sharper than a box filter at odd ratios and rings less than Lanczos.
+    Transparent parts become white. With "bicubic", a square of the image is resized; its corner may
+    lie between pixels. With "bilinear", the image is resized and then cropped at a whole pixel, as
+    in the published code (data.py:24-25).
     """
     ImageOps.exif_transpose(image, in_place=True)
     if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
@@ -50,17 +58,39 @@ def square(image, size, crop, rng):
     if image.size == (size, size):
         return image
 
+    if resize == "bilinear":
+        image = resize_shorter_side(image, size, resize)
+        corner = square_corner(image, crop, rng)
+        left, top = map(round, corner)      # a half to the even number, as torchvision rounds
+        return image.crop((left, top, left + size, top + size))
+    left, top = square_corner(image, crop, rng)
     side = min(image.size)
-    free_x = image.width - side
-    free_y = image.height - side
+    return image.resize((size, size), FILTERS[resize], (left, top, left + side, top + side))
+
+
+def square_corner(image, crop, rng):
+    """(left, top) of the largest square in an image: the central one, or a random one."""
+    free_x = image.width - min(image.size)
+    free_y = image.height - min(image.size)
     if crop == "random":
-        left = rng.randint(0, free_x)
-        top = rng.randint(0, free_y)
+        return rng.randint(0, free_x), rng.randint(0, free_y)
+    return free_x / 2, free_y / 2
+
+
+def resize_shorter_side(image, size, resize):
+    """Resize a PIL image until its shorter side has `size` pixels.
+
+    resize: "bicubic" rounds the longer side, "bilinear" rounds it down, as torchvision's Resize
+    does, which the published code uses.
+    """
+    short, long = sorted(image.size)
+    if resize == "bilinear":
+        long = int(size * long / short)
     else:
-        left = free_x / 2
-        top = free_y / 2
-    box = (left, top, left + side, top + side)
-    return image.resize((size, size), Image.Resampling.BICUBIC, box)
+        long = max(size, round(long * (size / short)))
+    if image.width <= image.height:
+        return image.resize((size, long), FILTERS[resize])
+    return image.resize((long, size), FILTERS[resize])
 
 
 def open_safely(data):
@@ -81,11 +111,12 @@ class ImageRules(NamedTuple):
     quality: int            # of JPEGs that are re-encoded
     min_size: int           # images whose shorter side is below this are skipped
     max_aspect: float       # images with a larger ratio of longer to shorter side are skipped
+    resize: str = "bicubic"                 # the filter to downscale with, a key of FILTERS
 
 
 def image_rules(args):
     """The ImageRules given by the flags."""
-    return ImageRules(args.size, args.quality, args.min_size, args.max_aspect)
+    return ImageRules(args.size, args.quality, args.min_size, args.max_aspect, args.resize)
 
 
 def open_image(data, rules):
@@ -126,10 +157,10 @@ def pack_image(data, rules):
     keep = not shrink and can_keep(image, kind)
 
     try:
-        if kind == "JPEG" and shrink:
-            image.draft(None, (rules.size, rules.size))
-        elif kind == "JPEG":
+        if kind == "JPEG" and not shrink:
             image.draft("L", (1, 1))
+        elif kind == "JPEG" and rules.resize == "bicubic":
+            image.draft(None, (rules.size, rules.size))
         image.load()
         if keep:
             return STORED[kind], data
@@ -144,9 +175,7 @@ def pack_image(data, rules):
 
     if not shrink:
         return "png", encode_png(image)
-    scale = rules.size / min(image.size)
-    size = [max(rules.size, round(side * scale)) for side in image.size]
-    image = image.resize(size, Image.Resampling.BICUBIC)
+    image = resize_shorter_side(image, rules.size, rules.resize)
     if image.mode not in ("RGB", "L"):      # has transparency, which a JPEG cannot store
         return "png", encode_png(image)
     return "jpg", encode_jpeg(image, rules.quality)

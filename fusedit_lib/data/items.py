@@ -148,6 +148,8 @@ def output_settings(args, **more):
     for name, value in vars(args).items():
         if name not in NOT_OUTPUT_SETTINGS:
             settings[name] = value
+    if settings.get("resize") == "bicubic":     # runs older than this flag can be resumed
+        del settings["resize"]
     return settings | more
 
 

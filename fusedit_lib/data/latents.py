@@ -34,10 +34,11 @@ from fusedit_lib.vae import load_vae
 class ShardImages(Dataset):
     """The images of a shard. self[i] is (uint8 [3,size,size], 1), or (zeros, 0) if unreadable."""
 
-    def __init__(self, path, offsets, size):
+    def __init__(self, path, offsets, size, resize):
         self.path = path
         self.offsets = offsets
         self.size = size
+        self.resize = resize
 
     def __len__(self):
         return len(self.offsets) - 1
@@ -47,7 +48,7 @@ class ShardImages(Dataset):
             with open(self.path, "rb") as tar:
                 _, files = read_sample(tar, self.offsets, i)
             name = next(name for name in files if name.startswith("image."))
-            return read_square(files[name], self.size), 1
+            return read_square(files[name], self.size, resize=self.resize), 1
         except MemoryError:
             raise
         except Exception:                   # Pillow raises many kinds of errors on broken files
@@ -65,7 +66,8 @@ def read_description(tar):
     """The description stored with a shard's latents; {} if they are missing or unreadable."""
     try:
         with safe_open(latents_path(tar), "pt") as file:
-            return json.loads(file.metadata()["encoded"])
+            # Latents of an earlier version do not name their filter, which was bicubic.
+            return {"resize": "bicubic"} | json.loads(file.metadata()["encoded"])
     except (OSError, SafetensorError, TypeError, KeyError):
         return {}
 
@@ -76,7 +78,8 @@ def encode_shard(tar, vae, args, description, progress):
 
     description: a dict to store with them; progress: called with the number of images encoded.
     """
-    images = ShardImages(tar, packing.index_entry(tar)["offsets"], args.image_size)
+    offsets = packing.index_entry(tar)["offsets"]
+    images = ShardImages(tar, offsets, args.image_size, args.resize)
     device = next(vae.parameters()).device
     loader = DataLoader(images, args.batch_size, num_workers=args.workers,
                         pin_memory=device.type == "cuda")
@@ -111,8 +114,8 @@ def check_overwrite(descriptions, overwrite):
             other.append(tar.name)
     if other and not overwrite:
         raise FuseDiTError(f"{len(other)} shards, such as {other[0]}, already have latents "
-                           "made with a different VAE or image size, or from an earlier version of "
-                           "the shard: --overwrite replaces them")
+                           "made with a different VAE, image size or --resize, or from an earlier "
+                           "version of the shard: --overwrite replaces them")
 
 
 def encode_shards(tars, vae, args, descriptions, samples, rank):
@@ -156,8 +159,8 @@ def encode(args):
     if args.image_size % vae.factor:
         raise FuseDiTError(f"--image-size {args.image_size} is not a multiple of {vae.factor}")
 
-    # Existing latents are kept if they were made from the same shard, with this VAE and size.
-    wanted = dict(vae=vae_fingerprint(args.vae), image_size=args.image_size)
+    # Existing latents are kept if they were made from the same shard, with these settings.
+    wanted = dict(vae=vae_fingerprint(args.vae), image_size=args.image_size, resize=args.resize)
     descriptions = {tar: wanted | dict(shard=tar.stat().st_size) for tar in tars}
     check_overwrite(descriptions, args.overwrite)
 
@@ -173,7 +176,7 @@ def encode(args):
 def list_in_index(folder, wanted):
     """List the latents in index.json, where training looks for them.
 
-    wanted: vae and image_size of all latents.
+    wanted: vae, image_size and resize of all latents.
     """
     index = packing.read_json_or_none(folder / "index.json")
     size = 0

@@ -150,11 +150,12 @@ def latents_problem(known, run, config):
         return "--crop random needs the images"
     if not all(known):
         return "some shards have no latents"
-    wanted = dict(vae=vae_fingerprint(config.vae), image_size=config.image_size)
+    wanted = dict(vae=vae_fingerprint(config.vae), image_size=config.image_size, resize=run.resize)
     for latents in known:
+        made_with = {"resize": "bicubic"} | latents         # as before latents named their filter
         for key, value in wanted.items():
-            if latents.get(key) != value:
-                return f"their {key} is {latents.get(key)}, not {value}"
+            if made_with.get(key) != value:
+                return f"their {key} is {made_with.get(key)}, not {value}"
     return ""
 
 

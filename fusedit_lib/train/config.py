@@ -16,6 +16,8 @@ import fusedit
 from fusedit import FuseDiTError
 from fusedit_lib import backend, cli
 from fusedit_lib.data.shards import expand_shards
+from fusedit_lib.files import read_json
+from fusedit_lib.train.published_runs import published_settings
 from fusedit_lib.vae import vae_config
 
 PROMPTS = (
@@ -51,8 +53,12 @@ def flag(default, about, free=False, low=None, high=None, choices=None, only="",
 class RunConfig:
     """The settings of a training run. Every field is a flag: image_size is --image-size."""
 
-    # The model to train. None of these settings can change when a run is resumed.
+    # The model to train. Of these settings, only like_published may change when a run is resumed.
     preset: str = flag("demo", "model preset: a name in fusedit.PRESETS", group="model")
+    like_published: bool = flag(False, "use the run settings of the preset's published run where "
+                                "they are not given: steps, EMA, resizing, checkpoints and so on "
+                                "(docs/glossary.md lists them); --data is not one of them; a "
+                                "resumed run remembers this flag", True)
     set: tuple = flag((), "override fields of the preset, for example --set patch_size=2 "
                       "qk_norm=false")
     base: str = flag("", "Gemma to use, as a folder or hub id (default: the preset's)")
@@ -70,6 +76,8 @@ class RunConfig:
     latents: bool = flag(True, "train on the latents that `prepare_data.py encode` has written "
                          "beside the shards, where there are any")
     crop: str = flag("center", "how images are cropped to squares", choices=("center", "random"))
+    resize: str = flag("bicubic", "how images are resized; bilinear: with the pixels of the "
+                       "published code, and slower", choices=("bicubic", "bilinear"))
     caption_drop: float = flag(0.1, "probability of replacing a caption with an empty one, which "
                                "classifier-free guidance requires", low=0, high=1)
     original_caption_rate: float = flag(0.0, "probability of using the original caption instead of "
@@ -99,6 +107,9 @@ class RunConfig:
     max_grad_norm: float = flag(1.0, "clip gradients to this norm; 0: no clipping", low=0)
     ema_decay: float = flag(0.99, "decay of the EMA weights at each update", low=0, high=1)
     ema_every: int = flag(100, "steps between EMA updates", low=1)
+    ema_warmup: bool = flag(True, "let the decay of the n-th EMA update be n / (9 + n) until that "
+                            "reaches --ema-decay; off: --ema-decay from the first update on, as in "
+                            "the published code")
     seed: int = flag(42, "seed for the initial weights, noise, data order and image grids",
                      low=0, high=2**32 - 1)
 
@@ -260,7 +271,8 @@ def parse_run(argv, description, engine="gpu"):
 
     argv: the arguments after the program's name; None: those of this process.
     description: the training program's docstring, for --help. engine: "gpu" or "tpu".
-    Exits with code 2 on a usage error; raises FuseDiTError if a prompt file cannot be read.
+    Exits with code 2 on a usage error; raises FuseDiTError if a prompt file cannot be read or, with
+    --like-published, if the preset has no published run.
     """
     parser = make_parser(description, engine)
     if argv is None:
@@ -275,6 +287,9 @@ def parse_run(argv, description, engine="gpu"):
             check_range(parser, setting, provided[setting.name])
     provided["data_weights"] = read_weights(parser, provided.get("data_weights", ()))
     run = RunConfig(**provided)
+    run = replace(run, out=run.out or f"runs/{run.preset}")
+    if provided.get("like_published", was_like_published(run)):
+        run = like_published(run, provided)
 
     # prompts from files, and the default run folder
     prompts = []
@@ -283,7 +298,41 @@ def parse_run(argv, description, engine="gpu"):
             prompts += cli.read_prompts(Path(prompt))
         else:
             prompts.append(prompt)
-    return replace(run, prompts=prompts, out=run.out or f"runs/{run.preset}")
+    return replace(run, prompts=prompts)
+
+
+def was_like_published(run):
+    """True if --out holds a run of the same preset that was started with --like-published."""
+    path = Path(run.out) / "config.json"
+    if not path.exists():
+        return False
+    stored = read_json(path).get("run", {})
+    return stored.get("like_published", False) and stored.get("preset") == run.preset
+
+
+def like_published(run, provided):
+    """The run with the settings of its preset's published run, except those in `provided`.
+
+    Rank 0 prints the flags of the settings that this changes.
+    """
+    settings = published_settings(run.preset)
+    changes = {}
+    for name, value in settings.items():
+        if name not in provided and getattr(run, name) != value:
+            changes[name] = value
+    if os.environ.get("RANK", "0") == "0":
+        flags = " ".join(flag_text(name, value) for name, value in changes.items())
+        print(f"--like-published sets {flags or 'nothing'}", file=sys.stderr, flush=True)
+    return replace(run, like_published=True, **changes)
+
+
+def flag_text(name, value):
+    """A setting as a flag of the command line: --steps 500000, --no-ema-warmup."""
+    if value is True:
+        return flag_name(name)
+    if value is False:
+        return flag_name("no_" + name)
+    return f"{flag_name(name)} {value}"
 
 
 def check_run(run):
@@ -334,21 +383,32 @@ def parse_overrides(words):
     return values
 
 
-def absolute(name):
-    """The absolute path of a folder in the current directory or beside fusedit.py.
+def lasting_name(name):
+    """A name for a model folder that finds it again from anywhere; see pretrained.resolve.
 
-    Any other name is a hub id and is returned unchanged.
+    A folder in the directory of fusedit.py keeps its path from there, such as demo/gemma, so that
+    the repository can be moved and renamed. If the working directory has another folder of that
+    path, the path would mean that one; then, and for a folder anywhere else, the name is the
+    absolute path. A name that is no folder is a hub id and is returned unchanged.
     """
-    for root in (Path(), Path(fusedit.__file__).parent):
-        if (root / name).exists():
-            return str((root / name).resolve())
+    home = Path(fusedit.__file__).resolve().parent
+    for root in (Path(), home):
+        if not (root / name).exists():
+            continue
+        folder = (root / name).resolve()
+        if not folder.is_relative_to(home):
+            return str(folder)
+        inside = folder.relative_to(home)
+        if inside.exists() and inside.resolve() != folder:
+            return str(folder)
+        return inside.as_posix()
     return name
 
 
 def model_config(run):
     """FuseDiTConfig of the run: its preset with the overrides from the flags.
 
-    Paths of model folders are made absolute, so that the run folder can be used from anywhere.
+    Model folders are named such that the run folder can be used from anywhere (lasting_name).
     Raises FuseDiTError for an unknown preset or field, or an image size that is not a multiple of
     the patch size.
     """
@@ -370,7 +430,7 @@ def model_config(run):
     for name in ("base", "vae", "clip"):
         value = getattr(config, name)
         if value:
-            paths[name] = absolute(value)
+            paths[name] = lasting_name(value)
     return replace(config, **paths)
 
 

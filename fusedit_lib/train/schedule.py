@@ -18,10 +18,13 @@ def ema_decay(run, step):
 
     The n-th update has decay n / (9 + n), which rises from 0.1 to run.ema_decay. With a constant
     decay of 0.99 and an update every 100 steps, the EMA would still contain 0.99^20 = 82 % of the
-    random initial weights after 2,000 steps.
+    random initial weights after 2,000 steps. With --no-ema-warmup, the decay is run.ema_decay from
+    the first update on, as in the published code (trainers.py:285-293).
     """
     if step % run.ema_every:
         return 1.0
+    if not run.ema_warmup:
+        return run.ema_decay
     n = step // run.ema_every
     return min(run.ema_decay, n / (9 + n))
 

@@ -210,6 +210,70 @@ def test_cropping():
     assert images.square(grey, 16, "random", rng).getpixel((3, 3)) == (7, 7, 7)
 
 
+# width, height: landscape, portrait, odd, a crop at 1.5 pixels, enlarged, one side already right
+PUBLISHED_SIZES = [(96, 64), (64, 96), (101, 67), (33, 47), (38, 32), (32, 38), (7, 11), (16, 29)]
+
+
+def published_resize(image, size):
+    """The published Resize(size, BILINEAR), with torchvision's arithmetic written out."""
+    width, height = image.size
+    short, long = min(width, height), max(width, height)
+    long = int(size * long / short)
+    wanted = (size, long) if width <= height else (long, size)
+    return image.resize(wanted, Image.Resampling.BILINEAR)
+
+
+def published_square(image, size):
+    """The published Resize(size, BILINEAR) and CenterCrop(size) of a PIL image (data.py:24-25)."""
+    image = published_resize(image, size)
+    left = int(round((image.width - size) / 2.0))
+    top = int(round((image.height - size) / 2.0))
+    return image.crop((left, top, left + size, top + size))
+
+
+def noise_image(width, height):
+    rng = np.random.default_rng(width)
+    return Image.fromarray(rng.integers(0, 256, (height, width, 3), np.uint8))
+
+
+@pytest.mark.parametrize("width, height", PUBLISHED_SIZES)
+@pytest.mark.parametrize("size", [16, 21])
+def test_bilinear_pixels_are_the_published_ones(width, height, size):
+    image = noise_image(width, height)
+    want = published_square(image, size)
+    got = images.square(image, size, "center", None, "bilinear")
+    assert got.size == want.size == (size, size)
+    assert got.tobytes() == want.tobytes()
+
+    # a JPEG is decoded at its full size
+    buffer = io.BytesIO()
+    image.save(buffer, "JPEG")
+    want = np.asarray(published_square(Image.open(buffer).convert("RGB"), size))
+    read = images.read_square(buffer.getvalue(), size, resize="bilinear")
+    assert (read.permute(1, 2, 0).numpy() == want).all()
+
+
+def test_bilinear_random_crops_are_those_of_the_resized_image():
+    """At every whole pixel, as RandomCrop takes them."""
+    image = noise_image(40, 32)
+    resized = published_resize(image, 16)
+    assert resized.size == (20, 16)
+    places = {resized.crop((x, 0, x + 16, 16)).tobytes() for x in range(5)}
+    rng = random.Random(0)
+    crops = {images.square(image, 16, "random", rng, "bilinear").tobytes() for _ in range(60)}
+    assert crops == places
+
+
+def test_the_run_chooses_the_filter(gemma_folder, tmp_path):
+    image = noise_image(41, 30)
+    write_shard(tmp_path / "a.tar", [scene("n00", **{"image.png": png(image)})])
+    index(tmp_path)
+    for more, resize in (([], "bicubic"), (["--resize", "bilinear"], "bilinear")):
+        batch = tiny_batches(gemma_folder, tmp_path, *more, micro_batch=1)[0]
+        want = np.asarray(images.square(image, 16, "center", None, resize))
+        assert (batch["pixels"][0].permute(1, 2, 0).numpy() == want).all(), resize
+
+
 def test_transparent_images_are_put_on_white():
     rgba = Image.new("RGBA", (16, 16), (255, 0, 0, 0))
     rgba.paste((0, 0, 255, 255), (0, 0, 8, 16))

@@ -267,6 +267,23 @@ def test_brightness_of_16_bits_and_transparency_are_kept():
     assert (images.read_square(data, 16) == 255).all()     # a transparent image becomes white
 
 
+def test_packing_can_resize_as_the_published_code_does(tmp_path):
+    """Resize(512) of the published process_sa1b.py: bilinear, the longer side rounded down.
+
+    An image with transparency is stored without loss.
+    """
+    rng = np.random.default_rng(0)
+    image = Image.fromarray(rng.integers(0, 256, (35, 47, 4), np.uint8))
+    write_file(tmp_path / "photos" / "a.png", saved(image, "PNG"))
+    write_file(tmp_path / "photos" / "a.txt", b"noise")
+    bilinear = image.resize((int(20 * 47 / 35), 20), Image.Resampling.BILINEAR)
+    bicubic = image.resize((round(20 * 47 / 35), 20), Image.Resampling.BICUBIC)
+    for resize, want in (("bilinear", bilinear), ("bicubic", bicubic)):
+        pack("folder", tmp_path / "photos", tmp_path / resize, "--size", 20, "--resize", resize)
+        (sample,) = read_shards(tmp_path / resize)[0].values()
+        assert Image.open(io.BytesIO(image_of(sample))).tobytes() == want.tobytes()
+
+
 def test_emoji_hold_out_style_concept_pairs(tmp_path):
     emoji_packages(tmp_path)
     pack("emoji", tmp_path / "out", "--packages", tmp_path / "packages")

@@ -8,7 +8,8 @@ import torch
 from conftest import REFERENCE, assert_near, tiny_vae
 from launching import flags, launch_all, losses
 from PIL import Image
-from safetensors.torch import load_file
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from test_datasets import kill
 from test_prepare_data import command, files, pack
 from tiny_shards import index, numbered, png, scene, write_shard
@@ -16,7 +17,7 @@ from tiny_shards import index, numbered, png, scene, write_shard
 from fusedit import FuseDiTError
 from fusedit_lib import backend
 from fusedit_lib.data import images
-from fusedit_lib.data.shards import ShardReader, can_read_latents, expand_shards
+from fusedit_lib.data.shards import ShardReader, can_read_latents, expand_shards, read_index
 from fusedit_lib.pretrained import load_model, vae_fingerprint
 from fusedit_lib.sampling import generate
 from fusedit_lib.train.config import RunConfig
@@ -80,7 +81,7 @@ def test_the_index_lists_the_latents(shards):
     entry = json.loads((shards / "index.json").read_text())["shards"][1]
     latents = shards / "s-000001.latents.safetensors"
     assert entry["latents"] == dict(
-        vae=vae_fingerprint(VAE), image_size=32, bytes=latents.stat().st_size)
+        vae=vae_fingerprint(VAE), image_size=32, resize="bicubic", bytes=latents.stat().st_size)
     assert load_file(latents)["whole"].tolist() == [1, 1, 1, 0, 1, 1, 1, 1]
 
 
@@ -102,10 +103,51 @@ def test_eight_kills_do_not_change_the_bytes(tmp_path, capsys):
     kill(["encode", killed, *ENCODE], 0.3)
     assert files(killed) == files(whole)
     capsys.readouterr()
-    with pytest.raises(FuseDiTError, match="12 shards.*a different VAE or image size.*--overwrite"):
+    with pytest.raises(FuseDiTError, match="12 shards.*a different VAE, image size.*--overwrite"):
         encode(whole, "--image-size", "16")
     encode(whole, "--image-size", "16", "--overwrite")
     assert expand_shards(str(whole))[0].latents["image_size"] == 16
+
+
+def test_latents_remember_the_filter(shards, capsys):
+    """Latents are only used, and only kept, with the filter that they were made with."""
+    run = RunConfig(data=(str(shards),), resize="bilinear")
+    encode(shards)
+    assert not can_read_latents(expand_shards(str(shards)), run, Config(), 0)
+    assert "their resize is bicubic, not bilinear" in capsys.readouterr().err
+    with pytest.raises(FuseDiTError, match="3 shards.*--resize.*--overwrite"):
+        encode(shards, "--resize", "bilinear")
+
+    encode(shards, "--resize", "bilinear", "--overwrite")
+    reader = ShardReader(expand_shards(str(shards)), 2, "", latents=True)
+    sample = reader.read(0, 0)
+    pixels = images.read_square(sample["image.png"], 32, resize="bilinear")[None].float()
+    moments = torch.cat(load_vae(VAE).moments(pixels / 127.5 - 1), 1)[0]
+    assert_near(sample["latents"], moments, 2**-8)
+    assert can_read_latents(expand_shards(str(shards)), run, Config(), 0)
+    assert not can_read_latents(expand_shards(str(shards)), RunConfig(), Config(), 0)
+
+
+def test_latents_of_an_earlier_version_are_bicubic(shards):
+    """They do not name their filter."""
+    encode(shards)
+    path = shards / "index.json"
+    content = json.loads(path.read_text())
+    for shard in content["shards"]:
+        del shard["latents"]["resize"]
+        latents = shards / shard["name"].replace(".tar", ".latents.safetensors")
+        with safe_open(latents, "pt") as file:
+            description = json.loads(file.metadata()["encoded"])
+        del description["resize"]
+        save_file(load_file(latents), latents, {"encoded": json.dumps(description)})
+    path.write_text(json.dumps(content))
+    read_index.cache_clear()
+    listed = expand_shards(str(shards))
+    assert can_read_latents(listed, RunConfig(), Config(), 0)
+    assert not can_read_latents(listed, RunConfig(resize="bilinear"), Config(), 0)
+    before = {path: path.stat().st_mtime_ns for path in shards.glob("*.safetensors")}
+    encode(shards)                          # keeps them
+    assert before == {path: path.stat().st_mtime_ns for path in shards.glob("*.safetensors")}
 
 
 # ------------------------------------------------------------------------------ training on them

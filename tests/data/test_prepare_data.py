@@ -231,6 +231,8 @@ def test_the_settings_of_a_run_keep_their_names(tmp_path, photos):
     assert settings.pop("items") == "59bc5946b234d6e188560b09335dfd51b668356b"
     assert settings == dict(command="folder", images=str(photos), captions=None, size=0, quality=95,
                             min_size=1, max_aspect=1000, seed=0, shard_size=2000)
+    pack("folder", photos, tmp_path / "folder", "--overwrite", "--resize", "bilinear")
+    assert read_shards(tmp_path / "folder")[1]["settings"]["resize"] == "bilinear"
 
 
 # ---- folder --------------------------------------------------------------------------------------

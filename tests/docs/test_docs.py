@@ -15,7 +15,7 @@ import json
 import re
 import runpy
 import sys
-from dataclasses import fields
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import NamedTuple
 from unittest import mock
@@ -575,6 +575,36 @@ def wrong_references(text):
     return found
 
 
+PUBLISHED_KEY = re.compile(
+    r"(?:trainer|model|ema|vae|noise_scheduler|optimizer|lr_scheduler|data|clip_l)\.[\w.]+")
+
+
+def missing_keys(text):
+    """Keys of the published configs that are not listed, and listed ones that do not exist."""
+    configs = json.loads(read("tests/reference/published_configs.json"))
+    keys = set(configs["all"]).union(*configs["runs"].values())
+    listed = set()
+    for table in tables(text):
+        if "published key" in table.header:
+            for name in itertools.chain(*map(names_in, table.column("published key"))):
+                listed |= set(PUBLISHED_KEY.findall(name.partition(":")[0]))
+    return difference(list(listed), keys)
+
+
+def wrong_published_flags(text):
+    """Settings in which the command with --like-published differs from the one that spells it out.
+
+    The two are the first commands of the document.
+    """
+    runs = []
+    for command in commands(text)[:2]:
+        with contextlib.redirect_stderr(io.StringIO()):
+            runs.append(asdict(parse_run(command.words, "", "tpu")))
+    short, long = runs
+    assert short.pop("like_published") and not long.pop("like_published")
+    return [name for name in short if short[name] != long[name]]
+
+
 TINY = GemmaConfig("gemma2", 8, 8, 8, 18, 1, 1, 4, 1e-6, 4, 1e4, 1, 1e4, 8, ())
 
 
@@ -632,8 +662,8 @@ def test_the_readme_has_its_length():
 
 
 @pytest.mark.parametrize("rule", [
-    unknown_names, unknown_settings, missing_presets, missing_fields, wrong_parameters,
-    wrong_references, missing_tensors])
+    unknown_names, unknown_settings, missing_presets, missing_fields, missing_keys,
+    wrong_published_flags, wrong_parameters, wrong_references, missing_tensors])
 def test_the_glossary_is_right(rule):
     assert rule(read(GLOSSARY)) == []
 
@@ -745,6 +775,11 @@ PLANTED = {
     "preset left out": (missing_presets, listing("preset", list(PRESETS)[1:])),
     "preset, twice": (missing_presets, listing("preset", [*PRESETS, "demo"])),
     "field left out": (missing_fields, listing("field", ["base", "fusion"])),
+    "key left out": (missing_keys, "| published key |\n|---|\n| `trainer.seed` |\n"),
+    "key that is not there": (missing_keys, read(GLOSSARY).replace("`data.center_crop`",
+                                                                   "`data.centre_crop`")),
+    "published flags": (wrong_published_flags,
+                        read(GLOSSARY).replace("--resize bilinear", "--resize bicubic")),
     "parameters": (wrong_parameters,
                    "| preset | parameters |\n|---|---|\n| `fusedit/baseline` | 7 |\n"),
     "line": (wrong_references, "`models.py:939`"),

@@ -8,11 +8,14 @@ import torch
 from conftest import tiny_vae
 from launching import flags, launch
 
+import fusedit
 from fusedit import FuseDiTError
+from fusedit_lib import pretrained
 from fusedit_lib.train.build import build_models
 from fusedit_lib.train.config import (
     RunConfig,
     data_workers,
+    lasting_name,
     model_config,
     parse_run,
     split_batch,
@@ -114,6 +117,38 @@ def test_a_vae_that_was_unknown_is_checked_once_it_is_loaded(tmp_path, gemma_fol
     build_models(run, config, torch.device("cpu"), None)
     with pytest.raises(FuseDiTError, match="48 is not a multiple of 32 pixels"):
         build_models(run, replace(config, image_size=48), torch.device("cpu"), None)
+
+
+@pytest.fixture
+def clone(tmp_path, monkeypatch):
+    """A clone of the repository in tmp_path, with a folder demo/gemma; elsewhere/ is current."""
+    (tmp_path / "clone" / "demo" / "gemma").mkdir(parents=True)
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    monkeypatch.setattr(fusedit, "__file__", str(tmp_path / "clone" / "fusedit.py"))
+    return tmp_path / "clone"
+
+
+def test_a_moved_repository_finds_its_own_models(clone, monkeypatch):
+    assert lasting_name("demo/gemma") == "demo/gemma"
+    assert lasting_name(str(clone / "demo" / "gemma")) == "demo/gemma"
+    assert model_config(parse_run([], "")).base == "demo/gemma"
+    moved = clone.rename(clone.with_name("moved"))
+    monkeypatch.setattr(fusedit, "__file__", str(moved / "fusedit.py"))
+    assert pretrained.resolve("demo/gemma") == moved / "demo" / "gemma"
+    monkeypatch.chdir(moved / "demo")
+    assert lasting_name("gemma") == "demo/gemma"
+    assert lasting_name("google/gemma-2b") == "google/gemma-2b"        # a hub id
+
+
+def test_of_two_folders_of_the_same_name_the_meant_one_is_found(clone, tmp_path):
+    """resolve prefers the working directory's, so the repository's is then named by its path."""
+    other = tmp_path / "elsewhere" / "demo" / "gemma"
+    other.mkdir(parents=True)
+    for meant in (other, clone / "demo" / "gemma"):
+        assert lasting_name(str(meant)) == str(meant)
+        assert pretrained.resolve(lasting_name(str(meant))) == meant
+    assert lasting_name("demo/gemma") == str(other)
 
 
 def test_prompts_come_from_flags_and_files(tmp_path):

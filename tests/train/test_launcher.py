@@ -2,13 +2,14 @@
 import numpy as np
 import pytest
 import torch
-from launching import flags, launch, losses, metrics
+from launching import assert_equal, flags, launch, losses, metrics, state
 from PIL import Image
 from safetensors.torch import load_file
 
 from fusedit_lib import pretrained
 from fusedit_lib.train import plot, validation
-from fusedit_lib.train.config import parse_run
+from fusedit_lib.train.build import build_models, trainable
+from fusedit_lib.train.config import model_config, parse_run
 
 EXTRAS = ("--save-every", "20", "--sample-every", "20", "--ema-every", "5", "--workers", "1",
           "--val-every", "20", "--val-samples", "20", "--tensorboard")
@@ -42,6 +43,24 @@ def test_a_run_learns_saves_and_resumes(gemma, data, tmp_path):
     with Image.open(plot.plot(out)) as image:
         assert image.size[0] > 500
         assert len(image.convert("RGB").getcolors(10**6)) > 50
+
+
+def test_the_ema_begins_with_the_initial_weights(gemma, data, tmp_path):
+    """And follows the published recurrence, without a warmup of its decay."""
+    argv = flags(gemma, data, tmp_path, "--steps", "4", "--sample-every", "0", "--save-every", "1",
+                 "--keep", "9", "--ema-every", "2", "--ema-decay", "0.9", "--no-ema-warmup")
+    launch(argv)
+    run = parse_run(argv, "")
+    model, _ = build_models(run, model_config(run), "cpu", None)
+    ema = {name: weight.detach().double() for name, weight in trainable(model)}
+    for step in range(1, 5):
+        tensors = state(tmp_path, step)
+        for name in ema:
+            weight = tensors[f"train_state/weight.{name}"].double()
+            if step % 2 == 0:
+                ema[name] = 0.9 * ema[name] + (1 - 0.9) * weight
+        stored = {name: tensors[f"step-{step:07d}/{name}"].double() for name in ema}
+        assert_equal(stored, ema, atol=1e-7)
 
 
 def check_metrics(out):

@@ -2,6 +2,7 @@
 import json
 import random
 import signal
+from dataclasses import replace
 
 import pytest
 from launching import (
@@ -14,6 +15,9 @@ from launching import (
     losses,
     state,
 )
+
+from fusedit_lib.train import checkpoints
+from fusedit_lib.train.config import model_config, parse_run
 
 
 @pytest.mark.parametrize("stages, dtype", [
@@ -144,3 +148,16 @@ def test_a_run_older_than_a_flag_resumes(gemma, data, tmp_path):
     assert done.returncode == 1
     assert "float8 was False, is now True" in done.stderr
     launch(argv)
+
+
+@pytest.mark.parametrize("now, before", [
+    ("/old/clone/demo/gemma", "demo/gemma"), ("demo/gemma", "/old/clone/demo/gemma")])
+def test_the_demo_resumes_with_either_name_of_its_gemma(data, tmp_path, now, before):
+    """Earlier versions stored its absolute path, and a later one its path in the repository."""
+    argv = flags("demo/gemma", data, tmp_path / "run", "--steps", "1", "--sample-every", "9")
+    config = model_config(parse_run(argv, ""))
+    assert config.base == "demo/gemma"
+    stored = json.loads(checkpoints.run_settings_json(parse_run(argv, ""), config))
+    stored["model"]["base"] = before
+    changed = checkpoints.changed_settings(stored, parse_run(argv, ""), replace(config, base=now))
+    assert changed == []

@@ -1,4 +1,6 @@
 """Functions of the step number: learning rate, EMA decay and actions that are due."""
+import math
+
 import pytest
 
 from fusedit_lib.train.config import RunConfig
@@ -25,6 +27,20 @@ def test_ema_decay():
     updates = [ema_decay(run, step) for step in (5, 10, 15)]
     assert between == [1.0] * 5
     assert updates == [1 / 10, 2 / 11, 0.2]
+
+
+def test_without_a_warmup_the_ema_is_the_published_one():
+    """trainers.py:285-293: ema <- decay ema + (1 - decay) weight at every ema_every-th step."""
+    run = RunConfig(ema_decay=0.99, ema_every=100, ema_warmup=False)
+    weight = 3.0                            # the initial weight, with which the EMA begins
+    ema = published = weight
+    for step in range(1, 1001):
+        weight = math.sin(step)
+        ema += (1 - ema_decay(run, step)) * (weight - ema)
+        if step % 100 == 0:
+            published = 0.99 * published + (1 - 0.99) * weight
+        assert ema == pytest.approx(published, rel=1e-12)
+    assert ema > 0.9 * 3                    # mostly the initial weight, after 10 updates
 
 
 # log, validate, save

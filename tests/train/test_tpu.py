@@ -65,7 +65,7 @@ def pixels(path):
 
 VARIANTS = {
     "mixed": ["--set", "timestep_conditioning=adaln-zero", "pos_embed=1d-rope",
-              "sandwich_norm=false", "--weight-decay", "0.1", "--remat"],
+              "sandwich_norm=false", "--weight-decay", "0.1", "--remat", "--no-ema-warmup"],
     "single": ["--set", "timestep_conditioning=adaln-single", "pos_embed=m-rope",
                "shared_attention_layers=[0,2]"],
     "cross": ["--set", "attention=cross", "timestep_conditioning=addition", "pos_embed=ape"],
