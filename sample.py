@@ -48,7 +48,7 @@ def parse_args():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=cli.HelpFormatter)
     add_prompt_flags(parser)
     model = cli.add_model_flags(parser)
-    model.add_argument("--set", type=cli.override, nargs="+", action="extend", default=[],
+    model.add_argument("--set", nargs="+", action="extend", default=[],
                        metavar="FIELD=VALUE",
                        help="override fields of the model's config, for example base=FOLDER or "
                             "vae=FOLDER, if its Gemma or VAE is not where it was, or "
@@ -173,7 +173,7 @@ def main():
     if args.prompts:
         prompts = prompts + cli.read_prompts(args.prompts)
     loaded = cli.open_model(args.model, args.device, args.dtype, not args.no_ema, args.compile,
-                            dict(args.set))
+                            cli.parse_overrides(args.set))
     config = loaded.model.config
     if args.guidance is None:
         args.guidance = config.guidance

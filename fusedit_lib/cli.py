@@ -52,17 +52,6 @@ def uint32(text):
     return number
 
 
-def override(text):
-    """One field=value of --set, as (field, value). The value is JSON or a plain word."""
-    name, equals, value = text.partition("=")
-    if not equals:
-        raise argparse.ArgumentTypeError(f"takes field=value, not {text!r}")
-    try:
-        return name, json.loads(value)
-    except ValueError:
-        return name, value                  # plain words need no quotes
-
-
 def number_list(kind):
     """The type of a list such as 2,4,6, whose elements have type `kind`; duplicates are dropped."""
     def parse(text):
@@ -170,6 +159,20 @@ def pick_dtype(args):
     device = pick_device(args.device)
     args.dtype = backend.dtype_name(args.dtype, device)
     return device, backend.torch_dtype(args.dtype)
+
+
+def parse_overrides(words):
+    """{field: value} from --set. Values are JSON or plain words. Raises FuseDiTError."""
+    values = {}
+    for word in words:
+        name, equals, text = word.partition("=")
+        if not equals:
+            raise FuseDiTError(f"--set takes field=value, not {word!r}")
+        try:
+            values[name] = json.loads(text)
+        except ValueError:
+            values[name] = text             # plain words need no quotes
+    return values
 
 
 class LoadedModel(NamedTuple):

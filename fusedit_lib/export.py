@@ -12,7 +12,7 @@ from pathlib import Path
 
 from fusedit import FuseDiTError, sincos_2d
 from fusedit_lib.files import fsync, read_json, safetensors_paths, save_file
-from fusedit_lib.pretrained import clip_folders, find_local, is_hub_id, resolve_vae
+from fusedit_lib.pretrained import clip_folders, is_hub_id, resolve_vae
 
 TOKENIZER_FILES = ("tokenizer.model", "tokenizer.json", "tokenizer_config.json",
                    "special_tokens_map.json", "added_tokens.json", "chat_template.jinja",
@@ -64,6 +64,21 @@ def export(model, folder):
     finally:
         shutil.rmtree(tmp, ignore_errors=True)
     print(f"wrote {folder}")
+    missing = needed_elsewhere(model)
+    if missing:
+        print(f"The published classes cannot load it: they need {' and '.join(missing)}.")
+
+
+def needed_elsewhere(model):
+    """The things that the published classes need and this model lacks, as words."""
+    missing = []
+    if model.llm.config.model_type == "gemma3_text":
+        missing.append("a Gemma 1 or 2")
+    if not (model.gemma_files.tokenizer / "tokenizer.model").exists():
+        missing.append("Gemma's tokenizer.model")
+    if not model.config.vae:
+        missing.append("a VAE")
+    return missing
 
 
 def is_deep(model):
@@ -134,7 +149,7 @@ def llm_config(model):
     config = without_paths(model.gemma_files.config)
     config |= {"num_hidden_layers": num_layers(model), "head_dim": gemma.head_dim,
                "rms_norm_eps": gemma.rms_norm_eps, "rope_theta": gemma.rope_theta}
-    if is_hub_id(model.config.base) and find_local(model.config.base) is None:
+    if is_hub_id(model.config.base) and not Path(model.config.base).exists():
         config["_name_or_path"] = model.config.base
     return config
 

@@ -14,7 +14,7 @@ then only the tensors that are needed are read.
 """
 import hashlib
 import json
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import NamedTuple
 
@@ -38,7 +38,7 @@ from fusedit_lib.published import GemmaFiles, Stored, dit_tensors, tensors_below
 # The files to download from the hub.
 MODEL_FILES = ("*.json", "*.safetensors", "*.model", "*merges.txt")
 TOKENIZER_FILES = ("*.json", "*.model")
-VAE_FILES = ("vae/*",)
+VAE_FILES = ("vae/*", "config.json", "diffusion_pytorch_model*.safetensors*")
 # A CLIP text model with its tokenizer: in one folder, in two as in SD 3 and similar models, or in
 # two as in the released layout.
 CLIP_FOLDERS = (("text_encoder", "tokenizer"), ("clip", "clip_tokenizer"))
@@ -48,13 +48,13 @@ CLIP_FILES = ("config.json", "model.safetensors", "vocab.json", "merges.txt", "t
 
 # ---- finding a folder ----------------------------------------------------------------------------
 
-def resolve(name, near=".", patterns=MODEL_FILES):
+def resolve(name, patterns=MODEL_FILES):
     """The folder of a model, from a path or a hub id; raises FuseDiTError.
 
-    A relative path is looked up in `near`, in the working directory and next to fusedit.py.
-    patterns: the files to download from the hub.
+    A relative path is looked up in the working directory and next to fusedit.py. patterns: the
+    files to download from the hub.
     """
-    path = find_local(name, near)
+    path = find_local(name, (".", repository()))
     if path is not None:
         return path
     if not is_hub_id(name):
@@ -68,9 +68,14 @@ def resolve(name, near=".", patterns=MODEL_FILES):
                            "accept its licence on the hub and run `hf auth login`") from e
 
 
-def find_local(name, near="."):
-    """The absolute path of a folder, looked up as resolve does; None if it does not exist."""
-    for root in (near, ".", Path(fusedit.__file__).parent):
+def repository():
+    """The folder of fusedit.py, which also has demo/."""
+    return Path(fusedit.__file__).parent
+
+
+def find_local(name, roots):
+    """The absolute path of a folder that may be in any of roots; None if it does not exist."""
+    for root in roots:
         if (Path(root) / name).exists():
             return (Path(root) / name).resolve()
     return None
@@ -359,8 +364,7 @@ def load_model(path, device="cpu", dtype=torch.float32, ema=True, **changes):
     else:
         stored = open_own(folder, ema)
 
-    config = FuseDiTConfig.from_dict(asdict(stored.config) | changes)
-    config = with_absolute_paths(config, folder)
+    config = with_absolute_paths(stored.config, folder, changes)
     gemma = stored.gemma
     if gemma is not None:                   # config.base has its tokenizer
         tokenizer = tokenizer_folder(resolve(config.base, patterns=TOKENIZER_FILES))
@@ -379,22 +383,26 @@ def open_own(folder, ema):
     return Stored(config, folder, dit_tensors(tensors), tensors_below("llm.", tensors))
 
 
-def with_absolute_paths(config, folder):
-    """The config of a model folder with absolute paths of its Gemma, VAE and CLIP.
+def with_absolute_paths(config, folder, changes):
+    """The config of a model folder, with changes, and absolute paths of its Gemma, VAE and CLIP.
 
     Hub ids remain. Raises FuseDiTError if a folder is missing.
     """
     paths = {}
     for field in ("base", "vae", "clip"):
         name = getattr(config, field)
+        roots = (folder, repository(), ".")         # stored: a run of the demo has "demo/gemma"
+        if field in changes:
+            name = changes[field]
+            roots = (".", repository())
         if not name:
             continue
-        path = find_local(name, folder)
+        path = find_local(name, roots)
         if path is None and not is_hub_id(name):
             raise FuseDiTError(f"{folder} needs {name}, its {field}, which is not there. If it has "
                                f"been moved or renamed, use sample.py --set {field}=FOLDER")
         paths[field] = str(path or name)
-    return replace(config, **paths)
+    return FuseDiTConfig.from_dict(asdict(config) | changes | paths)
 
 
 # ---- writing -------------------------------------------------------------------------------------

@@ -120,6 +120,16 @@ def test_released_checkpoint_draws_the_published_images(released, name, steps, g
     assert (difference == 0).float().mean() >= 0.999
 
 
+def test_blocks_beyond_the_layers_that_may_be_read_read_none():
+    """A published pipeline contains Gemma's layers only up to the last one that is read."""
+    config = FuseDiTConfig(dit_num_hidden_layers=5, shared_attention_layers=(0, 2))
+    assert fusedit.layers_to_read(config, 3) == [0, None, 2, None, None]
+    with pytest.raises(FuseDiTError, match="do not fit a Gemma of 2 layers"):
+        fusedit.layers_to_read(config, 2)
+    with pytest.raises(FuseDiTError, match="do not fit a Gemma of 3 layers"):
+        fusedit.layers_to_read(FuseDiTConfig(dit_num_hidden_layers=5), 3)
+
+
 HUB_GEMMAS = {                              # the shapes on the hub
     "google/gemma-2-2b": dict(model_type="gemma2", hidden_size=2304, intermediate_size=9216,
                               num_hidden_layers=26, num_key_value_heads=4),

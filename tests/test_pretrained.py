@@ -8,13 +8,13 @@ import huggingface_hub
 import pytest
 import torch
 import warm
-from conftest import REFERENCE, tiny_clip, tiny_gemma
+from conftest import REFERENCE, ROOT, tiny_clip, tiny_gemma
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import Gemma2ForCausalLM
 
 from fusedit import FuseDiTConfig, FuseDiTError, load_gemma
-from fusedit_lib import files
+from fusedit_lib import files, pretrained
 from fusedit_lib.export import export
 from fusedit_lib.pretrained import MODEL_FILES, build_model, load_model, save_model
 
@@ -322,6 +322,30 @@ def test_broken_folders(folder, case, message):
         load_model(folder)
 
 
+def test_a_gemma_that_has_moved_is_named_and_can_be_replaced(folder):
+    """A stored path is looked up beside the checkpoint first, a new one in the working directory."""
+    moved = (folder / "gemma").rename(folder.parent / "elsewhere")
+    edit_json(folder / "config.json", base=str(folder / "gemma"))
+    with pytest.raises(FuseDiTError, match="gemma, its base, .* use sample.py --set base=FOLDER"):
+        load_model(folder)
+    model = load_model(folder, base=str(moved))
+    assert model.config.base == str(moved)
+
+
+def test_a_stored_name_means_the_repositorys_own_folder(folder, tmp_path, monkeypatch):
+    """Even in the working directory of another clone, or beside another demo/gemma."""
+    shutil.rmtree(folder / "gemma")
+    edit_json(folder / "config.json", base="demo/gemma")
+    other = tmp_path / "clone" / "demo" / "gemma"
+    tiny_gemma(other, vocab_size=70)
+    monkeypatch.chdir(tmp_path / "clone")
+    stored = FuseDiTConfig.from_dict(json.loads((folder / "config.json").read_text()))
+    here = pretrained.with_absolute_paths(stored, folder, {})
+    assert here.base == str(ROOT / "demo" / "gemma")
+    here = pretrained.with_absolute_paths(stored, folder, {"base": "demo/gemma"})
+    assert here.base == str(other)
+
+
 def test_a_missing_folder():
     with pytest.raises(FuseDiTError, match="no such model folder"):
         load_model("./nowhere")
@@ -349,6 +373,13 @@ def test_a_refused_download_is_an_error_with_advice(monkeypatch):
 
 
 # ---- export --------------------------------------------------------------------------------------
+
+def test_export_says_what_the_published_classes_would_need(folder, tmp_path, capsys):
+    export(load_model(folder), tmp_path / "a")
+    assert "they need Gemma's tokenizer.model and a VAE." in capsys.readouterr().out
+    export(load_model(PIPELINE), tmp_path / "b")
+    assert "need" not in capsys.readouterr().out
+
 
 def test_export_stands_alone_and_is_the_same_model(folder, tmp_path):
     model = load_model(folder)

@@ -210,7 +210,8 @@ class Batches(Dataset):
             noise=torch.stack([sample.noise for sample in samples]),
         )
         if self.clip_tokenizer:
-            batch["clip"] = self.clip_tokenizer(captions)
+            prompts = fusedit.add_instruction(captions, self.config.instruction)
+            batch["clip"] = self.clip_tokenizer(prompts)
         return batch
 
     def __getitem__(self, m):

@@ -369,20 +369,6 @@ def multiples_around(number, unit):
 
 # ------------------------------------------------------------------------------ the model
 
-def parse_overrides(words):
-    """{field: value} from --set. Values are JSON or plain words."""
-    values = {}
-    for word in words:
-        name, equals, text = word.partition("=")
-        if not equals:
-            raise FuseDiTError(f"--set takes field=value, not {word!r}")
-        try:
-            values[name] = json.loads(text)
-        except ValueError:
-            values[name] = text             # plain words need no quotes
-    return values
-
-
 def lasting_name(name):
     """A name for a model folder that finds it again from anywhere; see pretrained.resolve.
 
@@ -417,7 +403,7 @@ def model_config(run):
         changes["base"] = run.base
     if run.image_size:
         changes["image_size"] = run.image_size
-    config = fusedit.preset(run.preset, **changes | parse_overrides(run.set))
+    config = fusedit.preset(run.preset, **changes | cli.parse_overrides(run.set))
 
     patch = config.patch_size               # in pixels
     if config.vae:

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 import warm
-from conftest import ROOT
+from conftest import ROOT, tiny_clip
 from PIL import Image
 from tiny_shards import (
     COLOURS,
@@ -36,6 +36,7 @@ from fusedit_lib.data import batches as batches_module
 from fusedit_lib.data import images
 from fusedit_lib.data.batches import load_batches, to_device
 from fusedit_lib.data.shards import read_index, sample_offsets
+from fusedit_lib.pretrained import ClipTokenizer
 
 
 @pytest.fixture
@@ -78,6 +79,19 @@ def test_the_order_depends_only_on_the_seed(gemma_folder, shards):
     other = sample_keys(other, 3)
     assert other != whole
     assert sorted(sum(other, [])) == sample_names(0, 24)
+
+
+def test_instructions_go_before_the_captions_of_clip_too(gemma_folder, shards, tmp_path):
+    """As in the published code (data.py:190-204); an empty caption stays empty."""
+    clip = str(tiny_clip(tmp_path / "clip"))
+    model = [f"clip={clip}", "text_modulation_embeds_dim=24", "timestep_conditioning=addition",
+             "instruction=a star and "]
+    batch = tiny_batches(gemma_folder, shards, "--caption-drop", "0.5", "--set", *model,
+                         micro_batch=8)[0]
+    assert "" in batch["captions"]
+    prompts = [f"a star and {caption}" if caption else "" for caption in batch["captions"]]
+    assert batch["clip"].equal(ClipTokenizer(clip)(prompts))
+    assert not batch["clip"].equal(ClipTokenizer(clip)(batch["captions"]))
 
 
 def test_noise_and_captions_depend_only_on_the_position(gemma_folder, shards):
