@@ -323,7 +323,6 @@ def test_broken_folders(folder, case, message):
 
 
 def test_a_gemma_that_has_moved_is_named_and_can_be_replaced(folder):
-    """A stored path is looked up beside the checkpoint first, a new one in the working directory."""
     moved = (folder / "gemma").rename(folder.parent / "elsewhere")
     edit_json(folder / "config.json", base=str(folder / "gemma"))
     with pytest.raises(FuseDiTError, match="gemma, its base, .* use sample.py --set base=FOLDER"):
