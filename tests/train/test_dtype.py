@@ -124,7 +124,7 @@ def test_evaluate_says_that_bf16_is_emulated(tmp_path):
     assert "drawing in bf16 on cpu (" in again.stderr
     other = evaluate("--dtype", "float32")
     assert other.returncode == 1
-    assert "dtype bfloat16, now float32" in other.stderr
+    assert "dtype 'bfloat16', now 'float32'" in other.stderr
 
 
 # ------------------------------------------------------------------------------ threads
