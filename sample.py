@@ -20,10 +20,11 @@ threads.limit_spinning()                    # before torch is imported
 
 from tqdm import tqdm
 
-from fusedit_lib import cli
+from fusedit_lib import backend, cli
 from fusedit_lib.cli import positive, uint32
 from fusedit_lib.export import export
 from fusedit_lib.files import atomic_write, unused_path
+from fusedit_lib.pretrained import load_model
 from fusedit_lib.sampling import (
     batches_of,
     check_guidance_span,
@@ -101,7 +102,8 @@ def add_output_flags(parser):
                        help="also save an animation of the denoising of each image")
     group.add_argument("--export", type=Path, metavar="DIR",
                        help="write the model to a new folder in the layout of the published "
-                            "models; a prompt is then optional")
+                            "models, in the precision that it is stored in unless --dtype is "
+                            "given; a prompt is then optional")
 
 
 # ---- drawing -------------------------------------------------------------------------------------
@@ -166,22 +168,31 @@ def save_grid(images, args):
     print(path)
 
 
+def export_model(args, changes):
+    """Write the model to the folder --export. changes: the config fields of --set."""
+    dtype = None                            # as stored: float32 in the checkpoints of a run
+    if args.dtype != "auto":
+        dtype = backend.torch_dtype(args.dtype)
+    export(load_model(args.model, "cpu", dtype, not args.no_ema, **changes), args.export)
+
+
 def main():
     args = parse_args()
     check_guidance_span(args.guidance_span)
     prompts = args.prompt
     if args.prompts:
         prompts = prompts + cli.read_prompts(args.prompts)
+    changes = cli.parse_overrides(args.set)
+    if args.export:
+        export_model(args, changes)
+    if not prompts:
+        return
+
     loaded = cli.open_model(args.model, args.device, args.dtype, not args.no_ema, args.compile,
-                            cli.parse_overrides(args.set))
+                            changes)
     config = loaded.model.config
     if args.guidance is None:
         args.guidance = config.guidance
-
-    if args.export:
-        export(loaded.model, args.export)
-    if not prompts:
-        return
 
     # Fail now rather than after minutes of drawing.
     args.out.mkdir(parents=True, exist_ok=True)

@@ -349,9 +349,9 @@ def config_hint(config, dit_tensors):
 def load_model(path, device="cpu", dtype=torch.float32, ema=True, **changes):
     """A trained model from any of the folders listed at the top, or a hub id.
 
-    ema=False: a checkpoint's raw weights instead of their exponential moving average. changes:
-    config fields that replace stored ones, such as base, if the Gemma has moved. Raises
-    FuseDiTError.
+    dtype: of the weights; None: as they are stored. ema=False: a checkpoint's raw weights instead
+    of their exponential moving average. changes: config fields that replace stored ones, such as
+    base, if the Gemma has moved. Raises FuseDiTError.
     """
     folder = resolve(last_checkpoint(resolve(path)))
     if published.is_checkpoint(folder):

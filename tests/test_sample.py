@@ -1,4 +1,5 @@
 """sample.py as a user runs it (as a process, with its files and error messages), and generate()."""
+import json
 import shutil
 import sys
 from dataclasses import asdict
@@ -9,6 +10,7 @@ import torch
 import warm
 from conftest import REFERENCE, ROOT
 from PIL import Image
+from safetensors.torch import load_file
 
 from fusedit import FuseDiTConfig, FuseDiTError
 from fusedit_lib import sampling
@@ -104,6 +106,24 @@ def test_nothing_is_overwritten(model, tmp_path):
         run("--model", model, "--prompt", "a star", "--steps", 1, "--out", tmp_path, "--grid")
     assert sorted(p.name for p in tmp_path.iterdir()) == ["a-star-0.png", "a-star-0_2.png",
                                                           "grid.png", "grid_2.png"]
+
+
+def test_an_export_keeps_the_stored_precision(model, tmp_path, monkeypatch):
+    """Also on a device where --dtype auto means bf16."""
+    import sample
+    monkeypatch.setattr(sample.backend, "dtype_name", lambda name, device: "bf16")
+    for out, more in (("stored", []), ("bf16", ["--dtype", "bf16"])):
+        monkeypatch.setattr(sys, "argv", ["sample.py", "--model", str(model), "--export",
+                                          str(tmp_path / out), *more])
+        sample.main()
+    want = load_file(model / "model.safetensors")["dit.proj_out.weight"]
+    stored = load_file(tmp_path / "stored" / "transformer" / "model.safetensors")
+    assert stored["dit.proj_out.weight"].equal(want)
+    rounded = load_file(tmp_path / "bf16" / "transformer" / "model.safetensors")
+    assert rounded["dit.proj_out.weight"].equal(want.bfloat16())
+    for out, dtype in (("stored", "float32"), ("bf16", "bfloat16")):
+        config = json.loads((tmp_path / out / "transformer" / "config.json").read_text())
+        assert config["torch_dtype"] == dtype
 
 
 def test_released_layout_and_export(tmp_path):
