@@ -24,7 +24,7 @@ threads.limit_spinning()                    # has no effect once torch is import
 
 from fusedit import FuseDiTError
 from fusedit_lib import backend, cli
-from fusedit_lib.cli import HelpFormatter, number_list, positive, uint32
+from fusedit_lib.cli import HelpFormatter, jpeg_quality, number_list, positive, uint32
 from fusedit_lib.evaluation import benchmarks, figures, judging, metrics, results
 from fusedit_lib.evaluation.drawing import (
     JPEG_QUALITY,
@@ -79,7 +79,7 @@ def draw_command(args):
         dtype = started_dtype(folder)
     loaded = cli.open_model(args.model, args.device, dtype, not args.no_ema, args.compile)
     if backend.rank_and_world()[0] == 0:
-        cli.announce(loaded, list(dict.fromkeys([*benchmark.prompts[:args.n], args.negative])))
+        cli.announce(loaded, list(dict.fromkeys(benchmark.prompts[:args.n])), args.negative)
 
     runs = sampling_runs(args, folder, loaded, len(benchmark.prompts))
     all_settings = [claim_folder(run, benchmark, loaded.model) for run in runs]
@@ -99,16 +99,18 @@ def load_benchmark(args):
 
 
 def model_name(model):
-    """The last part of a model's path; for a checkpoint, the last two: RUN-step-0001000."""
+    """The last part of a model's path; for a checkpoint, the last two: RUN-step-0001000, RUN-50."""
     path = Path(last_checkpoint(model))
-    if path.name.startswith("step-"):
+    if path.name.startswith("step-") or path.name.isdigit():
         return "-".join(path.parts[-2:])
     return path.name
 
 
 def image_size(args, loaded):
-    """(height, width) in pixels. Raises FuseDiTError if the model cannot draw images of this size
-    or the benchmark cannot use them."""
+    """(height, width) of the images in pixels.
+
+    Raises FuseDiTError if the model cannot draw them or the benchmark cannot use them.
+    """
     height = args.height
     if height is None:
         height = loaded.model.config.image_size
@@ -123,8 +125,10 @@ def image_size(args, loaded):
 
 
 def sampling_runs(args, folder, loaded, total):
-    """A SamplingRun for every combination of --guidance and --steps. total: the prompts of the
-    whole benchmark."""
+    """A SamplingRun for every combination of --guidance and --steps.
+
+    total: the number of prompts in the whole benchmark.
+    """
     height, width = image_size(args, loaded)
     n = total
     if args.n is not None:
@@ -213,14 +217,6 @@ def report_command(args):
 
 
 # ---- the command line ----------------------------------------------------------------------------
-
-def jpeg_quality(text):
-    """The quality of a JPEG: an integer from 1 to 100."""
-    number = int(text)
-    if not 1 <= number <= 100:
-        raise argparse.ArgumentTypeError("must be from 1 to 100")
-    return number
-
 
 def add_command(commands, name, function, documented, summary):
     """Add a subcommand whose description in --help is the docstring of `documented`."""

@@ -29,7 +29,15 @@ from fusedit_lib import threads
 threads.limit_spinning()                    # has no effect once torch is imported
 
 from fusedit_lib.backend import local_world, pick_device
-from fusedit_lib.cli import DTYPE, HelpFormatter, RenamedFlag, natural, positive, run
+from fusedit_lib.cli import (
+    DTYPE,
+    HelpFormatter,
+    RenamedFlag,
+    jpeg_quality,
+    natural,
+    positive,
+    run,
+)
 from fusedit_lib.data import (
     cc12m,
     check,
@@ -61,14 +69,6 @@ def aspect_ratio(text):
     if not ratio >= 1:                      # also rejects "nan"
         raise argparse.ArgumentTypeError("must be at least 1")
     return ratio
-
-
-def jpeg_quality(text):
-    """argparse type for a JPEG quality."""
-    quality = int(text)
-    if not 1 <= quality <= 100:
-        raise argparse.ArgumentTypeError("must be from 1 to 100")
-    return quality
 
 
 # ---------------------------------------------------------------------------- common arguments

@@ -51,9 +51,9 @@ def parse_args():
     model = cli.add_model_flags(parser)
     model.add_argument("--set", nargs="+", action="extend", default=[],
                        metavar="FIELD=VALUE",
-                       help="override fields of the model's config, for example base=FOLDER or "
-                            "vae=FOLDER, if its Gemma or VAE is not where it was, or "
-                            "'instruction=Imagine: '")
+                       help="override fields of the model's config: base=FOLDER or vae=FOLDER if "
+                            "its Gemma or VAE has moved, or 'instruction=Imagine: ' for a model "
+                            "that was trained with one")
     add_sampler_flags(parser)
     add_output_flags(parser)
     args = parser.parse_args()
@@ -142,7 +142,7 @@ def save_png(job, image, model_path, args):
         slug = "empty"
     path = unused_path(args.out / f"{slug}-{job.seed}.png", ".gif")
     info = png_info(job.prompt, job.seed, args.steps, args.guidance, args.guidance_span,
-                    args.negative, model_path)
+                    args.negative, model_path, args.set)
     with atomic_write(path) as tmp:
         image.save(tmp, "PNG", pnginfo=info)
     return path

@@ -27,7 +27,7 @@ from PIL import Image
 import fusedit
 from fusedit_lib import cli
 from fusedit_lib.data.batches import Batches, load_batches
-from fusedit_lib.pretrained import load_tokenizer
+from fusedit_lib.pretrained import load_tokenizer, open_gemma
 from fusedit_lib.train.config import RunConfig
 
 PHOTOS = 128
@@ -54,7 +54,8 @@ class Loading:
         self.batch = batch
         run = RunConfig(data=(str(shards),), batch=batch)
         config = fusedit.preset("fusedit", image_size=size)
-        tokenizer = load_tokenizer(Path(fusedit.__file__).with_name("demo") / "gemma")
+        gemma = open_gemma("demo/gemma")
+        tokenizer = load_tokenizer(gemma.tokenizer, gemma.config["vocab_size"])
         self.batches = Batches(run, config, tokenizer, batch)
         self.count = len(photos) // batch   # batches per epoch
 

@@ -52,6 +52,14 @@ def uint32(text):
     return number
 
 
+def jpeg_quality(text):
+    """The quality of a JPEG: an integer from 1 to 100."""
+    number = int(text)
+    if not 1 <= number <= 100:
+        raise argparse.ArgumentTypeError("must be from 1 to 100")
+    return number
+
+
 def number_list(kind):
     """The type of a list such as 2,4,6, whose elements have type `kind`; duplicates are dropped."""
     def parse(text):

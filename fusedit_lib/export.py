@@ -1,8 +1,7 @@
 """Write a model in the released layout, that of the published utils/save_pipeline.py.
 
-published.py lists the folders. The published classes load what is written here if the model is one
-that they know: Gemma 1 or 2 with its tokenizer.model, and a VAE. An export stands alone: it names
-no path of this machine.
+published.py lists the folders. The published classes draw the same with what is written here,
+unless needed_elsewhere names a reason. An export stands alone: it names no path of this machine.
 """
 import json
 import os
@@ -12,14 +11,22 @@ from pathlib import Path
 
 from fusedit import FuseDiTError, sincos_2d
 from fusedit_lib.files import fsync, read_json, safetensors_paths, save_file
-from fusedit_lib.pretrained import clip_folders, is_hub_id, resolve_vae
+from fusedit_lib.pretrained import (
+    clip_folders,
+    find_local,
+    gemma_tensors,
+    is_hub_id,
+    repository,
+    resolve_vae,
+)
+from fusedit_lib.vae import vae_config
 
 TOKENIZER_FILES = ("tokenizer.model", "tokenizer.json", "tokenizer_config.json",
                    "special_tokens_map.json", "added_tokens.json", "chat_template.jinja",
                    "vocab.json", "merges.txt")
 
-# Keys of JSON files in which transformers and diffusers may store a path of the machine that wrote
-# them.
+# Keys of JSON files in which transformers and diffusers may store a path on the machine that wrote
+# the file.
 PATH_KEYS = ("_name_or_path", "name_or_path", "vocab_file", "merges_file", "tokenizer_file")
 
 GEMMA_CLASSES = {"gemma": "GemmaModel", "gemma2": "Gemma2Model", "gemma3_text": "Gemma3TextModel"}
@@ -66,18 +73,22 @@ def export(model, folder):
     print(f"wrote {folder}")
     missing = needed_elsewhere(model)
     if missing:
-        print(f"The published classes cannot load it: they need {' and '.join(missing)}.")
+        print(f"The published classes cannot draw with it: they need {' and '.join(missing)}.")
 
 
 def needed_elsewhere(model):
-    """The things that the published classes need and this model lacks, as words."""
+    """The things that the published classes need and this model lacks, as phrases for a message."""
     missing = []
     if model.llm.config.model_type == "gemma3_text":
         missing.append("a Gemma 1 or 2")
     if not (model.gemma_files.tokenizer / "tokenizer.model").exists():
         missing.append("Gemma's tokenizer.model")
+    if is_deep(model) and None in model.dit.text_layers:
+        missing.append("text in every DiT block")
     if not model.config.vae:
         missing.append("a VAE")
+    elif vae_config(model.config.vae).latents_mean is not None:
+        missing.append("a VAE without latents_mean")
     return missing
 
 
@@ -115,7 +126,7 @@ def dit_state(model):
 def llm_state(model):
     """{name: tensor} of the text tower, on the CPU, without a prefix; of num_layers layers."""
     tensors = {}
-    for name, (file, stored_name) in model.gemma_files.tensors.items():
+    for name, (file, stored_name) in gemma_tensors(model.gemma_files).items():
         parts = name.split(".")             # layers.3.mlp.up_proj.weight, or norm.weight
         if parts[0] != "layers" or int(parts[1]) < num_layers(model):
             tensors[name] = file.get_tensor(stored_name).contiguous()
@@ -149,8 +160,9 @@ def llm_config(model):
     config = without_paths(model.gemma_files.config)
     config |= {"num_hidden_layers": num_layers(model), "head_dim": gemma.head_dim,
                "rms_norm_eps": gemma.rms_norm_eps, "rope_theta": gemma.rope_theta}
-    if is_hub_id(model.config.base) and not Path(model.config.base).exists():
-        config["_name_or_path"] = model.config.base
+    base = model.config.base
+    if is_hub_id(base) and find_local(base, (".", repository())) is None:
+        config["_name_or_path"] = base
     return config
 
 
@@ -164,7 +176,7 @@ def transformer_config(model):
     kind = "FuseDiT" if is_deep(model) else "DiT"
     settings = asdict(c)
     for name in ("base", "vae", "clip", "fusion"):
-        del settings[name]                  # other folders, and model_type, say the same
+        del settings[name]                  # given by other folders and by model_type
     return settings | {
         "architectures": [kind], "model_type": kind, "base_config": llm_config(model),
         "out_channels": c.in_channels, "dit_hidden_size": model.dit.width,

@@ -144,6 +144,31 @@ class SlicedTensor:
         return whole
 
 
+class InMemoryTensor:
+    """A tensor in memory, with the methods of an open safetensors file that contains it."""
+
+    def __init__(self, tensor):
+        self.tensor = tensor
+
+    def metadata(self):
+        return {}
+
+    def get_slice(self, _):
+        return self
+
+    def get_shape(self):
+        return list(self.tensor.shape)
+
+    def get_tensor(self, _):
+        return self.tensor
+
+
+def tensors_below(prefix, tensors):
+    """The tensors whose names start with a prefix, which is removed."""
+    return {name.removeprefix(prefix): stored for name, stored in tensors.items()
+            if name.startswith(prefix)}
+
+
 # ---- loading into a module -----------------------------------------------------------------------
 
 def check_tensors(module, tensors, source, hint=""):

@@ -6,7 +6,7 @@ A model is loaded from
     a run                   the checkpoint that its file `latest` names
     the released layout     a pipeline of the published code, with transformer/, vae/, tokenizer/,
                             ...: see published.py
-    a published checkpoint  what the published code leaves in training: see published.py
+    a published checkpoint  what the published code saves during training: see published.py
     a hub id                one of the first three on the Hugging Face hub
 Loading is strict: a missing or unexpected tensor means that this is another model, and raises an
 error that names the tensor. Models are built on the meta device, which has shapes but no memory;
@@ -14,11 +14,12 @@ then only the tensors that are needed are read.
 """
 import hashlib
 import json
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
+from safetensors import SafetensorError
 
 import fusedit
 from fusedit import FuseDiT, FuseDiTConfig, FuseDiTError, GemmaConfig
@@ -32,18 +33,20 @@ from fusedit_lib.files import (
     read_json,
     safetensors_paths,
     save_file,
+    tensors_below,
 )
-from fusedit_lib.published import GemmaFiles, Stored, dit_tensors, tensors_below
+from fusedit_lib.published import GemmaFiles, StoredModel, dit_tensors
 
 # The files to download from the hub.
-MODEL_FILES = ("*.json", "*.safetensors", "*.model", "*merges.txt")
-TOKENIZER_FILES = ("*.json", "*.model")
+MODEL_FILES = ("*.json", "*.safetensors", "*.model", "*.jinja", "*merges.txt")
+TOKENIZER_FILES = ("*.json", "*.model", "*.jinja")
 VAE_FILES = ("vae/*", "config.json", "diffusion_pytorch_model*.safetensors*")
 # A CLIP text model with its tokenizer: in one folder, in two as in SD 3 and similar models, or in
 # two as in the released layout.
 CLIP_FOLDERS = (("text_encoder", "tokenizer"), ("clip", "clip_tokenizer"))
 CLIP_FILES = ("config.json", "model.safetensors", "vocab.json", "merges.txt", "tokenizer*.json",
-              "*/config.json", "text_encoder/model.safetensors", "tokenizer/*",
+              "special_tokens_map.json", "text_encoder/config.json",
+              "text_encoder/model.safetensors", "tokenizer/*", "clip/config.json",
               "clip/model.safetensors", "clip_tokenizer/*")
 
 # ---- finding a folder ----------------------------------------------------------------------------
@@ -131,8 +134,16 @@ def gemma_config(d):
     return GemmaConfig.from_dict(text_config(d))
 
 
-def gemma_tensors(folder):
-    """open_tensors of a Gemma, saved by transformers or within a FuseDiT, with prefixes removed."""
+def gemma_tensors(gemma):
+    """The tensors of GemmaFiles, or of the Gemma in a folder, in the form of open_tensors.
+
+    The folder may have been saved by transformers or contain a FuseDiT; prefixes are removed.
+    """
+    folder = gemma
+    if isinstance(gemma, GemmaFiles):
+        if gemma.tensors is not None:
+            return gemma.tensors
+        folder = gemma.folder
     tensors = open_tensors(folder)
     for prefix in ("llm.", "language_model.model.", "model.language_model.", "model.", ""):
         if prefix + "embed_tokens.weight" in tensors:
@@ -150,7 +161,7 @@ def open_gemma(base):
     """GemmaFiles of a Gemma's folder or hub id, or of the text tower in the released layout."""
     folder = resolve(base)
     config = text_config(read_json(folder / "config.json"))
-    return GemmaFiles(folder, config, gemma_tensors(folder), tokenizer_folder(folder))
+    return GemmaFiles(folder, config, tokenizer_folder(folder))
 
 
 def tokenizer_folder(folder):
@@ -161,18 +172,18 @@ def tokenizer_folder(folder):
     return folder
 
 
-def load_tokenizer(folder, vocab_size=None):
+def load_tokenizer(folder, vocab_size, tokenizer_class="AutoTokenizer"):
     """The transformers tokenizer in a folder; raises FuseDiTError.
 
     vocab_size: that of the model for which it is meant; see check_vocabulary.
     """
-    from transformers import AutoTokenizer
+    import transformers
     try:
-        tokenizer = AutoTokenizer.from_pretrained(folder)
+        tokenizer = getattr(transformers, tokenizer_class).from_pretrained(folder)
     except Exception as e:                  # of many types, if files are missing or incomplete
-        raise FuseDiTError(f"cannot load a tokenizer from {folder}: {first_line(e)}") from e
-    if vocab_size is not None:
-        check_vocabulary(tokenizer, vocab_size, folder)
+        raise FuseDiTError(f"{folder} has no tokenizer that can be loaded: is tokenizer.json or "
+                           f"tokenizer.model missing or damaged? ({first_line(e)})") from e
+    check_vocabulary(tokenizer, vocab_size, folder)
     return tokenizer
 
 
@@ -214,15 +225,10 @@ class ClipTokenizer:
     """prompts -> [B,77]: the token ids of a CLIP text model."""
 
     def __init__(self, name):
-        from transformers import CLIPTokenizer
         folders = clip_folders(name)
         config = text_config(read_json(folders.model / "config.json"))
-        try:
-            self.tokenizer = CLIPTokenizer.from_pretrained(folders.tokenizer)
-        except Exception as e:              # of many types, if files are missing or incomplete
-            raise FuseDiTError(f"cannot load CLIP's tokenizer from {folders.tokenizer}: "
-                               f"{first_line(e)}") from e
-        check_vocabulary(self.tokenizer, config.get("vocab_size", 49408), folders.tokenizer)
+        vocab_size = config.get("vocab_size", 49408)           # the default of transformers
+        self.tokenizer = load_tokenizer(folders.tokenizer, vocab_size, "CLIPTokenizer")
 
     def __call__(self, prompts):
         return self.tokenizer(list(prompts), padding="max_length", truncation=True, max_length=77,
@@ -240,7 +246,7 @@ class ClipEncoder:
         try:
             model, loaded = CLIPTextModelWithProjection.from_pretrained(
                 folder, dtype=dtype, output_loading_info=True)
-        except OSError as e:
+        except (OSError, SafetensorError) as e:
             raise FuseDiTError(f"cannot load the CLIP text model in {folder}: "
                                f"{first_line(e)}") from e
         if loaded["missing_keys"]:          # transformers would leave them at random values
@@ -321,9 +327,10 @@ def load_llm(model, gemma, trained_tensors, source, device, dtype):
         check_tensors(model.llm, trained_tensors, source)
         assign_tensors(model.llm, trained_tensors, device, dtype)
         return
-    check_tensors(model.llm, gemma.tensors, gemma.folder)
+    tensors = gemma_tensors(gemma)
+    check_tensors(model.llm, tensors, gemma.folder)
     model.llm.keep_layers(model.last_layer)
-    assign_tensors(model.llm, gemma.tensors, device, dtype)
+    assign_tensors(model.llm, tensors, device, dtype)
 
 
 def config_hint(config, dit_tensors):
@@ -354,17 +361,8 @@ def load_model(path, device="cpu", dtype=torch.float32, ema=True, **changes):
     base, if the Gemma has moved. Raises FuseDiTError.
     """
     folder = resolve(last_checkpoint(resolve(path)))
-    if published.is_checkpoint(folder):
-        stored = published.open_checkpoint(folder, ema)
-    elif not ema and not (folder / "train_state").exists():
-        raise FuseDiTError(f"{folder} has EMA weights only: the raw ones are in the checkpoints of "
-                           "a run")
-    elif published.is_pipeline(folder):
-        stored = published.open_pipeline(folder)
-    else:
-        stored = open_own(folder, ema)
-
-    config = with_absolute_paths(stored.config, folder, changes)
+    config = with_absolute_paths(stored_config(folder), folder, changes)
+    stored = open_weights(folder, ema)
     gemma = stored.gemma
     if gemma is not None:                   # config.base has its tokenizer
         tokenizer = tokenizer_folder(resolve(config.base, patterns=TOKENIZER_FILES))
@@ -373,14 +371,29 @@ def load_model(path, device="cpu", dtype=torch.float32, ema=True, **changes):
     return model.eval()
 
 
-def open_own(folder, ema):
-    """Stored, of a folder in our own layout; ema=False: the raw weights in its train_state/."""
-    config = FuseDiTConfig.from_dict(read_json(folder / "config.json"))
-    if ema:
-        tensors = open_tensors(folder)
-    else:
-        tensors = tensors_below("weight.", open_tensors(folder / "train_state", "state"))
-    return Stored(config, folder, dit_tensors(tensors), tensors_below("llm.", tensors))
+def stored_config(folder):
+    """FuseDiTConfig of a model folder of any layout, as it is stored."""
+    if published.is_pipeline(folder):
+        return published.pipeline_config(folder)
+    if published.is_checkpoint(folder):
+        return published.checkpoint_config(folder)
+    return FuseDiTConfig.from_dict(read_json(folder / "config.json"))
+
+
+def open_weights(folder, ema):
+    """StoredModel of a model folder of any layout; ema=False: its raw weights."""
+    if published.is_checkpoint(folder) and not published.is_pipeline(folder):
+        return published.open_checkpoint(folder, ema)
+    train_state = folder / "train_state"
+    if not ema and not train_state.exists():
+        raise FuseDiTError(f"{folder} has EMA weights only: the raw ones are in the checkpoints of "
+                           "a run")
+    if published.is_pipeline(folder):
+        return published.open_pipeline(folder)
+    tensors = open_tensors(folder)
+    if not ema:
+        tensors = tensors_below("weight.", open_tensors(train_state, "state"))
+    return StoredModel(folder, dit_tensors(tensors), tensors_below("llm.", tensors))
 
 
 def with_absolute_paths(config, folder, changes):
@@ -388,21 +401,27 @@ def with_absolute_paths(config, folder, changes):
 
     Hub ids remain. Raises FuseDiTError if a folder is missing.
     """
+    config = FuseDiTConfig.from_dict(asdict(config) | changes)
+    if not config.base:
+        raise FuseDiTError(f"{folder} does not name its Gemma: name it with sample.py --set "
+                           "base=NAME, for example base=google/paligemma-3b-pt-448")
     paths = {}
     for field in ("base", "vae", "clip"):
         name = getattr(config, field)
-        roots = (folder, repository(), ".")         # stored: a run of the demo has "demo/gemma"
-        if field in changes:
-            name = changes[field]
-            roots = (".", repository())
         if not name:
             continue
+        roots = (folder, repository(), ".")         # stored: a run of the demo has "demo/gemma"
+        problem = (f"{folder} needs {name}, its {field}, which is not there. If it has been moved "
+                   f"or renamed, use sample.py --set {field}=FOLDER; with --export, it also writes "
+                   "a folder that other programs can load")
+        if field in changes:
+            roots = (".", repository())
+            problem = f"{field}={name}: there is no such folder"
         path = find_local(name, roots)
         if path is None and not is_hub_id(name):
-            raise FuseDiTError(f"{folder} needs {name}, its {field}, which is not there. If it has "
-                               f"been moved or renamed, use sample.py --set {field}=FOLDER")
+            raise FuseDiTError(problem)
         paths[field] = str(path or name)
-    return FuseDiTConfig.from_dict(asdict(config) | changes | paths)
+    return replace(config, **paths)
 
 
 # ---- writing -------------------------------------------------------------------------------------

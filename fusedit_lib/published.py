@@ -11,26 +11,28 @@
     a training checkpoint   what diffusion/trainers.py writes: a config.json, in the folder or the
                             one above, and at least one of the files in CHECKPOINT_FILES
 
-A training checkpoint names its Gemma, from which the tokenizer is taken. It contains neither VAE
-nor noise schedule: published runs all use those of Stable Diffusion 3, which are our defaults.
+A training checkpoint names its Gemma, from which the tokenizer is taken. It contains neither a VAE
+nor a noise schedule: published runs all use those of Stable Diffusion 3, which are our defaults.
 References such as trainers.py:496 are to github.com/tang-bd/fuse-dit at commit 5e6431a.
 """
 import pickle
+import shutil
 import sys
 import tempfile
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 
 from fusedit import FuseDiTConfig, FuseDiTError
-from fusedit_lib.files import open_tensors, read_json
+from fusedit_lib.files import InMemoryTensor, open_tensors, read_json, tensors_below
 
 # The files of a training checkpoint, and the key under which a file contains the state dict (None:
-# it is the whole file). SPMDTrainer writes the first four, DeepSpeedTrainer all of them.
-EMA_FILES = {"ema.pt.zst": None, "ema.pt": None, "mp_rank_00_model_states.pt": "ema"}
-RAW_FILES = {"model.pt.zst": None, "model.pt": None, "mp_rank_00_model_states.pt": "module"}
+# it is the whole file). DeepSpeedTrainer writes the first, both trainers the others. Uncompressed
+# files come first, because they do not have to be unpacked.
+EMA_FILES = {"mp_rank_00_model_states.pt": "ema", "ema.pt": None, "ema.pt.zst": None}
+RAW_FILES = {"mp_rank_00_model_states.pt": "module", "model.pt": None, "model.pt.zst": None}
 CHECKPOINT_FILES = (*EMA_FILES, *RAW_FILES)
 
 # Settings of diffusers' FlowMatchEulerDiscreteScheduler that change the noise levels, and that our
@@ -39,23 +41,22 @@ OTHER_SCHEDULES = ("use_dynamic_shifting", "use_karras_sigmas", "use_exponential
                    "use_beta_sigmas", "invert_sigmas", "shift_terminal", "stochastic_sampling")
 
 
-# Both classes describe files, of which no tensor has been read yet. Their tensors are in the form
-# that files.open_tensors returns, without a prefix such as "dit.".
+# Both classes describe files on disk, in any layout. Tensors that have not been read yet are in the
+# form that files.open_tensors returns, without a prefix such as "dit.".
 
 class GemmaFiles(NamedTuple):
-    """A Gemma on disk."""
-    folder: Path                            # for error messages
+    """A Gemma."""
+    folder: Path
     config: dict                            # its text model's part of config.json
-    tensors: dict
-    tokenizer: Path | None                  # the folder of its tokenizer
+    tokenizer: Path | None = None           # the folder of its tokenizer
+    tensors: dict | None = None             # None: those in folder
 
 
-class Stored(NamedTuple):
-    """A model on disk."""
-    config: FuseDiTConfig
+class StoredModel(NamedTuple):
+    """The weights of a model."""
     folder: Path                            # for error messages
-    dit: dict                               # the DiT's tensors
-    trained_llm: dict | None = None         # those of layers of config.base that were trained too
+    dit: dict                               # tensors of the DiT
+    trained_llm: dict | None = None         # of the layers of config.base that were trained as well
     gemma: GemmaFiles | None = None         # the whole text tower, if it is not that of config.base
 
 
@@ -66,11 +67,13 @@ def is_pipeline(folder):
     return (folder / "transformer").is_dir()
 
 
-def model_config(d, folder, **changes):
+def fusedit_config(d, folder, **changes):
     """FuseDiTConfig from a published config.json (a dict), with some fields changed.
 
     The keys that are not ours describe what follows from the others, such as text_hidden_size.
     """
+    if not isinstance(d, dict):
+        raise FuseDiTError(f"the config.json in {folder} is not a JSON object")
     fusion = {"FuseDiT": "deep", "DiT": "shallow"}.get(d.get("model_type"))
     if fusion is None:
         raise FuseDiTError(f"{folder} is another kind of model: its model_type is "
@@ -100,8 +103,8 @@ def schedule_shift(folder):
 
 # ---- pipelines -----------------------------------------------------------------------------------
 
-def open_pipeline(folder):
-    """Stored, of a pipeline's folder."""
+def pipeline_config(folder):
+    """FuseDiTConfig of a pipeline's folder."""
     transformer = folder / "transformer"
     d = read_json(transformer / "config.json")
     changes = {"base": str(transformer), "shift": schedule_shift(folder), "vae": None, "clip": None}
@@ -111,8 +114,13 @@ def open_pipeline(folder):
         changes["vae"] = str(folder / "vae")
     if d.get("text_modulation_embeds_dim"):
         changes["clip"] = str(folder)
-    config = model_config(d, folder, **changes)
-    return Stored(config, transformer, dit_tensors(open_tensors(transformer)))
+    return fusedit_config(d, folder, **changes)
+
+
+def open_pipeline(folder):
+    """StoredModel of a pipeline's folder."""
+    transformer = folder / "transformer"
+    return StoredModel(transformer, dit_tensors(open_tensors(transformer)))
 
 
 def dit_tensors(tensors):
@@ -123,46 +131,69 @@ def dit_tensors(tensors):
     return {name: stored for name, stored in tensors.items() if name != "patch_embed.pos_embed"}
 
 
-def tensors_below(prefix, tensors):
-    """The tensors whose names start with a prefix, which is removed."""
-    return {name.removeprefix(prefix): stored for name, stored in tensors.items()
-            if name.startswith(prefix)}
-
-
 # ---- training checkpoints ------------------------------------------------------------------------
 
 def is_checkpoint(folder):
-    """True for a training checkpoint of the published code, and for one that lacks its weights."""
-    return any((folder / name).exists() for name in (*CHECKPOINT_FILES, ".metadata"))
+    """True for a training checkpoint of the published code.
+
+    It may be one that consists of the shards of each TPU host, from which nothing can be loaded.
+    """
+    return has_weights(folder) or (folder / ".metadata").exists()
+
+
+def has_weights(folder):
+    return any((folder / name).exists() for name in CHECKPOINT_FILES)
 
 
 def last_checkpoint(folder):
-    """The newest checkpoint OUT/STEP in the folder of a published TPU run, or None."""
+    """The newest checkpoint OUT/STEP in the folder of a published TPU run, or None.
+
+    The newest one that can be loaded is preferred; if a later one cannot, a line on stderr says so.
+    """
     steps = [path for path in Path(folder).glob("[0-9]*")
              if path.name.isdigit() and is_checkpoint(path)]
-    return max(steps, key=lambda path: int(path.name), default=None)
+    steps.sort(key=lambda path: int(path.name))
+    whole = [path for path in steps if has_weights(path)]
+    if not whole:
+        return steps[-1] if steps else None
+    if steps[-1] != whole[-1]:
+        print(f"{steps[-1]} has no consolidated weights: using step {whole[-1].name}",
+              file=sys.stderr)
+    return whole[-1]
 
 
-def open_checkpoint(folder, ema):
-    """Stored, of a training checkpoint; ema=False: its raw weights instead of their EMA."""
+def checkpoint_json(folder):
+    """The config.json of a training checkpoint, as a dict."""
     config_path = folder / "config.json"
     if not config_path.exists():            # DeepSpeedTrainer writes it once for all checkpoints
         config_path = folder.parent / "config.json"
-    d = read_json(config_path)
-    base = (d.get("base_config") or {}).get("_name_or_path") or FuseDiTConfig.base
-    clip = None
-    if d.get("text_modulation_embeds_dim"):
-        clip = FuseDiTConfig.vae            # the published run takes both from SD 3
-    config = model_config(d, folder, base=base, clip=clip)
+    return read_json(config_path)
 
+
+def checkpoint_config(folder):
+    """FuseDiTConfig of a training checkpoint. Its base may be "": see pretrained.load_model."""
+    d = checkpoint_json(folder)
+    config = fusedit_config(d, folder)
+    base = (d.get("base_config") or {}).get("_name_or_path") or ""
+    clip = None
+    if config.text_modulation_embeds_dim:
+        clip = FuseDiTConfig.vae            # the published run takes both from SD 3
+    return replace(config, base=base, clip=clip)
+
+
+def open_checkpoint(folder, ema):
+    """StoredModel of a training checkpoint; ema=False: its raw weights instead of their EMA."""
     state = read_state_dict(folder, ema)
     # SPMDTrainer wraps modules, which adds this to their names (save_pipeline.py:31)
-    tensors = {name.replace("_orig_module.", ""): (InMemory(tensor), name)
+    tensors = {name.replace("_orig_module.", ""): (InMemoryTensor(tensor), name)
                for name, tensor in state.items()}
-    if config.fusion == "shallow":
-        return Stored(config, folder, dit_tensors(tensors))
-    gemma = GemmaFiles(folder, d["base_config"], tensors_below("llm.", tensors), tokenizer=None)
-    return Stored(config, folder, dit_tensors(tensors), gemma=gemma)
+    d = checkpoint_json(folder)
+    if d["model_type"] == "DiT":            # shallow fusion: Gemma is not in the checkpoint
+        return StoredModel(folder, dit_tensors(tensors))
+    if not d.get("base_config"):
+        raise FuseDiTError(f"the config.json of {folder} has no base_config, which describes Gemma")
+    gemma = GemmaFiles(folder, d["base_config"], tensors=tensors_below("llm.", tensors))
+    return StoredModel(folder, dit_tensors(tensors), gemma=gemma)
 
 
 def read_state_dict(folder, ema):
@@ -172,8 +203,10 @@ def read_state_dict(folder, ema):
         if not path.exists():
             continue
         state = load_torch_file(path)
-        if key is not None:
+        if key is not None and isinstance(state, dict):
             state = state.get(key)
+        if state and not is_state_dict(state):
+            raise FuseDiTError(f"{path} contains something other than the weights of a model")
         if state:
             return state
 
@@ -182,8 +215,13 @@ def read_state_dict(folder, ema):
         return read_state_dict(folder, ema=False)
     if not ema:
         raise FuseDiTError(f"{folder} has EMA weights only")
-    raise FuseDiTError(f"{folder} has no whole weights: the published trainer adds ema.pt.zst to "
-                       "the checkpoints whose step is a multiple of consolidation_steps")
+    raise FuseDiTError(f"{folder} has no consolidated weights: the published trainer adds "
+                       "ema.pt.zst to the checkpoints whose step is a multiple of "
+                       "consolidation_steps")
+
+
+def is_state_dict(value):
+    return isinstance(value, dict) and all(isinstance(t, torch.Tensor) for t in value.values())
 
 
 def load_torch_file(path):
@@ -191,15 +229,31 @@ def load_torch_file(path):
     if path.suffix != ".zst":
         return load_mapped(path)
     import zstandard
-    with tempfile.TemporaryDirectory(prefix="fusedit-") as folder:
+    # Where a file cannot be removed while it is mapped (NFS, Windows), it stays behind.
+    with tempfile.TemporaryDirectory(prefix="fusedit-", ignore_cleanup_errors=True) as folder:
         plain = Path(folder) / path.stem
         print(f"decompressing {path}", file=sys.stderr)
         try:
             with open(path, "rb") as source, open(plain, "wb") as target:
+                size = zstandard.get_frame_parameters(source.read(18)).content_size
+                check_space(size, path)
+                source.seek(0)
                 zstandard.ZstdDecompressor().copy_stream(source, target)
         except zstandard.ZstdError as e:
             raise FuseDiTError(f"{path} is truncated or corrupt ({e}): copy it again") from None
         return load_mapped(plain, path)     # stays mapped once the file has been deleted
+
+
+def check_space(size, path):
+    """Raise FuseDiTError if the temporary folder has no room for the `size` bytes of a file.
+
+    size: 0 or CONTENTSIZE_UNKNOWN, which is larger than any disk, if the file does not say.
+    """
+    free = shutil.disk_usage(tempfile.gettempdir()).free
+    if free < size < 2**60:
+        raise FuseDiTError(f"decompressing {path} takes {size / 1e9:.1f} GB in "
+                           f"{tempfile.gettempdir()}, which has {free / 1e9:.1f} GB left: set "
+                           "TMPDIR to a folder on a larger disk")
 
 
 def load_mapped(path, original=None):
@@ -213,22 +267,3 @@ def load_mapped(path, original=None):
         reason = str(e).strip().splitlines()[0]
         raise FuseDiTError(f"{original or path} is truncated or corrupt, or contains more than "
                            f"tensors and plain values ({reason})") from None
-
-
-class InMemory:
-    """A tensor, with the methods of an open safetensors file that contains it."""
-
-    def __init__(self, tensor):
-        self.tensor = tensor
-
-    def metadata(self):
-        return {}
-
-    def get_slice(self, _):
-        return self
-
-    def get_shape(self):
-        return list(self.tensor.shape)
-
-    def get_tensor(self, _):
-        return self.tensor

@@ -10,6 +10,7 @@ sample.py, evaluate.py and the image grids of a training run all draw with gener
 works on the latents of a VAE also needs vae=load_vae(model.config.vae, ...).
 """
 import math
+import shlex
 
 import torch
 from PIL import Image
@@ -164,11 +165,16 @@ def image_grid(images, columns, side=192):
     return grid
 
 
-def png_info(prompt, seed, steps, guidance, guidance_span, negative, model):
-    """PNG text chunks from which an image can be drawn again; model: path of its checkpoint."""
+def png_info(prompt, seed, steps, guidance, guidance_span, negative, model, overrides=()):
+    """PNG text chunks from which an image can be drawn again.
+
+    model: path of its checkpoint. overrides: the words of --set.
+    """
     low, high = guidance_span
     fields = {"prompt": prompt, "seed": seed, "steps": steps, "guidance": guidance,
               "guidance_span": f"{low:g} {high:g}", "negative": negative, "model": model}
+    if overrides:
+        fields["set"] = shlex.join(overrides)
     info = PngInfo()
     for key, value in fields.items():
         info.add_itxt(key, str(value))

@@ -23,10 +23,9 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-import fusedit
 from fusedit import FuseDiTError
 from fusedit_lib.files import assign_tensors, check_tensors, open_tensors, read_json
-from fusedit_lib.pretrained import resolve_vae
+from fusedit_lib.pretrained import find_local, is_hub_id, repository, resolve_vae
 
 # ---- config.json ---------------------------------------------------------------------------------
 
@@ -166,9 +165,7 @@ def vae_config(name):
 
 def config_on_disk(name):
     """The path of a VAE's config.json, or None for a hub id that has not been downloaded."""
-    is_local = any((root / name).exists() for root in (Path(), Path(fusedit.__file__).parent))
-    is_hub_id = str(name).count("/") == 1 and not str(name).startswith((".", "/"))
-    if is_local or not is_hub_id:
+    if find_local(name, (".", repository())) is not None or not is_hub_id(name):
         return resolve_vae(name) / "config.json"
     from huggingface_hub import try_to_load_from_cache
     for file in ("vae/config.json", "config.json"):

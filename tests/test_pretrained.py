@@ -329,6 +329,10 @@ def test_a_gemma_that_has_moved_is_named_and_can_be_replaced(folder):
         load_model(folder)
     model = load_model(folder, base=str(moved))
     assert model.config.base == str(moved)
+    with pytest.raises(FuseDiTError, match="base=./nowhere: there is no such folder"):
+        load_model(folder, base="./nowhere")
+    with pytest.raises(FuseDiTError, match="config field base is 3"):
+        load_model(folder, base=3)
 
 
 def test_a_stored_name_means_the_repositorys_own_folder(folder, tmp_path, monkeypatch):
@@ -378,6 +382,13 @@ def test_export_says_what_the_published_classes_would_need(folder, tmp_path, cap
     assert "they need Gemma's tokenizer.model and a VAE." in capsys.readouterr().out
     export(load_model(PIPELINE), tmp_path / "b")
     assert "need" not in capsys.readouterr().out
+
+    vae = shutil.copytree(PIPELINE / "vae", tmp_path / "vae")
+    edit_json(vae / "config.json", latents_mean=[0.0] * 16, latents_std=[1.0] * 16)
+    model = load_model(PIPELINE, vae=str(vae), shared_attention_layers=[0, 1])
+    export(model, tmp_path / "c")
+    assert "they need text in every DiT block and a VAE without latents_mean." in \
+        capsys.readouterr().out
 
 
 def test_export_stands_alone_and_is_the_same_model(folder, tmp_path):

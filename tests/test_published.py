@@ -3,6 +3,7 @@
 tests/reference/published has what the published scripts wrote for tiny models, and what the
 published classes draw from them (README.md there).
 """
+import copy
 import json
 import shutil
 from dataclasses import asdict
@@ -104,7 +105,7 @@ SPOIL = {
 
 @pytest.mark.parametrize("case, message", [
     ("no CLIP vocabulary", r"tokenizer in .*clip has \d+ tokens, but its model has 600"),
-    ("no vocabulary", "cannot load a tokenizer from .*tokenizer"),
+    ("no vocabulary", "tokenizer has no tokenizer that can be loaded"),
     ("CLIP's tokenizer for Gemma", r"has 514 tokens, but its model has 380"),
     ("another schedule", "use_dynamic_shifting, which fusedit does not support"),
     ("no shift", "needs a shift"),
@@ -255,6 +256,41 @@ def test_a_run_means_its_newest_checkpoint(spmd):
     assert (model.dit.proj_out.weight == 3).all()
 
 
+def test_a_newer_checkpoint_without_whole_weights_is_passed_over(spmd, capsys):
+    """The published trainer keeps its newest checkpoint, which mostly consists of shards."""
+    (spmd / "55").mkdir()
+    (spmd / "55" / ".metadata").touch()
+    assert published.last_checkpoint(spmd) == spmd / "50"
+    assert "55 has no consolidated weights: using step 50" in capsys.readouterr().err
+    shutil.rmtree(spmd / "50")
+    assert published.last_checkpoint(spmd) == spmd / "55"
+
+
+def test_a_file_that_need_not_be_decompressed_is_preferred(deepspeed, capsys):
+    assert (deepspeed / "50" / "ema.pt.zst").exists()
+    open_state(deepspeed / "50")
+    assert "decompressing" not in capsys.readouterr().err
+
+
+def test_a_full_temporary_folder_is_noticed_before_it_is_filled(spmd, monkeypatch):
+    free = shutil.disk_usage(spmd)._replace(free=1000)
+    monkeypatch.setattr(shutil, "disk_usage", lambda folder: free)
+    with pytest.raises(FuseDiTError, match="ema.pt.zst takes 0.0 GB in .* set TMPDIR"):
+        open_state(spmd / "50")
+
+
+def test_paths_are_checked_before_weights_are_read(spmd):
+    """A published run may name its Gemma by a path of its machine or, with PaliGemma, not at all."""
+    (spmd / "50" / "ema.pt.zst").write_bytes(b"junk")
+    config = json.loads((spmd / "50" / "config.json").read_text())
+    for name, message in (("/gone/gemma-2-2b", "needs /gone/gemma-2-2b, its base"),
+                          ("", "does not name its Gemma")):
+        config["base_config"]["_name_or_path"] = name
+        edit_json(spmd / "50" / "config.json", base_config=config["base_config"])
+        with pytest.raises(FuseDiTError, match=message):
+            load_model(spmd)
+
+
 def test_uncompressed_weights_are_read(spmd):
     want = open_state(spmd / "50")
     state = published.load_torch_file(spmd / "50" / "model.pt.zst")
@@ -303,6 +339,9 @@ def leave_sharded_files(folder):
     (leave_sharded_files, True, "multiple of consolidation_steps"),
     (lambda c: (c / "model.pt.zst").unlink(), False, "has EMA weights only"),
     (lambda c: (c / "config.json").unlink(), True, "cannot read .*config.json"),
+    (lambda c: edit_json(c / "config.json", base_config=None), True, "has no base_config"),
+    (lambda c: torch.save({"ema": [1]}, c / "mp_rank_00_model_states.pt"), True,
+     "mp_rank_00_model_states.pt contains something other than the weights"),
 ])
 def test_broken_checkpoints(spmd, capfd, spoil, ema, message):
     spoil(spmd / "50")
@@ -323,6 +362,14 @@ def test_sample_exports_a_published_checkpoint(deepspeed, tmp_path):
     shutil.rmtree(deepspeed)
     golden = CHECKPOINTS / "fusedit-large-scale-deepspeed.golden.safetensors"
     assert_draws_as_published(load_model(tmp_path / "model"), golden)
+
+
+def test_a_model_can_be_copied(spmd):
+    """No file is kept open (which deepcopy and pickle would refuse)."""
+    for model in (open_reference("fusedit-large-scale-spmd"),
+                  load_model(PIPELINES / "fusedit-layers-10", vae=VAE)):
+        again = copy.deepcopy(model)
+        assert again.dit.proj_out.weight.equal(model.dit.proj_out.weight)
 
 
 def test_zstandard_is_optional(monkeypatch, spmd):

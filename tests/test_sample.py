@@ -108,6 +108,27 @@ def test_nothing_is_overwritten(model, tmp_path):
                                                           "grid.png", "grid_2.png"]
 
 
+def test_overrides_reach_the_model_and_the_png(model, tmp_path):
+    words = ["--model", model, "--prompt", "a star", "--steps", 2, "--dtype", "float32"]
+    changes = ["--set", "instruction=a blue ", "guidance=4"]
+    assert run(*words, *changes, "--out", tmp_path / "a").returncode == 0
+    run(*words, "--prompt", "a blue a star", "--guidance", 4, "--out", tmp_path / "b")
+    image = Image.open(tmp_path / "a" / "a-star-0.png")
+    assert image.text["set"] == "'instruction=a blue ' guidance=4"
+    assert image.text["guidance"] == "4.0"
+    assert abs(pixels(tmp_path / "a" / "a-star-0.png")
+               - pixels(tmp_path / "b" / "a-blue-a-star-0.png")).max() <= 1
+    assert abs(pixels(tmp_path / "a" / "a-star-0.png")
+               - pixels(tmp_path / "b" / "a-star-0.png")).max() > 1
+    for word, message in (("guidance", "--set takes field=value"), ("guidanc=4", "guidance"),
+                          ("vae=true", "config field vae is True")):
+        done = run(*words, "--set", word, "--out", tmp_path / "c")
+        assert done.returncode == 1
+        assert message in done.stderr
+        assert len(done.stderr.strip().splitlines()) == 1
+    assert not (tmp_path / "c").exists()
+
+
 def test_an_export_keeps_the_stored_precision(model, tmp_path, monkeypatch):
     """Also on a device where --dtype auto means bf16."""
     import sample

@@ -101,7 +101,8 @@ def tiny_batches(gemma, data, *flags, micro_batch=4, accumulation=1, rank=0, wor
     if data:
         argv += ["--data", *map(str, data)]
     run = parse_run(argv, "")
-    tokenizer = pretrained.load_tokenizer(gemma)
+    files = pretrained.open_gemma(gemma)
+    tokenizer = pretrained.load_tokenizer(files.tokenizer, files.config["vocab_size"])
     return Batches(run, model_config(run), tokenizer, micro_batch, accumulation, rank, world)
 
 

@@ -18,7 +18,7 @@ LONGEST_JPEG = 65500                        # longest side in pixels that libjpe
 
 # How images are resized. Pillow's filters widen when they downscale an image, so there is no
 # aliasing. Bicubic is sharper than a box filter at odd ratios and rings less than Lanczos; bilinear
-# is that of the published code, with whose pixels it agrees (see resize_shorter_side).
+# is what the published code uses, and gives the same pixels (see resize_shorter_side).
 FILTERS = {"bicubic": Image.Resampling.BICUBIC, "bilinear": Image.Resampling.BILINEAR}
 
 

@@ -111,9 +111,11 @@ def run_settings(run, benchmark, model):
 def read_settings(path):
     """The content of a run.json, with the settings that earlier versions did not store."""
     settings = parse_object(read_text(path), str(path))
-    size = settings.get("size")
-    return {"height": size, "width": size, "guidance_span": [0, 1], "negative": "",
-            "jpeg_quality": JPEG_QUALITY, **settings}
+    size = settings.pop("size", None)
+    defaults = {"height": size, "width": size, "guidance_span": [0, 1], "negative": ""}
+    if settings.get("benchmark") == "mjhq":
+        defaults["jpeg_quality"] = JPEG_QUALITY
+    return defaults | settings
 
 
 def claim_folder(run, benchmark, model):

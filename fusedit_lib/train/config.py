@@ -17,6 +17,7 @@ from fusedit import FuseDiTError
 from fusedit_lib import backend, cli
 from fusedit_lib.data.shards import expand_shards
 from fusedit_lib.files import read_json
+from fusedit_lib.pretrained import repository
 from fusedit_lib.train.published_runs import published_settings
 from fusedit_lib.vae import vae_config
 
@@ -55,10 +56,10 @@ class RunConfig:
 
     # The model to train. Of these settings, only like_published may change when a run is resumed.
     preset: str = flag("demo", "model preset: a name in fusedit.PRESETS", group="model")
-    like_published: bool = flag(False, "use the run settings of the preset's published run where "
-                                "they are not given: steps, EMA, resizing, checkpoints and so on "
-                                "(docs/glossary.md lists them); --data is not one of them; a "
-                                "resumed run remembers this flag", True)
+    like_published: bool = flag(False, "settings that are not given are those of the preset's "
+                                "published run: steps, EMA, resizing, checkpoints and so on "
+                                "(docs/glossary.md lists them); --data must be given; a resumed "
+                                "run remembers this flag", True)
     set: tuple = flag((), "override fields of the preset, for example --set patch_size=2 "
                       "qk_norm=false")
     base: str = flag("", "Gemma to use, as a folder or hub id (default: the preset's)")
@@ -76,8 +77,8 @@ class RunConfig:
     latents: bool = flag(True, "train on the latents that `prepare_data.py encode` has written "
                          "beside the shards, where there are any")
     crop: str = flag("center", "how images are cropped to squares", choices=("center", "random"))
-    resize: str = flag("bicubic", "how images are resized; bilinear: with the pixels of the "
-                       "published code, and slower", choices=("bicubic", "bilinear"))
+    resize: str = flag("bicubic", "how images are resized; bilinear gives the same pixels as "
+                       "the published code, but is slower", choices=("bicubic", "bilinear"))
     caption_drop: float = flag(0.1, "probability of replacing a caption with an empty one, which "
                                "classifier-free guidance requires", low=0, high=1)
     original_caption_rate: float = flag(0.0, "probability of using the original caption instead of "
@@ -370,14 +371,13 @@ def multiples_around(number, unit):
 # ------------------------------------------------------------------------------ the model
 
 def lasting_name(name):
-    """A name for a model folder that finds it again from anywhere; see pretrained.resolve.
+    """A name by which a model folder can be found from any working directory.
 
-    A folder in the directory of fusedit.py keeps its path from there, such as demo/gemma, so that
-    the repository can be moved and renamed. If the working directory has another folder of that
-    path, the path would mean that one; then, and for a folder anywhere else, the name is the
-    absolute path. A name that is no folder is a hub id and is returned unchanged.
+    A folder inside the repository is named by its path from there, such as demo/gemma, so that the
+    repository can be moved; any other folder, and one that the working directory would hide, by its
+    absolute path. A name that is not a folder is a hub id and is returned unchanged.
     """
-    home = Path(fusedit.__file__).resolve().parent
+    home = repository().resolve()
     for root in (Path(), home):
         if not (root / name).exists():
             continue

@@ -1,8 +1,8 @@
 """The run settings of the published configs, for --like-published.
 
-The paper's 21 runs have the settings of ALL_RUNS; those that a run has in its own way are in
-DIFFERENCES. The configs are configs/*.yaml of github.com/tang-bd/fuse-dit at commit 5e6431a;
-docs/glossary.md lists every key of theirs with the flag that sets it here.
+The paper's 21 runs have the settings of ALL_RUNS. DIFFERENCES has those in which a run departs from
+them. The configs are configs/*.yaml of github.com/tang-bd/fuse-dit at commit 5e6431a;
+docs/glossary.md lists every key in them with the flag that sets it here.
 """
 import fusedit
 from fusedit import FuseDiTError

@@ -119,7 +119,7 @@ from fusedit_lib.train.config import model_config, parse_run
 batches.decode = lambda *_: (batches.torch.zeros(3, 16, 16).byte(), "a")
 begin = time.time()
 run = parse_run(sys.argv[1:], "")
-tokenizer = pretrained.load_tokenizer(run.base)
+tokenizer = pretrained.load_tokenizer(run.base, 64)
 batch = batches.Batches(run, model_config(run), tokenizer, 512)[800_000]
 assert len(batch["captions"]) == 512 and not batch["bad"]
 print(time.time() - begin, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6)

@@ -145,7 +145,7 @@ def test_the_mfu_counts_useful_flops(gemma, data, tmp_path):
     run = parse_run(argv, "")
     config = model_config(run)
     useful = costs.useful_flops(config, latents=False, train_llm=False)
-    source = Batches(run, config, pretrained.load_tokenizer(config.base), 8)
+    source = Batches(run, config, pretrained.load_tokenizer(config.base, 64), 8)
     tokens = 0
     for m in (1, 2):                        # micro-batches of the second log line
         tokens += int(source[m]["mask"].sum())
