@@ -280,7 +280,7 @@ def test_a_full_temporary_folder_is_noticed_before_it_is_filled(spmd, monkeypatc
 
 
 def test_paths_are_checked_before_weights_are_read(spmd):
-    """A published run may name its Gemma by a path of its machine or, with PaliGemma, not at all."""
+    """A published run may name its Gemma by a path of its machine or (PaliGemma) not at all."""
     (spmd / "50" / "ema.pt.zst").write_bytes(b"junk")
     config = json.loads((spmd / "50" / "config.json").read_text())
     for name, message in (("/gone/gemma-2-2b", "needs /gone/gemma-2-2b, its base"),
