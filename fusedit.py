@@ -289,11 +289,16 @@ class FuseDiTConfig:
     @staticmethod
     def from_dict(d):
         """From JSON. Unknown keys are errors, so that a typo cannot leave a default in place."""
-        known = [f.name for f in fields(FuseDiTConfig)]
         for key in d:
-            if key not in known:
-                raise FuseDiTError(f"unknown config field {key!r}; {suggest(key, known)}")
+            FuseDiTConfig.check_field(key)
         return FuseDiTConfig(**d)
+
+    @staticmethod
+    def check_field(name):
+        """Raise FuseDiTError unless there is a field of this name."""
+        known = [f.name for f in fields(FuseDiTConfig)]
+        if name not in known:
+            raise FuseDiTError(f"unknown config field {name!r}; {suggest(name, known)}")
 
 
 MINIMUM = {"initial_layers": 0, "text_hidden_states_index": -math.inf}  # others: above 0

@@ -174,8 +174,9 @@ def parse_overrides(words):
     values = {}
     for word in words:
         name, equals, text = word.partition("=")
-        if not equals:
+        if not (name and equals):
             raise FuseDiTError(f"--set takes field=value, not {word!r}")
+        fusedit.FuseDiTConfig.check_field(name)
         try:
             values[name] = json.loads(text)
         except ValueError:

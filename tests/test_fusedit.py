@@ -126,8 +126,10 @@ def test_blocks_beyond_the_layers_that_may_be_read_read_none():
     assert fusedit.layers_to_read(config, 3) == [0, None, 2, None, None]
     with pytest.raises(FuseDiTError, match="do not fit a Gemma of 2 layers"):
         fusedit.layers_to_read(config, 2)
-    with pytest.raises(FuseDiTError, match="do not fit a Gemma of 3 layers"):
-        fusedit.layers_to_read(FuseDiTConfig(dit_num_hidden_layers=5), 3)
+    for layers in ("all", (0, 7), ()):              # too many, one missing, none read
+        config = FuseDiTConfig(dit_num_hidden_layers=5, shared_attention_layers=layers)
+        with pytest.raises(FuseDiTError, match="do not fit a Gemma of 3 layers"):
+            fusedit.layers_to_read(config, 3)
 
 
 HUB_GEMMAS = {                              # the shapes on the hub

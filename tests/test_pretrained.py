@@ -337,6 +337,13 @@ def test_a_gemma_that_has_moved_is_named_and_can_be_replaced(folder):
 
 def test_a_stored_name_means_the_repositorys_own_folder(folder, tmp_path, monkeypatch):
     """Even in the working directory of another clone, or beside another demo/gemma."""
+    (tmp_path / "cwd" / "gemma").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path / "cwd")
+    beside = pretrained.load_model(folder).config
+    assert beside.base == str(folder / "gemma")
+    here = pretrained.with_absolute_paths(beside, folder, {"base": "gemma"})
+    assert here.base == str(tmp_path / "cwd" / "gemma")
+
     shutil.rmtree(folder / "gemma")
     edit_json(folder / "config.json", base="demo/gemma")
     other = tmp_path / "clone" / "demo" / "gemma"
@@ -382,6 +389,21 @@ def test_export_says_what_the_published_classes_would_need(folder, tmp_path, cap
     assert "they need Gemma's tokenizer.model and a VAE." in capsys.readouterr().out
     export(load_model(PIPELINE), tmp_path / "b")
     assert "need" not in capsys.readouterr().out
+    index = json.loads((tmp_path / "a" / "model_index.json").read_text())
+    assert index["vae"] == [None, None]
+
+    # with tokenizer.model, which the class GemmaTokenizer reads, whatever class ours has
+    shutil.copytree(folder / "gemma", tmp_path / "gemma")
+    shutil.copy(PIPELINE / "tokenizer" / "tokenizer.model", tmp_path / "gemma")
+    export(load_model(folder, base=str(tmp_path / "gemma")), tmp_path / "c")
+    assert "they need a VAE." in capsys.readouterr().out
+    index = json.loads((tmp_path / "c" / "model_index.json").read_text())
+    assert index["tokenizer"] == ["transformers", "GemmaTokenizer"]
+
+    tiny_gemma(tmp_path / "gemma3", "gemma3")
+    export(build_model(FuseDiTConfig(base=str(tmp_path / "gemma3"), vae=None, in_channels=3)),
+           tmp_path / "d")
+    assert "need a Gemma 1 or 2 and Gemma's tokenizer.model and a VAE" in capsys.readouterr().out
 
     vae = shutil.copytree(PIPELINE / "vae", tmp_path / "vae")
     edit_json(vae / "config.json", latents_mean=[0.0] * 16, latents_std=[1.0] * 16)

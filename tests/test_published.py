@@ -6,6 +6,7 @@ published classes draw from them (README.md there).
 import copy
 import json
 import shutil
+import tempfile
 from dataclasses import asdict
 
 import huggingface_hub
@@ -19,9 +20,12 @@ from safetensors.torch import load_file, save_file
 import fusedit
 from fusedit import FuseDiTConfig, FuseDiTError
 from fusedit_lib import cli, published
+from fusedit_lib import export as export_module
 from fusedit_lib.export import export
 from fusedit_lib.pretrained import (
     CLIP_FILES,
+    MODEL_FILES,
+    TOKENIZER_FILES,
     ClipEncoder,
     ClipTokenizer,
     build_model,
@@ -36,6 +40,7 @@ PIPELINES = PUBLISHED / "pipelines"
 CHECKPOINTS = PUBLISHED / "checkpoints"
 VAE = str(PUBLISHED / "vae")
 KINDS = json.loads((PUBLISHED / "kinds.json").read_text())
+SD3 = "stabilityai/stable-diffusion-3-medium-diffusers"
 PROMPTS = ["a small red circle above a blue star", "a large green square"]
 
 # A training checkpoint names its Gemma by hub id; the tests take the tokenizer from a pipeline or,
@@ -96,6 +101,8 @@ SPOIL = {
     "CLIP's tokenizer for Gemma": lambda p: replace_folder(p / "tokenizer", p / "clip_tokenizer"),
     "another schedule": lambda p: edit_json(p / "scheduler" / "scheduler_config.json",
                                             use_dynamic_shifting=True),
+    "other noise levels": lambda p: edit_json(p / "scheduler" / "scheduler_config.json",
+                                              num_train_timesteps=500),
     "no shift": lambda p: edit_json(p / "scheduler" / "scheduler_config.json", shift=None),
     "another model": lambda p: edit_json(p / "transformer" / "config.json",
                                          model_type="SD3Transformer2DModel"),
@@ -108,6 +115,7 @@ SPOIL = {
     ("no vocabulary", "tokenizer has no tokenizer that can be loaded"),
     ("CLIP's tokenizer for Gemma", r"has 514 tokens, but its model has 380"),
     ("another schedule", "use_dynamic_shifting, which fusedit does not support"),
+    ("other noise levels", "sets num_train_timesteps, which fusedit does not support"),
     ("no shift", "needs a shift"),
     ("another model", "model_type is 'SD3Transformer2DModel'"),
     ("more outputs", "out_channels 32"),
@@ -117,6 +125,33 @@ def test_a_pipeline_that_would_draw_something_else_is_refused(pipeline, case, me
     SPOIL[case](pipeline)
     with pytest.raises(FuseDiTError, match=message):
         load_model(pipeline, vae=VAE)
+
+
+def test_the_shift_is_the_schedulers_and_is_exported(pipeline, tmp_path):
+    edit_json(pipeline / "scheduler" / "scheduler_config.json", shift=1.5)
+    model = load_model(pipeline, vae=VAE)
+    assert model.config.shift == 1.5
+    export(model, tmp_path / "out")
+    assert load_model(tmp_path / "out").config.shift == 1.5
+    edit_json(tmp_path / "out" / "scheduler" / "scheduler_config.json", shift=2)
+    assert load_model(tmp_path / "out").config.shift == 2
+
+
+def test_every_file_of_a_pipeline_is_downloaded(pipeline):
+    """From the hub, whether the published scripts have written it or export()."""
+    from huggingface_hub.utils import filter_repo_objects
+    shutil.copytree(VAE, pipeline / "vae")
+    files = {path.relative_to(pipeline).as_posix() for path in pipeline.rglob("*")
+             if path.is_file()}
+    files |= {"llm/config.json", "llm/model.safetensors", "tokenizer/tokenizer.json",
+              "tokenizer/chat_template.jinja"}
+    assert {"clip_tokenizer/merges.txt", "tokenizer/tokenizer.model"} <= files
+    assert set(filter_repo_objects(files, allow_patterns=list(MODEL_FILES))) == files
+
+    clip = {file for file in files if file.startswith("clip")}
+    taken = set(filter_repo_objects(files, allow_patterns=list(CLIP_FILES)))
+    assert clip <= taken                    # a model may take its CLIP from a pipeline
+    assert not any(file.endswith(".safetensors") for file in taken - clip)
 
 
 def test_vocabularies_of_real_models_fit(tmp_path):
@@ -148,7 +183,7 @@ def test_clip_of_a_diffusers_model(pipeline, tmp_path, monkeypatch):
     sd3 = ClipEncoder(name, 24, "cpu", torch.float32)
     ours = ClipEncoder(pipeline, 24, "cpu", torch.float32)
     assert sd3(PROMPTS).equal(ours(PROMPTS))
-    assert set(asked) == {"stabilityai/stable-diffusion-3-medium-diffusers"}
+    assert set(asked) == {SD3}
 
 
 def test_little_of_stable_diffusion_3_is_downloaded():
@@ -163,7 +198,7 @@ def test_little_of_stable_diffusion_3_is_downloaded():
     taken = [file for file in files + large
              if any(fnmatch(file, pattern) for pattern in CLIP_FILES)]
     assert set(taken) <= set(files)
-    assert {"text_encoder/model.safetensors", "tokenizer/merges.txt"} <= set(taken)
+    assert {file for file in files if file.startswith(("text_", "token"))} <= set(taken)
 
 
 def test_clip_in_an_older_export_keeps_its_tokenizer(pipeline):
@@ -172,6 +207,14 @@ def test_clip_in_an_older_export_keeps_its_tokenizer(pipeline):
     shutil.rmtree(pipeline / "clip_tokenizer")
     assert clip_folders(pipeline).tokenizer == pipeline / "clip"
     assert ClipTokenizer(pipeline)(PROMPTS).equal(want)
+
+
+def test_the_vocabulary_of_a_whole_clip_model_fits(tmp_path):
+    """Its config.json also describes the vision tower."""
+    clip = tiny_clip(tmp_path / "clip")
+    text = json.loads((clip / "config.json").read_text())
+    (clip / "config.json").write_text(json.dumps({"model_type": "clip", "text_config": text}))
+    assert ClipTokenizer(clip)(PROMPTS).shape == (2, 77)
 
 
 def test_a_clip_model_without_projection_is_refused(tmp_path):
@@ -219,6 +262,48 @@ def open_state(folder, ema=True):
     return {name: file.get_tensor(name) for name, (file, _) in stored.dit.items()}
 
 
+def load_run(folder, ema=True):
+    """load_model of a copy of the reference's large-scale run, or of its checkpoint."""
+    return load_model(folder, vae=VAE, base=str(BASES["fusedit-large-scale-spmd"]), ema=ema)
+
+
+def test_a_gpu_run_and_its_checkpoint_are_the_same_model(deepspeed):
+    """The run's file latest names the checkpoint, whose config.json is beside it."""
+    assert (deepspeed / "latest").exists()
+    run, checkpoint = load_run(deepspeed), load_run(deepspeed / "50")
+    assert run.config == checkpoint.config
+    for name, tensor in run.state_dict().items():
+        assert tensor.equal(checkpoint.state_dict()[name]), name
+
+
+def test_only_a_tokenizer_is_taken_from_the_gemma_of_a_checkpoint(deepspeed, monkeypatch):
+    asked = []
+
+    def download(name, allow_patterns):
+        asked.append((name, allow_patterns))
+        return str(BASES["fusedit-large-scale-deepspeed"])
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+    want = load_model(deepspeed, vae=VAE).tokenizer
+    assert asked == [("google/gemma-2-2b", list(TOKENIZER_FILES))]
+    assert not any("safetensors" in pattern for pattern in TOKENIZER_FILES)
+    # or from the text tower of a pipeline, which has its tokenizer beside it
+    tower = PIPELINES / "fusedit-layers-10" / "transformer"
+    got = load_model(deepspeed, vae=VAE, base=str(tower)).tokenizer
+    assert got.get_vocab() == want.get_vocab()
+
+
+def test_a_checkpoint_names_its_gemma_and_vae(spmd):
+    config_path = spmd / "50" / "config.json"
+    config = published.open_checkpoint(spmd / "50", ema=True).config
+    assert (config.base, config.vae, config.clip) == ("google/gemma-2-2b", SD3, None)
+    edit_json(config_path, text_modulation_embeds_dim=768, timestep_conditioning="adaln-zero")
+    assert published.open_checkpoint(spmd / "50", ema=True).config.clip == SD3
+    edit_json(config_path, base_config=json.loads(config_path.read_text())["base_config"]
+              | {"_name_or_path": ""})
+    assert published.open_checkpoint(spmd / "50", ema=True).config.base == "google/gemma-2b"
+
+
 def rewrite(path, edit):
     """Apply edit to the state dict in a .pt.zst file."""
     import zstandard
@@ -251,9 +336,9 @@ def test_ema_and_raw_weights_are_not_confused(spmd, deepspeed):
 def test_a_run_means_its_newest_checkpoint(spmd):
     for step in ("5", "100"):
         shutil.copytree(spmd / "50", spmd / step)
+    (spmd / "200").mkdir()                              # stopped before its files were written
     rewrite(spmd / "100" / "ema.pt.zst", lambda t: t * 0 + 3)
-    model = load_model(spmd, vae=VAE, base=str(BASES["fusedit-large-scale-spmd"]))
-    assert (model.dit.proj_out.weight == 3).all()
+    assert (load_run(spmd).dit.proj_out.weight == 3).all()
 
 
 def test_a_newer_checkpoint_without_whole_weights_is_passed_over(spmd, capsys):
@@ -291,20 +376,41 @@ def test_paths_are_checked_before_weights_are_read(spmd):
             load_model(spmd)
 
 
-def test_uncompressed_weights_are_read(spmd):
-    want = open_state(spmd / "50")
-    state = published.load_torch_file(spmd / "50" / "model.pt.zst")
-    torch.save(state, spmd / "50" / "model.pt")
+@pytest.mark.parametrize("name, ema", [("ema", True), ("model", False)])
+def test_uncompressed_weights_are_read(spmd, name, ema):
+    """Also if there is no other file, and if layers are wrapped as well as the model."""
+    want = load_run(spmd).state_dict()
+    state = published.load_torch_file(spmd / "50" / f"{name}.pt.zst")
+    state = {key.replace("layers.0.", "layers.0._orig_module."): t for key, t in state.items()}
+    torch.save(state, spmd / "50" / f"{name}.pt")
     for path in (spmd / "50").glob("*.zst"):
         path.unlink()
-    got = open_state(spmd / "50", ema=False)
+    got = load_run(spmd, ema).state_dict()
     assert got.keys() == want.keys()
     assert all(got[name].equal(want[name]) for name in want)
 
 
-def test_a_run_without_ema_gives_its_raw_weights_and_says_so(spmd, capsys):
-    (spmd / "50" / "ema.pt.zst").unlink()
+def test_nothing_remains_in_the_temporary_folder(spmd, tmp_path, monkeypatch):
+    (tmp_path / "tmp").mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "tmp"))
     assert open_state(spmd / "50")
+    truncate(spmd / "50" / "ema.pt.zst")
+    with pytest.raises(FuseDiTError):
+        open_state(spmd / "50")
+    assert not list((tmp_path / "tmp").iterdir())
+
+
+def test_a_run_without_ema_gives_its_raw_weights_and_says_so(spmd, deepspeed, capsys):
+    (spmd / "50" / "ema.pt.zst").unlink()
+    assert load_run(spmd)
+    assert "has no EMA: using its raw weights" in capsys.readouterr().err
+
+    path = deepspeed / "50" / "mp_rank_00_model_states.pt"
+    state = torch.load(path, weights_only=True)
+    del state["ema"]
+    torch.save(state, path)
+    (deepspeed / "50" / "ema.pt.zst").unlink()
+    assert load_run(deepspeed)
     assert "has no EMA: using its raw weights" in capsys.readouterr().err
 
 
@@ -346,7 +452,7 @@ def leave_sharded_files(folder):
 def test_broken_checkpoints(spmd, capfd, spoil, ema, message):
     spoil(spmd / "50")
     with pytest.raises(FuseDiTError, match=message):
-        open_state(spmd / "50", ema)
+        load_run(spmd / "50", ema)
     assert "unpickled" not in capfd.readouterr().out
 
 
@@ -469,8 +575,10 @@ def test_an_export_names_no_path(bases, tmp_path):
     vae = shutil.copytree(VAE, tmp_path / "vae")
     for path in (pipeline / "clip", vae):
         edit_json(path / "config.json", _name_or_path=str(path))
-    edit_json(pipeline / "clip_tokenizer" / "tokenizer_config.json",
-              vocab_file=str(pipeline / "clip_tokenizer" / "vocab.json"))
+    here = str(pipeline / "clip_tokenizer")
+    edit_json(pipeline / "clip_tokenizer" / "tokenizer_config.json", vocab_file=here,
+              merges_file=here, tokenizer_file=here, name_or_path=here,
+              deeper={"list": [{"name_or_path": here, "vocab_file": SD3}]})
     base = shutil.copytree(bases["google/gemma-2b"], tmp_path / "gemma")
     edit_json(base / "config.json", _name_or_path=str(base))
     config = FuseDiTConfig(base=str(base), vae=str(vae), clip=str(pipeline),
@@ -484,6 +592,8 @@ def test_an_export_names_no_path(bases, tmp_path):
     assert home not in text_of_files(tmp_path / "out")
     for folder in (tmp_path, bases["google/gemma-2b"].parent):
         assert str(folder) not in text_of_files(tmp_path / "out")
+    path = tmp_path / "out" / "clip_tokenizer" / "tokenizer_config.json"
+    assert json.loads(path.read_text())["deeper"] == {"list": [{"vocab_file": SD3}]}
 
 
 def test_a_trained_gemma_is_exported(bases, tmp_path):
@@ -492,13 +602,16 @@ def test_a_trained_gemma_is_exported(bases, tmp_path):
             ("fusedit-baseline", "transformer/model.safetensors", "llm."),
             ("baselinedit-self-attention", "llm/model.safetensors", "")):
         model = build_model(tiny_preset(kind, bases))
-        model.llm_is_trained = True
-        for p in model.llm.parameters():
-            p.data.add_(1)
-        export(model, tmp_path / kind)
+        own = tmp_path / "own" / kind
+        save_model(own, model.config, model.dit.state_dict())
+        stored = load_file(own / "model.safetensors")
+        trained = {name: tensor + 1 for name, tensor in model.llm.state_dict().items()}
+        stored |= {f"llm.{name}": tensor for name, tensor in trained.items()}
+        save_file(stored, own / "model.safetensors")
+        export(load_model(own), tmp_path / kind)
         tensors = load_file(tmp_path / kind / file)
         assert set(tensors) == set(KINDS[kind]["tensors"][file])
-        for name, tensor in model.llm.state_dict().items():
+        for name, tensor in trained.items():
             assert tensors[prefix + name].equal(tensor), name
 
 
@@ -510,6 +623,97 @@ def test_an_export_of_a_hub_gemma_names_it(bases, tmp_path, monkeypatch):
     export(build_model(config), tmp_path / "out")
     written = json.loads((tmp_path / "out" / "transformer" / "config.json").read_text())
     assert written["base_config"]["_name_or_path"] == "google/gemma-2-2b"
+
+    # a relative path of the same form
+    folder = bases["google/gemma-2-2b"]
+    monkeypatch.chdir(folder.parents[1])
+    base = f"{folder.parent.name}/{folder.name}"
+    export(build_model(FuseDiTConfig.from_dict(asdict(config) | {"base": base})), tmp_path / "b")
+    written = json.loads((tmp_path / "b" / "transformer" / "config.json").read_text())
+    assert "_name_or_path" not in written["base_config"]
+
+
+@pytest.mark.parametrize("kind", ["fusedit-baseline", "baselinedit-self-attention"])
+def test_what_a_gemma_does_not_store_is_exported(kind, bases, tmp_path):
+    """The text_config of a PaliGemma lacks its class, and fields that have their default values."""
+    model = build_model(tiny_preset(kind, bases))
+    for field in ("architectures", "head_dim", "rms_norm_eps"):
+        del model.gemma_files.config[field]
+    export(model, tmp_path / "out")
+    written = json.loads((tmp_path / "out" / "transformer" / "config.json").read_text())
+    gemma = written["base_config"]
+    if kind == "baselinedit-self-attention":
+        gemma = json.loads((tmp_path / "out" / "llm" / "config.json").read_text())
+        assert gemma["architectures"] == ["GemmaModel"]
+    assert gemma["head_dim"] == 16
+    assert gemma["rms_norm_eps"] == 1e-6
+
+
+def test_weights_in_several_files_are_exported(pipeline, tmp_path):
+    """A VAE or CLIP whose weights are split, with their index."""
+    stem = "diffusion_pytorch_model"
+    vae = shutil.copytree(VAE, tmp_path / "vae")
+    tensors = list(load_file(vae / f"{stem}.safetensors").items())
+    (vae / f"{stem}.safetensors").unlink()
+    weight_map = {}
+    for i, part in enumerate((tensors[:9], tensors[9:])):
+        save_file(dict(part), vae / f"{stem}-{i}.safetensors")
+        weight_map |= dict.fromkeys(dict(part), f"{stem}-{i}.safetensors")
+    index = json.dumps({"weight_map": weight_map})
+    (vae / f"{stem}.safetensors.index.json").write_text(index)
+
+    export(load_model(pipeline, vae=str(vae)), tmp_path / "out")
+    want = load_vae(VAE).state_dict()
+    for name, tensor in load_vae(str(tmp_path / "out" / "vae")).state_dict().items():
+        assert tensor.equal(want[name]), name
+
+
+def test_an_export_in_bf16_says_so(tmp_path):
+    model = load_model(PIPELINES / "fusedit-layers-10", dtype=torch.bfloat16, vae=VAE)
+    export(model, tmp_path / "out")
+    written = json.loads((tmp_path / "out" / "transformer" / "config.json").read_text())
+    assert written["torch_dtype"] == "bfloat16"
+    tensors = load_file(tmp_path / "out" / "transformer" / "model.safetensors")
+    assert tensors["dit.proj_out.weight"].dtype == torch.bfloat16
+
+
+def test_an_export_appears_whole_or_not_at_all(pipeline, tmp_path, monkeypatch):
+    """Until its last file is on disk, it is a hidden folder, which a failure removes."""
+    model = load_model(pipeline, vae=VAE)
+    out = tmp_path / "exports" / "model"
+    seen = []
+
+    def fail(path):
+        seen.append([folder.name for folder in out.parent.iterdir()])
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(export_module, "fsync", fail)
+    with pytest.raises(OSError, match="No space left"):
+        export(model, out)
+    assert not list(out.parent.iterdir())
+    hidden, = seen[0]
+    assert hidden.startswith(".model.")
+
+    synced = []                                         # inodes
+    monkeypatch.setattr(export_module, "fsync", lambda path: synced.append(path.stat().st_ino))
+    out.mkdir()                                         # an empty folder is replaced
+    export(model, out)
+    assert [folder.name for folder in out.parent.iterdir()] == ["model"]
+    assert set(synced) == {path.stat().st_ino for path in [*out.rglob("*"), out]}
+
+
+def test_a_tokenizer_is_exported_with_its_chat_template(bases, tmp_path):
+    """And with tokens that were added to it. transformers 5 stores the template by itself."""
+    base = shutil.copytree(bases["google/gemma-2b-it"], tmp_path / "gemma")
+    template = "{{ bos_token }}{% for m in messages %}user {{ m.content }}{% endfor %}"
+    (base / "chat_template.jinja").write_text(template)
+    (base / "added_tokens.json").write_text("{}")
+    config = FuseDiTConfig(base=str(base), vae=VAE, apply_chat_template=True)
+    export(build_model(config), tmp_path / "out")
+    assert (tmp_path / "out" / "tokenizer" / "added_tokens.json").exists()
+    again = load_model(tmp_path / "out")
+    assert again.config.apply_chat_template
+    assert again.tokenizer.chat_template == template
 
 
 # ---- instructions --------------------------------------------------------------------------------

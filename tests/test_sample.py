@@ -168,6 +168,12 @@ def test_unknown_words_and_long_prompts_are_reported(model, tmp_path):
     assert "does not know: purple, zebra" in done.stderr
     assert "cut to 6 tokens, after 'a" in done.stderr
 
+    # the negative prompt has no instruction, which would make it too long
+    done = run("--model", model, "--prompt", "a star", "--negative", "a small red circle and zebra",
+               "--set", "instruction=imagine : ", "--steps", 1, "--out", tmp_path)
+    assert "does not know: zebra" in done.stderr
+    assert "cut to" not in done.stderr
+
 
 @pytest.mark.parametrize("args, code, message", [
     ([], 2, "--prompt"),
@@ -184,7 +190,14 @@ def test_unknown_words_and_long_prompts_are_reported(model, tmp_path):
     (["--prompts", "{blank}"], 1, "is empty"),
     (["--prompts", "{latin}"], 1, "not UTF-8 (byte 3)"),
     (["--prompt", "x", "--guidance-span", "0.9", "0.1"], 1, "lower noise level comes first"),
-    (["--prompt", "x", "--out", "{blank}/deep"], 1, "deep")])
+    (["--prompt", "x", "--out", "{blank}/deep"], 1, "deep"),
+    (["--prompt", "x", "--set", "guidance"], 1, "--set takes field=value, not 'guidance'"),
+    (["--prompt", "x", "--set", "=1"], 1, "--set takes field=value, not '=1'"),
+    (["--prompt", "x", "--set", "colour=1"], 1, "unknown config field 'colour'"),
+    (["--prompt", "x", "--set", "device=cpu"], 1, "unknown config field 'device'"),
+    (["--prompt", "x", "--set", "vae=5"], 1, "config field vae is 5; allowed: str, None"),
+    (["--prompt", "x", "--set", "guidance=large"], 1, "config field guidance is 'large'"),
+    (["--prompt", "x", "--set", "base=./nowhere"], 1, "base=./nowhere: there is no such folder")])
 def test_bad_input_gets_one_line(model, tmp_path, args, code, message):
     (tmp_path / "empty").mkdir()
     (tmp_path / "blank.txt").write_text("\n  \n")
@@ -261,6 +274,25 @@ def test_prompts_and_seeds_of_a_batch_are_paired(model):
 
     alone, = sampling.generate(loaded, ["a star"], [2], width=4, steps=2, negative="a square")
     assert abs(np.asarray(alone, int) - np.asarray(images[2], int)).max() <= 1
+
+
+def test_the_instruction_goes_before_prompts_and_not_before_the_negative_one(model, tmp_path):
+    prompt, negative = "a star", "a small square"
+    loaded = load_model(model, instruction="imagine : ")
+    plain = load_model(model)
+    wanted, = sampling.generate(plain, [f"imagine : {prompt}"], [0], negative=negative)
+    drawn, = sampling.generate(loaded, [prompt], [0], negative=negative)
+    assert drawn.tobytes() == wanted.tobytes()
+    for other in (f"imagine : {negative}", ""):
+        different, = sampling.generate(plain, [f"imagine : {prompt}"], [0], negative=other)
+        assert different.tobytes() != wanted.tobytes()
+    assert sampling.padded_text_length(loaded, [prompt], negative) == 5      # <bos>, 4 words
+    assert sampling.padded_text_length(loaded, ["star"], "a small red square") == 5
+
+    done = run("--model", model, "--set", "instruction=imagine : ", "--prompt", prompt,
+               "--negative", negative, "--dtype", "float32", "--out", tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert abs(pixels(tmp_path / "a-star-0.png") - np.asarray(wanted, int)).max() <= 1
 
 
 def test_default_seeds_count_from_zero(model):
