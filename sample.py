@@ -22,7 +22,7 @@ from tqdm import tqdm
 
 from fusedit_lib import backend, cli
 from fusedit_lib.cli import positive, uint32
-from fusedit_lib.export import export
+from fusedit_lib.export import check_new, export
 from fusedit_lib.files import atomic_write, unused_path
 from fusedit_lib.pretrained import load_model
 from fusedit_lib.sampling import (
@@ -102,8 +102,8 @@ def add_output_flags(parser):
                        help="also save an animation of the denoising of each image")
     group.add_argument("--export", type=Path, metavar="DIR",
                        help="write the model to a new folder in the layout of the published "
-                            "models, in the precision that it is stored in unless --dtype is "
-                            "given; a prompt is then optional")
+                            "models, in its stored precision unless --dtype is given; a "
+                            "prompt is then optional")
 
 
 # ---- drawing -------------------------------------------------------------------------------------
@@ -170,10 +170,12 @@ def save_grid(images, args):
 
 def export_model(args, changes):
     """Write the model to the folder --export. changes: the config fields of --set."""
+    check_new(args.export)                  # before minutes of loading
     dtype = None                            # as stored: float32 in the checkpoints of a run
     if args.dtype != "auto":
         dtype = backend.torch_dtype(args.dtype)
-    export(load_model(args.model, "cpu", dtype, not args.no_ema, **changes), args.export)
+    model = load_model(args.model, "cpu", None, not args.no_ema, **changes)
+    export(model, args.export, dtype)
 
 
 def main():

@@ -1,7 +1,8 @@
 """Write a model in the released layout, that of the published utils/save_pipeline.py.
 
-published.py lists the folders. The published classes draw the same with what is written here,
-unless needed_elsewhere names a reason. An export stands alone: it names no path of this machine.
+published.py lists the folders. The published classes draw the same images from what is written
+here, unless needed_elsewhere names a reason. An export stands alone: it names no path of this
+machine.
 """
 import json
 import os
@@ -40,18 +41,25 @@ SCHEDULER = {
     "use_beta_sigmas": False, "invert_sigmas": False, "shift_terminal": None}
 
 
-def export(model, folder):
-    """Write a complete model to a new folder: both towers, tokenizer, VAE and CLIP.
-
-    The DiT is written in the data type that it was loaded in. Raises FuseDiTError if the folder
-    exists and is not empty.
-    """
+def check_new(folder):
+    """Raise FuseDiTError if a folder to export to exists and is not empty."""
     folder = Path(folder)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise FuseDiTError(f"{folder} exists and is not empty: export to a new folder")
+
+
+def export(model, folder, dtype=None):
+    """Write a complete model to a new folder: both towers, tokenizer, VAE and CLIP.
+
+    dtype: of both towers; None: the DiT's is that in which it was loaded, and Gemma's that in which
+    it is stored. VAE and CLIP are copied as they are. Raises FuseDiTError if the folder exists and
+    is not empty.
+    """
+    check_new(folder)
+    folder = Path(folder)
     tmp = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
     try:
-        write_towers(model, tmp)
+        write_towers(model, tmp, dtype)
         write_json(tmp / "scheduler" / "scheduler_config.json",
                    SCHEDULER | {"shift": model.config.shift})
         copy_files(model.gemma_files.tokenizer, TOKENIZER_FILES, tmp / "tokenizer")
@@ -99,11 +107,16 @@ def is_deep(model):
 
 # ---- the towers ----------------------------------------------------------------------------------
 
-def write_towers(model, folder):
-    """Write transformer/ and, for shallow fusion, llm/."""
+def write_towers(model, folder, dtype):
+    """Write transformer/ and, for shallow fusion, llm/. dtype: see export."""
     dit = dit_state(model)
     llm = llm_state(model)
-    write_json(folder / "transformer" / "config.json", transformer_config(model))
+    if dtype is not None:
+        dit = {name: t.to(dtype) for name, t in dit.items()}
+        llm = {name: t.to(dtype) for name, t in llm.items()}
+    config = transformer_config(model)
+    config["torch_dtype"] = str(dit["proj_out.weight"].dtype).removeprefix("torch.")
+    write_json(folder / "transformer" / "config.json", config)
     if is_deep(model):
         both = {f"dit.{name}": t for name, t in dit.items()}
         both |= {f"llm.{name}": t for name, t in llm.items()}
@@ -124,7 +137,7 @@ def dit_state(model):
 
 
 def llm_state(model):
-    """{name: tensor} of the text tower, on the CPU, without a prefix; of num_layers layers."""
+    """{name: tensor} of the first num_layers layers of the text tower, without a prefix."""
     tensors = {}
     for name, (file, stored_name) in gemma_tensors(model.gemma_files).items():
         parts = name.split(".")             # layers.3.mlp.up_proj.weight, or norm.weight
@@ -140,7 +153,7 @@ def num_layers(model):
     """The number of Gemma's layers that the released layout contains.
 
     In deep fusion the layers after the last one that is read are left out (models.py:902-905). The
-    published forward pass counts on it: it runs a DiT block for each of Gemma's layers from
+    published forward pass relies on this: it runs a DiT block for each of Gemma's layers from
     initial_layers on (models.py:782).
     """
     if is_deep(model):
@@ -181,8 +194,7 @@ def transformer_config(model):
         "architectures": [kind], "model_type": kind, "base_config": llm_config(model),
         "out_channels": c.in_channels, "dit_hidden_size": model.dit.width,
         "dit_num_hidden_layers": len(model.dit.layers), "pos_embed_max_size": 64,
-        "sample_size": 32, "text_hidden_size": model.llm.config.hidden_size,
-        "torch_dtype": str(model.dit.proj_out.weight.dtype).removeprefix("torch.")}
+        "sample_size": 32, "text_hidden_size": model.llm.config.hidden_size}
 
 
 def model_index(model, tokenizer):

@@ -37,7 +37,7 @@ from fusedit_lib.files import (
 )
 from fusedit_lib.published import GemmaFiles, StoredModel, dit_tensors
 
-# The files to download from the hub.
+# Files to download from the hub, as glob patterns.
 MODEL_FILES = ("*.json", "*.safetensors", "*.model", "*.jinja", "*merges.txt")
 TOKENIZER_FILES = ("*.json", "*.model", "*.jinja")
 VAE_FILES = ("vae/*", "config.json", "diffusion_pytorch_model*.safetensors*")
@@ -67,8 +67,9 @@ def resolve(name, patterns=MODEL_FILES):
         return Path(snapshot_download(str(name), allow_patterns=list(patterns)))
     except Exception as e:                  # any of a dozen network, login and name errors
         raise FuseDiTError(f"{name} is not a local folder and cannot be downloaded from the hub ("
-                           f"{type(e).__name__}). Check the name and the network; for Gemma, also "
-                           "accept its licence on the hub and run `hf auth login`") from e
+                           f"{type(e).__name__}). Check the name and the network; for Gemma and "
+                           "Stable Diffusion 3, also accept the licence on the hub and run `hf "
+                           "auth login`; or use a local folder") from e
 
 
 def repository():
@@ -113,7 +114,11 @@ def last_checkpoint(path):
     """
     latest = Path(path) / "latest"
     if latest.exists():
-        return Path(path) / latest.read_text().strip()
+        folder = Path(path) / latest.read_text().strip()
+        if not folder.exists():
+            raise FuseDiTError(f"{latest} names {folder.name}, which does not exist: give one of "
+                               f"the other checkpoints in {path}")
+        return folder
     if not (Path(path) / "config.json").exists():
         path = published.last_checkpoint(path) or path
     if (Path(path) / "metrics.jsonl").exists():
@@ -190,8 +195,8 @@ def load_tokenizer(folder, vocab_size, tokenizer_class="AutoTokenizer"):
 def check_vocabulary(tokenizer, vocab_size, folder):
     """Raise FuseDiTError if a tokenizer cannot be that of a model with vocab_size tokens.
 
-    From a folder without a vocabulary, transformers makes a tokenizer of a few special tokens,
-    without complaint. Models may have some embeddings to spare, so that their number is a multiple
+    From a folder without a vocabulary, transformers silently builds a tokenizer of a few special
+    tokens. Models may have some embeddings to spare, so that their number is a multiple
     of 64 (PaliGemma), and tokenizers a few special tokens that text never contains (Gemma 3).
     """
     spare = vocab_size - len(tokenizer)
@@ -310,7 +315,8 @@ def check_build(config):
     """Raise FuseDiTError for combinations of fields from which no model can be built."""
     if config.in_channels != 3 and not config.vae:
         raise FuseDiTError(f"config field in_channels is {config.in_channels}; without a vae a "
-                           "model draws pixels, so it must be 3, or vae must be set")
+                           "model draws pixels, so it must be 3, or vae must be set, as by --set "
+                           "vae=FOLDER")
     if config.text_modulation_embeds_dim and not config.clip:
         raise FuseDiTError("config field text_modulation_embeds_dim needs clip, the model that "
                            "computes this vector")
@@ -377,7 +383,13 @@ def stored_config(folder):
         return published.pipeline_config(folder)
     if published.is_checkpoint(folder):
         return published.checkpoint_config(folder)
-    return FuseDiTConfig.from_dict(read_json(folder / "config.json"))
+    if folder.is_file():
+        raise FuseDiTError(f"{folder} is a file: give its folder")
+    d = read_json(folder / "config.json")
+    if "model_type" in d or "_class_name" in d:             # written by transformers or diffusers
+        raise FuseDiTError(f"{folder} is part of a model, or a checkpoint without its weights: "
+                           "give the folder of the whole model")
+    return FuseDiTConfig.from_dict(d)
 
 
 def open_weights(folder, ema):
@@ -386,8 +398,8 @@ def open_weights(folder, ema):
         return published.open_checkpoint(folder, ema)
     train_state = folder / "train_state"
     if not ema and not train_state.exists():
-        raise FuseDiTError(f"{folder} has EMA weights only: the raw ones are in the checkpoints of "
-                           "a run")
+        raise FuseDiTError(f"{folder} has one set of weights, and no raw ones as the checkpoints "
+                           "of a run have: leave out --no-ema")
     if published.is_pipeline(folder):
         return published.open_pipeline(folder)
     tensors = open_tensors(folder)
@@ -411,9 +423,9 @@ def with_absolute_paths(config, folder, changes):
         if not name:
             continue
         roots = (folder, repository(), ".")         # stored: a run of the demo has "demo/gemma"
-        problem = (f"{folder} needs {name}, its {field}, which is not there. If it has been moved "
-                   f"or renamed, use sample.py --set {field}=FOLDER; with --export, it also writes "
-                   "a folder that other programs can load")
+        problem = (f"{folder} needs {name}, its {field}, which does not exist. If it has been "
+                   f"moved or renamed, use sample.py --set {field}=FOLDER; add --export DIR to write a "
+                   "complete folder")
         if field in changes:
             roots = (".", repository())
             problem = f"{field}={name}: there is no such folder"

@@ -8,7 +8,7 @@
         tokenizer/          Gemma's tokenizer
         clip/, clip_tokenizer/   for CLIP modulation
         vae/, scheduler/
-    a training checkpoint   what diffusion/trainers.py writes: a config.json, in the folder or the
+    a training checkpoint   what diffusion/trainers.py writes: config.json, in this folder or the
                             one above, and at least one of the files in CHECKPOINT_FILES
 
 A training checkpoint names its Gemma, from which the tokenizer is taken. It contains neither a VAE
@@ -35,8 +35,8 @@ EMA_FILES = {"mp_rank_00_model_states.pt": "ema", "ema.pt": None, "ema.pt.zst": 
 RAW_FILES = {"mp_rank_00_model_states.pt": "module", "model.pt": None, "model.pt.zst": None}
 CHECKPOINT_FILES = (*EMA_FILES, *RAW_FILES)
 
-# Settings of diffusers' FlowMatchEulerDiscreteScheduler that change the noise levels, and that our
-# sampler does not have.
+# Settings of diffusers' FlowMatchEulerDiscreteScheduler that change the noise levels and that our
+# sampler does not support.
 OTHER_SCHEDULES = ("use_dynamic_shifting", "use_karras_sigmas", "use_exponential_sigmas",
                    "use_beta_sigmas", "invert_sigmas", "shift_terminal", "stochastic_sampling")
 
@@ -47,7 +47,7 @@ OTHER_SCHEDULES = ("use_dynamic_shifting", "use_karras_sigmas", "use_exponential
 class GemmaFiles(NamedTuple):
     """A Gemma."""
     folder: Path
-    config: dict                            # its text model's part of config.json
+    config: dict                            # the text model's part of config.json
     tokenizer: Path | None = None           # the folder of its tokenizer
     tensors: dict | None = None             # None: those in folder
 
@@ -70,7 +70,7 @@ def is_pipeline(folder):
 def fusedit_config(d, folder, **changes):
     """FuseDiTConfig from a published config.json (a dict), with some fields changed.
 
-    The keys that are not ours describe what follows from the others, such as text_hidden_size.
+    Keys that we do not have, such as text_hidden_size, only state what follows from the others.
     """
     if not isinstance(d, dict):
         raise FuseDiTError(f"the config.json in {folder} is not a JSON object")
@@ -164,10 +164,12 @@ def last_checkpoint(folder):
 
 def checkpoint_json(folder):
     """The config.json of a training checkpoint, as a dict."""
-    config_path = folder / "config.json"
-    if not config_path.exists():            # DeepSpeedTrainer writes it once for all checkpoints
-        config_path = folder.parent / "config.json"
-    return read_json(config_path)
+    paths = [folder / "config.json", folder.parent / "config.json"]     # below: DeepSpeedTrainer's
+    for path in paths:
+        if path.exists():
+            return read_json(path)
+    raise FuseDiTError(f"cannot read {paths[0]}, nor is there one in the folder above: copy the "
+                       "config.json of the run")
 
 
 def checkpoint_config(folder):
@@ -214,10 +216,9 @@ def read_state_dict(folder, ema):
         print(f"{folder} has no EMA: using its raw weights", file=sys.stderr)
         return read_state_dict(folder, ema=False)
     if not ema:
-        raise FuseDiTError(f"{folder} has EMA weights only")
-    raise FuseDiTError(f"{folder} has no consolidated weights: the published trainer adds "
-                       "ema.pt.zst to the checkpoints whose step is a multiple of "
-                       "consolidation_steps")
+        raise FuseDiTError(f"{folder} has only EMA weights: leave out --no-ema")
+    raise FuseDiTError(f"{folder} has only shards of its weights: the published TPU trainer writes "
+                       "whole weights, ema.pt.zst, every consolidation_steps steps")
 
 
 def is_state_dict(value):
@@ -264,6 +265,5 @@ def load_mapped(path, original=None):
     try:
         return torch.load(path, map_location="cpu", mmap=True, weights_only=True)
     except (RuntimeError, EOFError, ValueError, pickle.UnpicklingError) as e:
-        reason = str(e).strip().splitlines()[0]
         raise FuseDiTError(f"{original or path} is truncated or corrupt, or contains more than "
-                           f"tensors and plain values ({reason})") from None
+                           "tensors and plain values, which is not loaded") from e

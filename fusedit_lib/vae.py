@@ -54,7 +54,7 @@ class VAEConfig:
     def from_dict(d, folder):
         """Read the keys above from config.json. An absent key has diffusers' default value.
 
-        The keys that are neither read nor checked do not affect the result: sample_size (only the
+        Keys that are neither read nor checked do not affect the result: sample_size (only the
         size of tiles) and force_upcast (only float16 needs it). folder: for error messages. Raises
         FuseDiTError if it describes another network or cannot be understood.
         """
@@ -135,8 +135,8 @@ def check_latent_statistics(d, values, folder):
     std = values["latents_std"]
     scale = values["scaling_factor"]
     if scale == 0:
-        raise FuseDiTError(f"the VAE in {folder} has scaling_factor 0, which removes every image: "
-                           "correct its config.json")
+        raise FuseDiTError(f"the VAE in {folder} has scaling_factor 0, which makes every latent "
+                           "zero: correct its config.json")
     if mean is None and std is None:
         return
     channels = values["latent_channels"]

@@ -356,6 +356,20 @@ def test_a_stored_name_means_the_repositorys_own_folder(folder, tmp_path, monkey
     assert here.base == str(other)
 
 
+def test_the_wrong_folder_is_recognised(tmp_path):
+    """A part of a pipeline, a file in a folder, a run whose newest checkpoint has been deleted."""
+    for part in ("transformer", "vae"):
+        with pytest.raises(FuseDiTError, match="is part of a model.*the whole model"):
+            load_model(PIPELINE / part)
+    with pytest.raises(FuseDiTError, match="model_index.json is a file: give its folder"):
+        load_model(PIPELINE / "model_index.json")
+    with pytest.raises(FuseDiTError, match="has one set of weights"):
+        load_model(PIPELINE, ema=False)
+    (tmp_path / "latest").write_text("step-0000050\n")
+    with pytest.raises(FuseDiTError, match="latest names step-0000050, which does not exist"):
+        load_model(tmp_path)
+
+
 def test_a_missing_folder():
     with pytest.raises(FuseDiTError, match="no such model folder"):
         load_model("./nowhere")
@@ -408,7 +422,8 @@ def test_export_says_what_the_published_classes_would_need(folder, tmp_path, cap
     vae = shutil.copytree(PIPELINE / "vae", tmp_path / "vae")
     edit_json(vae / "config.json", latents_mean=[0.0] * 16, latents_std=[1.0] * 16)
     model = load_model(PIPELINE, vae=str(vae), shared_attention_layers=[0, 1])
-    export(model, tmp_path / "c")
+    capsys.readouterr()
+    export(model, tmp_path / "text")
     assert "they need text in every DiT block and a VAE without latents_mean." in \
         capsys.readouterr().out
 

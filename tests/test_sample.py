@@ -142,6 +142,7 @@ def test_an_export_keeps_the_stored_precision(model, tmp_path, monkeypatch):
     assert stored["dit.proj_out.weight"].equal(want)
     rounded = load_file(tmp_path / "bf16" / "transformer" / "model.safetensors")
     assert rounded["dit.proj_out.weight"].equal(want.bfloat16())
+    assert {tensor.dtype for tensor in rounded.values()} == {torch.bfloat16}
     for out, dtype in (("stored", "float32"), ("bf16", "bfloat16")):
         config = json.loads((tmp_path / out / "transformer" / "config.json").read_text())
         assert config["torch_dtype"] == dtype
@@ -178,7 +179,7 @@ def test_unknown_words_and_long_prompts_are_reported(model, tmp_path):
 @pytest.mark.parametrize("args, code, message", [
     ([], 2, "--prompt"),
     (["--prompt", "x", "--steps", "0"], 2, "at least 1"),
-    (["--prompt", "x", "--no-ema"], 1, "EMA weights only"),
+    (["--prompt", "x", "--no-ema"], 1, "has one set of weights"),
     (["--prompt", "x", "--model", "./nowhere"], 1, "no such model folder"),
     (["--prompt", "x", "--model", "{empty}"], 1, "config.json"),
     (["--prompt", "x", "--height", "9"], 1,

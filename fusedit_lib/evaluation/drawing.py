@@ -6,7 +6,7 @@
 
 The noise of an image depends only on the seed, the index of its prompt in the benchmark and the
 number of the image among those of its prompt. A run may draw only the first prompts of a benchmark;
-a later one adds the others to the same folder.
+a later run adds the rest to the same folder.
 """
 import hashlib
 import io
@@ -348,7 +348,7 @@ def grid_of_four(images):
 def save_image(image, path, info, quality):
     """Write a PNG with text chunks or, if quality is not None, a JPEG. An existing file is kept.
 
-    A quality of 75 gives the file that image.save(path) writes, as the published script does.
+    Quality 75 gives the same file as image.save(path), which the published script calls.
     """
     if path.exists():
         return

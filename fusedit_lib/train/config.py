@@ -108,7 +108,7 @@ class RunConfig:
     max_grad_norm: float = flag(1.0, "clip gradients to this norm; 0: no clipping", low=0)
     ema_decay: float = flag(0.99, "decay of the EMA weights at each update", low=0, high=1)
     ema_every: int = flag(100, "steps between EMA updates", low=1)
-    ema_warmup: bool = flag(True, "let the decay of the n-th EMA update be n / (9 + n) until that "
+    ema_warmup: bool = flag(True, "use a decay of n / (9 + n) for the n-th EMA update until it "
                             "reaches --ema-decay; off: --ema-decay from the first update on, as in "
                             "the published code")
     seed: int = flag(42, "seed for the initial weights, noise, data order and image grids",

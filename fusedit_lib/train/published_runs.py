@@ -9,7 +9,7 @@ from fusedit import FuseDiTError
 
 HOSTS = 32                                  # of a TPU v4-256 pod: 128 chips, 4 on each host
 
-# Settings of RunConfig. trainer.mixed_precision, which is bf16, is not one of them: --dtype auto is
+# Settings of RunConfig. trainer.mixed_precision, which is bf16, is left out: --dtype auto is
 # bf16 wherever the device computes in it natively.
 ALL_RUNS = dict(
     train_llm=False,                        # trainer.train_llm
@@ -51,6 +51,6 @@ def published_settings(preset):
     fusedit.preset(preset)
     if preset in NOT_PUBLISHED:
         published = [name for name in fusedit.PRESETS if name not in NOT_PUBLISHED]
-        raise FuseDiTError(f"--like-published: the preset {preset} has no published run; these "
-                           f"have one: {', '.join(published)}")
+        raise FuseDiTError(f"--like-published needs --preset with one of the paper's runs "
+                           f"({preset} has none): {', '.join(published)}")
     return ALL_RUNS | DIFFERENCES.get(preset, {})

@@ -50,7 +50,7 @@ def test_the_settings_are_those_of_the_published_config(name):
 def test_every_preset_but_the_demo_has_published_settings():
     assert set(RUNS) == set(fusedit.PRESETS) - {"demo", "fusedit"}
     assert published_settings("fusedit") == published_settings("fusedit/large-scale")
-    with pytest.raises(FuseDiTError, match="demo has no published run; .*fusedit/large-scale"):
+    with pytest.raises(FuseDiTError, match="paper's runs .demo has none.: .*fusedit/large-scale"):
         parse_run(["--like-published"], "")
     with pytest.raises(FuseDiTError, match="unknown preset"):
         parse_run(["--preset", "fusedit/2d-ropes", "--like-published"], "")
