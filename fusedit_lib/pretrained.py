@@ -424,8 +424,8 @@ def with_absolute_paths(config, folder, changes):
             continue
         roots = (folder, repository(), ".")         # stored: a run of the demo has "demo/gemma"
         problem = (f"{folder} needs {name}, its {field}, which does not exist. If it has been "
-                   f"moved or renamed, use sample.py --set {field}=FOLDER; add --export DIR to write a "
-                   "complete folder")
+                   f"moved or renamed, use sample.py --set {field}=FOLDER; add --export DIR to "
+                   "write a complete folder")
         if field in changes:
             roots = (".", repository())
             problem = f"{field}={name}: there is no such folder"
