@@ -188,7 +188,8 @@ class LoadedModel(NamedTuple):
     """The result of open_model."""
     model: fusedit.FuseDiT
     vae: VAE | None                         # None: the model draws pixels
-    path: str                               # for a training run, the checkpoint that was loaded
+    path: str                               # for a training run, the checkpoint that was loaded;
+                                            # without the path of the repository, if it is inside
     device: torch.device
     dtype: str                              # "bf16" or "float32"
 
@@ -216,6 +217,8 @@ def open_model(path, device="auto", dtype="auto", ema=True, compile=False, chang
         print(kernel, file=sys.stderr)
     if compile:
         backend.compile_model(model, vae)
+    # PNGs and results contain it, and are shared: the bundled demo is "demo", wherever it lies.
+    path = path.removeprefix(f"{DEMO.parent}{os.sep}")
     return LoadedModel(model, vae, path, device, dtype_name)
 
 

@@ -108,6 +108,12 @@ def test_nothing_is_overwritten(model, tmp_path):
                                                           "grid.png", "grid_2.png"]
 
 
+def test_an_image_of_the_demo_does_not_contain_the_path_of_the_clone(tmp_path):
+    done = run("--prompt", "a red star", "--steps", 1, "--out", tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert Image.open(tmp_path / "a-red-star-0.png").text["model"] == "demo"
+
+
 def test_overrides_reach_the_model_and_the_png(model, tmp_path):
     words = ["--model", model, "--prompt", "a star", "--steps", 2, "--dtype", "float32"]
     changes = ["--set", "instruction=a blue ", "guidance=4"]
