@@ -201,7 +201,7 @@ def draw_missing(run, benchmark, model, vae, settings):
     rank, world = backend.rank_and_world()
     paths = ImagePaths(run, benchmark)
     share = share_of_batches(run, benchmark, rank, world)
-    prepare_folder(run, paths, share, rank)
+    prepare_folder(run, paths, share, rank, world)
     # run.json may be out of date: a process was killed, or images were deleted.
     drawn = paths.prompts_drawn()
     if rank == 0 and settings.get("prompts_drawn") != drawn:
@@ -249,14 +249,17 @@ def share_of_batches(run, benchmark, rank, world):
     return batches
 
 
-def prepare_folder(run, paths, share, rank):
+def prepare_folder(run, paths, share, rank, world):
     """Delete the half-written files of a killed process, and write the scorer's text files.
 
-    Each rank deletes only files of its own images, since other ranks may be writing theirs.
+    Each rank deletes only files of its own images, since other ranks may be writing theirs. Every
+    rank may write run.json.
     """
     own = {paths.path(number) for batch in share for number in batch}
     if rank == 0:
-        own |= {run.out / "run.json", *paths.texts}
+        own |= paths.texts.keys()
+    if world == 1:
+        own.add(run.out / "run.json")
     for partial in run.out.rglob(".*.tmp"):
         name = partial.name[1:].rsplit(".", 2)[0]          # see files.atomic_write
         if partial.with_name(name) in own:

@@ -6,6 +6,7 @@ import signal
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -464,6 +465,15 @@ def test_repeated_kills_lose_and_repeat_nothing(untrained, tmp_path, kills):
     assert run_geneval(untrained, tmp_path, "killed").returncode == 0
     assert not half.exists()
     assert contents(folder) == contents(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("world", [1, 2])
+def test_a_half_written_run_json_of_another_rank_is_left_alone(tmp_path, world):
+    run = SimpleNamespace(out=tmp_path)
+    half = tmp_path / ".run.json.1.tmp"
+    half.write_bytes(b"half")
+    drawing.prepare_folder(run, SimpleNamespace(texts={}), [], 0, world)
+    assert half.exists() == (world == 2)
 
 
 def test_other_settings_are_not_mixed(untrained, tmp_path, capsys):
