@@ -47,6 +47,16 @@ def matrix_scale(name, t):
     return 0.03
 
 
+def write_tokenizer(folder, vocab_size):
+    """Write the demo's tokenizer, with unused tokens up to the size of the model's vocabulary."""
+    for path in (kit.ROOT / "demo" / "gemma").glob("tokenizer*"):
+        shutil.copy(path, folder)
+    tokenizer = json.loads((folder / "tokenizer.json").read_text())
+    vocab = tokenizer["model"]["vocab"]
+    vocab |= {f"<unused{i}>": i for i in range(len(vocab), vocab_size)}
+    (folder / "tokenizer.json").write_text(json.dumps(tokenizer))
+
+
 def make(folder):
     """Write everything, unless it exists already."""
     if (folder / "shards" / "index.json").exists():
@@ -69,8 +79,7 @@ def make(folder):
     (gemma_folder / "config.json").write_text(json.dumps(config))
     weights = {f"model.{name}": t for name, t in random_weights(gemma).items()}
     save_file(weights, gemma_folder / "model.safetensors")
-    for path in (kit.ROOT / "demo" / "gemma").glob("tokenizer*"):
-        shutil.copy(path, gemma_folder)
+    write_tokenizer(gemma_folder, config["vocab_size"])
     (vae_folder / "config.json").write_text(json.dumps(VAE_CONFIG))
     save_file(random_weights(vae), vae_folder / "diffusion_pytorch_model.safetensors")
 
