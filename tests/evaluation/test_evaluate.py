@@ -452,6 +452,7 @@ def test_repeated_kills_lose_and_repeat_nothing(untrained, tmp_path, kills):
     rng = random.Random(kills)
     before = {}
     for _ in range(kills):
+        # The four threads cause up to eight events before the first image has its name.
         kills_itself = KILLS_ITSELF.format(n=rng.randrange(12, 24), out=str(folder))
         done = run_geneval(untrained, tmp_path, "killed", before=kills_itself)
         assert done.returncode == -signal.SIGKILL

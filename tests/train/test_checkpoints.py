@@ -355,6 +355,8 @@ import resource, signal
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 poll = checkpoints.CheckpointWriter.poll
 def poll_on_a_full_disk(self, *args):
+    if self.last_saved is None:
+        self.wait()                         # for step 4, which a busy machine writes slowly
     if self.last_saved == 4:
         resource.setrlimit(resource.RLIMIT_FSIZE, (MOST, 1_000_000))
     return poll(self, *args)
@@ -373,8 +375,7 @@ def test_a_full_disk_does_not_end_the_run(gemma, data, tmp_path):
         jobs.append((argv, FULL_DISK.replace("MOST", size)))
     ends = launch_all(jobs, check=False)
     assert len(losses(tmp_path / "run")) == 10
-    # Complete lines only. On a busy machine step 4 may not be written before step 8 is due.
-    assert 4 <= len(losses(tmp_path / "log")) < 10
+    assert 4 <= len(losses(tmp_path / "log")) < 7          # complete lines only
     assert "WARNING: cannot write a log or sample file: " in ends[1].stderr
 
     for name, done in zip(sizes, ends, strict=True):
