@@ -321,10 +321,15 @@ def report_skipped(keys):
     keys: {reason: keys of the skipped inputs}.
     """
     for reason, skipped in keys.items():
-        examples = ", ".join(skipped[:5])
-        if len(skipped) > 5:
-            examples += f" and {len(skipped) - 5} more"
-        print(f"skipped {len(skipped)}: {reason}: {examples}", file=sys.stderr)
+        print(f"skipped {len(skipped)}: {reason}: {first_few(skipped)}", file=sys.stderr)
+
+
+def first_few(names):
+    """The first five names and the number of others, for a message of one line."""
+    text = ", ".join(names[:5])
+    if len(names) > 5:
+        text += f" and {len(names) - 5} more"
+    return text
 
 
 def write_index(out, entries):
