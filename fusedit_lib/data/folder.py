@@ -130,7 +130,8 @@ def folder_items(files: dict[str, Path], rows: list, skipped: list) -> list[Item
         elif not captions:
             skipped.append(("no caption", name))
         else:
-            items.append(Item(name, files[name], captions, f"{len(items):09d}"))
+            number = len(items)
+            items.append(Item(name, files[name], captions, f"{number:09d}", number))
         without_row.pop(name, None)
     for name in without_row:
         skipped.append(("no caption", name))

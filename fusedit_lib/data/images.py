@@ -48,13 +48,7 @@ def square(image, size, crop, rng, resize="bicubic"):
     lie between pixels. With "bilinear", the image is resized and then cropped at a whole pixel, as
     in the published code (data.py:24-25).
     """
-    ImageOps.exif_transpose(image, in_place=True)
-    if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
-        image = image.convert("RGBA")
-        white = Image.new("RGBA", image.size, "white")
-        image = Image.alpha_composite(white, image)
-    if image.mode != "RGB":
-        image = image.convert("RGB")
+    image = upright_rgb(image)
     if image.size == (size, size):
         return image
 
@@ -66,6 +60,18 @@ def square(image, size, crop, rng, resize="bicubic"):
     left, top = square_corner(image, crop, rng)
     side = min(image.size)
     return image.resize((size, size), FILTERS[resize], (left, top, left + side, top + side))
+
+
+def upright_rgb(image):
+    """Turn a PIL image upright and convert it to RGB; transparent parts become white."""
+    ImageOps.exif_transpose(image, in_place=True)
+    if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
+        image = image.convert("RGBA")
+        white = Image.new("RGBA", image.size, "white")
+        image = Image.alpha_composite(white, image)
+    if image.mode != "RGB":
+        image = image.convert("RGB")
+    return image
 
 
 def square_corner(image, crop, rng):
@@ -112,11 +118,14 @@ class ImageRules(NamedTuple):
     min_size: int           # images whose shorter side is below this are skipped
     max_aspect: float       # images with a larger ratio of longer to shorter side are skipped
     resize: str = "bicubic"                 # the filter to downscale with, a key of FILTERS
+    min_words: int = 0      # captions with fewer words are left out
+    max_words: int = 0      # captions with more words are left out; 0: none
+    skip_duplicates: bool = False           # skip images with the pixels of an earlier one
 
 
 def image_rules(args):
     """The ImageRules given by the flags."""
-    return ImageRules(args.size, args.quality, args.min_size, args.max_aspect, args.resize)
+    return ImageRules(**{name: getattr(args, name) for name in ImageRules._fields})
 
 
 def open_image(data, rules):

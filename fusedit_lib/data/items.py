@@ -8,10 +8,15 @@ from pathlib import Path
 from typing import NamedTuple
 
 from fusedit import FuseDiTError
+from fusedit_lib.data.filters import PackedImage, pixel_hash, select_captions
 from fusedit_lib.data.images import SUFFIXES, Skip, pack_image
 
 # Flags that do not affect the contents of the shards, and `run`, the function of the command.
 NOT_OUTPUT_SETTINGS = {"out", "overwrite", "workers", "run", "packages", "registry"}
+
+# Flags that are not among the settings at their default, so that runs older than the flag can be
+# resumed.
+NEWER_FLAGS = dict(resize="bicubic", min_words=0, max_words=0, skip_duplicates=False)
 
 
 # ---------------------------------------------------------------------------- one item
@@ -21,6 +26,7 @@ class Item(NamedTuple):
     image: Path | bytes | Skip      # a file, the bytes of a file, or the reason for having none
     captions: dict                  # kind, such as "synthetic_caption" -> text, which may be empty
     key: str = ""                   # of the sample; "": use the name
+    number: int = 0                 # position in the input, if the items are shuffled
 
     def __str__(self):
         return self.name
@@ -29,26 +35,38 @@ class Item(NamedTuple):
 def make_sample(rules, item):
     """Convert an Item to a sample, a dict for WebDataset's TarWriter; raises Skip.
 
-    rules: ImageRules.
+    rules: ImageRules. Entries that are not written to the tar: `__notes__`, and `__image__`, a
+    PackedImage, if duplicates are skipped.
     """
     if isinstance(item.image, Skip):
         raise item.image
     if not any(item.captions.values()):     # checked first, since decoding the image takes longer
         raise Skip("no caption")
+    captions, notes = select_captions(item.captions, rules)
     data = item.image
     if isinstance(data, Path):
         data = read_image_file(data)
-    suffix, data = pack_image(data, rules)
+    suffix, packed = pack_image(data, rules)
     key = item.key or item.name
     key = key.replace("/", "_").replace(".", "_")          # a dot would end the key
-    return {"__key__": key, f"image.{suffix}": data, **encode_captions(item.captions)}
+    sample = {"__key__": key, f"image.{suffix}": packed, **encode_captions(captions)}
+    sample["__notes__"] = notes
+    if rules.skip_duplicates:
+        sample["__image__"] = PackedImage(item.name, pixel_hash(data), item.number)
+    return sample
 
 
 def encode_captions(captions):
-    """{"KIND.txt": bytes} of the non-empty captions, each on one line; raises Skip."""
+    """{"KIND.txt": bytes} of the non-empty captions, each on one line; raises Skip.
+
+    captions: kind -> text or list of texts.
+    """
     files = {}
-    for kind, text in captions.items():
-        text = " ".join((text or "").split())
+    for kind, texts in captions.items():
+        if not isinstance(texts, list):
+            texts = [texts or ""]
+        lines = [" ".join(text.split()) for text in texts]
+        text = "\n".join(filter(None, lines))
         if text:
             try:
                 files[f"{kind}.txt"] = text.encode()
@@ -146,10 +164,9 @@ def output_settings(args, **more):
     """
     settings = {}
     for name, value in vars(args).items():
-        if name not in NOT_OUTPUT_SETTINGS:
+        is_default = name in NEWER_FLAGS and value == NEWER_FLAGS[name]
+        if name not in NOT_OUTPUT_SETTINGS and not is_default:
             settings[name] = value
-    if settings.get("resize") == "bicubic":     # runs older than this flag can be resumed
-        del settings["resize"]
     return settings | more
 
 
