@@ -5,7 +5,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from fusedit_lib.data.images import Skip, open_safely, upright_rgb
+from fusedit_lib.data.images import Skip, read_image
 
 DUPLICATE = "same pixels as another image"
 
@@ -67,12 +67,7 @@ def pixel_hash(data):
     data: the bytes of the file. Raises Skip. Among 26 million images, the probability of even one
     pair with different pixels and the same hash is 2e-5.
     """
-    try:
-        image = upright_rgb(open_safely(data))
-    except MemoryError:
-        raise
-    except Exception:                       # as in pack_image
-        raise Skip("damaged or cut short") from None
+    image = read_image(data)
     digest = hashlib.blake2b(f"{image.size}".encode(), digest_size=8)
     digest.update(image.tobytes())
     return int.from_bytes(digest.digest(), "little")

@@ -38,7 +38,7 @@ from webdataset import TarWriter
 
 from fusedit import FuseDiTError
 from fusedit_lib.data.filters import DUPLICATE, find_duplicates, write_images
-from fusedit_lib.data.images import Skip
+from fusedit_lib.data.images import Notes, Skip
 from fusedit_lib.data.shards import read_sample, sample_offsets
 from fusedit_lib.files import atomic_write, fsync
 
@@ -69,7 +69,7 @@ def write_shard(make, skip_duplicates, shard):
     noted = []
     images = []                             # PackedImages, to skip duplicates
     inputs = 0
-    with atomic_write(shard.path) as tmp:
+    with Notes() as notes, atomic_write(shard.path) as tmp:
         with open_tar(tmp) as tar:
             last_key = None
             for item in shard.items:
@@ -80,11 +80,13 @@ def write_shard(make, skip_duplicates, shard):
                         raise Skip("same key as the one before")
                     tar.write(sample)
                     last_key = sample["__key__"]
-                    noted += [(note, str(item)) for note in sample.get("__notes__", ())]
+                    kinds = notes.take() + sample.get("__notes__", [])
+                    noted += [(kind, str(item)) for kind in kinds]
                     if skip_duplicates:
                         images.append(sample["__image__"])
                 except Skip as reason:
                     skipped.append((str(reason), str(item)))
+                    notes.take()            # a skipped image has no notes
                 with _items_done.get_lock():
                     _items_done.value += 1
 
