@@ -61,6 +61,7 @@ def write_shard(make, shard):
     """
     skipped = []
     inputs = 0
+    several = 0
     with atomic_write(shard.path) as tmp:
         with open(tmp, "wb") as file, TarWriter(file, encoder=False, mtime=0) as tar:
             last_key = None
@@ -72,6 +73,7 @@ def write_shard(make, shard):
                         raise Skip("same key as the one before")
                     tar.write(sample)
                     last_key = sample["__key__"]
+                    several += has_several_captions(sample)
                 except Skip as reason:
                     skipped.append((str(reason), str(item)))
                 with _items_done.get_lock():
@@ -82,9 +84,15 @@ def write_shard(make, shard):
         shard.path.unlink()
     record["offsets"] = record["offsets"].tolist()
     record["inputs"] = inputs
+    record["several_captions"] = several
     record["skipped"] = skipped
     with atomic_write(record_path(shard)) as tmp:
         tmp.write_text(json.dumps(record))
+
+
+def has_several_captions(sample):
+    """True if a caption file of a sample holds several captions, one per line."""
+    return any(name.endswith(".txt") and b"\n" in data for name, data in sample.items())
 
 
 def index_entry(path):
@@ -303,6 +311,10 @@ def finish(out, records, skipped, more):
 
     settings = read_json_or_none(out / ".progress" / "settings.json")
     report = dict(settings=settings, inputs=inputs, outputs=outputs, skipped=counts)
+    several = sum(record.get("several_captions", 0) for record in records)
+    if several:
+        report["several_captions"] = several
+        print(f"{several} images have several captions")
     report |= more
     report["skipped_keys"] = keys
     with atomic_write(out / "report.json") as tmp:
