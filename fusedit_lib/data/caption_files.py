@@ -57,7 +57,7 @@ def read_caption_file(path, rows, image_column=None, caption_column=None, base="
         return
 
     try:
-        found = json_rows(text, kind in LINES, rows.skipped, image_column)
+        found = json_rows(text, kind in LINES, rows.skipped, image_column, caption_column)
     except (NotJSON, RecursionError) as e:
         raise FuseDiTError(f"cannot read {path} as {kind[1:].upper()}: {e}") from None
     names = {}                              # of all columns, in order
@@ -102,24 +102,19 @@ def decode(data):
 
 
 # ---------------------------------------------------------------------------- JSON
-def json_rows(text, lines, skipped, image_column=None):
+def json_rows(text, lines, skipped, image_column=None, caption_column=None):
     """The rows [(where, value)] of JSON or JSON Lines, whichever the text is.
 
     lines: the file's name says JSON Lines; then lines that are not JSON are added to `skipped`.
     Raises NotJSON.
     """
-    first = next((line for line in text.split("\n") if line.strip()), "")
     try:
-        begins_with_object = isinstance(json.loads(first), dict)
-    except ValueError:
-        begins_with_object = False
-    if not (lines and begins_with_object):
-        try:
-            content = json.loads(text, object_pairs_hook=merge_repeated)
-            return rows_of_json(content, image_column)
-        except ValueError as e:
-            if not lines and not begins_with_object:
-                raise NotJSON(e) from None
+        content = json.loads(text, object_pairs_hook=merge_repeated)
+    except ValueError as e:
+        if not lines and not begins_with_object(text):
+            raise NotJSON(e) from None
+    else:
+        return rows_of_json(content, image_column, caption_column)
 
     rows = []
     for number, line in enumerate(text.split("\n"), 1):
@@ -130,6 +125,15 @@ def json_rows(text, lines, skipped, image_column=None):
         except ValueError:
             skipped.append(("not JSON", f"line {number}"))
     return rows
+
+
+def begins_with_object(text):
+    """True if the first line that is not blank is an object in JSON."""
+    first = next((line for line in text.split("\n") if line.strip()), "")
+    try:
+        return isinstance(json.loads(first), dict)
+    except ValueError:
+        return False
 
 
 def merge_repeated(pairs):
@@ -143,7 +147,7 @@ def merge_repeated(pairs):
     return {key: values if len(values) > 1 else values[0] for key, values in merged.items()}
 
 
-def rows_of_json(content, image_column=None):
+def rows_of_json(content, image_column=None, caption_column=None):
     """Rows [(where, value)] of a file's content.
 
     A list of rows; {"a.png": "a red fox"} or {"a.png": {"caption": "a fox"}}; COCO's {"images":
@@ -158,15 +162,15 @@ def rows_of_json(content, image_column=None):
     if "images" in lists and "annotations" in content:
         return coco_rows(content)
     if len(lists) == 1:
-        return rows_of_json(content[lists[0]])
+        return rows_of_json(content[lists[0]], image_column, caption_column)
 
-    columns = find_columns(content, image_column)
+    columns = find_columns(content, image_column, caption_column)
     if columns.image and (columns.captions or columns.synthetic):
         return rows_of_columns(content, columns.image[0])
     rows = []
     for name, value in content.items():
         if not isinstance(value, dict):
-            value = {"caption": value}
+            value = {caption_column or "caption": value}
         rows.append((f"row {len(rows) + 1}", value | {image_column or "image": name}))
     return rows
 

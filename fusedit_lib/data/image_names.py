@@ -13,7 +13,8 @@ AMBIGUOUS = "several images match the name"
 
 # Folders of the same name in different parts of a data set hold different images: images/1.jpg of
 # val/ is not that of train/.
-PART = re.compile(r"(train|val|test|dev|eval|part|split|fold)", re.I)
+PART = re.compile(r"(train(ing)?|val(id(ation)?)?|test(ing)?|dev|eval|part|split|fold)(?![a-z])",
+                  re.I)
 
 
 class ImageNames:
@@ -123,8 +124,8 @@ class ImageNames:
     def find_prefix(self, written):
         """Set the prefix for absolute paths of another machine, given all names of a caption file.
 
-        It must be common to all of them, end with the name of IMAGES, name no other part of the
-        data set (train, val, ...), and not exist on this machine.
+        It must be common to all of them, end with the name of IMAGES, not exist on this machine,
+        and name no part of a data set (train, val, ...) that the path of IMAGES does not name.
         """
         paths = [clean(name) for name in written]
         paths = [path for path in paths if is_absolute(path) and not self.is_inside(path)]
@@ -138,7 +139,7 @@ class ImageNames:
                 prefix = "/".join(first[:count])
                 if first[count - 1] != PurePosixPath(path).name or os.path.isdir(prefix):
                     continue
-                if parts_of_data(prefix) == parts_of_data(path):
+                if parts_of_data(prefix) <= parts_of_data(path):
                     self.prefix = prefix
                     return
 
@@ -186,5 +187,5 @@ def group(names, form):
 
 
 def parts_of_data(path):
-    """The folders in a path that name a part of a data set, such as train and val."""
-    return [part.lower() for part in path.split("/") if PART.match(part)]
+    """The set of folders in a path that name a part of a data set, such as train and val."""
+    return {part.lower() for part in path.split("/") if PART.match(part)}
