@@ -69,6 +69,7 @@ def write_shard(make, skip_duplicates, shard):
     noted = []
     images = []                             # PackedImages, to skip duplicates
     inputs = 0
+    several = 0
     with Notes() as notes, atomic_write(shard.path) as tmp:
         with open_tar(tmp) as tar:
             last_key = None
@@ -80,6 +81,7 @@ def write_shard(make, skip_duplicates, shard):
                         raise Skip("same key as the one before")
                     tar.write(sample)
                     last_key = sample["__key__"]
+                    several += has_several_captions(sample)
                     kinds = notes.take() + sample.get("__notes__", [])
                     noted += [(kind, str(item)) for kind in kinds]
                     if skip_duplicates:
@@ -93,7 +95,7 @@ def write_shard(make, skip_duplicates, shard):
     if skip_duplicates:
         with atomic_write(images_path(shard)) as tmp:
             write_images(images, tmp)
-    write_record(shard, inputs=inputs, skipped=skipped, notes=noted)
+    write_record(shard, inputs=inputs, skipped=skipped, notes=noted, several_captions=several)
 
 
 def leave_out(job):
@@ -106,15 +108,17 @@ def leave_out(job):
     # A run that is killed below packs this shard again, since the tar would not match the record.
     record_path(shard).unlink()
     fsync(record_path(shard).parent)
+    several = 0
     with atomic_write(shard.path) as tmp:
         with open(shard.path, "rb") as file, open_tar(tmp) as tar:
             for i in range(record["samples"]):
                 if i not in duplicates:
                     key, files = read_sample(file, record["offsets"], i)
                     tar.write({"__key__": key, **files})
+                    several += has_several_captions(files)
     skipped = record["skipped"] + [(DUPLICATE, name) for name in duplicates.values()]
     write_record(shard, inputs=record["inputs"], skipped=skipped, notes=record["notes"],
-                 without_duplicates=True)
+                 several_captions=several, without_duplicates=True)
 
 
 @contextlib.contextmanager
@@ -135,6 +139,11 @@ def write_record(shard, **entries):
     record["offsets"] = record["offsets"].tolist()
     with atomic_write(record_path(shard)) as tmp:
         tmp.write_text(json.dumps(record | entries))
+
+
+def has_several_captions(sample):
+    """True if a caption file of a sample holds several captions, one per line."""
+    return any(name.endswith(".txt") and b"\n" in data for name, data in sample.items())
 
 
 def index_entry(path):
@@ -377,6 +386,10 @@ def finish(out, records, skipped, more):
     report = dict(settings=settings, inputs=inputs, outputs=outputs,
                   skipped={reason: len(names) for reason, names in keys.items()},
                   notes={note: len(names) for note, names in note_keys.items()})
+    several = sum(record.get("several_captions", 0) for record in records)
+    if several:
+        report["several_captions"] = several
+        print(f"{several} images have several captions")
     report |= more
     report["skipped_keys"] = keys
     report["note_keys"] = note_keys
