@@ -30,7 +30,8 @@ from test_datasets import (
 from test_download import KILLED, status_of_child
 from test_prepare_data import files, pack, read_shards
 
-from fusedit_lib.data import packing
+import prepare_data
+from fusedit_lib.data import images, packing
 from fusedit_lib.data.filters import PackedImage, find_duplicates, pixel_hash, write_images
 
 DUPLICATE = "same pixels as another image"
@@ -86,6 +87,25 @@ def test_a_caption_of_another_length_is_left_out_and_the_image_kept(tmp_path, ca
     assert f"noted 1: {few}: a.jpg\n" in capsys.readouterr().err
 
 
+def test_each_of_several_captions_is_kept_or_left_out(tmp_path):
+    """An image that is a duplicate is not counted among those with several captions."""
+    image = scene(7)
+    lines = ["short", "only two", "one of as many as six", "three of them"]
+    photo(tmp_path / "in", "a.jpg", "\n".join(lines), image)
+    photo(tmp_path / "in", "b.jpg", "short\nonly two\n")
+    photo(tmp_path / "in", "c.jpg", "only two\nthree of them\n", image)
+    pack("folder", tmp_path / "in", tmp_path / "out", "--min-words", 2, "--max-words", 5,
+         "--skip-duplicates")
+    samples, report = read_shards(tmp_path / "out")
+    assert sorted(text_of(sample, "original") for sample in samples.values()) == [
+        "only two", "only two\nthree of them"]
+    assert report["skipped_keys"] == {DUPLICATE: ["c.jpg = a.jpg"]}
+    assert report["several_captions"] == 1
+    keys = {kind: sorted(names) for kind, names in report["note_keys"].items()}
+    assert keys == {"caption of fewer than 2 words left out": ["a.jpg", "b.jpg"],
+                    "caption of more than 5 words left out": ["a.jpg"]}
+
+
 def test_the_alt_text_of_cc12m_does_not_replace_a_caption_that_is_too_long(tmp_path):
     plain = cc12m(tmp_path, EVERY).plain
     captions = [(plain[1], "one of as many as six"), (plain[2], "one of four words")]
@@ -97,6 +117,17 @@ def test_the_alt_text_of_cc12m_does_not_replace_a_caption_that_is_too_long(tmp_p
     assert list(samples) == [f"{plain[2]:09d}"]
     assert text_of(samples[f"{plain[2]:09d}"], "original") == f"alt text of {plain[2]}"
     assert report["skipped_keys"]["no caption of at most 5 words"] == [f"{plain[1]:09d}"]
+
+
+@pytest.mark.parametrize("words", [
+    "emoji out", "folder in out", "parquet in out", "cc12m in text out", "sa1b in text out",
+    "journeydb text in out"])
+def test_every_command_that_packs_images_has_the_filters(words):
+    flags = ["--min-words", "3", "--max-words", "9", "--skip-duplicates", "--min-size", "5"]
+    rules = images.image_rules(prepare_data.parse_args([*words.split(), *flags]))
+    assert rules[-3:] == (3, 9, True) and rules.min_size == 5
+    rules = images.image_rules(prepare_data.parse_args(words.split()))
+    assert rules[-3:] == (0, 0, False)
 
 
 def test_limits_that_exclude_every_caption_are_a_usage_error(capsys):
@@ -144,15 +175,15 @@ def test_one_bit_and_the_shape_make_an_image_another():
 
 def test_the_first_input_of_the_same_pixels_is_kept(tmp_path):
     """Inputs are numbered where they are shuffled; otherwise the shards are in order."""
-    images = {
+    shards = {
         "s0": [("b", 7, 0), ("c", 8, 0), ("B", 7, 0)],
         "s1": [],
         "s2": [("d", 2**64 - 1, 0), ("C", 8, 0), ("BB", 7, 0)],
         "s3": [("D", 2**64 - 1, 0), ("e", 2**64 - 2, 0)],
     }
-    for name, shard in images.items():
+    for name, shard in shards.items():
         write_images([PackedImage(*fields) for fields in shard], tmp_path / name)
-    duplicates = find_duplicates([tmp_path / name for name in images])
+    duplicates = find_duplicates([tmp_path / name for name in shards])
     assert duplicates == [{2: "B = b"}, {}, {1: "C = c", 2: "BB = b"}, {0: "D = d"}]
 
     write_images([PackedImage("late", 7, 5), PackedImage("early", 7, 2)], tmp_path / "s0")
@@ -335,9 +366,9 @@ def test_kills_do_not_change_which_duplicates_are_left_out(tmp_path, name):
     """With 1 and 4 workers; every third image file becomes a copy of the one before."""
     case = MESSY[name]
     case.build(tmp_path)
-    images = sorted(tmp_path.glob(case.images))
-    for k in range(1, len(images), 3):
-        images[k].write_bytes(images[k - 1].read_bytes())
+    paths = sorted(tmp_path.glob(case.images))
+    for k in range(1, len(paths), 3):
+        paths[k].write_bytes(paths[k - 1].read_bytes())
     words = [*case.command(tmp_path), "--skip-duplicates", "--min-words", 2]
     pack(*words, tmp_path / "whole")
     expected = files(tmp_path / "whole")
