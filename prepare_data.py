@@ -92,6 +92,13 @@ def add_image_rules(p, size=0):
                        help="skip images whose shorter side is shorter than this")
     group.add_argument("--max-aspect", type=aspect_ratio, default=1000, metavar="RATIO",
                        help="skip images whose longer side is more than RATIO times the shorter")
+    group.add_argument("--skip-duplicates", action="store_true",
+                       help="skip images whose pixels are those of an earlier input")
+    group = p.add_argument_group("caption length")
+    group.add_argument("--min-words", type=natural, default=0, metavar="N",
+                       help="leave out captions with fewer words")
+    group.add_argument("--max-words", type=natural, default=0, metavar="N",
+                       help="leave out captions with more words; 0 leaves out none")
 
 
 def add_shard_options(p, seed=True):
@@ -188,7 +195,10 @@ def parse_args(argv=None):
     add_check(commands)
     add_index(commands)
     add_encode(commands)
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    if "max_words" in args and 0 < args.max_words < args.min_words:
+        parser.error("argument --max-words: must not be below --min-words")
+    return args
 
 
 def add_shapes(commands):

@@ -1,9 +1,7 @@
 """`prepare_data.py check`: reports the contents and problems of shards and draws samples."""
 import hashlib
-import io
 import random
 import textwrap
-import warnings
 from collections import Counter
 from pathlib import Path
 from typing import NamedTuple
@@ -13,7 +11,7 @@ from PIL import Image, ImageDraw, ImageFont
 from tqdm import tqdm
 
 from fusedit_lib.data import packing
-from fusedit_lib.data.images import FORMATS, read_square
+from fusedit_lib.data.images import Notes, Skip, decode, open_image, read_square
 from fusedit_lib.data.index import list_tars, repair_index
 from fusedit_lib.data.shards import ends_well, read_sample
 from fusedit_lib.files import atomic_write
@@ -37,6 +35,7 @@ class ShardContents(NamedTuple):
     keys: np.ndarray                        # uint64 [samples] a hash of the key
     formats: Counter                        # number of samples by image format
     problems: list                          # of Problem
+    notes: list                             # of Problem: flaws of images that are readable
 
 
 # ------------------------------------------------------------------------------ reading
@@ -57,17 +56,13 @@ def check_image(files):
     size = (0, 0)
     kind = "unknown"
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("error", Image.DecompressionBombWarning)
-            image = Image.open(io.BytesIO(files[name]), formats=FORMATS)
+        image = open_image(files[name])
         size = image.size
         kind = image.format
         image.draft("L", (1, 1))            # decodes a JPEG at 1/8 of its size, reading all of it
-        image.load()
-    except MemoryError:
-        raise
-    except Exception:                       # Pillow raises many kinds of errors on broken files
-        return size, kind, "damaged image"
+        decode(image)
+    except Skip as reason:
+        return size, kind, str(reason)
     return size, kind, ""
 
 
@@ -88,13 +83,17 @@ def read_shard(path):
     keys = []
     formats = Counter()
     problems = []
-    with open(path, "rb") as tar:
+    notes = []
+    with open(path, "rb") as tar, Notes() as image_notes:
         for i in range(len(offsets) - 1):
             key, files = read_sample(tar, offsets, i)
             key_hash = hashlib.blake2b(key.encode(), digest_size=8).digest()
             keys.append(int.from_bytes(key_hash))
             words.append([count_words(files, caption) for caption in CAPTIONS])
             size, kind, problem = check_image(files)
+            kinds = image_notes.take()
+            if not problem:
+                notes += [Problem(note, f"{key} of {path.name}") for note in kinds]
             sizes.append(size)
             formats[kind] += 1
             if not problem and max(words[-1]) < 1:
@@ -112,6 +111,7 @@ def read_shard(path):
         keys=np.array(keys, np.uint64),
         formats=formats,
         problems=problems,
+        notes=notes,
     )
 
 
@@ -138,16 +138,10 @@ def check(args):
     Prints a report, repairs the index and, if args.grid (a Path) is set, draws samples.
     """
     shards = read_shards(list_tars(args.folder), args.workers)
-    problems = {}                           # {kind: names of the samples or shards}
-    for shard in shards:
-        for problem in shard.problems:
-            problems.setdefault(problem.kind, []).append(problem.where)
-    print_contents(shards, sum(map(len, problems.values())))
-    for kind, names in problems.items():
-        more = ""
-        if len(names) > EXAMPLES:
-            more = f" and {len(names) - EXAMPLES} more"
-        print(f"{len(names)} x {kind}: {', '.join(names[:EXAMPLES])}{more}")
+    problems = sum((shard.problems for shard in shards), [])
+    print_contents(shards, len(problems))
+    print_problems(problems)
+    print_problems(sum((shard.notes for shard in shards), []))
     repeated, examples = duplicate_keys(shards)
     if repeated:
         print(f"{repeated} keys occur more than once, such as {', '.join(examples)}")
@@ -157,6 +151,18 @@ def check(args):
     if problems or repeated:
         return 1
     return 0
+
+
+def print_problems(problems):
+    """Print, for each kind of Problem, their number and the names of the first few."""
+    by_kind = {}
+    for problem in problems:
+        by_kind.setdefault(problem.kind, []).append(problem.where)
+    for kind, names in by_kind.items():
+        more = ""
+        if len(names) > EXAMPLES:
+            more = f" and {len(names) - EXAMPLES} more"
+        print(f"{len(names)} x {kind}: {', '.join(names[:EXAMPLES])}{more}")
 
 
 def print_contents(shards, problems):
@@ -231,7 +237,7 @@ def draw_sample(page, corner, side, shard, i):
     try:
         pixels = read_square(files[image_name(files)], side)           # [3,side,side]
         page.paste(Image.fromarray(pixels.movedim(0, -1).numpy()), corner)
-    except Exception:                       # Pillow raises many kinds of errors on broken files
+    except (Skip, KeyError):                # KeyError: there is no image
         text = f"({key} cannot be drawn) {text}"
     x, y = corner
     lines = textwrap.wrap(text, CAPTION_WIDTH, max_lines=CAPTION_LINES, placeholder=" ...")

@@ -123,7 +123,8 @@ def folder_items(content, rows, root=None):
     items = []
     for name, kinds in captions_of.items():
         captions = {kind: one_or_several(texts) for kind, texts in kinds.items()}
-        items.append(Item(name, content.path / name, captions, f"{len(items):09d}"))
+        number = len(items)
+        items.append(Item(name, content.path / name, captions, f"{number:09d}", number))
     for name in without:
         rows.skipped.append(("no caption", name))
     return items, names

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from fusedit import FuseDiTError
+from fusedit_lib.data.filters import PackedImage, pixel_hash, select_captions
 from fusedit_lib.data.images import SUFFIXES, Skip, pack_image
 
 # Kinds of files in a folder; see list_files.
@@ -23,7 +24,7 @@ NOT_OUTPUT_SETTINGS = {"out", "overwrite", "workers", "run", "packages", "regist
 # Flags that were added later, with their defaults. A default is not among the settings, so that a
 # run that was started without the flag can be resumed.
 LATER_FLAGS = {"resize": "bicubic", "image_column": None, "caption_column": None,
-               "image_root": None}
+               "image_root": None, "min_words": 0, "max_words": 0, "skip_duplicates": False}
 
 
 # ---------------------------------------------------------------------------- one item
@@ -34,6 +35,7 @@ class Item(NamedTuple):
     captions: dict                  # kind, such as "synthetic_caption" -> text, which may be empty,
                                     # or a list of texts, if the image has several captions
     key: str = ""                   # of the sample; "": use the name
+    number: int = 0                 # position in the input, if the items are shuffled
 
     def __str__(self):
         return self.name
@@ -42,19 +44,25 @@ class Item(NamedTuple):
 def make_sample(rules, item):
     """Convert an Item to a sample, a dict for WebDataset's TarWriter; raises Skip.
 
-    rules: ImageRules.
+    rules: ImageRules. Entries that are not written to the tar: `__notes__`, and `__image__`, a
+    PackedImage, if duplicates are skipped.
     """
     if isinstance(item.image, Skip):
         raise item.image
     if not any(item.captions.values()):     # checked first, since decoding the image takes longer
         raise Skip("no caption")
+    captions, notes = select_captions(item.captions, rules)
     data = item.image
     if isinstance(data, Path):
         data = read_image_file(data)
-    suffix, data = pack_image(data, rules)
+    suffix, packed = pack_image(data, rules)
     key = item.key or item.name
     key = key.replace("/", "_").replace(".", "_")          # a dot would end the key
-    return {"__key__": key, f"image.{suffix}": data, **encode_captions(item.captions)}
+    sample = {"__key__": key, f"image.{suffix}": packed, **encode_captions(captions)}
+    sample["__notes__"] = notes
+    if rules.skip_duplicates:
+        sample["__image__"] = PackedImage(item.name, pixel_hash(data), item.number)
+    return sample
 
 
 def encode_captions(captions):
