@@ -9,6 +9,7 @@ from test_prepare_data import files, pack, read_shards
 
 from fusedit import FuseDiTError
 from fusedit_lib.data import parquet
+from fusedit_lib.data.images import Skip
 
 
 def png(number):
@@ -161,7 +162,8 @@ def test_files_that_are_missing_or_damaged(tmp_path):
     pack("parquet", whole, tmp_path / "out", "--shard-size", 2048)
     samples, report = read_shards(tmp_path / "out")
     assert len(samples) == 2048
-    assert report["skipped_keys"] == {"damaged Parquet": ["d.parquet from row 2048"]}
+    lost = [f"d.parquet row {i}" for i in range(2048, 4000)]
+    assert report["skipped_keys"] == {"damaged Parquet": lost}
 
 
 def test_two_files_of_one_name_are_told_apart(tmp_path):
@@ -182,8 +184,20 @@ def test_only_the_row_groups_of_a_range_are_read(tmp_path):
     assert [len(part) for part in names] == [1000] * 5
     assert sum(names, []) == [f"d.parquet row {i} ({i}.png)" for i in range(5000)]
     damage(path, 2)                         # the rows from 4096 on
-    assert [len(list(part)) for part in ranges] == [1000] * 4 + [97]
-    assert list(ranges[4])[-1].name == "d.parquet from row 4096"
+    damaged = [[isinstance(item.image, Skip) for item in part] for part in ranges]
+    assert sum(damaged, []) == [False] * 4096 + [True] * 904
+
+
+def test_blocks_do_not_cross_row_groups(tmp_path, monkeypatch):
+    path = write_long_parquet(tmp_path / "d.parquet", 5000)
+    file, _ = parquet.open_parquet(path, "d.parquet", None, None)
+    monkeypatch.setattr(parquet, "BLOCK_BYTES", path.stat().st_size * 1000 // 5000)
+    with duckdb.connect() as db:
+        blocks = list(parquet.RowRange(file, 1500, 4500, 0).blocks(db))
+    assert blocks == [(1500, 2048), (2048, 3048), (3048, 4048), (4048, 4096), (4096, 4500)]
+    monkeypatch.setattr(parquet, "BLOCK_BYTES", 1)         # images larger than a block
+    names = [item.name for item in parquet.RowRange(file, 4094, 4098, 0)]
+    assert names == [f"d.parquet row {i} ({i}.png)" for i in range(4094, 4098)]
 
 
 def test_workers_do_not_change_the_bytes(tmp_path):
