@@ -83,11 +83,20 @@ def test_a_data_set_of_the_hub(tmp_path, capsys):
     assert samples["000000008"]["image.png"] == png(8)
     assert [shard["samples"] for shard in report["shards"]] == [3, 3, 1, 3]
     assert report["captions"]["all_columns"] == ["image", "text"]
-    assert "images from column image, captions from text" in capsys.readouterr().out
+    out, err = capsys.readouterr()
+    assert "images from column image, captions from text" in out
+    assert "several parts" not in err
 
     pack("parquet", *sorted(data.glob("*.parquet")), tmp_path / "named", "--shard-size", 3)
     assert files(tmp_path / "named").keys() == files(tmp_path / "out").keys()
     assert read_shards(tmp_path / "named")[0] == samples
+
+
+def test_parts_of_a_data_set_that_are_packed_together_are_named(tmp_path, capsys):
+    write_parquet(tmp_path / "data" / "train-00000.parquet", HUB, [hub_row(0)])
+    write_parquet(tmp_path / "data" / "test-00000.parquet", HUB, [hub_row(1)])
+    pack("parquet", tmp_path / "data", tmp_path / "out")
+    assert "several parts are packed together (test, train)" in capsys.readouterr().err
 
 
 def test_odd_rows_are_counted(tmp_path):
