@@ -187,5 +187,5 @@ def group(names, form):
 
 
 def parts_of_data(path):
-    """The parts of a data set, such as {"train"}, that folders or the file in a path name."""
-    return {found[0].lower() for found in map(PART.match, path.split("/")) if found}
+    """The set of folders in a path that name a part of a data set, such as train and val."""
+    return {part.lower() for part in path.split("/") if PART.match(part)}

@@ -9,7 +9,7 @@ from fusedit_lib.data import packing
 from fusedit_lib.data.caption_files import holds_bytes
 from fusedit_lib.data.columns import Columns, find_columns, matching, require_columns, texts_of
 from fusedit_lib.data.folder import one_or_several
-from fusedit_lib.data.image_names import parts_of_data
+from fusedit_lib.data.image_names import PART
 from fusedit_lib.data.images import Skip, image_rules
 from fusedit_lib.data.items import Item, digest, make_sample, output_settings, require_exists
 
@@ -181,7 +181,7 @@ def parquet(args):
     for name, path in list_parquet(args.data).items():
         file, names = open_parquet(path, name, args.image_column, args.caption_column)
         files.append(file)
-    parts = set().union(*(parts_of_data(file.name) for file in files))
+    parts = {found[0] for found in map(PART.match, (file.path.name for file in files)) if found}
     if len(parts) > 1:
         print(f"files of several parts are packed together ({', '.join(sorted(parts))}); to choose, "
               "give files instead of their folder", file=sys.stderr)
