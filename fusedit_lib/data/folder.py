@@ -1,6 +1,7 @@
 """Your own images: a folder of images with captions in files beside them, or in one file."""
 import random
 import sys
+from collections import Counter
 from functools import partial
 from pathlib import PurePosixPath
 
@@ -14,7 +15,7 @@ from fusedit_lib.data.caption_files import (
 )
 from fusedit_lib.data.columns import CaptionRows
 from fusedit_lib.data.image_names import NOT_FOUND, ImageNames
-from fusedit_lib.data.images import SUFFIXES, Skip, image_rules
+from fusedit_lib.data.images import Skip, image_rules
 from fusedit_lib.data.items import (
     FILE,
     IMAGE,
@@ -146,6 +147,20 @@ def no_row_fits(content, rows):
             "/mnt/photos, give that with --image-root")
 
 
+def no_images(content):
+    """The error if no file has the suffix of an image."""
+    kinds = Counter(suffix_of(name) for name in content.files)
+    if ".parquet" in kinds:
+        return (f"no images in {content.path}, but .parquet files; if these hold the images: "
+                "python prepare_data.py parquet")
+    found = ", ".join(f"{count} {kind}" for kind, count in kinds.most_common(5))
+    return f"no images in {content.path}, by their suffix; it contains {found or 'no files'}"
+
+
+def suffix_of(name):
+    return PurePosixPath(name).suffix.lower() or "no suffix"
+
+
 # ---------------------------------------------------------------------------- the report
 def other_files(content, items, used):
     """{kind: number and names} of all that IMAGES contains besides the images.
@@ -158,8 +173,7 @@ def other_files(content, items, used):
         if name in used:
             names.setdefault("caption file", []).append(name)
         elif name not in packed:
-            suffix = PurePosixPath(name).suffix.lower()
-            names.setdefault(suffix or "no suffix", []).append(name)
+            names.setdefault(suffix_of(name), []).append(name)
     for kind, name in content.left_out:
         if not kind.startswith(UNREADABLE) and name not in packed:
             names.setdefault(kind, []).append(name)
@@ -201,10 +215,7 @@ def folder(args):
                            ".parquet file: python prepare_data.py parquet)")
     content = Folder(args.images)
     if not content.images and not (args.captions and content.files):
-        remedy = ", ".join(sorted(SUFFIXES))
-        if any(name.lower().endswith(".parquet") for name in content.files):
-            remedy = "for images in .parquet files: python prepare_data.py parquet"
-        raise FuseDiTError(f"no images in {args.images} ({remedy})")
+        raise FuseDiTError(no_images(content))
 
     rows, used = read_captions(args, content)
     items, names = folder_items(content, rows, args.image_root)

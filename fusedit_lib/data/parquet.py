@@ -1,4 +1,5 @@
 """Images stored in Parquet files with their captions, as data sets on the Hugging Face hub are."""
+import sys
 from functools import partial
 from typing import NamedTuple
 
@@ -8,10 +9,11 @@ from fusedit_lib.data import packing
 from fusedit_lib.data.caption_files import holds_bytes
 from fusedit_lib.data.columns import Columns, find_columns, matching, require_columns, texts_of
 from fusedit_lib.data.folder import one_or_several
+from fusedit_lib.data.image_names import PART
 from fusedit_lib.data.images import Skip, image_rules
 from fusedit_lib.data.items import Item, digest, make_sample, output_settings, require_exists
 
-FETCH = 16                                  # number of rows that are held in memory at once
+BLOCK_BYTES = 64_000_000                    # of rows that are held in memory at once, on average
 
 # Names of columns with images, in the order in which they are tried.
 IMAGE_FIELDS = "image", "img", "jpg", "jpeg", "png", "webp", "images", "image_bytes", "bytes"
@@ -28,8 +30,8 @@ class ParquetFile(NamedTuple):
 class RowRange:
     """Iterates over the items in the rows start <= row < stop of a ParquetFile.
 
-    The rows are read while iterating. DuckDB reads only the row groups that hold them, one at a
-    time. If they cannot be read to the end, one extra item names the row.
+    The rows are read while iterating, in blocks that do not cross row groups; DuckDB then reads
+    only that row group. Of a block that cannot be read, every row is an item without an image.
     """
 
     def __init__(self, file, start, stop, first_key):
@@ -41,24 +43,38 @@ class RowRange:
     def __iter__(self):
         import duckdb  # an optional dependency
         columns = self.file.columns
-        (image,) = columns.image
-        names = [image, *columns.captions, *columns.synthetic]
-        number = self.start
-        try:
-            with duckdb.connect(config=dict(threads=1)) as db:
-                db.execute(
-                    f"SELECT {', '.join(map(quoted, names))} "
-                    "FROM read_parquet(?, file_row_number=true) "
-                    "WHERE file_row_number >= ? AND file_row_number < ?",
-                    [str(self.file.path), self.start, self.stop])
-                while found := db.fetchmany(FETCH):
-                    for values in found:
+        names = [*columns.image, *columns.captions, *columns.synthetic]
+        query = (f"SELECT {', '.join(map(quoted, names))} "
+                 "FROM read_parquet(?, file_row_number=true) "
+                 "WHERE file_row_number >= ? AND file_row_number < ? ORDER BY file_row_number")
+        with duckdb.connect(config=dict(threads=1)) as db:
+            for first, stop in self.blocks(db):
+                try:
+                    found = db.execute(query, [str(self.file.path), first, stop]).fetchall()
+                except duckdb.Error:
+                    found = [None] * (stop - first)
+                for number, values in enumerate(found, first):
+                    name = f"{self.file.name} row {number}"
+                    key = self.first_key + number - self.start
+                    if values is None:
+                        yield Item(name, Skip("damaged Parquet"), captions={})
+                    else:
                         fields = dict(zip(names, values, strict=True))
-                        key = self.first_key + number - self.start
-                        yield row_item(fields, columns, f"{self.file.name} row {number}", key)
-                        number += 1
-        except duckdb.Error:
-            yield Item(f"{self.file.name} from row {number}", Skip("damaged Parquet"), captions={})
+                        yield row_item(fields, columns, name, key)
+
+    def blocks(self, db):
+        """The range in parts (first, stop) that are read at once."""
+        path = self.file.path
+        groups = db.execute(
+            "SELECT DISTINCT row_group_id, row_group_num_rows FROM parquet_metadata(?) "
+            "ORDER BY row_group_id", [str(path)]).fetchall()
+        size = max(1, BLOCK_BYTES * self.file.rows // path.stat().st_size)
+        end = 0                             # of the row group
+        for _, rows in groups:
+            begin = end
+            end += rows
+            for first in range(max(begin, self.start), min(end, self.stop), size):
+                yield first, min(first + size, end, self.stop)
 
 
 def row_item(fields, columns, name, key):
@@ -165,6 +181,10 @@ def parquet(args):
     for name, path in list_parquet(args.data).items():
         file, names = open_parquet(path, name, args.image_column, args.caption_column)
         files.append(file)
+    parts = {found[0] for found in map(PART.match, (file.path.name for file in files)) if found}
+    if len(parts) > 1:
+        print(f"files of several parts are packed together ({', '.join(sorted(parts))}); to choose, "
+              "give files instead of their folder", file=sys.stderr)
     columns = files[0].columns
     report = dict(columns=columns._asdict(), all_columns=names)
     total = sum(file.rows for file in files)

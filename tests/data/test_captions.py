@@ -1,13 +1,15 @@
 """Captions as people have them: tables, JSON, Parquet and text files of many kinds."""
 import gzip
 import json
+import sys
 
 import duckdb
 import pytest
 from PIL import Image
-from test_prepare_data import command, pack, read_shards
+from test_prepare_data import pack, read_shards
 
 from fusedit import FuseDiTError
+from fusedit_lib.cli import explain
 
 
 @pytest.fixture
@@ -365,7 +367,8 @@ def test_the_lines_of_a_text_file_are_several_captions(images):
 
 def test_a_missing_duckdb_is_one_line(images, tmp_path, monkeypatch):
     (tmp_path / "c.parquet").write_bytes(b"PAR1")
-    (tmp_path / "duckdb.py").write_text("raise ModuleNotFoundError(name='duckdb')")
-    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
-    _, err = command("folder", images, tmp_path / "c.parquet", tmp_path / "out", code=1)
-    assert "duckdb is not installed: pip install -e '.[data]'" in err
+    monkeypatch.setitem(sys.modules, "duckdb", None)
+    for words in (["folder", images, tmp_path / "c.parquet"], ["parquet", tmp_path / "c.parquet"]):
+        with pytest.raises(ModuleNotFoundError) as error:
+            pack(*words, tmp_path / "out")
+        assert explain(error.value, "") == "duckdb is not installed: pip install -e '.[data]'"
