@@ -341,7 +341,7 @@ def test_notes_are_counted_everywhere(tmp_path, gemma_folder, capsys):
     assert not err.strip()
 
     with warnings.catch_warnings():
-        warnings.simplefilter("error")
+        warnings.simplefilter("error", UserWarning)
         batch = tiny_batches(gemma_folder, out, micro_batch=10)[0]
     assert batch["notes"] == [NOTE] * 9
 
