@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from fusedit_lib.data import packing
 from fusedit_lib.data.images import FORMATS, read_square
-from fusedit_lib.data.index import list_tars, print_problems, repair_index, scan_shard
+from fusedit_lib.data.index import list_tars, print_layout_problems, repair_index, scan_shard
 from fusedit_lib.data.layout import (
     LayoutCounts,
     LayoutError,
@@ -152,21 +152,15 @@ def check(args):
     Prints a report, repairs the index and, if args.grid (a Path) is set, draws samples.
     """
     shards = read_shards(list_tars(args.folder), args)
+    problems = sum((shard.problems for shard in shards), [])
     counts = LayoutCounts()
-    problems = {}                           # {kind: names of the samples or shards}
     for shard in shards:
         counts.merge(shard.counts)
-        for problem in shard.problems:
-            problems.setdefault(problem.kind, []).append(problem.where)
-    total = counts.problems.total() + sum(map(len, problems.values()))
+    total = len(problems) + counts.problems.total()
     print_contents(shards, total)
     print(counts.found())
-    for kind, names in problems.items():
-        more = ""
-        if len(names) > EXAMPLES:
-            more = f" and {len(names) - EXAMPLES} more"
-        print(f"{len(names)} x {kind}: {', '.join(names[:EXAMPLES])}{more}")
-    print_problems(counts, sys.stdout)
+    print_problems(problems)
+    print_layout_problems(counts, sys.stdout)
     repeated, examples = duplicate_keys(shards)
     if repeated:
         print(f"{repeated} keys occur more than once, such as {', '.join(examples)}")
@@ -179,6 +173,18 @@ def check(args):
     if total or repeated:
         return 1
     return 0
+
+
+def print_problems(problems):
+    """Print, for each kind of Problem, their number and the names of the first few."""
+    by_kind = {}
+    for problem in problems:
+        by_kind.setdefault(problem.kind, []).append(problem.where)
+    for kind, names in by_kind.items():
+        more = ""
+        if len(names) > EXAMPLES:
+            more = f" and {len(names) - EXAMPLES} more"
+        print(f"{len(names)} x {kind}: {', '.join(names[:EXAMPLES])}{more}")
 
 
 def print_contents(shards, problems):

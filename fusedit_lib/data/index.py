@@ -52,7 +52,7 @@ def scan_shard(path, image_key, caption_key):
     return ScannedShard(packing.index_entry(path, offsets), counts)
 
 
-def print_problems(counts, file):
+def print_layout_problems(counts, file):
     """Print, for each kind of problem with the layout, a line with its remedy."""
     for kind, count in counts.problems.most_common():
         examples = ", ".join(counts.examples[kind])
@@ -103,7 +103,7 @@ def index(args):
         raise FuseDiTError(f"{args.folder}: no samples in any of {len(tars)} shards")
     if not counts.usable:
         raise FuseDiTError(f"{args.folder}: {counts.unusable()}")
-    print_problems(counts, sys.stderr)
+    print_layout_problems(counts, sys.stderr)
     samples = packing.write_index(args.folder, entries)
     print(counts.found())
     print(f"{samples} samples in {len(tars)} shards: {args.folder}/index.json")

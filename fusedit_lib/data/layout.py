@@ -42,6 +42,7 @@ REMEDIES = {
                       "names one",
     "no caption": "--caption-key names an extension, or a field of KEY.json",
     "several caption files": "--caption-key names one",
+    "blank caption": "training skips these samples, up to a share of --max-skipped",
     "caption is not UTF-8": "",
     "KEY.json is not JSON": "",
     REPEATED: "a key ends at the first dot of a file's name, so that these samples are one: give "
@@ -110,10 +111,11 @@ def find_captions(files, key=""):
     """{source: text} of a sample's captions, one per line of the text.
 
     A source is an extension, or "field NAME of json". key: --caption-key. Raises LayoutError if
-    there is no caption.
+    there is no caption, or only a blank one.
     """
     captions = {}
-    for name in caption_names(files, key):
+    names = caption_names(files, key)
+    for name in names:
         try:
             text = files[name].decode("utf-8-sig").strip()
         except UnicodeDecodeError:
@@ -127,6 +129,8 @@ def find_captions(files, key=""):
     for name in [key] if key else CAPTION_FIELDS:
         if name in texts:
             return {f"field {name} of json": texts[name]}
+    if names:
+        raise LayoutError("blank caption", ", ".join(names))
     raise LayoutError("no caption", content(files))
 
 
@@ -251,7 +255,7 @@ class LayoutCounts:
         """The images and captions, as one line of text."""
         line = f"images: {counts(self.images)}; captions: {counts(self.captions)}"
         if self.several:
-            line += f"; several captions of one image: {self.several:,} (--caption-pick)"
+            line += f"; {self.several:,} samples with several captions, one per line"
         return line
 
     def unusable(self):
