@@ -322,8 +322,8 @@ def add_check(commands):
 
 def add_index(commands):
     p = commands.add("index", index.index, "write index.json for shards that have none",
-                     "shards/others", ", without decoding their images, and report which images and "
-                     "captions they contain")
+                     "shards/others", ", without decoding their images, and report the images and "
+                     "captions that they contain")
     add_shard_folder(p)
     add_image_key(p)
     add_caption_key(p)

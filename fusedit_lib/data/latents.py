@@ -116,8 +116,8 @@ def check_overwrite(descriptions, overwrite):
             other.append(tar.name)
     if other and not overwrite:
         raise FuseDiTError(f"{len(other)} shards, such as {other[0]}, already have latents "
-                           "made with a different VAE, image size, --resize or --image-key, or from "
-                           "an earlier version of the shard: --overwrite replaces them")
+                           "made with a different VAE, image size, --resize or --image-key, or "
+                           "from an earlier version of the shard: --overwrite replaces them")
 
 
 def encode_shards(tars, vae, args, descriptions, samples, rank):

@@ -194,7 +194,7 @@ def latents_problem(known, run, config):
         made_with = {"resize": "bicubic", "image_key": ""} | latents
         for key, value in wanted.items():
             if made_with.get(key) != value:
-                return f"their {key} is {made_with.get(key)}, not {value}"
+                return f"their {key} is {made_with.get(key) or 'unset'}, not {value or 'unset'}"
     return ""
 
 
