@@ -24,7 +24,7 @@ from torch.utils.data import DataLoader, Dataset, get_worker_info
 import fusedit
 from fusedit import FuseDiTError
 from fusedit_lib import backend
-from fusedit_lib.data.images import read_square
+from fusedit_lib.data.images import Notes, read_square
 from fusedit_lib.data.layout import REMEDIES, LayoutError, find_captions, find_image, pick_caption
 from fusedit_lib.data.order import CYCLE, Mixture
 from fusedit_lib.data.shards import ShardReader, can_read_latents, expand_shards, is_url
@@ -78,6 +78,7 @@ class Batches(Dataset):
         noise      [B,1,C,h,w]; with a VAE [B,2,C,h,w]: the second is for sampling its posterior
         clip       [B,77] CLIP tokens, if the model has CLIP modulation
         bad        one line for each sample that could not be read and was replaced by another
+        notes      the kinds of flaws of images that were read, one for each flaw
 
     If an error occurs, self[m] is {"error": message} instead, since an exception raised in a worker
     would arrive with the worker's traceback.
@@ -185,9 +186,14 @@ class Batches(Dataset):
         step, i = divmod(m, self.accumulation)
         first = step * self.run.batch + (i * self.world + self.rank) * self.micro_batch
         bad = []
+        samples = []
+        notes = []
         try:
             self.prefetch(first + DOWNLOAD_AHEAD)
-            samples = [self.sample(first + j, bad) for j in range(self.micro_batch)]
+            with Notes() as image_notes:
+                for j in range(self.micro_batch):
+                    samples.append(self.sample(first + j, bad))
+                    notes += image_notes.take()
         except FuseDiTError as e:
             return {"error": str(e)}
 
@@ -201,6 +207,7 @@ class Batches(Dataset):
             mask=mask,
             captions=captions,
             bad=bad,
+            notes=notes,
             normal=torch.stack([sample.normal for sample in samples]),
             noise=torch.stack([sample.noise for sample in samples]),
         )

@@ -1,10 +1,8 @@
 """`prepare_data.py check`: reports the contents and problems of shards and draws samples."""
 import hashlib
-import io
 import random
 import sys
 import textwrap
-import warnings
 from collections import Counter
 from functools import partial
 from pathlib import Path
@@ -15,7 +13,7 @@ from PIL import Image, ImageDraw, ImageFont
 from tqdm import tqdm
 
 from fusedit_lib.data import packing
-from fusedit_lib.data.images import FORMATS, read_square
+from fusedit_lib.data.images import Notes, Skip, decode, open_image, read_square
 from fusedit_lib.data.index import list_tars, print_layout_problems, repair_index, scan_shard
 from fusedit_lib.data.layout import (
     LayoutCounts,
@@ -48,6 +46,7 @@ class ShardContents(NamedTuple):
     keys: np.ndarray                        # uint64 [samples] a hash of the key
     formats: Counter                        # number of samples by image format
     problems: list                          # of Problem, besides those of `counts`
+    notes: list                             # of Problem: flaws of images that are readable
 
 
 # ------------------------------------------------------------------------------ reading
@@ -62,17 +61,13 @@ def check_image(data):
     size = (0, 0)
     kind = "unknown"
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("error", Image.DecompressionBombWarning)
-            image = Image.open(io.BytesIO(data), formats=FORMATS)
+        image = open_image(data)
         size = image.size
         kind = image.format
         image.draft("L", (1, 1))            # decodes a JPEG at 1/8 of its size, reading all of it
-        image.load()
-    except MemoryError:
-        raise
-    except Exception:                       # Pillow raises many kinds of errors on broken files
-        return size, kind, "damaged image"
+        decode(image)
+    except Skip as reason:
+        return size, kind, str(reason)
     return size, kind, ""
 
 
@@ -97,7 +92,8 @@ def read_shard(path, image_key, caption_key):
     keys = []
     formats = Counter()
     problems = []
-    with open(path, "rb") as tar:
+    notes = []
+    with open(path, "rb") as tar, Notes() as image_notes:
         for i in range(len(offsets) - 1):
             key, files = read_sample(tar, offsets, i)
             key_hash = hashlib.blake2b(key.encode(), digest_size=8).digest()
@@ -109,6 +105,9 @@ def read_shard(path, image_key, caption_key):
             except LayoutError:             # which scan_shard has counted
                 data = None
             size, kind, problem = check_image(data)
+            kinds = image_notes.take()
+            if not problem:
+                notes += [Problem(note, f"{key} of {path.name}") for note in kinds]
             sizes.append(size)
             formats[kind] += 1
             if problem:
@@ -125,6 +124,7 @@ def read_shard(path, image_key, caption_key):
         keys=np.array(keys, np.uint64),
         formats=formats,
         problems=problems,
+        notes=notes,
     )
 
 
@@ -160,6 +160,7 @@ def check(args):
     print_contents(shards, total)
     print(counts.found())
     print_problems(problems)
+    print_problems(sum((shard.notes for shard in shards), []))
     print_layout_problems(counts, sys.stdout)
     repeated, examples = duplicate_keys(shards)
     if repeated:
@@ -264,8 +265,8 @@ def draw_sample(page, corner, side, sample, args):
         data = files[find_image(files, args.image_key)]
         pixels = read_square(data, side)    # [3,side,side]
         page.paste(Image.fromarray(pixels.movedim(0, -1).numpy()), corner)
-    except Exception:                       # Pillow raises many kinds of errors on broken files
-        text = f"({key} cannot be drawn) {text}"
+    except (Skip, LayoutError) as e:
+        text = f"({key} cannot be drawn: {e}) {text}"
     x, y = corner
     lines = textwrap.wrap(text, CAPTION_WIDTH, max_lines=CAPTION_LINES, placeholder=" ...")
     ImageDraw.Draw(page).multiline_text((x, y + side + 2), "\n".join(lines), "black",

@@ -12,6 +12,7 @@ Training samples the posterior with the same noise that it would use with pixels
 """
 import json
 import sys
+from collections import Counter
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -23,7 +24,7 @@ from fusedit_lib import backend
 from fusedit_lib.backend import rank_and_world
 from fusedit_lib.cli import pick_dtype
 from fusedit_lib.data import packing
-from fusedit_lib.data.images import read_square
+from fusedit_lib.data.images import Notes, read_square
 from fusedit_lib.data.index import list_tars
 from fusedit_lib.data.layout import find_image
 from fusedit_lib.data.shards import LATENTS_SUFFIX, read_index, read_sample
@@ -33,7 +34,10 @@ from fusedit_lib.vae import load_vae
 
 
 class ShardImages(Dataset):
-    """The images of a shard. self[i] is (uint8 [3,size,size], 1), or (zeros, 0) if unreadable."""
+    """The images of a shard. self[i] is (uint8 [3,size,size], 1, notes on its flaws, a line each).
+
+    An image that cannot be read is (zeros, 0, "").
+    """
 
     def __init__(self, path, offsets, size, resize, image_key):
         self.path = path
@@ -50,11 +54,13 @@ class ShardImages(Dataset):
             with open(self.path, "rb") as tar:
                 _, files = read_sample(tar, self.offsets, i)
             name = find_image(files, self.image_key)
-            return read_square(files[name], self.size, resize=self.resize), 1
+            with Notes() as notes:
+                pixels = read_square(files[name], self.size, resize=self.resize)
+            return pixels, 1, "\n".join(notes.take())
         except MemoryError:
             raise
         except Exception:                   # Pillow raises many kinds of errors on broken files
-            return torch.zeros(3, self.size, self.size, dtype=torch.uint8), 0
+            return torch.zeros(3, self.size, self.size, dtype=torch.uint8), 0, ""
 
 
 # ------------------------------------------------------------------------------ one shard
@@ -76,7 +82,7 @@ def read_description(tar):
 
 @torch.no_grad()
 def encode_shard(tar, vae, args, description, progress):
-    """Write the latents of one shard.
+    """Write the latents of one shard. Returns the number of notes on its images, by kind.
 
     description: a dict to store with them; progress: called with the number of images encoded.
     """
@@ -91,12 +97,14 @@ def encode_shard(tar, vae, args, description, progress):
     latents = torch.empty(len(images), channels, side, side, dtype=torch.bfloat16)
     whole = torch.empty(len(images), dtype=torch.uint8)
     begin = 0
-    for pixels, readable in loader:                        # uint8 [B,3,H,W], [B]
+    noted = Counter()
+    for pixels, readable, notes in loader:                 # uint8 [B,3,H,W], [B], B strings
         end = begin + len(pixels)
         x = pixels.to(device, non_blocking=True).float().div_(127.5).sub_(1)
         latents[begin:end] = torch.cat(vae.moments(x), 1)  # [B,2*C,h,w]
         whole[begin:end] = readable
         begin = end
+        noted.update("\n".join(notes).split("\n"))
         progress(len(pixels))
 
     tensors = dict(latents=latents, whole=whole)
@@ -104,6 +112,8 @@ def encode_shard(tar, vae, args, description, progress):
     metadata = dict(encoded=json.dumps(description))
     with atomic_write(latents_path(tar)) as tmp:
         save_file(tensors, tmp, metadata)
+    del noted[""]                           # of images without notes
+    return noted
 
 
 # ------------------------------------------------------------------------------ the command
@@ -123,18 +133,22 @@ def check_overwrite(descriptions, overwrite):
 def encode_shards(tars, vae, args, descriptions, samples, rank):
     """Write the latents of several shards, with a progress bar on rank 0.
 
-    samples: {tar name: number of samples}.
+    At the end, a line for each kind of note says how many images have it. samples: {tar name:
+    number of samples}.
     """
     disable = None                          # tqdm: show no bar if stderr is not a terminal
     if rank != 0:
         disable = True
     total = sum(samples[tar.name] for tar in tars)
+    noted = Counter()
     with tqdm(total=total, unit="image", desc="encoding", disable=disable, smoothing=0.05) as bar:
         for tar in tars:
             # delete temporary files of a killed run
             for old in args.folder.glob(f".{latents_path(tar).name}.*.tmp"):
                 old.unlink()
-            encode_shard(tar, vae, args, descriptions[tar], bar.update)
+            noted += encode_shard(tar, vae, args, descriptions[tar], bar.update)
+    for kind, count in noted.items():
+        print(f"noted {kind}: {count} images", file=sys.stderr)
 
 
 def encode(args):

@@ -32,7 +32,7 @@ from tqdm import tqdm
 from webdataset import TarWriter
 
 from fusedit import FuseDiTError
-from fusedit_lib.data.images import Skip
+from fusedit_lib.data.images import Notes, Skip
 from fusedit_lib.data.shards import sample_offsets
 from fusedit_lib.files import atomic_write
 
@@ -60,8 +60,9 @@ def write_shard(make, shard):
     samples has a record but no tar.
     """
     skipped = []
+    noted = []
     inputs = 0
-    with atomic_write(shard.path) as tmp:
+    with Notes() as notes, atomic_write(shard.path) as tmp:
         with open(tmp, "wb") as file, TarWriter(file, encoder=False, mtime=0) as tar:
             last_key = None
             for item in shard.items:
@@ -72,8 +73,10 @@ def write_shard(make, shard):
                         raise Skip("same key as the one before")
                     tar.write(sample)
                     last_key = sample["__key__"]
+                    noted += [(note, str(item)) for note in notes.take()]
                 except Skip as reason:
                     skipped.append((str(reason), str(item)))
+                    notes.take()            # a skipped image has no notes
                 with _items_done.get_lock():
                     _items_done.value += 1
 
@@ -83,6 +86,7 @@ def write_shard(make, shard):
     record["offsets"] = record["offsets"].tolist()
     record["inputs"] = inputs
     record["skipped"] = skipped
+    record["notes"] = noted
     with atomic_write(record_path(shard)) as tmp:
         tmp.write_text(json.dumps(record))
 
@@ -295,20 +299,23 @@ def finish(out, records, skipped, more):
         skipped += record["skipped"]
     assert inputs == outputs + len(skipped)
 
-    counts = dict(Counter(reason for reason, _ in skipped).most_common())
-    keys = {reason: [] for reason in counts}
-    for reason, key in skipped:
-        keys[reason].append(key)
-    report_skipped(keys)
+    noted = sum((record.get("notes", []) for record in records), [])
+    keys = keys_by_reason(skipped)
+    note_keys = keys_by_reason(noted)
+    print_keys("skipped", keys)
+    print_keys("noted", note_keys)
     if not outputs:
         remove_output(out)
         raise FuseDiTError(f"nothing to pack: all {len(skipped)} inputs were skipped, for the "
                            "reasons above")
 
     settings = read_json_or_none(out / ".progress" / "settings.json")
-    report = dict(settings=settings, inputs=inputs, outputs=outputs, skipped=counts)
+    report = dict(settings=settings, inputs=inputs, outputs=outputs,
+                  skipped={reason: len(names) for reason, names in keys.items()},
+                  notes={note: len(names) for note, names in note_keys.items()})
     report |= more
     report["skipped_keys"] = keys
+    report["note_keys"] = note_keys
     with atomic_write(out / "report.json") as tmp:
         tmp.write_text(json.dumps(report, indent=1) + "\n")
 
@@ -319,16 +326,25 @@ def finish(out, records, skipped, more):
           f"{out}/*.tar, {out}/report.json")
 
 
-def report_skipped(keys):
-    """Print to stderr, for each reason, the number of skipped inputs and the first few of them.
+def keys_by_reason(pairs):
+    """{reason: keys} of pairs (reason, key), the most frequent reason first."""
+    counts = Counter(reason for reason, _ in pairs)
+    keys = {reason: [] for reason, _ in counts.most_common()}
+    for reason, key in pairs:
+        keys[reason].append(key)
+    return keys
 
-    keys: {reason: keys of the skipped inputs}.
+
+def print_keys(verb, keys):
+    """Print to stderr, for each reason, the number of inputs and the first few of them.
+
+    verb: "skipped" or "noted". keys: {reason: keys of the inputs}.
     """
-    for reason, skipped in keys.items():
-        examples = ", ".join(skipped[:5])
-        if len(skipped) > 5:
-            examples += f" and {len(skipped) - 5} more"
-        print(f"skipped {len(skipped)}: {reason}: {examples}", file=sys.stderr)
+    for reason, names in keys.items():
+        examples = ", ".join(names[:5])
+        if len(names) > 5:
+            examples += f" and {len(names) - 5} more"
+        print(f"{verb} {len(names)}: {reason}: {examples}", file=sys.stderr)
 
 
 def write_index(out, entries):

@@ -360,7 +360,7 @@ def test_bad_samples_are_reported_and_replaced(gemma_folder, tmp_path):
         assert len(batch["captions"]) == 11
         assert set(batch_keys(batch)) <= {"n00", "n02", "n07", "n09"}
         assert sorted(parse_problem(line) for line in batch["bad"]) == expected
-        assert any("exceeds limit" in line for line in batch["bad"])
+        assert any("over 90 megapixels" in line for line in batch["bad"])
 
 
 def damaged_scene(key, rng):

@@ -39,8 +39,9 @@ def empty_index_cache():
 
 @pytest.mark.parametrize("names, key, image", [
     ("json jpg txt", "", "jpg"),
+    ("png jpg txt", "", "jpg"),             # in the order of layout.IMAGES
     ("jpg image.webp txt", "", "image.webp"),
-    ("txt webp png", "", "png"),            # the order of layout.IMAGES
+    ("txt webp png", "", "png"),
     ("tif txt", "", "tif"),
     ("json 0001.png txt", "", "0001.png"),
     ("mask.png jpg", "", "jpg"),
@@ -216,11 +217,11 @@ def test_unusable_shards_are_refused_with_the_flags_to_use(gemma_folder, tmp_pat
     samples = []
     for i in range(4):
         key, files = img2dataset_sample(i)
-        samples.append((key, {"rgb": files["jpg"], "alt": "a red star",
+        samples.append((key, {"img": files["jpg"], "alt": "a red star",
                               "json": '{"title": "a star", "width": 3}'}))
     path = tmp_path / "a.tar"
     write_shard(path, samples)
-    message = ("none of 4 samples can be trained on. They have rgb (4), alt (4), json (4); text "
+    message = ("none of 4 samples can be trained on. They have img (4), alt (4), json (4); text "
                "fields of KEY.json: title (4). no image: --image-key names")
     assert message in command("index", tmp_path, code=1)[1]
     assert not (tmp_path / "index.json").exists()
@@ -230,15 +231,15 @@ def test_unusable_shards_are_refused_with_the_flags_to_use(gemma_folder, tmp_pat
     entry = dict(name="a.tar", samples=4, bytes=path.stat().st_size)
     (tmp_path / "index.json").write_text(json.dumps(dict(shards=[entry])))
     asked = tiny_batches(gemma_folder, tmp_path, micro_batch=4)[0]
-    assert "no image (it has rgb, alt, json; text fields of json: title)" in asked["error"]
+    assert "no image (it has img, alt, json; text fields of json: title)" in asked["error"]
     assert "--image-key names" in asked["error"]
-    asked = tiny_batches(gemma_folder, tmp_path, "--image-key", "rgb", micro_batch=4)[0]
-    assert "no caption (it has rgb, alt, json; text" in asked["error"]
+    asked = tiny_batches(gemma_folder, tmp_path, "--image-key", "img", micro_batch=4)[0]
+    assert "no caption (it has img, alt, json; text" in asked["error"]
     assert "--caption-key names" in asked["error"]
 
-    keys = ["--image-key", "rgb", "--caption-key", "title"]
+    keys = ["--image-key", "img", "--caption-key", "title"]
     out, _ = command("index", tmp_path, *keys)
-    assert "images: rgb (4); captions: field title of json (4)" in out
+    assert "images: img (4); captions: field title of json (4)" in out
     batch = tiny_batches(gemma_folder, tmp_path, *keys, "--caption-drop", "0")[0]
     assert batch["captions"] == ("a star",) * 4
     assert "0 problems" in command("check", tmp_path, *keys)[0]
