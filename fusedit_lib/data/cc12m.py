@@ -8,6 +8,7 @@ from functools import partial
 from fusedit import FuseDiTError
 from fusedit_lib.data import packing
 from fusedit_lib.data.captions import CaptionTable, WithCaptions
+from fusedit_lib.data.filters import select_captions
 from fusedit_lib.data.images import Skip, image_rules
 from fusedit_lib.data.items import (
     Item,
@@ -50,8 +51,11 @@ class TarItems:
 def cc12m_sample(rules, item):
     """The sample of an Item. Raises Skip, for example if it has no synthetic caption."""
     has_image = not isinstance(item.image, Skip)
-    if has_image and not item.captions["synthetic_caption"]:
-        raise Skip("no synthetic caption")
+    if has_image:
+        synthetic = item.captions["synthetic_caption"]
+        if not synthetic:
+            raise Skip("no synthetic caption")
+        select_captions(dict(synthetic_caption=synthetic), rules)       # the alt text is not enough
     return make_sample(rules, item)
 
 
