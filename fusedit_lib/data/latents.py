@@ -33,10 +33,13 @@ from fusedit_lib.pretrained import vae_fingerprint
 from fusedit_lib.vae import load_vae
 
 
+UNREADABLE = "unreadable image, which training skips"
+
+
 class ShardImages(Dataset):
     """The images of a shard. self[i] is (uint8 [3,size,size], 1, notes on its flaws, a line each).
 
-    An image that cannot be read is (zeros, 0, "").
+    An image that cannot be read is (zeros, 0, UNREADABLE).
     """
 
     def __init__(self, path, offsets, size, resize, image_key):
@@ -60,7 +63,7 @@ class ShardImages(Dataset):
         except MemoryError:
             raise
         except Exception:                   # Pillow raises many kinds of errors on broken files
-            return torch.zeros(3, self.size, self.size, dtype=torch.uint8), 0, ""
+            return torch.zeros(3, self.size, self.size, dtype=torch.uint8), 0, UNREADABLE
 
 
 # ------------------------------------------------------------------------------ one shard

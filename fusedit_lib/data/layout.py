@@ -10,21 +10,22 @@ in lower case, as in WebDataset. The first line of a table that applies is used:
     *.jpg, *.png, ..., if there is only one     *.txt, if there is only one
                                                 a field of KEY.json: caption, text, ...
 
-A caption file holds one caption per line. A list in KEY.json is several captions. Blank captions do
-not count. So the samples of our own shards (KEY.image.jpg), of img2dataset and of cc12m-wds
-(KEY.jpg, KEY.txt, KEY.json) are all read as they are.
+The names of captions are those of columns.CAPTION_FIELDS. A caption file holds one caption per
+line. A list in KEY.json is several captions. Blank captions do not count. So the samples of our own
+shards (KEY.image.jpg), of img2dataset and of cc12m-wds (KEY.jpg, KEY.txt, KEY.json) are all read as
+they are.
 """
 import json
 from collections import Counter
 from dataclasses import dataclass, field
 
+from fusedit_lib.data.columns import CAPTION_FIELDS, matching, texts_of
 from fusedit_lib.data.images import SUFFIXES
 
 IMAGES = ["jpg", "jpeg", "png", "webp"]     # and then the others
 IMAGES += sorted({suffix[1:] for suffix in SUFFIXES} - set(IMAGES))
 
 OUR_CAPTIONS = ("synthetic_caption.txt", "original_caption.txt")
-CAPTION_FIELDS = ("caption", "captions", "original_caption", "text", "prompt", "description")
 CAPTIONS = ["txt"]
 for name in CAPTION_FIELDS:
     CAPTIONS += [name, f"{name}.txt"]
@@ -126,9 +127,11 @@ def find_captions(files, key=""):
         return captions
 
     texts = json_texts(files)
-    for name in [key] if key else CAPTION_FIELDS:
-        if name in texts:
-            return {f"field {name} of json": texts[name]}
+    fields = [key] if key in texts else []
+    if not key:
+        fields = matching(texts, CAPTION_FIELDS)
+    if fields:
+        return {f"field {fields[0]} of json": texts[fields[0]]}
     if names:
         raise LayoutError("blank caption", ", ".join(names))
     raise LayoutError("no caption", content(files))
@@ -148,11 +151,9 @@ def json_texts(files):
     texts = {}
     if isinstance(row, dict):
         for name, value in row.items():
-            values = value if isinstance(value, list) else [value]
-            lines = [" ".join(text.split()) for text in values if isinstance(text, str)]
-            text = "\n".join(line for line in lines if line)
-            if text:
-                texts[name] = text
+            lines = texts_of(value)
+            if lines:
+                texts[name] = "\n".join(lines)
     return texts
 
 

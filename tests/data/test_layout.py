@@ -74,9 +74,9 @@ def test_the_image_of_a_sample(names, key, image):
     (dict(json='{"captions": ["a\\nb", " ", "c"]}'), "", {"field captions of json": "a b\nc"}),
     (dict(txt=" \n", json='{"caption": "a dog"}'), "", {"field caption of json": "a dog"}),
     (dict(txt="", json='{"caption": null}'), "", "blank caption (txt)"),
-    (dict(txt="a", alt="b"), "alt", {"alt": "b"}),
-    (dict(txt="a", json='{"alt": "b"}'), "alt", {"field alt of json": "b"}),
-    (dict(txt="a", json='{"url": "u", "width": 1}'), "alt",
+    (dict(txt="a", style="b"), "style", {"style": "b"}),
+    (dict(txt="a", json='{"style": "b"}'), "style", {"field style of json": "b"}),
+    (dict(txt="a", json='{"url": "u", "width": 1}'), "style",
      "no caption (it has txt, json; text fields of json: url)"),
     (dict(json="[1]"), "", "no caption (it has json)"),
     (dict(json="{"), "", "KEY.json is not JSON (json)"),
@@ -195,7 +195,7 @@ def test_captions_in_json(gemma_folder, tmp_path, others):
     for i in range(6):
         key, files = img2dataset_sample(i)
         del files["txt"]
-        files["json"] = json.dumps(json.loads(files["json"]) | {"alt": f"of {i}"})
+        files["json"] = json.dumps(json.loads(files["json"]) | {"style": f"of {i}"})
         samples.append((key, files))
     folder = tmp_path / "json"
     folder.mkdir()
@@ -206,9 +206,9 @@ def test_captions_in_json(gemma_folder, tmp_path, others):
     batch = tiny_batches(gemma_folder, folder, *keep, micro_batch=6)[0]
     assert sorted(batch["captions"]) == [f"a red star {i}" for i in range(6)]
 
-    assert "field alt of json (6)" in command("index", folder, "--caption-key", "alt")[0]
-    assert "field alt of json (6)" in command("check", folder, "--caption-key", "alt")[0]
-    batch = tiny_batches(gemma_folder, folder, *keep, "--caption-key", "alt", micro_batch=6)[0]
+    assert "field style of json (6)" in command("index", folder, "--caption-key", "style")[0]
+    assert "field style of json (6)" in command("check", folder, "--caption-key", "style")[0]
+    batch = tiny_batches(gemma_folder, folder, *keep, "--caption-key", "style", micro_batch=6)[0]
     assert sorted(batch["captions"]) == [f"of {i}" for i in range(6)]
 
 
@@ -217,12 +217,12 @@ def test_unusable_shards_are_refused_with_the_flags_to_use(gemma_folder, tmp_pat
     samples = []
     for i in range(4):
         key, files = img2dataset_sample(i)
-        samples.append((key, {"img": files["jpg"], "alt": "a red star",
-                              "json": '{"title": "a star", "width": 3}'}))
+        samples.append((key, {"img": files["jpg"], "tags": "a red star",
+                              "json": '{"heading": "a star", "width": 3}'}))
     path = tmp_path / "a.tar"
     write_shard(path, samples)
-    message = ("none of 4 samples can be trained on. They have img (4), alt (4), json (4); text "
-               "fields of KEY.json: title (4). no image: --image-key names")
+    message = ("none of 4 samples can be trained on. They have img (4), tags (4), json (4); text "
+               "fields of KEY.json: heading (4). no image: --image-key names")
     assert message in command("index", tmp_path, code=1)[1]
     assert not (tmp_path / "index.json").exists()
     assert message in command("check", tmp_path, code=1)[0]
@@ -231,15 +231,15 @@ def test_unusable_shards_are_refused_with_the_flags_to_use(gemma_folder, tmp_pat
     entry = dict(name="a.tar", samples=4, bytes=path.stat().st_size)
     (tmp_path / "index.json").write_text(json.dumps(dict(shards=[entry])))
     asked = tiny_batches(gemma_folder, tmp_path, micro_batch=4)[0]
-    assert "no image (it has img, alt, json; text fields of json: title)" in asked["error"]
+    assert "no image (it has img, tags, json; text fields of json: heading)" in asked["error"]
     assert "--image-key names" in asked["error"]
     asked = tiny_batches(gemma_folder, tmp_path, "--image-key", "img", micro_batch=4)[0]
-    assert "no caption (it has img, alt, json; text" in asked["error"]
+    assert "no caption (it has img, tags, json; text" in asked["error"]
     assert "--caption-key names" in asked["error"]
 
-    keys = ["--image-key", "img", "--caption-key", "title"]
+    keys = ["--image-key", "img", "--caption-key", "heading"]
     out, _ = command("index", tmp_path, *keys)
-    assert "images: img (4); captions: field title of json (4)" in out
+    assert "images: img (4); captions: field heading of json (4)" in out
     batch = tiny_batches(gemma_folder, tmp_path, *keys, "--caption-drop", "0")[0]
     assert batch["captions"] == ("a star",) * 4
     assert "0 problems" in command("check", tmp_path, *keys)[0]
@@ -416,6 +416,7 @@ def test_encode_reads_shards_of_others(tmp_path, others, capsys):
     with pytest.raises(FuseDiTError, match="--image-key.*--overwrite replaces"):
         pack("encode", others[0], *flags, "--image-key", "png")
     pack("encode", others[0], *flags, "--image-key", "png", "--overwrite")
+    assert "noted unreadable image, which training skips: 15 images" in capsys.readouterr().err
     read_index.cache_clear()
     shards = expand_shards(str(others[0]))
     assert can_read_latents(shards, RunConfig(image_key="png"), Config(), 0)
