@@ -146,9 +146,13 @@ def has_several_captions(sample):
     return any(name.endswith(".txt") and b"\n" in data for name, data in sample.items())
 
 
-def index_entry(path):
-    """A tar's entry in the index: its name, samples, bytes and offsets [samples + 1]."""
-    offsets = sample_offsets(path)
+def index_entry(path, offsets=None):
+    """A tar's entry in the index: its name, samples, bytes and offsets [samples + 1].
+
+    offsets: sample_offsets of the tar, if they are known.
+    """
+    if offsets is None:
+        offsets = sample_offsets(path)
     size = path.stat().st_size
     return dict(name=path.name, samples=len(offsets) - 1, bytes=size, offsets=offsets)
 
