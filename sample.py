@@ -20,8 +20,8 @@ threads.limit_spinning()                    # before torch is imported
 
 from tqdm import tqdm
 
-from fusedit_lib import backend, cli
-from fusedit_lib.cli import positive, uint32
+from fusedit_lib import backend, cli, seeds
+from fusedit_lib.cli import positive
 from fusedit_lib.export import check_new, export
 from fusedit_lib.files import atomic_write, unused_path
 from fusedit_lib.pretrained import load_model
@@ -72,8 +72,8 @@ def add_prompt_flags(parser):
                        help="negative prompt: a description of what to steer away from")
     group.add_argument("--num-images", type=positive, default=1, metavar="N",
                        help="number of images per prompt")
-    group.add_argument("--seed", type=uint32, default=0, metavar="N",
-                       help="random seed of the first image of each prompt")
+    group.add_argument("--seed", type=cli.seed, default=0, metavar="N",
+                       help="random seed of the first image of each prompt; -1: draw one")
     group.add_argument("--height", type=positive, metavar="PIXELS",
                        help="height of the images (default: the size the model was trained at)")
     group.add_argument("--width", type=positive, metavar="PIXELS",
@@ -201,8 +201,11 @@ def main():
     latent_size(config, loaded.vae, args.height, args.width)
 
     cli.announce(loaded, list(dict.fromkeys(prompts)), args.negative)
-    seeds = range(args.seed, args.seed + args.num_images)
-    jobs = [Job(prompt, seed) for prompt in prompts for seed in seeds]
+    first_seed = seeds.settle(args.seed)
+    jobs = []
+    for prompt in prompts:
+        for seed in seeds.consecutive(first_seed, args.num_images):
+            jobs.append(Job(prompt, seed))
     images = draw(loaded, jobs, args)
     if args.grid:
         save_grid(images, args)
