@@ -103,7 +103,7 @@ def load_benchmark(args):
 
 def model_name(model):
     """The last part of a model's path; for a checkpoint, the last two: RUN-step-0001000, RUN-50."""
-    path = Path(last_checkpoint(model))
+    path = Path(os.path.abspath(last_checkpoint(model)))   # "." and ".." have no name
     if path.name.startswith("step-") or path.name.isdigit():
         return "-".join(path.parts[-2:])
     return path.name

@@ -10,7 +10,6 @@ of a prompt use consecutive seeds, starting at --seed. A seed gives the same ima
 rounding, regardless of what else is drawn.
 """
 import argparse
-import re
 from pathlib import Path
 from typing import NamedTuple
 
@@ -23,7 +22,7 @@ from tqdm import tqdm
 from fusedit_lib import backend, cli, seeds
 from fusedit_lib.cli import positive
 from fusedit_lib.export import check_new, export
-from fusedit_lib.files import atomic_write, unused_path
+from fusedit_lib.files import atomic_write, file_stem, unused_path
 from fusedit_lib.pretrained import load_model
 from fusedit_lib.sampling import (
     batches_of,
@@ -137,10 +136,7 @@ def draw(loaded, jobs, args):
 
 def save_png(job, image, model_path, args):
     """Write the image to a file named after its prompt and seed. Returns the path."""
-    slug = re.sub(r"[^a-z0-9]+", "-", job.prompt.lower()).strip("-")[:60]
-    if not slug:
-        slug = "empty"
-    path = unused_path(args.out / f"{slug}-{job.seed}.png", ".gif")
+    path = unused_path(args.out / f"{file_stem(job.prompt)}-{job.seed}.png", ".gif")
     info = png_info(job.prompt, job.seed, args.steps, args.guidance, args.guidance_span,
                     args.negative, model_path, args.set)
     with atomic_write(path) as tmp:

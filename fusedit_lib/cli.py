@@ -1,5 +1,6 @@
 """Command-line code that the programs share: flags, prompt files, model loading, error messages."""
 import argparse
+import io
 import json
 import os
 import re
@@ -273,6 +274,9 @@ def run(main, memory_flags):
     Other errors keep their traceback. memory_flags: the flags to lower when memory runs out, as
     text for the message; "" if there are none.
     """
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        # A file name that the terminal cannot show, such as one in Chinese, is no error.
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         sys.exit(main())
     except KeyboardInterrupt:
