@@ -115,7 +115,7 @@ def test_a_prompt_in_another_script(model, tmp_path):
 
 
 BROKEN_COMPILER = """#!/bin/sh
-if [ "$1" = --version ]; then exit 0; fi
+if [ "$1" = --version ]; then echo g++ 12; exit 0; fi
 echo "x.cpp:1:10: fatal error: Python.h: No such file or directory" >&2
 exit 1
 """
