@@ -154,6 +154,19 @@ def add_shard_folder(p):
                    help="folder that contains the shards (*.tar)")
 
 
+def add_image_key(p):
+    p.add_argument("--image-key", default="", metavar="EXTENSION",
+                   help="extension of the images in the shards (default: image.*, jpg, jpeg, png, "
+                        "webp or another image's)")
+
+
+def add_caption_key(p):
+    p.add_argument("--caption-key", default="", metavar="NAME",
+                   help="extension of the captions in the shards, or a field of KEY.json (default: "
+                        "synthetic_caption.txt and original_caption.txt, txt, or caption, text, "
+                        "...)")
+
+
 # ---------------------------------------------------------------------------- the commands
 class Commands:
     """Adds commands to a parser.
@@ -347,13 +360,18 @@ def add_check(commands):
     p.add_argument("--grid", type=Path, metavar="OUT.png",
                    help="save an image grid of random samples with their captions")
     p.add_argument("--sheet", type=Path, action=RenamedFlag, new_name="--grid", dest="grid")
+    add_image_key(p)
+    add_caption_key(p)
     add_workers(p, "number of worker processes")
 
 
 def add_index(commands):
     p = commands.add("index", index.index, "write index.json for shards that have none",
-                     "shards/others", ", without decoding their images")
+                     "shards/others", ", without decoding their images, and report the images and "
+                     "captions that they contain")
     add_shard_folder(p)
+    add_image_key(p)
+    add_caption_key(p)
     add_workers(p, "number of worker processes")
 
 
@@ -368,6 +386,7 @@ def add_encode(commands):
                        help="the VAE that the model's config names: a folder or a hub id")
     group.add_argument("--image-size", type=positive, default=512, metavar="PIXELS",
                        help="image size of the model")
+    add_image_key(group)
     group.add_argument("--resize", choices=tuple(FILTERS), default="bicubic",
                        help="filter with which images are resized; the training run must have the "
                             "same --resize")

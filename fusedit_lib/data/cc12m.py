@@ -17,11 +17,12 @@ from fusedit_lib.data.items import (
     output_settings,
     require_exists,
 )
+from fusedit_lib.data.layout import LayoutError, find_image
 from fusedit_lib.data.shards import ends_well, read_sample, sample_offsets
 
 
 class TarItems:
-    """Iterates over the samples of a tar, each with KEY.jpg, KEY.txt and KEY.json.
+    """Iterates over the samples of a tar, each with KEY.jpg (png, webp), KEY.txt and KEY.json.
 
     If the tar is damaged or truncated, one extra item names the byte where the damage starts.
     """
@@ -34,7 +35,11 @@ class TarItems:
         with open(self.path, "rb") as tar:
             for i in range(len(offsets) - 1):
                 key, files = read_sample(tar, offsets, i)
-                image = files.get("jpg", Skip("no image"))
+                key = key.rpartition("/")[2]
+                try:
+                    image = files[find_image(files)]
+                except LayoutError as e:
+                    image = Skip(e.kind)
                 alt_text = files.get("txt", b"").decode(errors="replace")
                 yield Item(key, image, dict(original_caption=alt_text), key)
             end = offsets[-1]

@@ -146,9 +146,13 @@ def has_several_captions(sample):
     return any(name.endswith(".txt") and b"\n" in data for name, data in sample.items())
 
 
-def index_entry(path):
-    """A tar's entry in the index: its name, samples, bytes and offsets [samples + 1]."""
-    offsets = sample_offsets(path)
+def index_entry(path, offsets=None):
+    """A tar's entry in the index: its name, samples, bytes and offsets [samples + 1].
+
+    offsets: sample_offsets of the tar, if they are known.
+    """
+    if offsets is None:
+        offsets = sample_offsets(path)
     size = path.stat().st_size
     return dict(name=path.name, samples=len(offsets) - 1, bytes=size, offsets=offsets)
 
@@ -437,11 +441,11 @@ def write_index(out, entries):
     with atomic_write(out / "offsets.npy") as tmp, open(tmp, "wb") as file:
         np.save(file, np.concatenate([entry["offsets"] for entry in entries]))
 
-    earlier = read_json_or_none(out / "index.json") or {}
     known_latents = {}
-    for entry in earlier.get("shards") or ():
-        if "latents" in entry:
-            known_latents[same_shard(entry)] = entry["latents"]
+    with contextlib.suppress(TypeError, KeyError):         # index.json of another program, or none
+        for entry in read_json_or_none(out / "index.json")["shards"]:
+            if "latents" in entry:
+                known_latents[same_shard(entry)] = entry["latents"]
 
     shards = []
     for entry in entries:
