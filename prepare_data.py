@@ -98,9 +98,10 @@ def add_image_rules(p, size=0):
                        help="skip images whose pixels are those of an earlier input")
     group = p.add_argument_group("caption length")
     group.add_argument("--min-words", type=natural, default=0, metavar="N",
-                       help="leave out captions with fewer words")
+                       help="leave out captions with fewer words, and images without any other")
     group.add_argument("--max-words", type=natural, default=0, metavar="N",
-                       help="leave out captions with more words; 0 leaves out none")
+                       help="leave out captions with more words, and images without any other; 0 "
+                            "leaves out none")
 
 
 def add_shard_options(p, seed=True):

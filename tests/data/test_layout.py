@@ -189,6 +189,14 @@ def test_shards_of_img2dataset_train_as_repacked(gemma_folder, others):
         assert torch.cat([rank[name] for rank in ranks]).equal(ours[4][name])
 
 
+@pytest.mark.parametrize("content", ["[1]", '{"shards": 5}', '{"shards": ["a"]}', "{"])
+def test_the_index_json_of_another_program_is_replaced(others, content):
+    path = others[0] / "index.json"
+    path.write_text(content)
+    pack("index", others[0])
+    assert json.loads(path.read_text())["samples"] == 24
+
+
 def test_captions_in_json(gemma_folder, tmp_path, others):
     """Also a field that --caption-key names."""
     samples = []
@@ -386,6 +394,8 @@ def test_the_image_grid_is_that_of_the_repacked_shards(tmp_path, others):
         middle = a.convert("RGB").getpixel((8 + 96, 8 + 96))
         assert any(max(map(abs, (x - y for x, y in zip(middle, colour, strict=True)))) < 8
                    for colour in COLOURS.values())
+        text = a.convert("L").crop((8, 8 + 192, 200, 8 + 192 + 15))
+        assert text.getextrema()[0] < 100   # "a red star 3"
     out, _ = command("check", others[0])
     assert "images: jpg (15), png (9); captions: txt (24)" in out
     assert "txt: 24, length 4 to 4" in out
