@@ -406,11 +406,14 @@ class ImageRules(NamedTuple):
     min_size: int           # images whose shorter side is below this are skipped
     max_aspect: float       # images with a larger ratio of longer to shorter side are skipped
     resize: str = "bicubic"                 # the filter to downscale with, a key of FILTERS
+    min_words: int = 0      # captions with fewer words are left out
+    max_words: int = 0      # captions with more words are left out; 0: none
+    skip_duplicates: bool = False           # skip images with the pixels of an earlier one
 
 
 def image_rules(args):
     """The ImageRules given by the flags."""
-    return ImageRules(args.size, args.quality, args.min_size, args.max_aspect, args.resize)
+    return ImageRules(**{name: getattr(args, name) for name in ImageRules._fields})
 
 
 def check_rules(image, rules):

@@ -26,23 +26,28 @@ from fusedit_lib.cli import pick_dtype
 from fusedit_lib.data import packing
 from fusedit_lib.data.images import Notes, read_square
 from fusedit_lib.data.index import list_tars
+from fusedit_lib.data.layout import find_image
 from fusedit_lib.data.shards import LATENTS_SUFFIX, read_index, read_sample
 from fusedit_lib.files import atomic_write, save_file
 from fusedit_lib.pretrained import vae_fingerprint
 from fusedit_lib.vae import load_vae
 
 
+UNREADABLE = "unreadable image, which training skips"
+
+
 class ShardImages(Dataset):
     """The images of a shard. self[i] is (uint8 [3,size,size], 1, notes on its flaws, a line each).
 
-    An image that cannot be read is (zeros, 0, "").
+    An image that cannot be read is (zeros, 0, UNREADABLE).
     """
 
-    def __init__(self, path, offsets, size, resize):
+    def __init__(self, path, offsets, size, resize, image_key):
         self.path = path
         self.offsets = offsets
         self.size = size
         self.resize = resize
+        self.image_key = image_key
 
     def __len__(self):
         return len(self.offsets) - 1
@@ -51,14 +56,14 @@ class ShardImages(Dataset):
         try:
             with open(self.path, "rb") as tar:
                 _, files = read_sample(tar, self.offsets, i)
-            name = next(name for name in files if name.startswith("image."))
+            name = find_image(files, self.image_key)
             with Notes() as notes:
                 pixels = read_square(files[name], self.size, resize=self.resize)
             return pixels, 1, "\n".join(notes.take())
         except MemoryError:
             raise
         except Exception:                   # Pillow raises many kinds of errors on broken files
-            return torch.zeros(3, self.size, self.size, dtype=torch.uint8), 0, ""
+            return torch.zeros(3, self.size, self.size, dtype=torch.uint8), 0, UNREADABLE
 
 
 # ------------------------------------------------------------------------------ one shard
@@ -85,7 +90,7 @@ def encode_shard(tar, vae, args, description, progress):
     description: a dict to store with them; progress: called with the number of images encoded.
     """
     offsets = packing.index_entry(tar)["offsets"]
-    images = ShardImages(tar, offsets, args.image_size, args.resize)
+    images = ShardImages(tar, offsets, args.image_size, args.resize, args.image_key)
     device = next(vae.parameters()).device
     loader = DataLoader(images, args.batch_size, num_workers=args.workers,
                         pin_memory=device.type == "cuda")
@@ -124,8 +129,8 @@ def check_overwrite(descriptions, overwrite):
             other.append(tar.name)
     if other and not overwrite:
         raise FuseDiTError(f"{len(other)} shards, such as {other[0]}, already have latents "
-                           "made with a different VAE, image size or --resize, or from an earlier "
-                           "version of the shard: --overwrite replaces them")
+                           "made with a different VAE, image size, --resize or --image-key, or "
+                           "from an earlier version of the shard: --overwrite replaces them")
 
 
 def encode_shards(tars, vae, args, descriptions, samples, rank):
@@ -161,6 +166,8 @@ def encode(args):
     index = read_index(str(args.folder))
     samples = {name: shard.samples for name, shard in index.items()}
 
+    if args.compile and device.type == "cuda":             # see compile_vae
+        backend.check_compiler(device)
     vae = load_vae(args.vae, device, dtype)
     if args.compile:
         backend.compile_vae(vae)
@@ -175,6 +182,8 @@ def encode(args):
 
     # Existing latents are kept if they were made from the same shard, with these settings.
     wanted = dict(vae=vae_fingerprint(args.vae), image_size=args.image_size, resize=args.resize)
+    if args.image_key:                      # left out otherwise, as in latents of earlier versions
+        wanted["image_key"] = args.image_key
     descriptions = {tar: wanted | dict(shard=tar.stat().st_size) for tar in tars}
     check_overwrite(descriptions, args.overwrite)
 
@@ -190,7 +199,7 @@ def encode(args):
 def list_in_index(folder, wanted):
     """List the latents in index.json, where training looks for them.
 
-    wanted: vae, image_size and resize of all latents.
+    wanted: vae, image_size, resize and perhaps image_key of all latents.
     """
     index = packing.read_json_or_none(folder / "index.json")
     size = 0

@@ -25,7 +25,7 @@ from filelock import FileLock, Timeout
 from safetensors import SafetensorError, safe_open
 
 from fusedit import FuseDiTError
-from fusedit_lib import backend
+from fusedit_lib import backend, seeds
 from fusedit_lib.files import atomic_write, fsync, open_tensors, read_json, save_file
 from fusedit_lib.train import distributed
 
@@ -79,9 +79,7 @@ def damage(folder):
 
 def is_moved(name, old, new):
     """Returns True if a setting names a model folder that has moved but kept its name."""
-    if name not in ("base", "vae", "clip") or not old or not new:
-        return False
-    return Path(old).name == Path(new).name
+    return name in ("base", "vae", "clip") and Path(old or "").name == Path(new or "").name
 
 
 def changed_settings(stored, run, config):
@@ -94,6 +92,8 @@ def changed_settings(stored, run, config):
     defaults = json.loads(run_settings_json(type(run)(), type(config)()))
     free = {f"run.{f.name}" for f in fields(run) if f.metadata["free"]}
     free.add("model.guidance")              # only used for sampling
+    if "caption_pick" not in stored["run"]:                # such runs had no choice to make
+        free.add("run.caption_pick")
 
     changed = []
     for part in current:
@@ -181,6 +181,23 @@ def settle_dtype(run, device):
             slow = f"{run.out} was started in bf16 and continues in bf16; {slow}"
         print_warning(f"note: {slow}")
     return replace(run, dtype=name)
+
+
+def settle_seed(run):
+    """The run with --seed -1 replaced, on all ranks, by the seed that rank 0 settles on.
+
+    A run that has been started keeps its seed. Call it after the ranks have been connected.
+    """
+    if run.seed != seeds.RANDOM:
+        return run
+    seed = None
+    if dist.get_rank() == 0:
+        path = Path(run.out) / "config.json"
+        stored = None
+        if path.exists():
+            stored = read_json(path).get("run", {}).get("seed")
+        seed = seeds.settle(run.seed, stored)
+    return replace(run, seed=distributed.gather_from_all_ranks(seed)[0])
 
 
 class Checkpoint(NamedTuple):

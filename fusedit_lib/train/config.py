@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 import fusedit
 from fusedit import FuseDiTError
-from fusedit_lib import backend, cli
+from fusedit_lib import backend, cli, seeds
 from fusedit_lib.data.shards import expand_shards
 from fusedit_lib.files import read_json
 from fusedit_lib.pretrained import repository
@@ -76,6 +76,15 @@ class RunConfig:
                       True)
     latents: bool = flag(True, "train on the latents that `prepare_data.py encode` has written "
                          "beside the shards, where there are any")
+    image_key: str = flag("", "extension of the images in the shards (default: image.*, jpg, jpeg, "
+                              "png, webp or another image's, see docs/data.md)")
+    caption_key: str = flag("", "extension of the captions in the shards, or a field of KEY.json "
+                                "(default: synthetic_caption.txt and original_caption.txt, txt, or "
+                                "caption, text, ..., see docs/data.md)")
+    caption_pick: str = flag("random", "which of several captions of an image is used: random: "
+                             "another one at every visit; first; whole: all lines of the caption "
+                             "file as one caption, as in the published code",
+                             choices=("random", "first", "whole"))
     crop: str = flag("center", "how images are cropped to squares", choices=("center", "random"))
     resize: str = flag("bicubic", "how images are resized; bilinear gives the same pixels as "
                        "the published code, but is slower", choices=("bicubic", "bilinear"))
@@ -111,8 +120,9 @@ class RunConfig:
     ema_warmup: bool = flag(True, "use a decay of n / (9 + n) for the n-th EMA update until it "
                             "reaches --ema-decay; off: --ema-decay from the first update on, as in "
                             "the published code")
-    seed: int = flag(42, "seed for the initial weights, noise, data order and image grids",
-                     low=0, high=2**32 - 1)
+    seed: int = flag(42, "seed for the initial weights, noise, data order and image grids; -1: "
+                     "draw one, which the run keeps when it is resumed", low=seeds.RANDOM,
+                     high=seeds.LIMIT - 1)
 
     # Precision, and trade-offs between speed and memory.
     dtype: str = flag("auto", "data type of the computation; weights are kept in float32. auto: "

@@ -428,7 +428,8 @@ def test_all_kinds_of_damage_are_counted_exactly(gemma_folder, tmp_path, offsets
 @pytest.mark.parametrize("workers", [0, 1])
 def test_data_without_usable_samples_is_an_error(gemma_folder, tmp_path, sample, message, workers):
     write_shard(tmp_path / "a.tar", [sample])
-    index(tmp_path)
+    # `prepare_data.py index` refuses the second
+    (tmp_path / "index.json").write_text('{"shards": [{"name": "a.tar", "samples": 1}]}')
     batches = tiny_batches(gemma_folder, tmp_path)
     with pytest.raises(FuseDiTError, match=message) as raised:
         next(load_batches(batches, range(9), workers))
