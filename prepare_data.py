@@ -211,7 +211,14 @@ def parse_args(argv=None):
     add_check(commands)
     add_index(commands)
     add_encode(commands)
-    args = parser.parse_args(argv)
+    args, rest = parser.parse_known_args(argv)
+    positional = len(rest) == 1 and not rest[0].startswith("-")
+    if args.command == "folder" and args.captions is None and positional:
+        # There are flags before OUT, so argparse has taken CAPTIONS for it.
+        args.captions = args.out
+        args.out = Path(rest.pop())
+    if rest:
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
     if "max_words" in args and 0 < args.max_words < args.min_words:
         parser.error("argument --max-words: must not be below --min-words")
     return args

@@ -143,6 +143,14 @@ class ImageNames:
                     self.prefix = prefix
                     return
 
+    def possible_root(self, written):
+        """A folder that would make `written` the path of an image if it were IMAGES, or None."""
+        parts = clean(written).split("/")
+        for count in range(1, len(parts)):
+            if "/".join(parts[count:]) in self.names:
+                return "/".join(parts[:count]) or "/"
+        return None
+
     def is_inside(self, name):
         return any(name.startswith(f"{path}/") for path in self.paths)
 
