@@ -4,6 +4,7 @@
     python prepare_data.py emoji shards/emoji                # 5,017 emoji, downloaded
     python prepare_data.py folder photos/ captions.jsonl shards/photos
     python prepare_data.py folder photos/ shards/photos      # captions in .txt files
+    python prepare_data.py parquet data/*.parquet shards/art # images in Parquet files
     python prepare_data.py cc12m cc12m-wds/ train.jsonl.gz shards/cc12m
     python prepare_data.py sa1b-download links.txt sa1b/
     python prepare_data.py sa1b sa1b/ captions/ shards/sa1b
@@ -48,6 +49,7 @@ from fusedit_lib.data import (
     journeydb,
     latents,
     packing,
+    parquet,
     sa1b,
     shapes,
 )
@@ -92,6 +94,13 @@ def add_image_rules(p, size=0):
                        help="skip images whose shorter side is shorter than this")
     group.add_argument("--max-aspect", type=aspect_ratio, default=1000, metavar="RATIO",
                        help="skip images whose longer side is more than RATIO times the shorter")
+    group.add_argument("--skip-duplicates", action="store_true",
+                       help="skip images whose pixels are those of an earlier input")
+    group = p.add_argument_group("caption length")
+    group.add_argument("--min-words", type=natural, default=0, metavar="N",
+                       help="leave out captions with fewer words")
+    group.add_argument("--max-words", type=natural, default=0, metavar="N",
+                       help="leave out captions with more words; 0 leaves out none")
 
 
 def add_shard_options(p, seed=True):
@@ -124,6 +133,18 @@ def add_caption_columns(p, key, caption):
                        help="column of CAPTIONS that contains the caption")
 
 
+def add_columns(p, where, image):
+    """Add the flags for the columns of files whose columns have other names than usual."""
+    group = p.add_argument_group("captions")
+    group.add_argument("--image-column", metavar="NAME",
+                       help=f"column of {where} that {image} (default: a usual name, such as "
+                            "image or file_name)")
+    group.add_argument("--caption-column", metavar="NAME",
+                       help=f"column of {where} that contains the caption (default: a usual name, "
+                            "such as caption or text)")
+    return group
+
+
 def add_device(group):
     group.add_argument("--device", default="auto",
                        help="device to compute on: auto, cpu, cuda, cuda:1, ...")
@@ -132,6 +153,19 @@ def add_device(group):
 def add_shard_folder(p):
     p.add_argument("folder", type=Path, metavar="FOLDER",
                    help="folder that contains the shards (*.tar)")
+
+
+def add_image_key(p):
+    p.add_argument("--image-key", default="", metavar="EXTENSION",
+                   help="extension of the images in the shards (default: image.*, jpg, jpeg, png, "
+                        "webp or another image's)")
+
+
+def add_caption_key(p):
+    p.add_argument("--caption-key", default="", metavar="NAME",
+                   help="extension of the captions in the shards, or a field of KEY.json (default: "
+                        "synthetic_caption.txt and original_caption.txt, txt, or caption, text, "
+                        "...)")
 
 
 # ---------------------------------------------------------------------------- the commands
@@ -167,6 +201,7 @@ def parse_args(argv=None):
     add_shapes(commands)
     add_emoji(commands)
     add_folder(commands)
+    add_parquet(commands)
     add_tiny_gemma(commands)
     add_cc12m(commands)
     add_sa1b_download(commands)
@@ -175,7 +210,10 @@ def parse_args(argv=None):
     add_check(commands)
     add_index(commands)
     add_encode(commands)
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    if "max_words" in args and 0 < args.max_words < args.min_words:
+        parser.error("argument --max-words: must not be below --min-words")
+    return args
 
 
 def add_shapes(commands):
@@ -213,12 +251,31 @@ def add_folder(commands):
     p.add_argument("images", type=Path, metavar="IMAGES",
                    help="folder of images, searched recursively")
     p.add_argument("captions", type=Path, metavar="CAPTIONS", nargs="?",
-                   help=".json, .jsonl or .csv file with an image name and a caption in each row "
-                   "(columns `image` and `caption`, and `synthetic_caption` for a caption written "
-                   "by a model), or a folder of .txt files (default: .txt files beside the images)")
+                   help="file with an image name and a caption in each row (.csv, .tsv, .txt, "
+                   ".json, .jsonl, .parquet), or a folder of .txt files (default: "
+                   "metadata.jsonl, .csv or .parquet in IMAGES, otherwise .txt files beside the "
+                   "images)")
     add_out(p)
     add_image_rules(p)
     add_shard_options(p)
+    group = add_columns(p, "CAPTIONS", "names the image")
+    group.add_argument("--image-root", metavar="PATH",
+                       help="what IMAGES was called where CAPTIONS was written, if its names are "
+                            "absolute paths of another machine")
+    add_run_options(p)
+
+
+def add_parquet(commands):
+    p = commands.add("parquet", parquet.parquet,
+                     "pack images that are stored in Parquet files with their captions",
+                     "data/train-*.parquet shards/art",
+                     ", as data sets on the Hugging Face hub are. The order of the rows is kept")
+    p.add_argument("data", type=Path, metavar="DATA", nargs="+",
+                   help=".parquet files, or folders of them, searched recursively")
+    add_out(p)
+    add_image_rules(p)
+    add_shard_options(p, seed=False)
+    add_columns(p, "DATA", "contains the images")
     add_run_options(p)
 
 
@@ -304,13 +361,18 @@ def add_check(commands):
     p.add_argument("--grid", type=Path, metavar="OUT.png",
                    help="save an image grid of random samples with their captions")
     p.add_argument("--sheet", type=Path, action=RenamedFlag, new_name="--grid", dest="grid")
+    add_image_key(p)
+    add_caption_key(p)
     add_workers(p, "number of worker processes")
 
 
 def add_index(commands):
     p = commands.add("index", index.index, "write index.json for shards that have none",
-                     "shards/others", ", without decoding their images")
+                     "shards/others", ", without decoding their images, and report the images and "
+                     "captions that they contain")
     add_shard_folder(p)
+    add_image_key(p)
+    add_caption_key(p)
     add_workers(p, "number of worker processes")
 
 
@@ -325,6 +387,7 @@ def add_encode(commands):
                        help="the VAE that the model's config names: a folder or a hub id")
     group.add_argument("--image-size", type=positive, default=512, metavar="PIXELS",
                        help="image size of the model")
+    add_image_key(group)
     group.add_argument("--resize", choices=tuple(FILTERS), default="bicubic",
                        help="filter with which images are resized; the training run must have the "
                             "same --resize")

@@ -150,7 +150,7 @@ def train(run, config):
             engine.backward(loss)
             engine.step()                   # updates the weights after the last micro-batch
             tokens = int(loaded["mask"].sum())
-            monitor.log_micro_batch(loss, loaded["bad"], tokens)        # no wait for the device
+            monitor.log_micro_batch(loss, loaded, tokens)               # no wait for the device
         step += 1
         engine.update_ema(ema_decay(run, step))
         monitor.log_step(engine.grad_norm())

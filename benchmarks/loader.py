@@ -4,14 +4,17 @@
     python benchmarks/loader.py --workers 16                also with workers, as in training
 
 The images are those of data.py, 768 x 512 at 193 kB each. A batch contains all that training needs:
-pixels, token ids and noise. "decode" only decodes the whole images with libjpeg, which the plain
-loop has to do as well.
+pixels, token ids and noise. "img2dataset" loads the same images from shards with img2dataset's
+names. "decode" only decodes the whole images with libjpeg, which the plain loop has to do as well.
 """
 import argparse
 import io
+import json
 import statistics
+import tarfile
 import tempfile
 import time
+from argparse import Namespace
 from pathlib import Path
 
 from fusedit_lib import threads
@@ -26,6 +29,7 @@ from PIL import Image
 
 import fusedit
 from fusedit_lib import cli
+from fusedit_lib.data import index
 from fusedit_lib.data.batches import Batches, load_batches
 from fusedit_lib.pretrained import load_tokenizer, open_gemma
 from fusedit_lib.train.config import RunConfig
@@ -45,23 +49,55 @@ def plain(data, size):
     return torch.from_numpy(np.asarray(image, np.float32) / 127.5 - 1).permute(2, 0, 1)
 
 
+def add_file(tar, name, content):
+    """Add bytes to an open tar."""
+    info = tarfile.TarInfo(name)
+    info.size = len(content)
+    tar.addfile(info, io.BytesIO(content))
+
+
+def as_img2dataset(shards, out):
+    """Copy a folder of shards to `out` with img2dataset's names and KEY.json. Returns out."""
+    out.mkdir()
+    names = {"image.jpg": "jpg", "original_caption.txt": "txt"}
+    for path in sorted(shards.glob("*.tar")):
+        with tarfile.open(path) as ours, tarfile.open(out / path.name, "w") as theirs:
+            for member in ours:
+                key, _, kind = member.name.partition(".")
+                content = ours.extractfile(member).read()
+                add_file(theirs, f"{key}.{names[kind]}", content)
+                if kind == "image.jpg":
+                    row = dict(caption="a photograph of noise", url=f"http://host/{key}.jpg",
+                               key=key, status="success", error_message=None, width=768,
+                               height=512, original_width=768, original_height=512, exif="{}",
+                               sha256="0" * 64)
+                    add_file(theirs, f"{key}.json", json.dumps(row).encode())
+    index.index(Namespace(folder=out, workers=1, image_key="", caption_key=""))
+    return out
+
+
 class Loading:
     """Ways to turn the photos into training images of one size."""
 
     def __init__(self, photos, shards, size, batch):
+        """shards: folders in our layout and in img2dataset's."""
         self.photos = photos
         self.size = size
         self.batch = batch
-        run = RunConfig(data=(str(shards),), batch=batch)
         config = fusedit.preset("fusedit", image_size=size)
         gemma = open_gemma("demo/gemma")
         tokenizer = load_tokenizer(gemma.tokenizer, gemma.config["vocab_size"])
-        self.batches = Batches(run, config, tokenizer, batch)
+        runs = [RunConfig(data=(str(folder),), batch=batch) for folder in shards]
+        self.batches, self.others = [Batches(run, config, tokenizer, batch) for run in runs]
         self.count = len(photos) // batch   # batches per epoch
 
     def loader(self):
         for m in range(self.count):
             self.batches[m]
+
+    def img2dataset(self):
+        for m in range(self.count):
+            self.others[m]
 
     def plain_loop(self):
         for data in self.photos:
@@ -82,32 +118,37 @@ class Loading:
         return (total - 1) * self.batch / (time.perf_counter() - begin)
 
 
-def median_rates(works, images, rounds):
-    """{name: images per second}: medians over rounds in which the functions take turns."""
+def take_turns(works, rounds):
+    """{name: seconds of each round}; in a round, each function runs once."""
     seconds = {name: [] for name in works}
     for _ in range(rounds):
         for name, work in works.items():
             begin = time.perf_counter()
             work()
             seconds[name].append(time.perf_counter() - begin)
-    return {name: images / statistics.median(times) for name, times in seconds.items()}
+    return seconds
 
 
 def measure(loading, rounds, workers):
     """Measure and print {method: images per second} at one size."""
     works = {
         "loader": loading.loader,
+        "img2dataset": loading.img2dataset,
         "plain loop": loading.plain_loop,
         "decode": loading.decode,
     }
-    rates = median_rates(works, len(loading.photos), rounds)
+    seconds = take_turns(works, rounds)
+    images = len(loading.photos)
+    rates = {name: images / statistics.median(times) for name, times in seconds.items()}
     if workers:
         rates[f"{workers} workers"] = loading.rate_of_workers(workers)
     line = f"to {loading.size} pixels:"
     for name, rate in rates.items():
         line += f"   {name} {rate:.0f} images/s"
     ratio = rates["loader"] / rates["plain loop"]
-    print(f"{line}   loader / plain loop {ratio:.2f}")
+    pairs = zip(seconds["loader"], seconds["img2dataset"], strict=True)
+    other_ratio = statistics.median(ours / theirs for ours, theirs in pairs)
+    print(f"{line}   loader / plain loop {ratio:.2f}   img2dataset / loader {other_ratio:.3f}")
     return rates
 
 
@@ -130,8 +171,9 @@ def main():
     with tempfile.TemporaryDirectory() as tmp:
         shards = Path(tmp) / "shards"
         pack(folder_of(photos, Path(tmp) / "photos"), shards, 0)
+        others = as_img2dataset(shards, Path(tmp) / "others")
         for size in args.sizes:
-            loading = Loading(photos, shards, size, args.batch)
+            loading = Loading(photos, [shards, others], size, args.batch)
             rates[size] = measure(loading, args.rounds, args.workers)
     finish(args, dict(machine=machine(torch.device("cpu")), images_per_s=rates))
 

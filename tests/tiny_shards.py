@@ -66,7 +66,7 @@ def scene(key, colour="red", size=(16, 16), **changes):
 
 def index(folder, offsets=True):
     """Write index.json and, unless offsets is False, offsets.npy for a folder of shards."""
-    index_module.index(Namespace(folder=Path(folder), workers=1))
+    index_module.index(Namespace(folder=Path(folder), workers=1, image_key="", caption_key=""))
     if not offsets:
         (Path(folder) / "offsets.npy").unlink()
 

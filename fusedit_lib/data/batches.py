@@ -24,7 +24,8 @@ from torch.utils.data import DataLoader, Dataset, get_worker_info
 import fusedit
 from fusedit import FuseDiTError
 from fusedit_lib import backend
-from fusedit_lib.data.images import read_square
+from fusedit_lib.data.images import Notes, read_square
+from fusedit_lib.data.layout import REMEDIES, LayoutError, find_captions, find_image, pick_caption
 from fusedit_lib.data.order import CYCLE, Mixture
 from fusedit_lib.data.shards import ShardReader, can_read_latents, expand_shards, is_url
 from fusedit_lib.pretrained import ClipTokenizer
@@ -48,21 +49,11 @@ def decode(files, run, size, rng):
 
     Raises ValueError or one of Pillow's exceptions if the sample cannot be used.
     """
-    image = None
-    for name in files:
-        if name.startswith("image."):
-            image = name
-            break
-    kinds = ["synthetic_caption.txt", "original_caption.txt"]
-    if rng.random() < run.original_caption_rate:
-        kinds.reverse()
-    available = [kind for kind in kinds if kind in files]
-
-    if image is None:
-        raise ValueError("no image")
-    if not available:
-        raise ValueError("no caption")
-    caption = files[available[0]].decode("utf-8").strip()
+    use_original = rng.random() < run.original_caption_rate    # drawn for every sample
+    image = find_image(files, run.image_key)
+    texts = list(find_captions(files, run.caption_key).values())
+    text = texts[-1] if use_original else texts[0]         # the original caption is the last
+    caption = pick_caption(text, run.caption_pick, rng)
     if "latents" in files:
         pixels = files["latents"]
     else:
@@ -87,6 +78,7 @@ class Batches(Dataset):
         noise      [B,1,C,h,w]; with a VAE [B,2,C,h,w]: the second is for sampling its posterior
         clip       [B,77] CLIP tokens, if the model has CLIP modulation
         bad        one line for each sample that could not be read and was replaced by another
+        notes      the kinds of flaws of images that were read, one for each flaw
 
     If an error occurs, self[m] is {"error": message} instead, since an exception raised in a worker
     would arrive with the worker's traceback.
@@ -179,20 +171,29 @@ class Batches(Dataset):
                 raise
             except Exception as e:          # Pillow raises many kinds of errors on broken files
                 reason = str(e).split(" <")[0] or type(e).__name__
+                remedy = ""
+                if isinstance(e, LayoutError):
+                    remedy = f". {REMEDIES[e.kind]}"
             problem = f"sample {i} of {self.shards[shard].path}: {reason}"
             if attempt == 0:                # report each position only once
                 bad.append(problem)
             position += 1 + rng.randrange(CYCLE)           # near, where shards are already open
-        raise FuseDiTError(f"{MAX_ATTEMPTS} samples in a row cannot be read; the last is {problem}")
+        raise FuseDiTError(f"{MAX_ATTEMPTS} samples in a row cannot be read; the last is {problem}"
+                           f"{remedy}")
 
     def make_batch(self, m):
         """Micro-batch m, without a time limit."""
         step, i = divmod(m, self.accumulation)
         first = step * self.run.batch + (i * self.world + self.rank) * self.micro_batch
         bad = []
+        samples = []
+        notes = []
         try:
             self.prefetch(first + DOWNLOAD_AHEAD)
-            samples = [self.sample(first + j, bad) for j in range(self.micro_batch)]
+            with Notes() as image_notes:
+                for j in range(self.micro_batch):
+                    samples.append(self.sample(first + j, bad))
+                    notes += image_notes.take()
         except FuseDiTError as e:
             return {"error": str(e)}
 
@@ -206,6 +207,7 @@ class Batches(Dataset):
             mask=mask,
             captions=captions,
             bad=bad,
+            notes=notes,
             normal=torch.stack([sample.normal for sample in samples]),
             noise=torch.stack([sample.noise for sample in samples]),
         )

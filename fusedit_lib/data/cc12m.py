@@ -8,6 +8,7 @@ from functools import partial
 from fusedit import FuseDiTError
 from fusedit_lib.data import packing
 from fusedit_lib.data.captions import CaptionTable, WithCaptions
+from fusedit_lib.data.filters import select_captions
 from fusedit_lib.data.images import Skip, image_rules
 from fusedit_lib.data.items import (
     Item,
@@ -16,11 +17,12 @@ from fusedit_lib.data.items import (
     output_settings,
     require_exists,
 )
+from fusedit_lib.data.layout import LayoutError, find_image
 from fusedit_lib.data.shards import ends_well, read_sample, sample_offsets
 
 
 class TarItems:
-    """Iterates over the samples of a tar, each with KEY.jpg, KEY.txt and KEY.json.
+    """Iterates over the samples of a tar, each with KEY.jpg (png, webp), KEY.txt and KEY.json.
 
     If the tar is damaged or truncated, one extra item names the byte where the damage starts.
     """
@@ -33,7 +35,11 @@ class TarItems:
         with open(self.path, "rb") as tar:
             for i in range(len(offsets) - 1):
                 key, files = read_sample(tar, offsets, i)
-                image = files.get("jpg", Skip("no image"))
+                key = key.rpartition("/")[2]
+                try:
+                    image = files[find_image(files)]
+                except LayoutError as e:
+                    image = Skip(e.kind)
                 alt_text = files.get("txt", b"").decode(errors="replace")
                 yield Item(key, image, dict(original_caption=alt_text), key)
             end = offsets[-1]
@@ -45,8 +51,11 @@ class TarItems:
 def cc12m_sample(rules, item):
     """The sample of an Item. Raises Skip, for example if it has no synthetic caption."""
     has_image = not isinstance(item.image, Skip)
-    if has_image and not item.captions["synthetic_caption"]:
-        raise Skip("no synthetic caption")
+    if has_image:
+        synthetic = item.captions["synthetic_caption"]
+        if not synthetic:
+            raise Skip("no synthetic caption")
+        select_captions(dict(synthetic_caption=synthetic), rules)       # the alt text is not enough
     return make_sample(rules, item)
 
 

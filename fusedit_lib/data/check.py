@@ -1,10 +1,10 @@
 """`prepare_data.py check`: reports the contents and problems of shards and draws samples."""
 import hashlib
-import io
 import random
+import sys
 import textwrap
-import warnings
 from collections import Counter
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -13,12 +13,20 @@ from PIL import Image, ImageDraw, ImageFont
 from tqdm import tqdm
 
 from fusedit_lib.data import packing
-from fusedit_lib.data.images import FORMATS, read_square
-from fusedit_lib.data.index import list_tars, repair_index
+from fusedit_lib.data.images import Notes, Skip, decode, open_image, read_square
+from fusedit_lib.data.index import list_tars, print_layout_problems, repair_index, scan_shard
+from fusedit_lib.data.layout import (
+    LayoutCounts,
+    LayoutError,
+    caption_lines,
+    find_captions,
+    find_image,
+    general_name,
+    pick_caption,
+)
 from fusedit_lib.data.shards import ends_well, read_sample
 from fusedit_lib.files import atomic_write
 
-CAPTIONS = "synthetic_caption", "original_caption"
 EXAMPLES = 5                                # number of examples printed for each problem
 
 
@@ -33,72 +41,75 @@ class ShardContents(NamedTuple):
     path: Path
     entry: dict                             # packing.index_entry
     sizes: np.ndarray                       # int32 [samples,2] width and height; 0: unknown
-    words: np.ndarray                       # int32 [samples,2] words of both CAPTIONS; -1: missing
+    counts: LayoutCounts                    # of its images and captions, and of what is missing
+    words: dict                             # {source of captions: int32, words of each caption}
     keys: np.ndarray                        # uint64 [samples] a hash of the key
     formats: Counter                        # number of samples by image format
-    problems: list                          # of Problem
+    problems: list                          # of Problem, besides those of `counts`
+    notes: list                             # of Problem: flaws of images that are readable
 
 
 # ------------------------------------------------------------------------------ reading
 
-def image_name(files):
-    """The name of a sample's image among its files, or None."""
-    for name in files:
-        if name.startswith("image."):
-            return name
-    return None
+def check_image(data):
+    """Decode the bytes of an image completely; returns (size, format, problem or "").
 
-
-def check_image(files):
-    """Decode a sample's image completely; returns (size, format, problem or "")."""
-    name = image_name(files)
-    if name is None:
-        return (0, 0), "none", "no image"
+    data: None for a sample without an image.
+    """
+    if data is None:
+        return (0, 0), "none", ""
     size = (0, 0)
     kind = "unknown"
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("error", Image.DecompressionBombWarning)
-            image = Image.open(io.BytesIO(files[name]), formats=FORMATS)
+        image = open_image(data)
         size = image.size
         kind = image.format
         image.draft("L", (1, 1))            # decodes a JPEG at 1/8 of its size, reading all of it
-        image.load()
-    except MemoryError:
-        raise
-    except Exception:                       # Pillow raises many kinds of errors on broken files
-        return size, kind, "damaged image"
+        decode(image)
+    except Skip as reason:
+        return size, kind, str(reason)
     return size, kind, ""
 
 
-def count_words(files, caption):
-    """Number of words in one kind of caption of a sample; -1 if it has none."""
-    text = files.get(f"{caption}.txt")
-    if text is None:
-        return -1
-    return len(text.decode(errors="replace").split())
+def count_words(files, caption_key):
+    """{source: words of each of its captions} of a sample; {} if it has none."""
+    try:
+        captions = find_captions(files, caption_key)
+    except LayoutError:                     # which scan_shard has counted
+        return {}
+    words = {}
+    for source, text in captions.items():
+        words[general_name(source)] = [len(line.split()) for line in caption_lines(text)]
+    return words
 
 
-def read_shard(path):
+def read_shard(path, image_key, caption_key):
     """Read a shard completely; returns its ShardContents."""
-    entry = packing.index_entry(path)
+    entry, counts = scan_shard(path, image_key, caption_key)
     offsets = entry["offsets"]
     sizes = []
-    words = []
+    words = {}
     keys = []
     formats = Counter()
     problems = []
-    with open(path, "rb") as tar:
+    notes = []
+    with open(path, "rb") as tar, Notes() as image_notes:
         for i in range(len(offsets) - 1):
             key, files = read_sample(tar, offsets, i)
             key_hash = hashlib.blake2b(key.encode(), digest_size=8).digest()
             keys.append(int.from_bytes(key_hash))
-            words.append([count_words(files, caption) for caption in CAPTIONS])
-            size, kind, problem = check_image(files)
+            for source, lengths in count_words(files, caption_key).items():
+                words.setdefault(source, []).extend(lengths)
+            try:
+                data = files[find_image(files, image_key)]
+            except LayoutError:             # which scan_shard has counted
+                data = None
+            size, kind, problem = check_image(data)
+            kinds = image_notes.take()
+            if not problem:
+                notes += [Problem(note, f"{key} of {path.name}") for note in kinds]
             sizes.append(size)
             formats[kind] += 1
-            if not problem and max(words[-1]) < 1:
-                problem = "no caption"
             if problem:
                 problems.append(Problem(problem, f"{key} of {path.name}"))
         if not ends_well(tar, offsets[-1]):
@@ -108,19 +119,22 @@ def read_shard(path):
         path=path,
         entry=entry,
         sizes=np.array(sizes, np.int32).reshape(-1, 2),
-        words=np.array(words, np.int32).reshape(-1, 2),
+        counts=counts,
+        words={source: np.array(lengths, np.int32) for source, lengths in words.items()},
         keys=np.array(keys, np.uint64),
         formats=formats,
         problems=problems,
+        notes=notes,
     )
 
 
-def read_shards(tars, workers):
+def read_shards(tars, args):
     """The ShardContents of every tar, in the same order, with a progress bar."""
+    read = partial(read_shard, image_key=args.image_key, caption_key=args.caption_key)
     contents = {}
     samples = 0
     with tqdm(unit="image", desc="reading", disable=None, smoothing=0.05) as bar:
-        for event in packing.in_parallel(read_shard, tars, workers):
+        for event in packing.in_parallel(read, tars, args.workers):
             if event:
                 path, shard = event
                 contents[path] = shard
@@ -137,26 +151,41 @@ def check(args):
 
     Prints a report, repairs the index and, if args.grid (a Path) is set, draws samples.
     """
-    shards = read_shards(list_tars(args.folder), args.workers)
-    problems = {}                           # {kind: names of the samples or shards}
+    shards = read_shards(list_tars(args.folder), args)
+    problems = sum((shard.problems for shard in shards), [])
+    counts = LayoutCounts()
     for shard in shards:
-        for problem in shard.problems:
-            problems.setdefault(problem.kind, []).append(problem.where)
-    print_contents(shards, sum(map(len, problems.values())))
-    for kind, names in problems.items():
+        counts.merge(shard.counts)
+    total = len(problems) + counts.problems.total()
+    print_contents(shards, total)
+    print(counts.found())
+    print_problems(problems)
+    print_problems(sum((shard.notes for shard in shards), []))
+    print_layout_problems(counts, sys.stdout)
+    repeated, examples = duplicate_keys(shards)
+    if repeated:
+        print(f"{repeated} keys occur more than once, such as {', '.join(examples)}")
+    if counts.samples and not counts.usable:
+        print(f"{args.folder}/index.json is not written: {counts.unusable()}")
+    else:
+        print(repair_index(args.folder, [shard.entry for shard in shards]))
+    if args.grid:
+        write_image_grid(args.grid, shards, args)
+    if total or repeated:
+        return 1
+    return 0
+
+
+def print_problems(problems):
+    """Print, for each kind of Problem, their number and the names of the first few."""
+    by_kind = {}
+    for problem in problems:
+        by_kind.setdefault(problem.kind, []).append(problem.where)
+    for kind, names in by_kind.items():
         more = ""
         if len(names) > EXAMPLES:
             more = f" and {len(names) - EXAMPLES} more"
         print(f"{len(names)} x {kind}: {', '.join(names[:EXAMPLES])}{more}")
-    repeated, examples = duplicate_keys(shards)
-    if repeated:
-        print(f"{repeated} keys occur more than once, such as {', '.join(examples)}")
-    print(repair_index(args.folder, [shard.entry for shard in shards]))
-    if args.grid:
-        write_image_grid(args.grid, shards)
-    if problems or repeated:
-        return 1
-    return 0
 
 
 def print_contents(shards, problems):
@@ -176,13 +205,14 @@ def print_contents(shards, problems):
         print(f"shorter side: {distribution(shorter)} pixels; longer / shorter: "
               f"{distribution(aspect)}")
 
-    words = np.concatenate([shard.words for shard in shards])
-    for caption, lengths in zip(CAPTIONS, words.T, strict=True):
-        lengths = lengths[lengths >= 0]
-        line = f"{caption}: {len(lengths):,}"
-        if len(lengths):
-            line += f", length {distribution(lengths)} words"
-        print(line)
+    words = {}
+    for shard in shards:
+        for source, lengths in shard.words.items():
+            words.setdefault(source, []).append(lengths)
+    for source, parts in words.items():
+        lengths = np.concatenate(parts)
+        name = source.removesuffix(".txt")
+        print(f"{name}: {len(lengths):,}, length {distribution(lengths)} words")
 
 
 def distribution(values):
@@ -220,26 +250,30 @@ LINE_HEIGHT = 15                            # pixels, at a font size of 12
 MARGIN = 8
 
 
-def draw_sample(page, corner, side, shard, i):
-    """Draw a sample's image with its caption below; corner: (x, y) of its upper-left corner."""
-    key, files = read_shard_sample(shard, i)
-    text = "(no caption)"
-    for caption in CAPTIONS:
-        if f"{caption}.txt" in files:
-            text = files[f"{caption}.txt"].decode(errors="replace")
-            break
+def draw_sample(page, corner, side, sample, args):
+    """Draw a sample's image with a caption below, both as in training.
+
+    corner: (x, y) of its upper-left corner; sample: (key, files).
+    """
+    key, files = sample
     try:
-        pixels = read_square(files[image_name(files)], side)           # [3,side,side]
+        texts = list(find_captions(files, args.caption_key).values())
+        text = pick_caption(texts[0], "random", random.Random(key))
+    except LayoutError as e:
+        text = f"({e})"
+    try:
+        data = files[find_image(files, args.image_key)]
+        pixels = read_square(data, side)    # [3,side,side]
         page.paste(Image.fromarray(pixels.movedim(0, -1).numpy()), corner)
-    except Exception:                       # Pillow raises many kinds of errors on broken files
-        text = f"({key} cannot be drawn) {text}"
+    except (Skip, LayoutError) as e:
+        text = f"({key} cannot be drawn: {e}) {text}"
     x, y = corner
     lines = textwrap.wrap(text, CAPTION_WIDTH, max_lines=CAPTION_LINES, placeholder=" ...")
     ImageDraw.Draw(page).multiline_text((x, y + side + 2), "\n".join(lines), "black",
                                         ImageFont.load_default(12))
 
 
-def write_image_grid(out, shards, columns=6, rows=4, side=192):
+def write_image_grid(out, shards, args, columns=6, rows=4, side=192):
     """Write a PNG of random samples, each side x side pixels, with their captions."""
     count = columns * rows
     # at least `count` of each shard (all of a smaller one), evenly spaced
@@ -258,7 +292,7 @@ def write_image_grid(out, shards, columns=6, rows=4, side=192):
     for n, (shard, i) in enumerate(chosen):
         row, column = divmod(n, columns)
         corner = (column * cell_width + MARGIN, row * cell_height + MARGIN)
-        draw_sample(page, corner, side, shard, i)
+        draw_sample(page, corner, side, read_shard_sample(shard, i), args)
     with atomic_write(out) as tmp:
         page.save(tmp, "PNG")
     print(f"image grid of {len(chosen)} samples: {out}")

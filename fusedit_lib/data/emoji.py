@@ -114,7 +114,8 @@ def list_emoji(packages: Path) -> list[Emoji]:
                 original = f"{phrase} {variant['label']}"
                 synthetic = ", ".join([original, *tags[:TAGS]])
                 item = Item(f"{style}-{concept}", images[style][concept],
-                            dict(synthetic_caption=synthetic, original_caption=original))
+                            dict(synthetic_caption=synthetic, original_caption=original),
+                            number=len(result))
                 result.append(Emoji(concept, style, item))
     return result
 

@@ -1,163 +1,235 @@
-"""Your own images: a folder of images with captions in one file or in .txt files."""
-import csv
-import io
-import json
+"""Your own images: a folder of images with captions in files beside them, or in one file."""
 import random
+import sys
+from collections import Counter
 from functools import partial
-from pathlib import Path
+from pathlib import PurePosixPath
 
 from fusedit import FuseDiTError
 from fusedit_lib.data import packing
-from fusedit_lib.data.images import SUFFIXES, image_rules
+from fusedit_lib.data.caption_files import (
+    CAPTION_FILES,
+    kind_of,
+    read_caption_file,
+    read_text_files,
+)
+from fusedit_lib.data.columns import CaptionRows
+from fusedit_lib.data.image_names import NOT_FOUND, ImageNames
+from fusedit_lib.data.images import Skip, image_rules
 from fusedit_lib.data.items import (
+    FILE,
+    IMAGE,
+    UNREADABLE,
     Item,
     digest,
     in_chunks,
-    list_images,
+    list_files,
     make_sample,
     output_settings,
     require_exists,
 )
 
-# Common names for the columns of a caption file.
-IMAGE_FIELDS = ("image", "file_name", "filename", "file", "path", "image_path", "name")
-CAPTION_FIELDS = ("caption", "original_caption", "text", "prompt", "description")
+# Files of captions in the images' own folder, with names relative to theirs, as in an imagefolder
+# of the Hugging Face hub.
+METADATA = "metadata.jsonl", "metadata.csv", "metadata.parquet"
+
+NAMES_LISTED = 1000                         # of other files of each kind, in report.json
 
 
-# ---------------------------------------------------------------------------- rows of captions
-def rows_of_text_files(files: dict[str, Path], folder: Path, skipped: list) -> list[dict]:
-    """A row for every image, with the text of the .txt file of the same name, or "" if it has none.
+class Folder:
+    """The content of IMAGES."""
 
-    An image whose caption is not UTF-8 is moved from `files` to `skipped`.
-    """
-    rows = []
-    for name in list(files):
-        path = (folder / name).with_suffix(".txt")
-        caption = ""
-        try:
-            if path.exists():
-                caption = path.read_text("utf-8-sig")
-        except UnicodeDecodeError:
-            skipped.append(("caption is not UTF-8", path.name))
-            del files[name]
-        else:
-            rows.append(dict(image=name, caption=caption))
-    return rows
+    def __init__(self, path):
+        self.path = path
+        self.images = []                    # names, relative paths
+        self.files = []                     # names of other files
+        self.metadata = []                  # those of METADATA among them
+        self.left_out = []                  # (kind, name) of what is not looked into
+        for name, kind in list_files(path):
+            if kind == IMAGE:
+                self.images.append(name)
+            elif kind != FILE:
+                self.left_out.append((kind, name))
+            else:
+                self.files.append(name)
+                if PurePosixPath(name).name in METADATA:
+                    self.metadata.append(name)
 
-
-def rows_of_file(path: Path, skipped: list) -> list:
-    """The rows of a .csv, .json or .jsonl file.
-
-    Lines of a .jsonl file that are not JSON are added to `skipped`. Raises FuseDiTError if the file
-    cannot be read at all.
-    """
-    try:
-        text = path.read_text("utf-8-sig")
-        if path.suffix == ".csv":
-            return list(csv.DictReader(io.StringIO(text)))
-        if path.suffix == ".json":
-            return rows_of_json(json.loads(text))
-    except (ValueError, AttributeError, csv.Error) as e:
-        kind = path.suffix[1:].upper()
-        raise FuseDiTError(f"cannot read {path} as {kind} in UTF-8: {e}") from None
-
-    rows = []
-    for number, line in enumerate(text.split("\n"), 1):
-        if not line.strip():
-            continue
-        try:
-            rows.append(json.loads(line))
-        except ValueError:
-            skipped.append(("not JSON", f"line {number}"))
-    return rows
+    def caption_files(self):
+        """The names of files that could be given as CAPTIONS."""
+        return [name for name in self.files if kind_of(PurePosixPath(name)) in CAPTION_FILES]
 
 
-def rows_of_json(content) -> list:
-    """Rows from a list of rows, {"a.png": "a red fox"} or {"a.png": {"caption": "a fox"}}."""
-    if isinstance(content, list):
-        return content
-    rows = []
-    for name, value in content.items():
-        if not isinstance(value, dict):
-            value = {"caption": value}
-        rows.append(value | {"image": name})
-    return rows
+# ---------------------------------------------------------------------------- captions
+def read_captions(args, content):
+    """The CaptionRows for the images of a Folder, and the names of caption files in it."""
+    rows = CaptionRows()
+    columns = (args.image_column, args.caption_column)
+    if args.captions is None and content.metadata:
+        for name in content.metadata:
+            base = name.rpartition("/")[0]
+            base = base + "/" if base else ""
+            read_caption_file(args.images / name, rows, *columns, base)
+        return rows, set(content.metadata)
+    if args.captions is not None and not args.captions.is_dir():
+        read_caption_file(args.captions, rows, *columns)
+        used = {name for name in content.caption_files()
+                if (args.images / name).samefile(args.captions)}
+        return rows, used
 
-
-def first_text(row, fields) -> str:
-    """The first non-empty field of a row, as one line of text, or "".
-
-    If the value is a list, its first element is used. Rows and values of any other type count as
-    empty.
-    """
-    if not isinstance(row, dict):
-        return ""
-    value = next((row[field] for field in fields if row.get(field)), "")
-    if isinstance(value, list):
-        value = value[0]
-    if not isinstance(value, str):
-        return ""
-    return " ".join(value.split())
+    folder = args.captions or args.images
+    unreadable, used = read_text_files(content.images, folder, rows)
+    content.images = [name for name in content.images if name not in set(unreadable)]
+    named = {row.image for row in rows.rows}
+    others = sorted(set(content.caption_files()) - used)
+    if not named and not unreadable and others:
+        print(f"no image has a .txt file beside it; if {others[0]} holds the captions, give it as "
+              "CAPTIONS", file=sys.stderr)
+    if folder.samefile(args.images):
+        return rows, used
+    return rows, set()
 
 
 # ---------------------------------------------------------------------------- items
-def folder_items(files: dict[str, Path], rows: list, skipped: list) -> list[Item]:
-    """An Item for every row that names an image and has a caption.
+def folder_items(content, rows, root=None):
+    """(items, names): an Item for every image that has captions, and the ImageNames.
 
-    All other rows, and images that no row names, are added to `skipped` with the reason.
+    The rows that name the same image become one item with all their captions. Rows of no image,
+    and images without a caption, are added to rows.skipped with the reason.
     """
-    by_stem = {name.rsplit(".", 1)[0]: name for name in files}  # rows may omit the suffix
+    names = ImageNames(content.path, content.images, root)
+    names.find_prefix([row.image for row in rows.rows])
+    beside = rows.files[0].parent if rows.files else None
+    captions_of = {}                        # image -> {kind: list of texts}, in the rows' order
+    without = dict.fromkeys(content.images)                # images without a caption
+    not_found = 0
+    for row in rows.rows:
+        try:
+            name = names.find(row.image, row.base, beside)
+        except Skip as reason:
+            rows.skipped.append((str(reason), row.image))
+            not_found += str(reason) == NOT_FOUND
+            continue
+        if not row.captions or not any(row.captions.values()):
+            if name not in captions_of:
+                without[name] = None
+            continue
+        without.pop(name, None)
+        kinds = captions_of.setdefault(name, {})
+        for kind, texts in row.captions.items():
+            kinds.setdefault(kind, []).extend(texts)
+    if rows.rows and not_found == len(rows.rows):
+        raise FuseDiTError(no_row_fits(content, rows))
+
     items = []
-    without_row = dict(files)
-    for number, row in enumerate(rows, 1):
-        image = first_text(row, IMAGE_FIELDS).removeprefix("./")
-        name = image
-        if image not in files:
-            name = by_stem.get(image)
+    for name, kinds in captions_of.items():
+        captions = {kind: one_or_several(texts) for kind, texts in kinds.items()}
+        number = len(items)
+        items.append(Item(name, content.path / name, captions, f"{number:09d}", number))
+    for name in without:
+        rows.skipped.append(("no caption", name))
+    return items, names
 
-        captions = {}
-        synthetic = first_text(row, ["synthetic_caption"])
-        original = first_text(row, CAPTION_FIELDS)
-        if synthetic:
-            captions["synthetic_caption"] = synthetic
-        if original:
-            captions["original_caption"] = original
 
-        if not image:
-            skipped.append((f"no image name ({', '.join(IMAGE_FIELDS)})", f"row {number}"))
-        elif name is None:
-            skipped.append(("image not found", image))
-        elif not captions:
-            skipped.append(("no caption", name))
-        else:
-            items.append(Item(name, files[name], captions, f"{len(items):09d}"))
-        without_row.pop(name, None)
-    for name in without_row:
-        skipped.append(("no caption", name))
-    return items
+def one_or_several(texts):
+    """The only text, or the list of those that differ."""
+    texts = list(dict.fromkeys(texts))
+    return texts[0] if len(texts) == 1 else texts
+
+
+def no_row_fits(content, rows):
+    """The error if no row names an image."""
+    written = rows.rows[0].image
+    first = [*content.images, *content.files][0]
+    return (f"none of {len(rows.rows)} rows of {rows.files[0]} names an image in {content.path}: "
+            f"the first names {written!r}, and the first file there is {first!r}. Names are "
+            "relative to IMAGES; if they begin with what IMAGES was called elsewhere, such as "
+            "/mnt/photos, give that with --image-root")
+
+
+def no_images(content):
+    """The error if no file has the suffix of an image."""
+    kinds = Counter(suffix_of(name) for name in content.files)
+    if ".parquet" in kinds:
+        return (f"no images in {content.path}, but .parquet files; if these hold the images: "
+                "python prepare_data.py parquet")
+    found = ", ".join(f"{count} {kind}" for kind, count in kinds.most_common(5))
+    return f"no images in {content.path}, by their suffix; it contains {found or 'no files'}"
+
+
+def suffix_of(name):
+    return PurePosixPath(name).suffix.lower() or "no suffix"
+
+
+# ---------------------------------------------------------------------------- the report
+def other_files(content, items, used):
+    """{kind: number and names} of all that IMAGES contains besides the images.
+
+    used: names of the caption files. Of each kind, at most NAMES_LISTED are named.
+    """
+    packed = {item.name for item in items}
+    names = {}
+    for name in content.files:
+        if name in used:
+            names.setdefault("caption file", []).append(name)
+        elif name not in packed:
+            names.setdefault(suffix_of(name), []).append(name)
+    for kind, name in content.left_out:
+        if not kind.startswith(UNREADABLE) and name not in packed:
+            names.setdefault(kind, []).append(name)
+    return {kind: dict(count=len(found), names=found[:NAMES_LISTED])
+            for kind, found in sorted(names.items())}
+
+
+def captions_report(rows, names):
+    """The entry `captions` of report.json: how the captions were read."""
+    notes = rows.notes | names.rewritten
+    report = dict(files=[str(path) for path in rows.files], rows=len(rows.rows))
+    if rows.files:
+        report |= dict(columns=dict(rows.used), other_columns=dict(rows.ignored))
+    report["notes"] = {note: dict(count=len(places), names=places[:NAMES_LISTED])
+                       for note, places in notes.items()}
+    return report
+
+
+def print_notes(report, others):
+    """Print what a user should know about how the folder was read, a line for each, to stderr."""
+    lines = []
+    for column, count in report.get("other_columns", {}).items():
+        lines.append(f"column {column} is ignored in {count} rows, since another holds the caption "
+                     "(--caption-column names the one to use)")
+    for note, found in report["notes"].items():
+        lines.append(f"{note}: {found['count']}, the first is {found['names'][0]}")
+    for line in lines:
+        print(f"captions: {line}", file=sys.stderr)
+    kinds = [f"{found['count']} {kind}" for kind, found in others.items() if kind != "caption file"]
+    if kinds:
+        print(f"other files in IMAGES, not packed: {', '.join(kinds)}", file=sys.stderr)
 
 
 def folder(args):
     """Run `prepare_data.py folder`."""
-    captions = args.captions or args.images
-    require_exists(args.images, captions)
-    if not captions.is_dir() and captions.suffix not in (".json", ".jsonl", ".csv"):
-        raise FuseDiTError(f"CAPTIONS is {captions}, but it must be a .json, .jsonl or .csv file "
-                           "or a folder of .txt files")
-    files = {name: args.images / name for name in list_images(args.images)}
-    if not files:
-        raise FuseDiTError(f"no images in {args.images} ({', '.join(sorted(SUFFIXES))})")
+    require_exists(args.images, args.captions or args.images)
+    if not args.images.is_dir():
+        raise FuseDiTError(f"IMAGES is {args.images}, but it must be a folder (images in a "
+                           ".parquet file: python prepare_data.py parquet)")
+    content = Folder(args.images)
+    if not content.images and not (args.captions and content.files):
+        raise FuseDiTError(no_images(content))
 
-    skipped = []
-    if captions.is_dir():
-        rows = rows_of_text_files(files, captions, skipped)
-    else:
-        rows = rows_of_file(captions, skipped)
-    items = folder_items(files, rows, skipped)
+    rows, used = read_captions(args, content)
+    items, names = folder_items(content, rows, args.image_root)
+    for kind, name in content.left_out:
+        if kind.startswith(UNREADABLE):
+            rows.skipped.append((kind, name))
+    captions = captions_report(rows, names)
+    others = other_files(content, items, used)
+    print_notes(captions, others)
 
-    content = digest((item.name, item.captions) for item in items)
-    if packing.begin(args, **output_settings(args, items=content)):
+    settings = digest((item.name, item.captions) for item in items)
+    if packing.begin(args, **output_settings(args, items=settings)):
         random.Random(args.seed).shuffle(items)            # folders are often sorted by subject
         jobs = in_chunks(items, args.shard_size)
         make = partial(make_sample, image_rules(args))
-        packing.pack(args, "folder", jobs, make, skipped, len(items))
+        packing.pack(args, "folder", jobs, make, rows.skipped, len(items), captions=captions,
+                     other_files=others)

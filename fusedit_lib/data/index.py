@@ -2,14 +2,66 @@
 
 shards.py, which reads the two files, describes their contents.
 """
+import os
 import sys
+from functools import partial
+from typing import NamedTuple
 
 import numpy as np
 from tqdm import tqdm
 
 from fusedit import FuseDiTError
 from fusedit_lib.data import packing
-from fusedit_lib.data.shards import ends_well
+from fusedit_lib.data.layout import NOT_ADJACENT, REMEDIES, REPEATED, LayoutCounts
+from fusedit_lib.data.shards import ends_well, scan_tar
+
+
+class ScannedShard(NamedTuple):
+    """A shard's entry in the index (packing.index_entry), and what its samples contain."""
+    entry: dict
+    counts: LayoutCounts
+
+
+class FilesInTar(dict):
+    """The files of a TarSample as {extension: bytes}, each read from an open tar when needed."""
+
+    def __init__(self, tar, sample):
+        super().__init__(sample.files)
+        self.tar = tar
+
+    def __getitem__(self, extension):
+        offset, size = super().__getitem__(extension)
+        return os.pread(self.tar.fileno(), size, offset)
+
+
+def scan_shard(path, image_key, caption_key):
+    """The ScannedShard of a tar. Its captions are read, its images are not."""
+    counts = LayoutCounts()
+    samples, end = scan_tar(path)
+    keys = set()
+    with open(path, "rb") as tar:
+        for sample in samples:
+            where = f"{sample.key} of {path.name}"
+            counts.add(where, FilesInTar(tar, sample), image_key, caption_key)
+            if sample.repeated:
+                counts.add_problem(REPEATED, f"{sample.key}.{sample.repeated[0]} of {path.name}")
+            if sample.key in keys:
+                counts.add_problem(NOT_ADJACENT, where)
+            keys.add(sample.key)
+    offsets = np.array([*(sample.offset for sample in samples), end])
+    return ScannedShard(packing.index_entry(path, offsets), counts)
+
+
+def print_layout_problems(counts, file):
+    """Print, for each kind of problem with the layout, a line with its remedy."""
+    for kind, count in counts.problems.most_common():
+        examples = ", ".join(counts.examples[kind])
+        if count > len(counts.examples[kind]):
+            examples += f" and {count - len(counts.examples[kind]):,} more"
+        line = f"{count:,} x {kind}: {examples}"
+        if REMEDIES[kind]:
+            line += f". {REMEDIES[kind]}"
+        print(line, file=file)
 
 
 def list_tars(folder):
@@ -23,18 +75,22 @@ def list_tars(folder):
 def index(args):
     """Run `prepare_data.py index`: write both files for the tars of args.folder.
 
-    Damaged tars are reported on stderr and indexed up to the damage. Raises FuseDiTError if no
-    sample can be read at all.
+    Prints what the samples contain. Damaged tars are reported on stderr and indexed up to the
+    damage. Raises FuseDiTError, without writing, if no sample can be trained on.
     """
     tars = list_tars(args.folder)
-    entries = {}
+    scan = partial(scan_shard, image_key=args.image_key, caption_key=args.caption_key)
+    scanned = {}
     with tqdm(total=len(tars), unit="shard", desc="indexing", disable=None) as bar:
-        for event in packing.in_parallel(packing.index_entry, tars, args.workers):
+        for event in packing.in_parallel(scan, tars, args.workers):
             if event:
-                path, entry = event
-                entries[path] = entry
+                path, shard = event
+                scanned[path] = shard
                 bar.update()
-    entries = [entries[path] for path in tars]
+    entries = [scanned[path].entry for path in tars]
+    counts = LayoutCounts()
+    for path in tars:
+        counts.merge(scanned[path].counts)
 
     for path, entry in zip(tars, entries, strict=True):
         end = entry["offsets"][-1]
@@ -43,9 +99,13 @@ def index(args):
         if not whole:
             print(f"{path.name} is damaged or truncated at byte {end:,}, after "
                   f"{entry['samples']} samples", file=sys.stderr)
-    if not any(entry["samples"] for entry in entries):
+    if not counts.samples:
         raise FuseDiTError(f"{args.folder}: no samples in any of {len(tars)} shards")
+    if not counts.usable:
+        raise FuseDiTError(f"{args.folder}: {counts.unusable()}")
+    print_layout_problems(counts, sys.stderr)
     samples = packing.write_index(args.folder, entries)
+    print(counts.found())
     print(f"{samples} samples in {len(tars)} shards: {args.folder}/index.json")
 
 

@@ -4,14 +4,27 @@ The module of a data set (cc12m.py, sa1b.py, journeydb.py, folder.py, emoji.py) 
 shards; packing.py does the rest. Items are read by the process that packs them.
 """
 import hashlib
+import os
 from pathlib import Path
 from typing import NamedTuple
 
 from fusedit import FuseDiTError
+from fusedit_lib.data.filters import PackedImage, pixel_hash, select_captions
 from fusedit_lib.data.images import SUFFIXES, Skip, pack_image
+
+# Kinds of files in a folder; see list_files.
+IMAGE = "image"
+FILE = "file"
+FOLDER = "folder"
+UNREADABLE = "folder cannot be read"
 
 # Flags that do not affect the contents of the shards, and `run`, the function of the command.
 NOT_OUTPUT_SETTINGS = {"out", "overwrite", "workers", "run", "packages", "registry"}
+
+# Flags that were added later, with their defaults. A default is not among the settings, so that a
+# run that was started without the flag can be resumed.
+LATER_FLAGS = {"resize": "bicubic", "image_column": None, "caption_column": None,
+               "image_root": None, "min_words": 0, "max_words": 0, "skip_duplicates": False}
 
 
 # ---------------------------------------------------------------------------- one item
@@ -19,8 +32,10 @@ class Item(NamedTuple):
     """An image to pack, with its captions. str(item) is its name in the report."""
     name: str
     image: Path | bytes | Skip      # a file, the bytes of a file, or the reason for having none
-    captions: dict                  # kind, such as "synthetic_caption" -> text, which may be empty
+    captions: dict                  # kind, such as "synthetic_caption" -> text, which may be empty,
+                                    # or a list of texts, if the image has several captions
     key: str = ""                   # of the sample; "": use the name
+    number: int = 0                 # position in the input, if the items are shuffled
 
     def __str__(self):
         return self.name
@@ -29,26 +44,38 @@ class Item(NamedTuple):
 def make_sample(rules, item):
     """Convert an Item to a sample, a dict for WebDataset's TarWriter; raises Skip.
 
-    rules: ImageRules.
+    rules: ImageRules. Entries that are not written to the tar: `__notes__`, and `__image__`, a
+    PackedImage, if duplicates are skipped.
     """
     if isinstance(item.image, Skip):
         raise item.image
     if not any(item.captions.values()):     # checked first, since decoding the image takes longer
         raise Skip("no caption")
+    captions, notes = select_captions(item.captions, rules)
     data = item.image
     if isinstance(data, Path):
         data = read_image_file(data)
-    suffix, data = pack_image(data, rules)
+    suffix, packed = pack_image(data, rules)
     key = item.key or item.name
     key = key.replace("/", "_").replace(".", "_")          # a dot would end the key
-    return {"__key__": key, f"image.{suffix}": data, **encode_captions(item.captions)}
+    sample = {"__key__": key, f"image.{suffix}": packed, **encode_captions(captions)}
+    sample["__notes__"] = notes
+    if rules.skip_duplicates:
+        sample["__image__"] = PackedImage(item.name, pixel_hash(data), item.number)
+    return sample
 
 
 def encode_captions(captions):
-    """{"KIND.txt": bytes} of the non-empty captions, each on one line; raises Skip."""
+    """{"KIND.txt": bytes} of the captions that are not empty, one per line; raises Skip.
+
+    captions: {kind: text or list of texts}. A line holds the words of a text, joined by spaces.
+    """
     files = {}
-    for kind, text in captions.items():
-        text = " ".join((text or "").split())
+    for kind, texts in captions.items():
+        if not isinstance(texts, list):
+            texts = [texts]
+        lines = [" ".join((text or "").split()) for text in texts]
+        text = "\n".join(filter(None, lines))
         if text:
             try:
                 files[f"{kind}.txt"] = text.encode()
@@ -63,7 +90,8 @@ def read_image_file(path):
     try:
         return path.read_bytes()
     except FileNotFoundError:
-        raise Skip("image not found") from None
+        reason = "broken link" if path.is_symlink() else "image not found"
+        raise Skip(reason) from None
     except OSError as e:
         raise Skip(f"cannot be read: {e.strerror or 'invalid name'}") from None
     except ValueError:                      # a name that no file can have
@@ -115,20 +143,59 @@ def split_lines(path, size):
     return parts, not_blank
 
 
-def list_images(folder):
-    """Yield the relative path of every image file in or below `folder`, in order.
+def list_files(folder):
+    """Yield (relative path, kind) of everything in and below `folder`, one folder at a time.
 
-    Reads one folder at a time. Hidden files and folders are ignored, since they belong to the
-    system or to an interrupted download.
+    kind: IMAGE (by its suffix), FILE, or a phrase for what is not looked into: hidden files and
+    folders, since they belong to the system or to an interrupted download; links that lead nowhere
+    or back; folders that cannot be read, whose kind begins with UNREADABLE.
     """
-    for path in sorted(folder.iterdir()):
-        if path.name.startswith("."):
+    try:
+        entries = sorted(os.scandir(folder), key=lambda entry: entry.name)
+    except OSError as e:
+        yield ".", f"{UNREADABLE}: {e.strerror}"
+        return
+    for entry in entries:
+        name = entry.name
+        kind = entry_kind(entry)
+        if kind != FOLDER:
+            yield name, kind
             continue
-        if path.is_dir():
-            for name in list_images(path):
-                yield f"{path.name}/{name}"
-        elif path.suffix.lower() in SUFFIXES:
-            yield path.name
+        for below, kind in list_files(Path(entry.path)):
+            yield os.path.normpath(f"{name}/{below}"), kind
+
+
+def entry_kind(entry):
+    """The kind of an os.DirEntry; see list_files."""
+    is_image = os.path.splitext(entry.name)[1].lower() in SUFFIXES
+    try:
+        is_file = entry.is_file()
+        is_folder = entry.is_dir()
+    except OSError:                         # a link to itself
+        is_file = is_folder = False
+    if entry.name.startswith("."):
+        return "hidden folder" if is_folder else "hidden file"
+    if is_folder:
+        if entry.is_symlink():
+            target = os.path.realpath(entry.path)
+            parent = os.path.realpath(os.path.dirname(entry.path))
+            if f"{parent}/".startswith(f"{target}/"):
+                return "link to a folder above it"
+        return FOLDER
+    if is_image and (is_file or entry.is_symlink()):       # packing reports a broken link
+        return IMAGE
+    if is_file:
+        return FILE
+    return "broken link" if entry.is_symlink() else "neither file nor folder"
+
+
+def list_images(folder):
+    """Yield the relative path of every image file in or below `folder`, in order."""
+    for name, kind in list_files(folder):
+        if kind.startswith(UNREADABLE):
+            raise FuseDiTError(f"{kind}: {folder / name}")
+        if kind == IMAGE:
+            yield name
 
 
 def require_exists(*paths):
@@ -146,10 +213,9 @@ def output_settings(args, **more):
     """
     settings = {}
     for name, value in vars(args).items():
-        if name not in NOT_OUTPUT_SETTINGS:
+        is_default = name in LATER_FLAGS and value == LATER_FLAGS[name]
+        if name not in NOT_OUTPUT_SETTINGS and not is_default:
             settings[name] = value
-    if settings.get("resize") == "bicubic":     # runs older than this flag can be resumed
-        del settings["resize"]
     return settings | more
 
 

@@ -28,7 +28,7 @@ class AnnotatedItems:
             try:
                 yield annotated_item(json.loads(line), self.folder)
             except (ValueError, KeyError, TypeError, AttributeError):
-                reason = Skip("not JSON with img_path and prompt")
+                reason = Skip("not JSON with img_path")
                 yield Item(f"line {number}", reason, captions={})
 
 
@@ -36,10 +36,12 @@ def annotated_item(row, folder):
     """The Item of one row of the annotations.
 
     The prompt is stored as the synthetic caption, which training uses by default. GPT's caption is
-    stored as the original caption.
+    stored as the original caption, which is used where there is no prompt.
     """
     name = row["img_path"].removeprefix("./")
-    prompt = " ".join(row["prompt"].split())
+    prompt = row.get("prompt")
+    if not isinstance(prompt, str):
+        prompt = None
     gpt_caption = None
     if isinstance(row.get("Task2"), dict):
         gpt_caption = row["Task2"].get("Caption")

@@ -12,6 +12,7 @@ Training samples the posterior with the same noise that it would use with pixels
 """
 import json
 import sys
+from collections import Counter
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -23,22 +24,30 @@ from fusedit_lib import backend
 from fusedit_lib.backend import rank_and_world
 from fusedit_lib.cli import pick_dtype
 from fusedit_lib.data import packing
-from fusedit_lib.data.images import read_square
+from fusedit_lib.data.images import Notes, read_square
 from fusedit_lib.data.index import list_tars
+from fusedit_lib.data.layout import find_image
 from fusedit_lib.data.shards import LATENTS_SUFFIX, read_index, read_sample
 from fusedit_lib.files import atomic_write, save_file
 from fusedit_lib.pretrained import vae_fingerprint
 from fusedit_lib.vae import load_vae
 
 
-class ShardImages(Dataset):
-    """The images of a shard. self[i] is (uint8 [3,size,size], 1), or (zeros, 0) if unreadable."""
+UNREADABLE = "unreadable image, which training skips"
 
-    def __init__(self, path, offsets, size, resize):
+
+class ShardImages(Dataset):
+    """The images of a shard. self[i] is (uint8 [3,size,size], 1, notes on its flaws, a line each).
+
+    An image that cannot be read is (zeros, 0, UNREADABLE).
+    """
+
+    def __init__(self, path, offsets, size, resize, image_key):
         self.path = path
         self.offsets = offsets
         self.size = size
         self.resize = resize
+        self.image_key = image_key
 
     def __len__(self):
         return len(self.offsets) - 1
@@ -47,12 +56,14 @@ class ShardImages(Dataset):
         try:
             with open(self.path, "rb") as tar:
                 _, files = read_sample(tar, self.offsets, i)
-            name = next(name for name in files if name.startswith("image."))
-            return read_square(files[name], self.size, resize=self.resize), 1
+            name = find_image(files, self.image_key)
+            with Notes() as notes:
+                pixels = read_square(files[name], self.size, resize=self.resize)
+            return pixels, 1, "\n".join(notes.take())
         except MemoryError:
             raise
         except Exception:                   # Pillow raises many kinds of errors on broken files
-            return torch.zeros(3, self.size, self.size, dtype=torch.uint8), 0
+            return torch.zeros(3, self.size, self.size, dtype=torch.uint8), 0, UNREADABLE
 
 
 # ------------------------------------------------------------------------------ one shard
@@ -74,12 +85,12 @@ def read_description(tar):
 
 @torch.no_grad()
 def encode_shard(tar, vae, args, description, progress):
-    """Write the latents of one shard.
+    """Write the latents of one shard. Returns the number of notes on its images, by kind.
 
     description: a dict to store with them; progress: called with the number of images encoded.
     """
     offsets = packing.index_entry(tar)["offsets"]
-    images = ShardImages(tar, offsets, args.image_size, args.resize)
+    images = ShardImages(tar, offsets, args.image_size, args.resize, args.image_key)
     device = next(vae.parameters()).device
     loader = DataLoader(images, args.batch_size, num_workers=args.workers,
                         pin_memory=device.type == "cuda")
@@ -89,12 +100,14 @@ def encode_shard(tar, vae, args, description, progress):
     latents = torch.empty(len(images), channels, side, side, dtype=torch.bfloat16)
     whole = torch.empty(len(images), dtype=torch.uint8)
     begin = 0
-    for pixels, readable in loader:                        # uint8 [B,3,H,W], [B]
+    noted = Counter()
+    for pixels, readable, notes in loader:                 # uint8 [B,3,H,W], [B], B strings
         end = begin + len(pixels)
         x = pixels.to(device, non_blocking=True).float().div_(127.5).sub_(1)
         latents[begin:end] = torch.cat(vae.moments(x), 1)  # [B,2*C,h,w]
         whole[begin:end] = readable
         begin = end
+        noted.update("\n".join(notes).split("\n"))
         progress(len(pixels))
 
     tensors = dict(latents=latents, whole=whole)
@@ -102,6 +115,8 @@ def encode_shard(tar, vae, args, description, progress):
     metadata = dict(encoded=json.dumps(description))
     with atomic_write(latents_path(tar)) as tmp:
         save_file(tensors, tmp, metadata)
+    del noted[""]                           # of images without notes
+    return noted
 
 
 # ------------------------------------------------------------------------------ the command
@@ -114,25 +129,29 @@ def check_overwrite(descriptions, overwrite):
             other.append(tar.name)
     if other and not overwrite:
         raise FuseDiTError(f"{len(other)} shards, such as {other[0]}, already have latents "
-                           "made with a different VAE, image size or --resize, or from an earlier "
-                           "version of the shard: --overwrite replaces them")
+                           "made with a different VAE, image size, --resize or --image-key, or "
+                           "from an earlier version of the shard: --overwrite replaces them")
 
 
 def encode_shards(tars, vae, args, descriptions, samples, rank):
     """Write the latents of several shards, with a progress bar on rank 0.
 
-    samples: {tar name: number of samples}.
+    At the end, a line for each kind of note says how many images have it. samples: {tar name:
+    number of samples}.
     """
     disable = None                          # tqdm: show no bar if stderr is not a terminal
     if rank != 0:
         disable = True
     total = sum(samples[tar.name] for tar in tars)
+    noted = Counter()
     with tqdm(total=total, unit="image", desc="encoding", disable=disable, smoothing=0.05) as bar:
         for tar in tars:
             # delete temporary files of a killed run
             for old in args.folder.glob(f".{latents_path(tar).name}.*.tmp"):
                 old.unlink()
-            encode_shard(tar, vae, args, descriptions[tar], bar.update)
+            noted += encode_shard(tar, vae, args, descriptions[tar], bar.update)
+    for kind, count in noted.items():
+        print(f"noted {kind}: {count} images", file=sys.stderr)
 
 
 def encode(args):
@@ -163,6 +182,8 @@ def encode(args):
 
     # Existing latents are kept if they were made from the same shard, with these settings.
     wanted = dict(vae=vae_fingerprint(args.vae), image_size=args.image_size, resize=args.resize)
+    if args.image_key:                      # left out otherwise, as in latents of earlier versions
+        wanted["image_key"] = args.image_key
     descriptions = {tar: wanted | dict(shard=tar.stat().st_size) for tar in tars}
     check_overwrite(descriptions, args.overwrite)
 
@@ -178,7 +199,7 @@ def encode(args):
 def list_in_index(folder, wanted):
     """List the latents in index.json, where training looks for them.
 
-    wanted: vae, image_size and resize of all latents.
+    wanted: vae, image_size, resize and perhaps image_key of all latents.
     """
     index = packing.read_json_or_none(folder / "index.json")
     size = 0

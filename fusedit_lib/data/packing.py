@@ -10,7 +10,12 @@ bytes of a shard depend only on its items and not, for example, on the number of
 OUT/.progress contains a record of every finished shard. After an interruption, the next run reads
 these records and packs only the remaining shards. At the end, report.json accounts for every input,
 index.json lists the shards for the data loader, and OUT/.progress is deleted.
+
+To skip duplicates, every image is packed first, and OUT/.progress contains the hash of its pixels.
+When all shards are packed, those with an image that an earlier input has shown are written again,
+without it. So the bytes again depend only on the items.
 """
+import contextlib
 import json
 import multiprocessing
 import os
@@ -32,9 +37,10 @@ from tqdm import tqdm
 from webdataset import TarWriter
 
 from fusedit import FuseDiTError
-from fusedit_lib.data.images import Skip
-from fusedit_lib.data.shards import sample_offsets
-from fusedit_lib.files import atomic_write
+from fusedit_lib.data.filters import DUPLICATE, find_duplicates, write_images
+from fusedit_lib.data.images import Notes, Skip
+from fusedit_lib.data.shards import read_sample, sample_offsets
+from fusedit_lib.files import atomic_write, fsync
 
 # The names of everything that a run writes to OUT, including temporary files.
 OUTPUT_NAME = re.compile(
@@ -53,16 +59,19 @@ class ShardJob(NamedTuple):
 
 
 # ---------------------------------------------------------------------------- one shard
-def write_shard(make, shard):
+def write_shard(make, skip_duplicates, shard):
     """Write the tar of a ShardJob and then its record, which marks the shard as finished.
 
-    make(item) returns a sample, a dict for WebDataset's TarWriter, or raises Skip. A shard without
-    samples has a record but no tar.
+    make(item) returns a sample, a dict for WebDataset's TarWriter, or raises Skip. Names that begin
+    with "__" are not written to the tar: see make_sample.
     """
     skipped = []
+    noted = []
+    images = []                             # PackedImages, to skip duplicates
     inputs = 0
-    with atomic_write(shard.path) as tmp:
-        with open(tmp, "wb") as file, TarWriter(file, encoder=False, mtime=0) as tar:
+    several = 0
+    with Notes() as notes, atomic_write(shard.path) as tmp:
+        with open_tar(tmp) as tar:
             last_key = None
             for item in shard.items:
                 inputs += 1
@@ -72,30 +81,89 @@ def write_shard(make, shard):
                         raise Skip("same key as the one before")
                     tar.write(sample)
                     last_key = sample["__key__"]
+                    several += has_several_captions(sample)
+                    kinds = notes.take() + sample.get("__notes__", [])
+                    noted += [(kind, str(item)) for kind in kinds]
+                    if skip_duplicates:
+                        images.append(sample["__image__"])
                 except Skip as reason:
                     skipped.append((str(reason), str(item)))
+                    notes.take()            # a skipped image has no notes
                 with _items_done.get_lock():
                     _items_done.value += 1
 
+    if skip_duplicates:
+        with atomic_write(images_path(shard)) as tmp:
+            write_images(images, tmp)
+    write_record(shard, inputs=inputs, skipped=skipped, notes=noted, several_captions=several)
+
+
+def leave_out(job):
+    """Write the tar and the record of a finished shard again, without some of its samples.
+
+    job: (ShardJob, {sample: name in the report}).
+    """
+    shard, duplicates = job
+    record = read_record(shard)
+    # A run that is killed below packs this shard again, since the tar would not match the record.
+    record_path(shard).unlink()
+    fsync(record_path(shard).parent)
+    several = 0
+    with atomic_write(shard.path) as tmp:
+        with open(shard.path, "rb") as file, open_tar(tmp) as tar:
+            for i in range(record["samples"]):
+                if i not in duplicates:
+                    key, files = read_sample(file, record["offsets"], i)
+                    tar.write({"__key__": key, **files})
+                    several += has_several_captions(files)
+    skipped = record["skipped"] + [(DUPLICATE, name) for name in duplicates.values()]
+    write_record(shard, inputs=record["inputs"], skipped=skipped, notes=record["notes"],
+                 several_captions=several, without_duplicates=True)
+
+
+@contextlib.contextmanager
+def open_tar(path):
+    """Open a new tar for writing samples, with a TarWriter."""
+    with open(path, "wb") as file, TarWriter(file, encoder=False, mtime=0) as tar:
+        yield tar
+
+
+def write_record(shard, **entries):
+    """Write the record of a ShardJob whose tar is complete: its index entry and other entries.
+
+    A shard without samples has a record but no tar.
+    """
     record = index_entry(shard.path)
     if record["samples"] == 0:
         shard.path.unlink()
     record["offsets"] = record["offsets"].tolist()
-    record["inputs"] = inputs
-    record["skipped"] = skipped
     with atomic_write(record_path(shard)) as tmp:
-        tmp.write_text(json.dumps(record))
+        tmp.write_text(json.dumps(record | entries))
 
 
-def index_entry(path):
-    """A tar's entry in the index: its name, samples, bytes and offsets [samples + 1]."""
-    offsets = sample_offsets(path)
+def has_several_captions(sample):
+    """True if a caption file of a sample holds several captions, one per line."""
+    return any(name.endswith(".txt") and b"\n" in data for name, data in sample.items())
+
+
+def index_entry(path, offsets=None):
+    """A tar's entry in the index: its name, samples, bytes and offsets [samples + 1].
+
+    offsets: sample_offsets of the tar, if they are known.
+    """
+    if offsets is None:
+        offsets = sample_offsets(path)
     size = path.stat().st_size
     return dict(name=path.name, samples=len(offsets) - 1, bytes=size, offsets=offsets)
 
 
 def record_path(shard):
     return shard.path.parent / ".progress" / f"{shard.path.stem}.json"
+
+
+def images_path(shard):
+    """The file of the PackedImages that the shard had before duplicates were left out."""
+    return shard.path.parent / ".progress" / f"{shard.path.stem}.images.json"
 
 
 def read_record(shard):
@@ -266,6 +334,7 @@ def pack(args, name, jobs, make, skipped=(), total=None, **more):
     total: the number of items in all shards, if known. more: further entries of report.json.
     """
     global _items_done
+    skip_duplicates = "skip_duplicates" in args and args.skip_duplicates   # not a flag of `shapes`
     shards = []
     for k, items in enumerate(jobs):
         shards.append(ShardJob(args.out / f"{name}-{k:06d}.tar", items))
@@ -281,12 +350,15 @@ def pack(args, name, jobs, make, skipped=(), total=None, **more):
                disable=None)
     try:
         with bar:
-            for result in in_parallel(partial(write_shard, make), todo, args.workers):
+            write = partial(write_shard, make, skip_duplicates)
+            for result in in_parallel(write, todo, args.workers):
                 if result is not None:
                     finished += 1
                 if not total and finished:  # estimate the total from the finished shards
                     bar.total = _items_done.value * len(shards) // finished
                 bar.update(_items_done.value - bar.n)
+        if skip_duplicates:
+            leave_out_duplicates(shards, args.workers)
     except BaseException:
         finished = sum(read_record(shard) is not None for shard in shards)
         print(f"stopped: {finished} of {len(shards)} shards are packed; repeat the command to "
@@ -295,29 +367,49 @@ def pack(args, name, jobs, make, skipped=(), total=None, **more):
     finish(args.out, [read_record(shard) for shard in shards], skipped, more)
 
 
+def leave_out_duplicates(shards, workers):
+    """Remove all images with the pixels of an earlier input from the finished shards."""
+    jobs = []
+    duplicates = find_duplicates([images_path(shard) for shard in shards])
+    for shard, samples in zip(shards, duplicates, strict=True):
+        if samples and "without_duplicates" not in read_record(shard):
+            jobs.append((shard, samples))
+    with tqdm(total=len(jobs), unit="shard", desc="leaving out duplicates", disable=None) as bar:
+        for result in in_parallel(leave_out, jobs, workers):
+            bar.update(result is not None)
+
+
 def finish(out, records, skipped, more):
     """Write report.json, offsets.npy and finally index.json; then delete OUT/.progress."""
     outputs = sum(record["samples"] for record in records)
     inputs = len(skipped) + sum(record["inputs"] for record in records)
     skipped = list(skipped)
+    noted = []
     for record in records:
         skipped += record["skipped"]
+        noted += record.get("notes", [])    # records of earlier versions have none
     assert inputs == outputs + len(skipped)
 
-    counts = dict(Counter(reason for reason, _ in skipped).most_common())
-    keys = {reason: [] for reason in counts}
-    for reason, key in skipped:
-        keys[reason].append(key)
-    report_skipped(keys)
+    keys = keys_by_reason(skipped)
+    note_keys = keys_by_reason(noted)
+    print_keys("skipped", keys)
+    print_keys("noted", note_keys)
     if not outputs:
         remove_output(out)
         raise FuseDiTError(f"nothing to pack: all {len(skipped)} inputs were skipped, for the "
                            "reasons above")
 
     settings = read_json_or_none(out / ".progress" / "settings.json")
-    report = dict(settings=settings, inputs=inputs, outputs=outputs, skipped=counts)
+    report = dict(settings=settings, inputs=inputs, outputs=outputs,
+                  skipped={reason: len(names) for reason, names in keys.items()},
+                  notes={note: len(names) for note, names in note_keys.items()})
+    several = sum(record.get("several_captions", 0) for record in records)
+    if several:
+        report["several_captions"] = several
+        print(f"{several} images have several captions")
     report |= more
     report["skipped_keys"] = keys
+    report["note_keys"] = note_keys
     with atomic_write(out / "report.json") as tmp:
         tmp.write_text(json.dumps(report, indent=1) + "\n")
 
@@ -328,16 +420,30 @@ def finish(out, records, skipped, more):
           f"{out}/*.tar, {out}/report.json")
 
 
-def report_skipped(keys):
-    """Print to stderr, for each reason, the number of skipped inputs and the first few of them.
+def keys_by_reason(pairs):
+    """{reason: keys} of pairs (reason, key), the most frequent reason first."""
+    counts = Counter(reason for reason, _ in pairs)
+    keys = {reason: [] for reason, _ in counts.most_common()}
+    for reason, key in pairs:
+        keys[reason].append(key)
+    return keys
 
-    keys: {reason: keys of the skipped inputs}.
+
+def print_keys(verb, keys):
+    """Print to stderr, for each reason, the number of inputs and the first few of them.
+
+    verb: "skipped" or "noted". keys: {reason: keys of the inputs}.
     """
-    for reason, skipped in keys.items():
-        examples = ", ".join(skipped[:5])
-        if len(skipped) > 5:
-            examples += f" and {len(skipped) - 5} more"
-        print(f"skipped {len(skipped)}: {reason}: {examples}", file=sys.stderr)
+    for reason, names in keys.items():
+        print(f"{verb} {len(names)}: {reason}: {first_few(names)}", file=sys.stderr)
+
+
+def first_few(names):
+    """The first five names and the number of others, for a message of one line."""
+    text = ", ".join(names[:5])
+    if len(names) > 5:
+        text += f" and {len(names) - 5} more"
+    return text
 
 
 def write_index(out, entries):

@@ -6,6 +6,7 @@ import sys
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from functools import partial
 from pathlib import Path, PurePosixPath
+from typing import NamedTuple
 
 from tqdm import tqdm
 
@@ -31,7 +32,10 @@ from fusedit_lib.data.items import (
 )
 from fusedit_lib.files import atomic_write
 
-TAR_NAME = re.compile(r"[\w-][\w.-]*\.tar")
+TAR_NAME = re.compile(r"sa_\d+\.tar")
+# A row of the list: a name and a link. The list separates them with a TAB; spreadsheets and other
+# programs that save it again use commas or spaces, and quotes.
+ROW = re.compile(r"""["']?([^"'\s,;]+)["']?[\s,;]+["']?([a-z]+://[^"'\s]+)["']?""", re.I)
 MD5 = re.compile(r"[0-9a-f]{32}")
 
 
@@ -103,31 +107,65 @@ def is_caption_folder(path):
 
 
 # ---------------------------------------------------------------------------- lists to download
-def read_links(path):
-    """{file name: url} from Meta's list, a heading followed by lines of NAME TAB URL.
+class LinkList(NamedTuple):
+    """The contents of Meta's list."""
+    links: dict                             # file name -> url, of every sa_<digits>.tar
+    left_out: list                          # names of all other rows, such as sa_images_ids.txt
+    repeated: list                          # file names with several links; the last is used
 
-    Raises FuseDiTError if the file cannot be read or has a different format.
+
+def read_links(path):
+    """The LinkList of Meta's list, a heading followed by lines of NAME TAB URL.
+
+    Raises FuseDiTError if the file cannot be read or has no row of a tar.
     """
     try:
-        lines = path.read_text("utf-8-sig").splitlines()
+        text = path.read_text("utf-8-sig")
     except OSError as e:
         raise FuseDiTError(f"cannot read {path}: {e.strerror or e}") from None
     except UnicodeDecodeError as e:
         raise FuseDiTError(f"cannot read {path}: {e}") from None
-    rows = []
-    for line in lines:
-        if line.strip():
-            rows.append([word.strip() for word in line.split("\t")])
-    if rows and "://" not in rows[0][-1]:
-        rows = rows[1:]                     # drop the heading
 
-    if not rows:
-        raise FuseDiTError(f"{path} is not a list of file_name TAB cdn_link")
-    for row in rows:
-        if len(row) != 2 or not TAR_NAME.fullmatch(row[0]) or "://" not in row[1]:
-            raise FuseDiTError(f"{path} is not a list of file_name TAB cdn_link: it contains "
-                               f"{' '.join(row)[:60]!r}")
-    return dict(rows)
+    links = {}
+    left_out = []
+    repeated = []
+    for line in text.splitlines():
+        row = ROW.fullmatch(line.strip())
+        name = row[1].lower() if row else ""
+        if TAR_NAME.fullmatch(name):
+            if links.get(name, row[2]) != row[2] and name not in repeated:
+                repeated.append(name)
+            links[name] = row[2]
+        elif line.strip() and not is_heading(line):
+            left_out.append(row[1] if row else line.split()[0].strip("\"',;")[:60])
+    if not links:
+        raise FuseDiTError(f"{path} is not a list of file_name TAB cdn_link: " + list_fault(text))
+    return LinkList(links, left_out, repeated)
+
+
+def is_heading(line):
+    """True for the heading file_name TAB cdn_link."""
+    return "file_name" in line and "://" not in line
+
+
+def list_fault(text):
+    """A phrase that says why a text is not Meta's list."""
+    if not text.strip():
+        return "it is empty"
+    if text.lstrip().startswith("<"):
+        return "it is a web page; download the text file that Meta's page links to"
+    first = " ".join(text.split()[:2])[:60]
+    return f"no row has a file sa_<digits>.tar and its link; it begins with {first!r}"
+
+
+def report_list(path, listed):
+    """Print to stderr which rows of the list are not used."""
+    if listed.left_out:
+        print(f"{path}: rows without a file sa_<digits>.tar and its link are left out: "
+              f"{packing.first_few(listed.left_out)}", file=sys.stderr)
+    if listed.repeated:
+        print(f"{path}: of several links of a file the last is used: "
+              f"{packing.first_few(listed.repeated)}", file=sys.stderr)
 
 
 def read_checksums(path):
@@ -186,7 +224,9 @@ def image_folder(out, name):
 
 def sa1b_download(args):
     """Run `prepare_data.py sa1b-download`: download, check and unpack every tar in the list."""
-    links = read_links(args.links)
+    listed = read_links(args.links)
+    links = listed.links
+    report_list(args.links, listed)
     checksums = {}
     if args.md5:
         checksums = read_checksums(args.md5)
@@ -199,7 +239,8 @@ def sa1b_download(args):
         failed = download_all(download, missing, args.workers)
 
     complete = len(links) - len(failed)
-    report = dict(files=len(links), whole=complete, failed=failed)
+    report = dict(files=len(links), whole=complete, failed=failed, left_out=listed.left_out,
+                  repeated=listed.repeated)
     with atomic_write(args.out / "download.json") as tmp:
         tmp.write_text(json.dumps(report, indent=1) + "\n")
     print(f"{complete} of {len(links)} files are complete: {args.out}")

@@ -1,7 +1,8 @@
 """Finds the WebDataset shards that a pattern names, and reads single samples from them.
 
-A shard is a tar in which the files of a sample are adjacent: KEY.image.png (or .jpg, .webp),
-KEY.synthetic_caption.txt and KEY.original_caption.txt. Two files beside the shards describe them:
+A shard is a tar in which the files of a sample are adjacent, such as KEY.image.png and
+KEY.synthetic_caption.txt; layout.py lists other names that are read. Two files beside the shards
+describe them:
 
     index.json     name, samples and bytes of each shard and, if there are any, its VAE latents
     offsets.npy    the offset of each sample (optional; without it, a shard is scanned when opened)
@@ -84,7 +85,10 @@ def read_index(folder):
 # ------------------------------------------------------------------------------ --data patterns
 
 def shard_paths(path):
-    """The tars that a file, folder, glob or URL names. A URL ending in / names a whole folder."""
+    """The tars that a file, folder, glob or URL names; [] if there are none.
+
+    A URL ending in / names a whole folder.
+    """
     if is_url(path):
         folder, _, name = path.rpartition("/")
         if name:
@@ -95,11 +99,40 @@ def shard_paths(path):
     pattern = path
     if os.path.isdir(path):
         pattern = os.path.join(glob.escape(path), "*.tar")
-    paths = sorted(glob.glob(pattern))
-    if not paths:
-        raise FuseDiTError(f"--data: no file matches {pattern}; `python prepare_data.py "
-                           "shapes DIR -n 10000` makes shards to start with")
-    return paths
+    return sorted(glob.glob(pattern))
+
+
+def paths_of_part(part):
+    """The tars that a --data pattern without "::" names. Raises FuseDiTError if some are missing.
+
+    part: may contain {000..012} or {a,b}, all of which must exist.
+    """
+    tars = []
+    missing = []
+    names = list(braceexpand(part))
+    for name in names:
+        found = shard_paths(name)
+        tars += found
+        if not found:
+            missing.append(name)
+    if missing and len(missing) < len(names):
+        raise FuseDiTError(f"{len(missing)} of the {len(names)} names in {part} do not exist: "
+                           f"{first_few(missing)}")
+    if missing and os.path.isdir(part):
+        raise FuseDiTError(f"no file matches {part}/*.tar: the shards of a folder must be tars in "
+                           "it, not in a folder below it")
+    if missing:
+        raise FuseDiTError(f"no file matches {part}: give a folder of shards or, in quotes, a "
+                           "pattern such as 'FOLDER/*.tar'")
+    return tars
+
+
+def first_few(paths):
+    """The first three paths, as text."""
+    text = ", ".join(paths[:3])
+    if len(paths) > 3:
+        text += f" and {len(paths) - 3} more"
+    return text
 
 
 def expand_shards(pattern):
@@ -109,16 +142,20 @@ def expand_shards(pattern):
     if it matches nothing, if an index.json does not list a tar, or if there are no samples.
     """
     shards = []
+    unlisted = {}                           # {folder: names that its index.json does not list}
     for part in pattern.split("::"):
-        for path in braceexpand(part):
-            for tar in shard_paths(path):
-                folder, _, name = tar.rpartition("/")
-                folder = folder or "."
-                index = read_index(folder)
-                if name not in index:
-                    raise FuseDiTError(f"{folder}/index.json does not list {name}: `python "
-                                       f"prepare_data.py index {folder}` rewrites it")
+        for tar in paths_of_part(part):
+            folder, _, name = tar.rpartition("/")
+            folder = folder or "."
+            index = read_index(folder)
+            if name in index:
                 shards.append(index[name]._replace(path=tar))
+            else:
+                unlisted.setdefault(folder, []).append(name)
+    if unlisted:
+        folder, names = next(iter(unlisted.items()))
+        raise FuseDiTError(f"{folder}/index.json does not list {first_few(names)}: `python "
+                           f"prepare_data.py index {folder}` rewrites it")
     if sum(shard.samples for shard in shards) == 0:
         raise FuseDiTError(f"--data {pattern}: index.json lists no samples")
     return shards
@@ -150,37 +187,71 @@ def latents_problem(known, run, config):
         return "--crop random needs the images"
     if not all(known):
         return "some shards have no latents"
-    wanted = dict(vae=vae_fingerprint(config.vae), image_size=config.image_size, resize=run.resize)
+    wanted = dict(vae=vae_fingerprint(config.vae), image_size=config.image_size, resize=run.resize,
+                  image_key=run.image_key)
     for latents in known:
-        made_with = {"resize": "bicubic"} | latents         # as before latents named their filter
+        # as before latents named their filter and the extension of the images
+        made_with = {"resize": "bicubic", "image_key": ""} | latents
         for key, value in wanted.items():
             if made_with.get(key) != value:
-                return f"their {key} is {made_with.get(key)}, not {value}"
+                return f"their {key} is {made_with.get(key) or 'unset'}, not {value or 'unset'}"
     return ""
 
 
 # ------------------------------------------------------------------------------ samples in a tar
+
+class TarSample(NamedTuple):
+    """The files of a sample in a tar, which are adjacent."""
+    key: str                                # with its folder, as in WebDataset
+    offset: int                             # of the header of its first file
+    files: dict                             # {extension: (offset of the content, bytes)}
+    repeated: list                          # extensions that occur more than once
+
+
+def split_name(name):
+    """(key, extension) of a file in a tar, as WebDataset divides its name.
+
+    The key is the name up to the first dot after the last slash. It is "" for a file that belongs
+    to no sample: a hidden file, such as ._1.jpg of macOS, or one whose name has no dot.
+    """
+    folder, slash, base = name.removeprefix("./").rpartition("/")
+    first, dot, extension = base.partition(".")
+    if not first or not dot:
+        return "", ""
+    return f"{folder}{slash}{first}", extension.lower()
+
+
+def scan_tar(path):
+    """(the TarSamples of a tar in order, the offset of the end of the last one).
+
+    A damaged tar yields the samples before the damage; ([], 0) if nothing can be read.
+    """
+    samples = []
+    end = 0
+    with contextlib.suppress(tarfile.ReadError), tarfile.open(path, "r:") as tar:
+        for member in tar:
+            key, extension = split_name(member.name)
+            if key and member.isfile():
+                if not samples or samples[-1].key != key:
+                    samples.append(TarSample(key, member.offset, {}, []))
+                files = samples[-1].files
+                if extension in files:
+                    samples[-1].repeated.append(extension)
+                files[extension] = member.offset_data, member.size
+            end = tar.offset
+            tar.members.clear()             # tarfile would keep all members in memory
+    if samples and end > os.path.getsize(path):
+        end = samples.pop().offset          # the last sample is incomplete
+    return samples, end
+
 
 def sample_offsets(path):
     """The byte offset of each sample in a tar and the end of the last one: int64 [samples + 1].
 
     A damaged tar yields the samples before the damage; [0] if nothing can be read.
     """
-    offsets = []
-    end = 0
-    previous = None
-    with contextlib.suppress(tarfile.ReadError), tarfile.open(path, "r:") as tar:
-        for member in tar:
-            folder, _, name = member.name.rpartition("/")
-            key = folder, name.partition(".")[0]
-            if member.isfile() and key != previous:
-                offsets.append(member.offset)
-                previous = key
-            end = tar.offset
-            tar.members.clear()             # tarfile would keep all members in memory
-    if offsets and end > os.path.getsize(path):
-        end = offsets.pop()                 # the last sample is incomplete
-    return np.array([*offsets, end])
+    samples, end = scan_tar(path)
+    return np.array([*(sample.offset for sample in samples), end])
 
 
 def ends_well(file, end):
@@ -193,17 +264,18 @@ def read_sample(file, offsets, i):
     """(key, {"image.jpg": bytes, ...}) of sample i of an open tar. Raises ValueError if damaged."""
     size = int(offsets[i + 1] - offsets[i])
     data = os.pread(file.fileno(), size, int(offsets[i]))
-    key = ""
+    sample_key = ""
     files = {}
     try:
         with tarfile.open(fileobj=io.BytesIO(data), mode="r:") as tar:
             for member in tar:
-                if member.isfile():
-                    key, _, extension = member.name.rpartition("/")[2].partition(".")
+                key, extension = split_name(member.name)
+                if key and member.isfile():
+                    sample_key = key
                     files[extension] = tar.extractfile(member).read()
     except (tarfile.TarError, OSError, AttributeError) as e:
         raise ValueError(f"a damaged tar ({e})") from None
-    return key, files
+    return sample_key, files
 
 
 # ------------------------------------------------------------------------------ open shards

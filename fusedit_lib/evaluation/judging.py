@@ -1,9 +1,9 @@
 """Scores images: the shapes benchmark with the pixel detector, and folders by distance."""
 import random
 
-from PIL import Image
 from tqdm import tqdm
 
+from fusedit_lib.data.images import read_image
 from fusedit_lib.evaluation import figures, metrics, results
 from fusedit_lib.files import atomic_write, file_stem
 from fusedit_lib.shapes import detector, render, scenes
@@ -17,7 +17,7 @@ def score_shapes(folder, n, seed, settings):
     rows = []
     images = []
     for k, (category, described, prompt) in enumerate(scenes.evaluation_prompts(n, seed)):
-        image = Image.open(folder / "images" / f"{k:05}.png").convert("RGB")
+        image = read_image((folder / "images" / f"{k:05}.png").read_bytes())
         mistake = detector.mismatch(described, detector.detect(image))
         rows.append(dict(category=category, prompt=prompt, right=int(not mistake), why=mistake))
         images.append(image)

@@ -4,6 +4,7 @@ A distance compares features that a vision network computes from each image. Wit
 and the image preparation of clean-fid, the Frechet distance is FID. With any other network it is a
 different measure and is never called FID.
 """
+import sys
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -16,11 +17,10 @@ from tqdm import tqdm
 
 from fusedit import FuseDiTError
 from fusedit_lib.backend import first_line
-from fusedit_lib.data.images import FORMATS
+from fusedit_lib.data.images import SUFFIXES, Notes, Skip, read_image
 
 INCEPTION = "inception-2015-12-05.pt"       # 95 MB; the weights used for published FIDs
 URL = f"https://nvlabs-fi-cdn.nvidia.com/stylegan2-ada-pytorch/pretrained/metrics/{INCEPTION}"
-SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".avif", ".gif"}
 RESAMPLES = 10_000                          # by the bootstrap; also sign flips of the paired test
 
 
@@ -131,15 +131,19 @@ def image_files(folder):
 @torch.no_grad()
 def extract_features(paths, extractor, device, batch_size, workers):
     """The features [n,D] of image files in float64. Threads read one batch ahead of the network."""
+    noted = []                              # (path, kind of note)
+
     def read(path):
         try:
-            return extractor.prepare(Image.open(path, formats=FORMATS).convert("RGB"))
-        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as e:
+            image = read_image(path.read_bytes())
+        except (OSError, Skip) as e:
             raise FuseDiTError(f"cannot read {path}: {e}") from None
+        noted.extend((path, kind) for kind in notes.take())
+        return extractor.prepare(image)
 
     bar = tqdm(total=len(paths), unit="image", disable=None, desc="features")
     features = []
-    with ThreadPoolExecutor(workers) as pool, bar:
+    with Notes() as notes, ThreadPoolExecutor(workers) as pool, bar:
         ahead = [pool.submit(read, path) for path in paths[:batch_size]]
         for start in range(0, len(paths), batch_size):
             batch = ahead
@@ -148,7 +152,17 @@ def extract_features(paths, extractor, device, batch_size, workers):
             x = torch.stack([job.result() for job in batch]).to(device)
             features.append(extractor.network(x).double().cpu())
             bar.update(len(batch))
+    print_notes(noted)
     return torch.cat(features)
+
+
+def print_notes(noted):
+    """Print one line to stderr for each kind of note. noted: [(path, kind)]"""
+    by_kind = {}
+    for path, kind in noted:
+        by_kind.setdefault(kind, []).append(path)
+    for kind, paths in by_kind.items():
+        print(f"noted {kind}: {len(paths)} images, such as {min(paths)}", file=sys.stderr)
 
 
 # ---- distances -----------------------------------------------------------------------------------

@@ -79,9 +79,7 @@ def damage(folder):
 
 def is_moved(name, old, new):
     """Returns True if a setting names a model folder that has moved but kept its name."""
-    if name not in ("base", "vae", "clip") or not old or not new:
-        return False
-    return Path(old).name == Path(new).name
+    return name in ("base", "vae", "clip") and Path(old or "").name == Path(new or "").name
 
 
 def changed_settings(stored, run, config):
@@ -94,6 +92,8 @@ def changed_settings(stored, run, config):
     defaults = json.loads(run_settings_json(type(run)(), type(config)()))
     free = {f"run.{f.name}" for f in fields(run) if f.metadata["free"]}
     free.add("model.guidance")              # only used for sampling
+    if "caption_pick" not in stored["run"]:                # such runs had no choice to make
+        free.add("run.caption_pick")
 
     changed = []
     for part in current:

@@ -76,6 +76,15 @@ class RunConfig:
                       True)
     latents: bool = flag(True, "train on the latents that `prepare_data.py encode` has written "
                          "beside the shards, where there are any")
+    image_key: str = flag("", "extension of the images in the shards (default: image.*, jpg, jpeg, "
+                              "png, webp or another image's, see docs/data.md)")
+    caption_key: str = flag("", "extension of the captions in the shards, or a field of KEY.json "
+                                "(default: synthetic_caption.txt and original_caption.txt, txt, or "
+                                "caption, text, ..., see docs/data.md)")
+    caption_pick: str = flag("random", "which of several captions of an image is used: random: "
+                             "another one at every visit; first; whole: all lines of the caption "
+                             "file as one caption, as in the published code",
+                             choices=("random", "first", "whole"))
     crop: str = flag("center", "how images are cropped to squares", choices=("center", "random"))
     resize: str = flag("bicubic", "how images are resized; bilinear gives the same pixels as "
                        "the published code, but is slower", choices=("bicubic", "bilinear"))

@@ -3,6 +3,7 @@ import math
 import resource
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
@@ -39,6 +40,7 @@ class StepResults(NamedTuple):
     losses: list                            # mean loss of each step
     grad_norms: list                        # of each step; NaN if not known
     bad: list                               # names of samples that could not be read
+    notes: Counter                          # number of images by the kind of their flaw
 
 
 class Monitor:
@@ -73,12 +75,14 @@ class Monitor:
         self.losses = []                    # of each micro-batch
         self.grad_norms = []                # of each step
         self.bad = []
+        self.notes = Counter()
         self.text_tokens = 0                # without padding
 
         # counts since the start of the run
         self.step = 0
         self.counts = dict(seen=0, skipped=0, skipped_steps=0)
         self.skipped_in_a_row = 0
+        self.printed_notes = set()
         self.least_samples = max(len(source), 1000)        # for --max-skipped
         if checkpoint is not None:
             self.step = checkpoint.step
@@ -107,14 +111,15 @@ class Monitor:
 
     # ------------------------------------------------------------------------------ recording
 
-    def log_micro_batch(self, loss, bad, text_tokens=0):
+    def log_micro_batch(self, loss, loaded, text_tokens=0):
         """Record a micro-batch.
 
-        loss: a scalar on the device. bad: names of samples that could not be read.
-        text_tokens: number of text tokens without padding, for the MFU.
+        loss: a scalar on the device. loaded: the micro-batch, a dict of Batches. text_tokens:
+        number of text tokens without padding, for the MFU.
         """
         self.losses.append(loss.detach())   # not read yet, which would wait for the device
-        self.bad += bad
+        self.bad += loaded["bad"]
+        self.notes.update(loaded["notes"])
         self.text_tokens += text_tokens
 
     def log_step(self, grad_norm):
@@ -144,15 +149,19 @@ class Monitor:
         losses = losses.view(steps, -1).mean(1)            # mean over micro-batches
         grad_norms = torch.stack([norm.cpu() for norm in self.grad_norms]).tolist()
         bad = self.bad
+        notes = self.notes
         self.losses = []
         self.grad_norms = []
         self.bad = []
+        self.notes = Counter()
         if self.world > 1:
             dist.all_reduce(losses)
-            (most_bad,) = distributed.largest_of_all_ranks(len(bad))
+            most_bad, most_notes = distributed.largest_of_all_ranks(len(bad), len(notes))
             if most_bad:
                 bad = sum(distributed.gather_from_all_ranks(bad), [])
-        return StepResults((losses / self.world).tolist(), grad_norms, bad)
+            if most_notes:
+                notes = sum(distributed.gather_from_all_ranks(notes), Counter())
+        return StepResults((losses / self.world).tolist(), grad_norms, bad, notes)
 
     # ------------------------------------------------------------------------------ the log
 
@@ -164,6 +173,7 @@ class Monitor:
         """
         results = self.gather()
         self.count_samples(results)
+        self.print_new_notes(results)
         self.count_skipped_steps(step, results)
         self.stop_if_hopeless(step, results)
         if self.rank != 0:
@@ -175,7 +185,9 @@ class Monitor:
         row = self.metrics_row(step, lr, results, speed)
         extra = {}
         if results.bad:
-            extra = dict(bad=results.bad)
+            extra["bad"] = results.bad
+        if results.notes:
+            extra["notes"] = dict(results.notes)
         self.metrics.write(row, extra)
         self.print_row(row, results.grad_norms[-1], speed)
         self.start_clock(now)
@@ -235,6 +247,14 @@ class Monitor:
                 print(f"skipped {name}", file=sys.stderr, flush=True)
         self.counts["skipped"] += len(results.bad)
         self.counts["seen"] += len(results.losses) * self.run.batch
+
+    def print_new_notes(self, results):
+        """Print each kind of flaw of images once; metrics.jsonl counts them."""
+        for note, count in results.notes.items():
+            if self.rank == 0 and note not in self.printed_notes:
+                print(f"noted {note}: {count} images so far; metrics.jsonl counts them",
+                      file=sys.stderr, flush=True)
+            self.printed_notes.add(note)
 
     def count_skipped_steps(self, step, results):
         """Count the steps whose loss or gradient is not finite, and print the first ones."""

@@ -19,6 +19,7 @@ ALL_RUNS = dict(
     resize="bilinear",                      # no key: data.py:24
     caption_drop=0.1,                       # data.random_dropping_rate
     original_caption_rate=0.0,              # data.original_caption_rate
+    caption_pick="whole",                   # no key: data.py:17-20
 
     # optimization
     batch=16 * HOSTS,                       # data.batch_size, which is that of a host

@@ -16,7 +16,7 @@ from test_datasets import kill
 from test_prepare_data import pack
 
 from fusedit import FuseDiTError
-from fusedit_lib.data import download
+from fusedit_lib.data import download, sa1b
 
 
 def tar_of(names, seed=0):
@@ -326,13 +326,51 @@ def test_no_file_is_unpacked_outside_its_folder(tmp_path):
     assert names_in(tmp_path) == {"in", "t.tar"}
 
 
-@pytest.mark.parametrize("text", ["", "<html>no</html>", "name\tlink\na.tar\n",
-                                  "../sa.tar\thttp://x/y\n", "sa.zip\thttp://x\n"])
-def test_a_file_that_is_not_a_list_of_links_is_refused(tmp_path, text):
+@pytest.mark.parametrize("text, fault", [
+    ("", "it is empty"),
+    ("<!DOCTYPE html><pre>sa_000000.tar\thttp://x/y\n", "it is a web page"),
+    ("name\tlink\na.tar\n", "it begins with 'name link'"),
+    ("../sa_000000.tar\thttp://x/y\n", "no row has a file sa_<digits>.tar and its link"),
+    ("sa_images_ids.txt\thttp://x/y\n", "it begins with 'sa_images_ids.txt http://x/y'"),
+    ("sa_000000.tar\n", "no row has a file")])
+def test_a_file_that_is_not_a_list_of_links_is_refused(tmp_path, text, fault):
     (tmp_path / "links.txt").write_text(text)
-    with pytest.raises(FuseDiTError, match="is not a list of file_name TAB cdn_link"):
+    with pytest.raises(FuseDiTError, match=f"is not a list of file_name TAB cdn_link: .*{fault}"):
         pack("sa1b-download", tmp_path / "links.txt", tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def test_rows_of_other_files_are_left_out_and_named(tmp_path, url, capsys):
+    """Meta's list has a row of sa_images_ids.txt. This one is also cut short, and joins two."""
+    path = links(tmp_path, url, ["good", "404"])
+    with open(path, "a") as file:
+        file.write(f"sa_images_ids.txt\t{url}/good/ids\nsa_000001.tar\t{url}/good/sa_000001.tar\n"
+                   f"sa_000000.tar\t{url}/good/sa_000000.tar\nsa_000002.tar")
+    pack("sa1b-download", path, tmp_path / "out")
+    assert names_in(tmp_path / "out") == {"download.json", "sa_000000", "sa_000001"}
+    report = report_of(tmp_path / "out")
+    assert report["files"] == report["whole"] == 2
+    assert report["left_out"] == ["sa_images_ids.txt", "sa_000002.tar"]
+    assert report["repeated"] == ["sa_000001.tar"]         # with another link
+    left_out, repeated = capsys.readouterr().err.splitlines()
+    assert left_out.endswith(" are left out: sa_images_ids.txt, sa_000002.tar")
+    assert repeated.endswith(" the last is used: sa_000001.tar")
+
+
+@pytest.mark.parametrize("template, end, heading", [
+    ("{}\t{}", "\n", "file_name\tcdn_link"), ("{}\t{}", "\r\n", "\ufefffile_name\tcdn_link"),
+    ("{}    {}", "\n", ""), ('"{}","{}"', "\n", '"file_name","cdn_link"'),
+    ("'{}'\t'{}'", "\n", ""), ("{},{}", "\n", "file_name,cdn_link"),
+    (" {}\t {} ", "\n\n", "file_name\tcdn_link")])
+def test_a_list_that_another_program_has_saved(tmp_path, template, end, heading):
+    """TABs, commas or spaces; quotes; CRLF and a byte order mark; capitals; no heading."""
+    url = "https://host.net/m1/An_8-x.tar?ccb=10-5&oh=00_Af,B&oe=6717&_nc_sid=0fd"
+    lines = [heading, template.format("SA_000000.TAR", url), template.format("sa_000010.tar", url)]
+    path = tmp_path / "links.txt"
+    path.write_bytes(end.join(lines).encode())
+    listed = sa1b.read_links(path)
+    assert listed.links == {"sa_000000.tar": url, "sa_000010.tar": url}
+    assert listed.left_out == listed.repeated == []
 
 
 def test_a_wrong_package_from_a_registry_is_refused(tmp_path, url, monkeypatch):

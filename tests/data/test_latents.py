@@ -241,7 +241,7 @@ def test_check_reports_contents_and_problems(shards, tmp_path):
     for message in (
         f"{count} samples in 4 shards",
         "shorter side: 16 to 47",
-        "1 x damaged image: n13 of s-000001.tar",
+        "1 x damaged or cut short: n13 of s-000001.tar",
         "1 x no image: b of s-000003.tar",
         "2 x no caption: n26 of s-000002.tar, c of s-000003.tar",
         "1 x damaged or truncated shard",

@@ -59,6 +59,29 @@ def test_shard_patterns(tmp_path):
     for wrong in ("{0..2}.tar", "no*.tar"):
         with pytest.raises(FuseDiTError, match="no file matches"):
             names(wrong)
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(FuseDiTError, match="no file matches .*empty/.*in a folder below it"):
+        names("empty")
+
+
+def test_a_range_with_gaps_names_what_is_missing(tmp_path):
+    for i in (0, 1, 3, 9):
+        write_shard(tmp_path / f"a-{i:03d}.tar", [scene("x")])
+    index(tmp_path)
+    with pytest.raises(FuseDiTError, match=r"^1 of the 4 names in .*/a-\{000\.\.003\}.tar do not "
+                                           r"exist: .*/a-002.tar$"):
+        expand_shards(f"{tmp_path}/a-{{000..003}}.tar")
+    with pytest.raises(FuseDiTError, match="6 of the 10 .*/a-002.tar, .*/a-004.tar, .*/a-005.tar "
+                                           "and 3 more$") as raised:
+        expand_shards(f"{tmp_path}/a-{{000..009}}.tar")
+    assert "shapes" not in str(raised.value)
+
+
+def test_all_shards_that_an_index_does_not_list_are_named(server):
+    """At a URL, whose files cannot be listed."""
+    url, _ = server
+    with pytest.raises(FuseDiTError, match="index.json does not list s-3.tar, s-4.tar: `python"):
+        expand_shards(f"{url}/s-{{0..4}}.tar")
 
 
 def test_index_errors_name_the_remedy(tmp_path):

@@ -43,7 +43,8 @@ def test_the_settings_are_those_of_the_published_config(name):
     assert config.get("trainer.train_llm", False) is False
     batch = config["data.batch_size"] * HOSTS * config["trainer.gradient_accumulation_steps"]
     want |= dict(batch=batch, crop="center", train_llm=False)
-    want |= dict(resize="bilinear", ema_warmup=False)      # not in the configs, but in the code
+    # not in the configs, but in the code
+    want |= dict(resize="bilinear", caption_pick="whole", ema_warmup=False)
     assert published_settings(name) == want
 
 
@@ -63,8 +64,8 @@ def test_settings_are_set_where_they_are_not_given(capsys, engine):
     assert run.steps == 9 and run.ema_warmup is True
     assert run.resize == "bilinear" and run.keep_every == 50_000
     assert capsys.readouterr().err == (
-        "--like-published sets --resize bilinear --save-every 5000 --keep-every 50000 "
-        "--log-every 100\n")
+        "--like-published sets --resize bilinear --caption-pick whole --save-every 5000 "
+        "--keep-every 50000 --log-every 100\n")
     plain = parse_run(["--preset", "fusedit"], "", engine)
     assert plain.steps == RunConfig().steps and plain.resize == "bicubic"
     assert capsys.readouterr().err == ""
@@ -88,7 +89,8 @@ def test_a_run_resumes_with_and_without_the_flag(gemma, data, tmp_path):
 
     without = launch([*argv, "--steps", "2"])
     assert "from step 1 to 2" in without.stdout
-    assert "--like-published sets --resize bilinear --no-ema-warmup" in without.stderr
+    changed = "--resize bilinear --caption-pick whole --no-ema-warmup"
+    assert f"--like-published sets {changed}" in without.stderr
     assert "from step 2 to 3" in launch([*argv, "--steps", "3", "--like-published"]).stdout
     refused = launch([*argv, "--steps", "4", "--no-like-published"], check=False)
     assert "resize was 'bilinear', is now 'bicubic'" in refused.stderr
