@@ -257,6 +257,7 @@ def test_unknown_words_and_long_prompts_are_reported(model, tmp_path):
     (["--prompts", "{empty}/none.txt"], 1, "none.txt"),
     (["--prompts", "{blank}"], 1, "is empty"),
     (["--prompts", "{latin}"], 1, "not UTF-8 (byte 3)"),
+    (["--prompt", "caf\udce9"], 1, "'caf\\udce9' is not UTF-8"),
     (["--prompt", "x", "--guidance-span", "0.9", "0.1"], 1, "lower noise level comes first"),
     (["--prompt", "x", "--out", "{blank}/deep"], 1, "deep"),
     (["--prompt", "x", "--set", "guidance"], 1, "--set takes field=value, not 'guidance'"),

@@ -309,6 +309,7 @@ def parse_run(argv, description, engine="gpu"):
             prompts += cli.read_prompts(Path(prompt))
         else:
             prompts.append(prompt)
+    cli.check_text(prompts)
     return replace(run, prompts=prompts)
 
 
