@@ -37,18 +37,18 @@ NOT_ADJACENT = "files of a sample that are not next to each other"
 REPEATED = "two files with the same name"
 REMEDIES = {
     "no image": "--image-key names the extension of the image",
-    "several images": "a key ends at the first dot of a file's name, as in WebDataset, so that "
+    "several images": "A key ends at the first dot of a file's name, as in WebDataset, so that "
                       "samples with dots in their names become one. Unpack the tars and pack the "
                       "images with `prepare_data.py folder`; if all are of one sample, --image-key "
                       "names one",
     "no caption": "--caption-key names an extension, or a field of KEY.json",
     "several caption files": "--caption-key names one",
-    "blank caption": "training skips these samples, up to a share of --max-skipped",
-    "caption is not UTF-8": "",
-    "KEY.json is not JSON": "",
-    REPEATED: "a key ends at the first dot of a file's name, so that these samples are one: give "
+    "blank caption": "Training skips these samples, up to a share of --max-skipped",
+    "caption is not UTF-8": "Convert the captions to UTF-8, or name others with --caption-key",
+    "KEY.json is not JSON": "--caption-key names an extension that has captions",
+    REPEATED: "A key ends at the first dot of a file's name, so that these samples are one: give "
               "them keys of their own",
-    NOT_ADJACENT: "unpack such a tar and pack it again in the order of the names: "
+    NOT_ADJACENT: "Unpack such a tar and pack it again in the order of the names: "
                   "mkdir x && tar -xf OLD.tar -C x && tar --sort=name -cf NEW.tar -C x .",
 }
 
@@ -268,7 +268,7 @@ class LayoutCounts:
         kind, _ = self.problems.most_common(1)[0]
         if NOT_ADJACENT in self.problems:   # the cause of the others
             kind = NOT_ADJACENT
-        return f"{line}. {kind}: {REMEDIES[kind]}"
+        return f"{line}. Problem: {kind}. {REMEDIES[kind]}"
 
 
 def general_name(extension):

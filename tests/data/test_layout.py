@@ -230,7 +230,7 @@ def test_unusable_shards_are_refused_with_the_flags_to_use(gemma_folder, tmp_pat
     path = tmp_path / "a.tar"
     write_shard(path, samples)
     message = ("none of 4 samples can be trained on. They have img (4), tags (4), json (4); text "
-               "fields of KEY.json: heading (4). no image: --image-key names")
+               "fields of KEY.json: heading (4). Problem: no image. --image-key names")
     assert message in command("index", tmp_path, code=1)[1]
     assert not (tmp_path / "index.json").exists()
     assert message in command("check", tmp_path, code=1)[0]
@@ -262,11 +262,11 @@ def test_keys_that_merge_are_named(tmp_path):
         out, err = command(name, tmp_path, code=1)
         assert "none of 1 samples can be trained on. They have *.jpg (3), *.json (3), *.txt (3)" \
             in out + err
-        assert "several images: a key ends at the first dot" in out + err
+        assert "several images. A key ends at the first dot" in out + err
 
     write_shard(tmp_path / "b.tar", [*good, *good[1:]])
     out, err = command("index", tmp_path)
-    assert "1 x several images: img of a.tar. a key ends at the first dot" in err
+    assert "1 x several images: img of a.tar. A key ends at the first dot" in err
     assert "1 x two files with the same name: 000000001.jpg of b.tar" in err
     assert "images: jpg (2); captions: txt (2)\n3 samples in 2 shards" in out
     out, _ = command("check", tmp_path, code=1)
@@ -290,7 +290,7 @@ def test_files_that_are_not_adjacent_are_named(tmp_path):
                 add_file(tar, f"{key}.{extension}", files[extension])
     for name in ("index", "check"):
         out, err = command(name, tmp_path, code=1)
-        assert "files of a sample that are not next to each other: unpack such a tar" in out + err
+        assert "files of a sample that are not next to each other. Unpack such a tar" in out + err
         assert "none of 6 samples" in out + err
 
 
@@ -345,7 +345,7 @@ def several(tmp_path):
 def test_one_of_several_captions_is_drawn_at_every_visit(gemma_folder, several):
     out, err = command("index", several)
     assert "txt (5), field captions of json (1); 4 samples with several captions" in out
-    assert "1 x blank caption: 000000006 of a.tar. training skips" in err
+    assert "1 x blank caption: 000000006 of a.tar. Training skips" in err
     out, _ = command("check", several, code=1)
     assert "txt: 11, length" in out and "4 samples with several captions" in out
 
