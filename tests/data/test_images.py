@@ -4,6 +4,7 @@ import json
 import sys
 import types
 import warnings
+from argparse import Namespace
 
 import numpy as np
 import pytest
@@ -90,18 +91,20 @@ def test_training_on_other_peoples_shards(cases, shard, gemma_folder):
 
 
 def test_check(cases, shard):
-    contents = check.read_shard(shard)
+    args = Namespace(image_key="", caption_key="")
+    contents = check.read_shard(shard, **vars(args))
     assert not contents.problems
     assert not contents.notes
     for i, case in enumerate(cases):
         page = Image.new("RGB", (SIDE, 200))
-        check.draw_sample(page, (0, 0), SIDE, contents, i)
+        sample = check.read_shard_sample(contents, i)
+        check.draw_sample(page, (0, 0), SIDE, sample, args)
         assert_shows(case, page.crop((0, 0, SIDE, SIDE)))
 
 
 def test_encoding(cases, shard):
     offsets = packing.index_entry(shard)["offsets"]
-    stored = ShardImages(shard, offsets, SIDE, "bicubic")
+    stored = ShardImages(shard, offsets, SIDE, "bicubic", "")
     for i, case in enumerate(cases):
         pixels, readable, notes = stored[i]
         assert readable
@@ -272,9 +275,9 @@ def test_images_without_a_defined_white_are_refused_everywhere(name, tmp_path, g
     assert f"1 x {reason}: a of s.tar" in out
     batch = tiny_batches(gemma_folder, folder, micro_batch=2)[0]
     assert [line.rpartition(": ")[2] for line in batch["bad"]] == [reason]
-    item = ShardImages(folder / "s.tar", packing.index_entry(folder / "s.tar")["offsets"], SIDE,
-                       "bicubic")[0]
-    assert not item[1]
+    offsets = packing.index_entry(folder / "s.tar")["offsets"]
+    _, readable, _ = ShardImages(folder / "s.tar", offsets, SIDE, "bicubic", "")[0]
+    assert not readable
     (folder / name).write_bytes(data)
     (folder / "b.png").write_bytes(plain)
     with pytest.raises(FuseDiTError, match=f"cannot read .*{name}: {reason}"):
