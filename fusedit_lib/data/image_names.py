@@ -173,8 +173,6 @@ def composed(name):
 
 def lower_suffix(name):
     start, dot, suffix = composed(name).rpartition(".")
-    if "/" in suffix:                       # the dot is in the name of a folder
-        return start + dot + suffix
     return start + dot + suffix.lower()
 
 

@@ -338,7 +338,7 @@ def test_an_imagefolder_of_the_hugging_face_hub(images, name, text):
 
 def test_metadata_in_each_part_names_the_images_beside_it(tmp_path):
     images = tmp_path / "data"
-    for number, name in enumerate(["train/1.jpg", "val/1.jpg", "1.jpg", "val/2.jpg"]):
+    for number, name in enumerate(["train/1.jpg", "val/1.jpg", "1.jpg", "val/2.jpg", "2.jpg"]):
         write_image(images / name, number)
     (images / "train" / "metadata.csv").write_text("file_name,text\n1.jpg,of train\n2.jpg,none\n")
     write_parquet(images / "val" / "metadata.parquet",
@@ -346,7 +346,7 @@ def test_metadata_in_each_part_names_the_images_beside_it(tmp_path):
                   "AS t(file_name, text)")
     captions, report = packed(images)
     assert captions == {"train/1.jpg": "of train", "val/1.jpg": "of val", "val/2.jpg": "two"}
-    assert report["skipped_keys"] == {"image not found": ["2.jpg"], "no caption": ["1.jpg"]}
+    assert report["skipped_keys"] == {"image not found": ["2.jpg"], "no caption": ["1.jpg", "2.jpg"]}
 
 
 # ---- several captions ----------------------------------------------------------------------------
