@@ -78,7 +78,7 @@ class ImageNames:
 
     def other_file(self, name):
         """The name, if it is that of a file in IMAGES that has no image's suffix, or None."""
-        if name.startswith(("/", "../")) or "\0" in name or not name:
+        if name.startswith(("/", "../")):
             return None
         try:
             exists = (self.folder / name).is_file()
