@@ -7,7 +7,14 @@ from fusedit import FuseDiTError
 from fusedit_lib.backend import first_line
 from fusedit_lib.data import packing
 from fusedit_lib.data.caption_files import holds_bytes
-from fusedit_lib.data.columns import Columns, find_columns, matching, plain, require_columns, texts_of
+from fusedit_lib.data.columns import (
+    Columns,
+    find_columns,
+    matching,
+    plain,
+    require_columns,
+    texts_of,
+)
 from fusedit_lib.data.folder import one_or_several
 from fusedit_lib.data.image_names import PART
 from fusedit_lib.data.images import Skip, image_rules
