@@ -29,6 +29,7 @@ from fusedit_lib import threads
 
 threads.limit_spinning()                    # has no effect once torch is imported
 
+from fusedit_lib import cli, seeds
 from fusedit_lib.backend import local_world, pick_device
 from fusedit_lib.cli import (
     DTYPE,
@@ -47,6 +48,7 @@ from fusedit_lib.data import (
     index,
     journeydb,
     latents,
+    packing,
     parquet,
     sa1b,
     shapes,
@@ -54,7 +56,7 @@ from fusedit_lib.data import (
 from fusedit_lib.data.images import FILTERS
 from fusedit_lib.shapes import tiny_gemma
 
-SEED_HELP = "random seed"
+SEED_HELP = "random seed; -1: draw one, which is kept when the command is repeated"
 
 
 def make_tiny_gemma(args):
@@ -108,7 +110,7 @@ def add_shard_options(p, seed=True):
     group.add_argument("--shard-size", type=positive, default=2000, metavar="N",
                        help="number of inputs per shard")
     if seed:
-        group.add_argument("--seed", type=int, default=0, help=SEED_HELP)
+        group.add_argument("--seed", type=cli.seed, default=0, help=SEED_HELP)
 
 
 def add_run_options(p):
@@ -289,7 +291,7 @@ def add_tiny_gemma(commands):
                    help="number of texts per step")
     p.add_argument("--lr", type=float, default=2e-3, help="peak learning rate")
     add_device(p)
-    p.add_argument("--seed", type=int, default=0, help=SEED_HELP)
+    p.add_argument("--seed", type=cli.seed, default=0, help="random seed; -1: draw one")
     p.add_argument("--overwrite", action="store_true", help="replace the model in OUT")
 
 
@@ -407,6 +409,8 @@ def add_encode(commands):
 
 def main():
     args = parse_args()
+    if "seed" in args:
+        args.seed = seeds.settle(args.seed, packing.started_seed(args))
     return args.run(args)
 
 

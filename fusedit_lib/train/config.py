@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 import fusedit
 from fusedit import FuseDiTError
-from fusedit_lib import backend, cli
+from fusedit_lib import backend, cli, seeds
 from fusedit_lib.data.shards import expand_shards
 from fusedit_lib.files import read_json
 from fusedit_lib.pretrained import repository
@@ -120,8 +120,9 @@ class RunConfig:
     ema_warmup: bool = flag(True, "use a decay of n / (9 + n) for the n-th EMA update until it "
                             "reaches --ema-decay; off: --ema-decay from the first update on, as in "
                             "the published code")
-    seed: int = flag(42, "seed for the initial weights, noise, data order and image grids",
-                     low=0, high=2**32 - 1)
+    seed: int = flag(42, "seed for the initial weights, noise, data order and image grids; -1: "
+                     "draw one, which the run keeps when it is resumed", low=seeds.RANDOM,
+                     high=seeds.LIMIT - 1)
 
     # Precision, and trade-offs between speed and memory.
     dtype: str = flag("auto", "data type of the computation; weights are kept in float32. auto: "

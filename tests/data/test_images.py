@@ -4,6 +4,7 @@ import json
 import sys
 import types
 import warnings
+from argparse import Namespace
 
 import numpy as np
 import pytest
@@ -90,18 +91,20 @@ def test_training_on_other_peoples_shards(cases, shard, gemma_folder):
 
 
 def test_check(cases, shard):
-    contents = check.read_shard(shard)
+    args = Namespace(image_key="", caption_key="")
+    contents = check.read_shard(shard, **vars(args))
     assert not contents.problems
     assert not contents.notes
     for i, case in enumerate(cases):
         page = Image.new("RGB", (SIDE, 200))
-        check.draw_sample(page, (0, 0), SIDE, contents, i)
+        sample = check.read_shard_sample(contents, i)
+        check.draw_sample(page, (0, 0), SIDE, sample, args)
         assert_shows(case, page.crop((0, 0, SIDE, SIDE)))
 
 
 def test_encoding(cases, shard):
     offsets = packing.index_entry(shard)["offsets"]
-    stored = ShardImages(shard, offsets, SIDE, "bicubic")
+    stored = ShardImages(shard, offsets, SIDE, "bicubic", "")
     for i, case in enumerate(cases):
         pixels, readable, notes = stored[i]
         assert readable
@@ -166,6 +169,17 @@ def folder_of(tmp_path, files):
         (folder / name).write_bytes(data)
         (folder / name).with_suffix(".txt").write_text("a red fox")
     return folder
+
+
+def test_a_packed_png_has_no_profile_of_other_channels():
+    """Pillow's profile of a LAB image contains the time, so the bytes would differ every second."""
+    rules = images.ImageRules(size=0, quality=95, min_size=1, max_aspect=1000)
+    for mode in ("LAB", "CMYK"):
+        buffer = io.BytesIO()
+        image = Image.new("RGB", (8, 8), "orange").convert(mode)
+        image.save(buffer, "TIFF", icc_profile=bytes(128))
+        suffix, data = images.pack_image(buffer.getvalue(), rules)
+        assert suffix == "png" and "icc_profile" not in Image.open(io.BytesIO(data)).info
 
 
 def test_all_suffixes_are_packed(tmp_path):
@@ -272,9 +286,9 @@ def test_images_without_a_defined_white_are_refused_everywhere(name, tmp_path, g
     assert f"1 x {reason}: a of s.tar" in out
     batch = tiny_batches(gemma_folder, folder, micro_batch=2)[0]
     assert [line.rpartition(": ")[2] for line in batch["bad"]] == [reason]
-    item = ShardImages(folder / "s.tar", packing.index_entry(folder / "s.tar")["offsets"], SIDE,
-                       "bicubic")[0]
-    assert not item[1]
+    offsets = packing.index_entry(folder / "s.tar")["offsets"]
+    _, readable, _ = ShardImages(folder / "s.tar", offsets, SIDE, "bicubic", "")[0]
+    assert not readable
     (folder / name).write_bytes(data)
     (folder / "b.png").write_bytes(plain)
     with pytest.raises(FuseDiTError, match=f"cannot read .*{name}: {reason}"):

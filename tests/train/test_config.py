@@ -58,6 +58,8 @@ def test_help_has_groups(engine):
     (["--steps", "0"], "at least 1"),
     (["--caption-drop", "1.5"], "from 0 to 1"),
     (["--crop", "left"], "invalid choice"),
+    (["--seed", "-2"], "from -1 to 18446744073709551615"),
+    (["--seed", str(2**64)], "from -1 to 18446744073709551615"),
     (["--lr", "fast"], "invalid float"),
     (["--lr", "nan"], "at least 0"),
     (["--fast"], "unrecognized"),
