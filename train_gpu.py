@@ -21,7 +21,7 @@ import torch.distributed as dist
 import fusedit
 from fusedit_lib import backend, cli
 from fusedit_lib.data.batches import Batches, load_batches, to_device
-from fusedit_lib.train import checkpoints, distributed, metrics_log, plan, zero
+from fusedit_lib.train import checkpoints, distributed, metrics_log, plan, resuming, zero
 from fusedit_lib.train.config import check_run, data_workers, model_config, parse_run, split_batch
 from fusedit_lib.train.build import adam_steps, build_models
 from fusedit_lib.train.monitor import Monitor
@@ -40,11 +40,11 @@ def start(run):
     device = zero.pick_device(run)
     if run.compile:
         backend.check_compiler(device)
-    run = checkpoints.settle_dtype(run, device)
+    run = resuming.settle_dtype(run, device)
     torch.set_float32_matmul_precision("high")
     backend.configure(device, backend.torch_dtype(run.dtype))
     zero.start(device)
-    return checkpoints.settle_seed(run), device
+    return resuming.settle_seed(run), device
 
 
 # ------------------------------------------------------------------------------ build
@@ -115,7 +115,7 @@ def train(run, config):
     world = dist.get_world_size()
     micro_batch, accumulation = split_batch(run, world)
 
-    checkpoint = checkpoints.load_checkpoint(checkpoints.open_run(run, config))
+    checkpoint = checkpoints.load_checkpoint(resuming.open_run(run, config))
     run = metrics_log.settle_boards(run, checkpoint)
     step = first_step = checkpoint.step if checkpoint else 0
     model, vae = build_models(run, config, device, checkpoint)

@@ -19,7 +19,7 @@ import torch.distributed as dist
 import fusedit
 from fusedit_lib import cli
 from fusedit_lib.data.batches import Batches, load_batches, to_device
-from fusedit_lib.train import checkpoints, distributed, metrics_log, plan, xla
+from fusedit_lib.train import checkpoints, distributed, metrics_log, plan, resuming, xla
 from fusedit_lib.train.config import check_run, data_workers, model_config, parse_run, split_batch
 from fusedit_lib.train.build import adam_steps, build_models
 from fusedit_lib.train.monitor import Monitor, SpmdHost
@@ -35,9 +35,9 @@ def start(run):
     the batch and which share the heads.
     """
     xla.set_environment_defaults()
-    run = checkpoints.settle_dtype(run, torch.device("xla"))
+    run = resuming.settle_dtype(run, torch.device("xla"))
     mesh = xla.start(run)
-    return checkpoints.settle_seed(run), mesh
+    return resuming.settle_seed(run), mesh
 
 
 # ------------------------------------------------------------------------------ build
@@ -57,7 +57,7 @@ def train(run, config):
     micro_batch, accumulation = split_batch(run, mesh.size())
     micro_batch *= mesh.size() // world     # per host: all of its devices together
 
-    checkpoint = checkpoints.load_checkpoint(checkpoints.open_run(run, config))
+    checkpoint = checkpoints.load_checkpoint(resuming.open_run(run, config))
     run = metrics_log.settle_boards(run, checkpoint)
     step = first_step = checkpoint.step if checkpoint else 0
     model, vae = build_models(run, config, "cpu", checkpoint)

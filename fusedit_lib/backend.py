@@ -8,7 +8,9 @@ and shape; this file only restricts what it may pick from.
 import ctypes
 import os
 import platform
+import re
 import shutil
+import subprocess
 import sys
 
 import torch
@@ -21,7 +23,7 @@ KERNELS = {0: "matrix products and a softmax", 1: "FlashAttention",
 TILE = 128                                  # keys per tile of a GPU kernel
 
 # What torch.compile raises if the compiler that it calls, or Triton, is missing or fails.
-COMPILER_ERRORS = ("InvalidCxxCompiler", "CppCompileError", "TritonMissing", "CalledProcessError")
+COMPILER_ERRORS = ("InvalidCxxCompiler", "CppCompileError", "TritonMissing")
 INSTALL_COMPILER = ("install one with Python's headers (on Debian and Ubuntu: apt install g++ "
                     "python3-dev; on macOS: xcode-select --install), or leave out --compile")
 
@@ -166,7 +168,10 @@ def compiler_problem(error):
     """Describes an error of torch.compile if its compiler has failed; "" for any other error."""
     error = getattr(error, "inner_exception", error)       # that of BackendCompilerFailed
     text = str(error)
-    if type(error).__name__ not in COMPILER_ERRORS and "C compiler" not in text:
+    known = type(error).__name__ in COMPILER_ERRORS or "C compiler" in text
+    if isinstance(error, subprocess.CalledProcessError):   # Triton runs the compiler so
+        known = re.search(r"\b(gcc|cc|clang|g\+\+|c\+\+)", str(error.cmd)) is not None
+    if not known:
         return ""
     lines = [line for line in text.splitlines() if "error: " in line]
     reason = (lines or [first_line(error)])[0]

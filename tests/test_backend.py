@@ -209,6 +209,9 @@ def test_only_errors_of_the_compiler_are_one_line():
     triton = InductorError(RuntimeError("Failed to find C compiler. Please specify"), None)
     assert "Failed to find C compiler" in backend.compiler_problem(triton)
     assert backend.compiler_problem(InductorError(RuntimeError("a bug"), None)) == ""
+    triton = subprocess.CalledProcessError(1, ["/usr/bin/gcc", "main.c"])
+    assert "--compile has failed" in backend.compiler_problem(triton)
+    assert backend.compiler_problem(subprocess.CalledProcessError(1, ["gsutil", "cp"])) == ""
     assert backend.compiler_problem(ValueError("a bug")) == ""
 
 

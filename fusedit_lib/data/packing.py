@@ -37,7 +37,7 @@ from tqdm import tqdm
 from webdataset import TarWriter
 
 from fusedit import FuseDiTError
-from fusedit_lib.data.filters import DUPLICATE, find_duplicates, write_images
+from fusedit_lib.data.filters import DUPLICATE, find_duplicates, read_images, write_images
 from fusedit_lib.data.images import Notes, Skip
 from fusedit_lib.data.shards import read_sample, sample_offsets
 from fusedit_lib.files import atomic_write, fsync
@@ -117,7 +117,10 @@ def leave_out(job):
                     tar.write({"__key__": key, **files})
                     several += has_several_captions(files)
     skipped = record["skipped"] + [(DUPLICATE, name) for name in duplicates.values()]
-    write_record(shard, inputs=record["inputs"], skipped=skipped, notes=record["notes"],
+    images = read_images(images_path(shard))
+    gone = {images[i].name for i in duplicates}
+    notes = [(kind, name) for kind, name in record["notes"] if name not in gone]
+    write_record(shard, inputs=record["inputs"], skipped=skipped, notes=notes,
                  several_captions=several, without_duplicates=True)
 
 

@@ -124,8 +124,8 @@ def board_problems(run):
         try:
             import torch.utils.tensorboard  # noqa: F401
             (Path(run.out) / "tensorboard").mkdir(parents=True, exist_ok=True)
-        except (ModuleNotFoundError, OSError) as e:
-            problems["tensorboard"] = f"--tensorboard: {cli.explain(e, '')}"
+        except (ImportError, OSError) as e:                # ImportError: it is too old for torch
+            problems["tensorboard"] = f"--tensorboard: {cli.explain(e, '') or first_line(e)}"
     if run.wandb:
         # Otherwise a finished run waits for a lost network until somebody kills it.
         os.environ.setdefault("WANDB_FINISH_TIMEOUT", "300")          # seconds

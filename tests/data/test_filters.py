@@ -93,7 +93,7 @@ def test_each_of_several_captions_is_kept_or_left_out(tmp_path):
     lines = ["short", "only two", "one of as many as six", "three of them"]
     photo(tmp_path / "in", "a.jpg", "\n".join(lines), image)
     photo(tmp_path / "in", "b.jpg", "short\nonly two\n")
-    photo(tmp_path / "in", "c.jpg", "only two\nthree of them\n", image)
+    photo(tmp_path / "in", "c.jpg", "short\nonly two\nthree of them\n", image)
     pack("folder", tmp_path / "in", tmp_path / "out", "--min-words", 2, "--max-words", 5,
          "--skip-duplicates")
     samples, report = read_shards(tmp_path / "out")

@@ -3,9 +3,13 @@
 The module wandb is simulated: the real one needs a login and the network.
 """
 import json
+import sys
 
 import pytest
 from launching import ENV, flags, launch, losses
+
+from fusedit_lib.train.config import RunConfig
+from fusedit_lib.train.metrics_log import board_problems
 
 # wandb.py, in a folder of PYTHONPATH. Each function does what the environment variable says.
 WANDB = """
@@ -101,3 +105,20 @@ def test_a_missing_package_is_named(gemma, data, tmp_path, flag, package):
     assert done.stderr.endswith(f"error: {name}: {package} is not installed: pip install -e "
                                 "'.[watch]'\n")
     assert done.stderr.count("\n") == 1
+
+
+class OldTensorBoard:
+    """A finder of modules that fails as torch.utils.tensorboard does if TensorBoard is too old."""
+
+    def find_spec(self, name, path=None, target=None):
+        if name == "torch.utils.tensorboard":
+            raise ImportError("TensorBoard logging requires TensorBoard version 1.15 or above")
+
+
+def test_a_tensorboard_that_is_too_old_is_named(tmp_path, monkeypatch):
+    monkeypatch.delitem(sys.modules, "torch.utils.tensorboard", raising=False)
+    monkeypatch.setattr(sys, "meta_path", [OldTensorBoard(), *sys.meta_path])
+    run = RunConfig(out=str(tmp_path / "run"), tensorboard=True)
+    assert board_problems(run) == {
+        "tensorboard": "--tensorboard: TensorBoard logging requires TensorBoard version 1.15 or "
+                       "above"}

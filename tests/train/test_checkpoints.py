@@ -11,7 +11,7 @@ from tiny_shards import SHAPE
 
 from fusedit import FuseDiTError
 from fusedit_lib import pretrained
-from fusedit_lib.train import checkpoints
+from fusedit_lib.train import checkpoints, resuming
 from fusedit_lib.train.config import model_config, parse_run
 
 
@@ -87,10 +87,10 @@ class Disk:
 def test_a_checkpoint_that_cannot_be_written_is_absent(folder, monkeypatch, capsys, broken):
     run, config = folder
     out = Path(run.out)
-    assert checkpoints.open_run(run, config) is None
+    assert resuming.open_run(run, config) is None
     assert save(run, config, 1, 2, 3) == 0
     assert steps_of(run) == [2, 3]
-    assert checkpoints.open_run(run, config) == out / "step-0000003"
+    assert resuming.open_run(run, config) == out / "step-0000003"
 
     with monkeypatch.context() as patch:
         patch.setattr(f"fusedit_lib.train.checkpoints.{broken}", no_space)
@@ -133,7 +133,7 @@ def test_a_checkpoint_contains_what_was_saved(folder):
     save(run, config, 1, 2, 3)
     assert save(run, config, 4, value=0.0) == 0
     assert not list(out.glob(".step*")) and not list(out.rglob("*.tmp"))
-    checkpoint = checkpoints.load_checkpoint(checkpoints.open_run(run, config))
+    checkpoint = checkpoints.load_checkpoint(resuming.open_run(run, config))
     for file, name in (checkpoint.ema["dit.w"], checkpoint.state["exp_avg.dit.w"]):
         assert (file.get_tensor(name) == 0).all()
     assert checkpoint.step == checkpoint.adam_step == 4
@@ -206,7 +206,7 @@ def test_a_kill_at_any_point_of_saving_leaves_a_complete_checkpoint(folder, gemm
                      "--keep", "2", "--set", *SHAPE], ENV)
     assert done.returncode == 9, done.stderr[-2000:]
 
-    found = checkpoints.open_run(run, config)
+    found = resuming.open_run(run, config)
     assert found.name == f"step-000000{left}"
     latest = (out / "latest").read_text().strip()
     assert checkpoints.damage(out / latest) is None
@@ -250,7 +250,7 @@ def test_a_damaged_checkpoint_is_named_and_not_used(folder, capsys, file, how):
         path.unlink()
     else:
         os.truncate(path, path.stat().st_size - 3)
-    assert checkpoints.open_run(run, config).name == "step-0000001"
+    assert resuming.open_run(run, config).name == "step-0000001"
     err = capsys.readouterr().err
     assert "step-0000002 is damaged and is not used" in err
     assert Path(file).name in err
@@ -269,21 +269,21 @@ def test_it_is_an_error_if_every_checkpoint_is_damaged(folder):
     run.resume = "1"
     (out / "step-0000001" / "train_state" / "state.json").unlink()
     with pytest.raises(FuseDiTError, match="--resume 1 is damaged .* has step-0000003"):
-        checkpoints.open_run(run, config)
+        resuming.open_run(run, config)
     run.resume = "auto"
     (out / "step-0000003" / "train_state" / "state.json").unlink()
     with pytest.raises(FuseDiTError, match="every checkpoint in .* is damaged"):
-        checkpoints.open_run(run, config)
+        resuming.open_run(run, config)
 
 
 def test_which_checkpoint_to_resume(folder):
     run, config = folder
     run.keep = 9
     save(run, config, 1, 2, 13)
-    assert checkpoints.open_run(run, config).name == "step-0000013"
+    assert resuming.open_run(run, config).name == "step-0000013"
     for wanted in ("2", "step-2", "step-0000002"):
         run.resume = wanted
-        assert checkpoints.open_run(run, config).name == "step-0000002"
+        assert resuming.open_run(run, config).name == "step-0000002"
 
     # later checkpoints are kept under another name
     resume(run, config, 2)
@@ -291,17 +291,17 @@ def test_which_checkpoint_to_resume(folder):
     assert list(Path(run.out).glob("aside-*-step-0000013"))
     run.resume = "5"
     with pytest.raises(FuseDiTError, match="--resume 5 is not .* has step-0000001"):
-        checkpoints.open_run(run, config)
+        resuming.open_run(run, config)
     run.resume = "none"
     with pytest.raises(FuseDiTError, match="use --resume auto to resume"):
-        checkpoints.open_run(run, config)
+        resuming.open_run(run, config)
 
 
 def test_a_step_of_a_new_run_cannot_be_resumed(folder):
     run, config = folder
     run.resume = "5"
     with pytest.raises(FuseDiTError, match="--resume 5: .* has no checkpoint"):
-        checkpoints.open_run(run, config)
+        resuming.open_run(run, config)
 
 
 def test_changed_data_gives_a_warning(folder, capsys):
@@ -317,7 +317,7 @@ def test_a_model_folder_is_not_a_run(folder):
     run, config = folder
     pretrained.save_model(run.out, config, {})
     with pytest.raises(FuseDiTError, match="holds a model, not a run"):
-        checkpoints.open_run(run, config)
+        resuming.open_run(run, config)
 
 
 def test_the_folder_of_another_run_is_refused(folder):
@@ -327,13 +327,13 @@ def test_the_folder_of_another_run_is_refused(folder):
     run.steps = 7                           # steps and workers may change
     run.workers = 1
     with pytest.raises(FuseDiTError) as error:
-        checkpoints.open_run(run, replace(config, pos_embed="ape"))
+        resuming.open_run(run, replace(config, pos_embed="ape"))
     message = str(error.value)
     assert "run.lr was 0.0001, is now 0.5" in message
     assert "model.pos_embed was '2d-rope', is now 'ape'" in message
     assert "steps" not in message and "workers" not in message
     run.lr = 1e-4
-    checkpoints.open_run(run, replace(config, guidance=2.0))       # only used for sampling
+    resuming.open_run(run, replace(config, guidance=2.0))       # only used for sampling
 
 
 def test_a_model_folder_may_move(folder, tmp_path):
@@ -342,9 +342,9 @@ def test_a_model_folder_may_move(folder, tmp_path):
     save(run, config, 1)
     moved = str(tmp_path / "elsewhere" / Path(config.base).name)
     run.base = moved
-    assert checkpoints.open_run(run, replace(config, base=moved)).name == "step-0000001"
+    assert resuming.open_run(run, replace(config, base=moved)).name == "step-0000001"
     with pytest.raises(FuseDiTError, match="model.base was"):
-        checkpoints.open_run(run, replace(config, base=moved + "-2"))
+        resuming.open_run(run, replace(config, base=moved + "-2"))
 
 
 # ------------------------------------------------------------------------------ in a real run

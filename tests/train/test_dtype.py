@@ -9,7 +9,7 @@ from conftest import ROOT
 from launching import flags, launch, losses, metrics
 
 from fusedit_lib import backend
-from fusedit_lib.train import checkpoints
+from fusedit_lib.train import checkpoints, resuming
 from fusedit_lib.train.config import RunConfig
 
 CPU = torch.device("cpu")
@@ -85,7 +85,7 @@ def test_the_dtype_of_a_new_run(tmp_path, monkeypatch, native, auto):
 
     def settled(dtype):
         run = RunConfig(out=str(tmp_path), dtype=dtype)
-        return checkpoints.settle_dtype(run, CPU).dtype
+        return resuming.settle_dtype(run, CPU).dtype
     assert settled("auto") == auto
     assert settled("bf16") == "bf16"
 

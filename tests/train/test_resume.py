@@ -16,7 +16,7 @@ from launching import (
     state,
 )
 
-from fusedit_lib.train import checkpoints
+from fusedit_lib.train import checkpoints, resuming
 from fusedit_lib.train.config import model_config, parse_run
 
 
@@ -159,5 +159,5 @@ def test_the_demo_resumes_with_either_name_of_its_gemma(data, tmp_path, now, bef
     assert config.base == "demo/gemma"
     stored = json.loads(checkpoints.run_settings_json(parse_run(argv, ""), config))
     stored["model"]["base"] = before
-    changed = checkpoints.changed_settings(stored, parse_run(argv, ""), replace(config, base=now))
+    changed = resuming.changed_settings(stored, parse_run(argv, ""), replace(config, base=now))
     assert changed == []
