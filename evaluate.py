@@ -23,14 +23,15 @@ from fusedit_lib import threads
 threads.limit_spinning()                    # has no effect once torch is imported
 
 from fusedit import FuseDiTError
-from fusedit_lib import backend, cli
-from fusedit_lib.cli import HelpFormatter, jpeg_quality, number_list, positive, uint32
+from fusedit_lib import backend, cli, seeds
+from fusedit_lib.cli import HelpFormatter, jpeg_quality, number_list, positive
 from fusedit_lib.evaluation import benchmarks, figures, judging, metrics, results
 from fusedit_lib.evaluation.drawing import (
     JPEG_QUALITY,
     SamplingRun,
     claim_folder,
     draw_missing,
+    shared_seed,
     started_dtype,
 )
 from fusedit_lib.evaluation.report import report
@@ -61,6 +62,11 @@ SQUARE = {
 def draw_command(args):
     """Draw a benchmark with every combination of --guidance and --steps, and finish each run."""
     check_guidance_span(args.guidance_span)
+    folder = args.out
+    if folder is None:
+        folder = Path("evaluation") / f"{args.name}-{model_name(args.model)}"
+    if args.seed == seeds.RANDOM:
+        args.seed = shared_seed(folder)
     benchmark = load_benchmark(args)
     if not benchmark.prompts:
         raise FuseDiTError(f"no prompts in {args.prompts}")
@@ -71,9 +77,6 @@ def draw_command(args):
     if is_sweep:
         import matplotlib  # noqa: F401     if it is missing, fail before drawing
 
-    folder = args.out
-    if folder is None:
-        folder = Path("evaluation") / f"{args.name}-{model_name(args.model)}"
     dtype = args.dtype
     if dtype == "auto":
         dtype = started_dtype(folder)
@@ -100,7 +103,7 @@ def load_benchmark(args):
 
 def model_name(model):
     """The last part of a model's path; for a checkpoint, the last two: RUN-step-0001000, RUN-50."""
-    path = Path(last_checkpoint(model))
+    path = Path(os.path.abspath(last_checkpoint(model)))   # "." and ".." have no name
     if path.name.startswith("step-") or path.name.isdigit():
         return "-".join(path.parts[-2:])
     return path.name
@@ -182,7 +185,7 @@ def draw_sweep(runs, folder):
 def shapes_command(args):
     """Draw and score the shapes benchmark; with --ground-truth, score the detector instead."""
     if args.ground_truth:
-        judging.score_detector(args.n, args.seed)
+        judging.score_detector(args.n, seeds.settle(args.seed))
     else:
         draw_command(args)
 
@@ -240,9 +243,9 @@ def add_draw_command(commands, name, documented, summary, prompts_help=None):
                                 "others to the same folder later")
     group.add_argument("--negative", default="", metavar="TEXT",
                        help="negative prompt: a description of what to steer away from")
-    group.add_argument("--seed", type=uint32, default=0, metavar="N",
+    group.add_argument("--seed", type=cli.seed, default=0, metavar="N",
                        help="random seed for the noise, and for the prompts of the shapes "
-                            "benchmark")
+                            "benchmark; -1: draw one, which the output folder keeps")
     group.add_argument("--height", type=positive, metavar="PIXELS",
                        help="height of the images (default: the size the model was trained at)")
     group.add_argument("--width", type=positive, metavar="PIXELS",

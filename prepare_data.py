@@ -29,6 +29,7 @@ from fusedit_lib import threads
 
 threads.limit_spinning()                    # has no effect once torch is imported
 
+from fusedit_lib import cli, seeds
 from fusedit_lib.backend import local_world, pick_device
 from fusedit_lib.cli import (
     DTYPE,
@@ -47,6 +48,7 @@ from fusedit_lib.data import (
     index,
     journeydb,
     latents,
+    packing,
     parquet,
     sa1b,
     shapes,
@@ -54,7 +56,7 @@ from fusedit_lib.data import (
 from fusedit_lib.data.images import FILTERS
 from fusedit_lib.shapes import tiny_gemma
 
-SEED_HELP = "random seed"
+SEED_HELP = "random seed; -1: draw one, which is kept when the command is repeated"
 
 
 def make_tiny_gemma(args):
@@ -96,9 +98,10 @@ def add_image_rules(p, size=0):
                        help="skip images whose pixels are those of an earlier input")
     group = p.add_argument_group("caption length")
     group.add_argument("--min-words", type=natural, default=0, metavar="N",
-                       help="leave out captions with fewer words")
+                       help="leave out captions with fewer words, and images without any other")
     group.add_argument("--max-words", type=natural, default=0, metavar="N",
-                       help="leave out captions with more words; 0 leaves out none")
+                       help="leave out captions with more words, and images without any other; 0 "
+                            "leaves out none")
 
 
 def add_shard_options(p, seed=True):
@@ -107,7 +110,7 @@ def add_shard_options(p, seed=True):
     group.add_argument("--shard-size", type=positive, default=2000, metavar="N",
                        help="number of inputs per shard")
     if seed:
-        group.add_argument("--seed", type=int, default=0, help=SEED_HELP)
+        group.add_argument("--seed", type=cli.seed, default=0, help=SEED_HELP)
 
 
 def add_run_options(p):
@@ -167,6 +170,18 @@ def add_caption_key(p):
 
 
 # ---------------------------------------------------------------------------- the commands
+class Parser(argparse.ArgumentParser):
+    """A parser for which flags may also stand between CAPTIONS and OUT."""
+
+    def parse_known_args(self, args=None, namespace=None):
+        found, rest = super().parse_known_args(args, namespace)
+        positional = len(rest) == 1 and not rest[0].startswith("-")
+        if positional and getattr(found, "captions", "") is None:
+            found.captions = found.out      # argparse has taken CAPTIONS for OUT
+            found.out = Path(rest.pop())
+        return found, rest
+
+
 class Commands:
     """Adds commands to a parser.
 
@@ -194,7 +209,7 @@ class Commands:
 
 def parse_args(argv=None):
     """Parse argv or, if it is None, the command line; args.run(args) runs the command."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
+    parser = Parser(description=__doc__, formatter_class=HelpFormatter)
     commands = Commands(parser)
     add_shapes(commands)
     add_emoji(commands)
@@ -288,7 +303,7 @@ def add_tiny_gemma(commands):
                    help="number of texts per step")
     p.add_argument("--lr", type=float, default=2e-3, help="peak learning rate")
     add_device(p)
-    p.add_argument("--seed", type=int, default=0, help=SEED_HELP)
+    p.add_argument("--seed", type=cli.seed, default=0, help="random seed; -1: draw one")
     p.add_argument("--overwrite", action="store_true", help="replace the model in OUT")
 
 
@@ -406,6 +421,8 @@ def add_encode(commands):
 
 def main():
     args = parse_args()
+    if "seed" in args:
+        args.seed = seeds.settle(args.seed, packing.started_seed(args))
     return args.run(args)
 
 

@@ -10,7 +10,6 @@ of a prompt use consecutive seeds, starting at --seed. A seed gives the same ima
 rounding, regardless of what else is drawn.
 """
 import argparse
-import re
 from pathlib import Path
 from typing import NamedTuple
 
@@ -20,10 +19,10 @@ threads.limit_spinning()                    # before torch is imported
 
 from tqdm import tqdm
 
-from fusedit_lib import backend, cli
-from fusedit_lib.cli import positive, uint32
+from fusedit_lib import backend, cli, seeds
+from fusedit_lib.cli import positive
 from fusedit_lib.export import check_new, export
-from fusedit_lib.files import atomic_write, unused_path
+from fusedit_lib.files import atomic_write, file_stem, unused_path
 from fusedit_lib.pretrained import load_model
 from fusedit_lib.sampling import (
     batches_of,
@@ -72,8 +71,8 @@ def add_prompt_flags(parser):
                        help="negative prompt: a description of what to steer away from")
     group.add_argument("--num-images", type=positive, default=1, metavar="N",
                        help="number of images per prompt")
-    group.add_argument("--seed", type=uint32, default=0, metavar="N",
-                       help="random seed of the first image of each prompt")
+    group.add_argument("--seed", type=cli.seed, default=0, metavar="N",
+                       help="random seed of the first image of each prompt; -1: draw one")
     group.add_argument("--height", type=positive, metavar="PIXELS",
                        help="height of the images (default: the size the model was trained at)")
     group.add_argument("--width", type=positive, metavar="PIXELS",
@@ -137,10 +136,7 @@ def draw(loaded, jobs, args):
 
 def save_png(job, image, model_path, args):
     """Write the image to a file named after its prompt and seed. Returns the path."""
-    slug = re.sub(r"[^a-z0-9]+", "-", job.prompt.lower()).strip("-")[:60]
-    if not slug:
-        slug = "empty"
-    path = unused_path(args.out / f"{slug}-{job.seed}.png", ".gif")
+    path = unused_path(args.out / f"{file_stem(job.prompt)}-{job.seed}.png", ".gif")
     info = png_info(job.prompt, job.seed, args.steps, args.guidance, args.guidance_span,
                     args.negative, model_path, args.set)
     with atomic_write(path) as tmp:
@@ -201,8 +197,11 @@ def main():
     latent_size(config, loaded.vae, args.height, args.width)
 
     cli.announce(loaded, list(dict.fromkeys(prompts)), args.negative)
-    seeds = range(args.seed, args.seed + args.num_images)
-    jobs = [Job(prompt, seed) for prompt in prompts for seed in seeds]
+    first_seed = seeds.settle(args.seed)
+    jobs = []
+    for prompt in prompts:
+        for seed in seeds.consecutive(first_seed, args.num_images):
+            jobs.append(Job(prompt, seed))
     images = draw(loaded, jobs, args)
     if args.grid:
         save_grid(images, args)

@@ -21,7 +21,7 @@ import torch.distributed as dist
 import fusedit
 from fusedit_lib import backend, cli
 from fusedit_lib.data.batches import Batches, load_batches, to_device
-from fusedit_lib.train import checkpoints, distributed, plan, zero
+from fusedit_lib.train import checkpoints, distributed, metrics_log, plan, zero
 from fusedit_lib.train.config import check_run, data_workers, model_config, parse_run, split_batch
 from fusedit_lib.train.build import adam_steps, build_models
 from fusedit_lib.train.monitor import Monitor
@@ -30,18 +30,21 @@ from fusedit_lib.train.schedule import due_after, ema_decay, learning_rate
 # ------------------------------------------------------------------------------ start
 
 def start(run):
-    """Connects the processes, one per GPU. Returns the run with its dtype resolved, and the device.
+    """Connects the processes, one per GPU. Returns the run and the device.
 
+    The run is returned with its dtype and its seed resolved (--dtype auto, --seed -1).
     Launchers (deepspeed, torchrun) set RANK, WORLD_SIZE, ... in each process. Without a launcher,
     this process is the only one.
     """
     zero.set_environment_defaults()
     device = zero.pick_device(run)
+    if run.compile:
+        backend.check_compiler(device)
     run = checkpoints.settle_dtype(run, device)
     torch.set_float32_matmul_precision("high")
     backend.configure(device, backend.torch_dtype(run.dtype))
     zero.start(device)
-    return run, device
+    return checkpoints.settle_seed(run), device
 
 
 # ------------------------------------------------------------------------------ build
@@ -113,6 +116,7 @@ def train(run, config):
     micro_batch, accumulation = split_batch(run, world)
 
     checkpoint = checkpoints.load_checkpoint(checkpoints.open_run(run, config))
+    run = metrics_log.settle_boards(run, checkpoint)
     step = first_step = checkpoint.step if checkpoint else 0
     model, vae = build_models(run, config, device, checkpoint)
     dataset = Batches(run, config, model.tokenizer, micro_batch, accumulation, rank, world)

@@ -19,7 +19,7 @@ import torch.distributed as dist
 import fusedit
 from fusedit_lib import cli
 from fusedit_lib.data.batches import Batches, load_batches, to_device
-from fusedit_lib.train import checkpoints, distributed, plan, xla
+from fusedit_lib.train import checkpoints, distributed, metrics_log, plan, xla
 from fusedit_lib.train.config import check_run, data_workers, model_config, parse_run, split_batch
 from fusedit_lib.train.build import adam_steps, build_models
 from fusedit_lib.train.monitor import Monitor, SpmdHost
@@ -28,15 +28,16 @@ from fusedit_lib.train.schedule import due_after, ema_decay, learning_rate
 # ------------------------------------------------------------------------------ start
 
 def start(run):
-    """Connects the processes, one per host. Returns the run with its dtype resolved, and the mesh.
+    """Connects the processes, one per host. Returns the run and the mesh.
 
+    The run is returned with its dtype and its seed resolved (--dtype auto, --seed -1).
     All chips of all hosts act as one XLA device. The mesh (--mesh) determines which of them share
     the batch and which share the heads.
     """
     xla.set_environment_defaults()
     run = checkpoints.settle_dtype(run, torch.device("xla"))
     mesh = xla.start(run)
-    return run, mesh
+    return checkpoints.settle_seed(run), mesh
 
 
 # ------------------------------------------------------------------------------ build
@@ -57,14 +58,14 @@ def train(run, config):
     micro_batch *= mesh.size() // world     # per host: all of its devices together
 
     checkpoint = checkpoints.load_checkpoint(checkpoints.open_run(run, config))
+    run = metrics_log.settle_boards(run, checkpoint)
     step = first_step = checkpoint.step if checkpoint else 0
     model, vae = build_models(run, config, "cpu", checkpoint)
     dataset = Batches(run, config, model.tokenizer, micro_batch, accumulation, rank, world)
     writer = checkpoints.CheckpointWriter(run, config, checkpoint, dataset.digest)
     micro_batches = range(first_step * accumulation, run.steps * accumulation)
-    batches = load_batches(dataset, micro_batches, data_workers(run))
     place = partial(xla.place_batches, mesh=mesh)
-    batches = place(batches)
+    batches = place(load_batches(dataset, micro_batches, data_workers(run)))
     engine = build_engine(run, model, vae, checkpoint, accumulation, mesh)
     host = SpmdHost(place, xla.sync, mesh.size())
     monitor = Monitor(run, config, model, vae, checkpoint, micro_batch, dataset, host)

@@ -19,7 +19,7 @@ threads.limit_spinning()                    # before torch is imported
 import torch
 
 import fusedit
-from fusedit_lib import backend, cli, pretrained, sampling
+from fusedit_lib import backend, cli, pretrained, sampling, seeds
 from fusedit_lib.data.batches import Batches, load_batches, to_device
 from fusedit_lib.shapes import render, scenes
 from fusedit_lib.train.config import RunConfig, data_workers, lasting_name
@@ -33,7 +33,8 @@ parser.add_argument("--base", default="demo/gemma", help="folder or hub id of th
 parser.add_argument("--steps", type=cli.positive, default=3200, help="number of training steps")
 parser.add_argument("--batch", type=cli.positive, default=8, help="number of images in a step")
 parser.add_argument("--lr", type=float, default=1.5e-3, help="highest learning rate")
-parser.add_argument("--seed", type=cli.uint32, default=42, help="seed of weights, data and noise")
+parser.add_argument("--seed", type=cli.seed, default=42,
+                    help="seed of weights, data and noise; -1: draw one")
 parser.add_argument("--log-every", type=cli.positive, default=20, help="steps between log lines")
 parser.add_argument("--out", type=Path, default="runs/minimal", help="folder for the new model")
 
@@ -100,7 +101,8 @@ def main():
     device = backend.pick_device("auto")
     backend.configure(device, torch.float32)
     torch.set_float32_matmul_precision("high")
-    torch.manual_seed(args.seed)
+    args.seed = seeds.settle(args.seed)
+    torch.manual_seed(seeds.torch_seed(args.seed))
     config = fusedit.preset("demo", base=lasting_name(args.base))
     model = pretrained.build_model(config, device)
     batches = scene_batches(args, config, model.tokenizer)

@@ -8,6 +8,7 @@ and shape; this file only restricts what it may pick from.
 import ctypes
 import os
 import platform
+import shutil
 import sys
 
 import torch
@@ -18,6 +19,11 @@ from fusedit import FuseDiTError, attention
 KERNELS = {0: "matrix products and a softmax", 1: "FlashAttention",
            2: "the memory-efficient kernel", 3: "cuDNN"}
 TILE = 128                                  # keys per tile of a GPU kernel
+
+# What torch.compile raises if the compiler that it calls, or Triton, is missing or fails.
+COMPILER_ERRORS = ("InvalidCxxCompiler", "CppCompileError", "TritonMissing", "CalledProcessError")
+INSTALL_COMPILER = ("install one with Python's headers (on Debian and Ubuntu: apt install g++ "
+                    "python3-dev; on macOS: xcode-select --install), or leave out --compile")
 
 
 # ---- processes and devices -----------------------------------------------------------------------
@@ -138,6 +144,35 @@ def use_float8(dit):
 
 # ---- compilation ---------------------------------------------------------------------------------
 
+def check_compiler(device):
+    """Raise FuseDiTError if torch.compile would find no compiler for a device.
+
+    It writes C++ for a CPU. For a GPU it uses Triton, which builds its driver in C.
+    """
+    if device.type == "cuda":
+        choices = os.environ.get("CC", "gcc clang").split()
+        if not any(shutil.which(name) for name in choices):
+            raise FuseDiTError(f"no C compiler found, which --compile needs: {INSTALL_COMPILER}")
+        return
+    from torch._inductor.cpp_builder import get_cpp_compiler
+    try:
+        get_cpp_compiler()
+    except RuntimeError:                    # InvalidCxxCompiler, for one
+        raise FuseDiTError("no C++ compiler found, which --compile needs: "
+                           f"{INSTALL_COMPILER}") from None
+
+
+def compiler_problem(error):
+    """Describes an error of torch.compile if its compiler has failed; "" for any other error."""
+    error = getattr(error, "inner_exception", error)       # that of BackendCompilerFailed
+    text = str(error)
+    if type(error).__name__ not in COMPILER_ERRORS and "C compiler" not in text:
+        return ""
+    lines = [line for line in text.splitlines() if "error: " in line]
+    reason = (lines or [first_line(error)])[0]
+    return f"--compile has failed ({reason.strip()}): {INSTALL_COMPILER}"
+
+
 def compile_model(model, vae, llm=True, budget=1.0):
     """Compile the blocks of both towers and, on a GPU, the VAE; takes about a minute on first use.
 
@@ -145,6 +180,7 @@ def compile_model(model, vae, llm=True, budget=1.0):
     grow with depth. budget: the fraction of a block's activations that may be kept for the backward
     pass; the compiler recomputes the rest, the cheapest first.
     """
+    check_compiler(model.dit.proj_out.weight.device)
     # `import torch` does not import the compiler.
     from torch._dynamo import config as dynamo_config
     from torch._functorch import config as functorch_config

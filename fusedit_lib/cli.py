@@ -1,5 +1,6 @@
 """Command-line code that the programs share: flags, prompt files, model loading, error messages."""
 import argparse
+import io
 import json
 import os
 import re
@@ -13,7 +14,7 @@ from safetensors import SafetensorError
 
 import fusedit
 from fusedit import FuseDiTError
-from fusedit_lib import backend
+from fusedit_lib import backend, seeds
 from fusedit_lib.backend import pick_device
 from fusedit_lib.pretrained import last_checkpoint, load_model
 from fusedit_lib.vae import VAE, load_vae
@@ -44,11 +45,11 @@ def natural(text):
     return number
 
 
-def uint32(text):
-    """A seed: an integer that every random number generator accepts."""
+def seed(text):
+    """A seed of up to 64 bits, or -1, which seeds.settle replaces."""
     number = int(text)
-    if not 0 <= number < 2**32:
-        raise argparse.ArgumentTypeError("must be from 0 to 4294967295")
+    if number != seeds.RANDOM and not 0 <= number < seeds.LIMIT:
+        raise argparse.ArgumentTypeError(f"must be from 0 to {seeds.LIMIT - 1}, or -1 to draw one")
     return number
 
 
@@ -162,6 +163,16 @@ def read_prompts(path):
     return prompts
 
 
+def check_text(prompts):
+    """Raise FuseDiTError if a prompt from the command line was not UTF-8."""
+    for prompt in prompts:
+        try:
+            prompt.encode()
+        except UnicodeEncodeError:
+            raise FuseDiTError(f"the prompt {prompt!r} is not UTF-8: set the terminal to UTF-8, or "
+                               "give the prompts in a file") from None
+
+
 def pick_dtype(args):
     """The torch.device and torch.dtype for --device and --dtype. Replaces "auto" in args.dtype."""
     device = pick_device(args.device)
@@ -203,6 +214,8 @@ def open_model(path, device="auto", dtype="auto", ema=True, compile=False, chang
     device = pick_device(device)
     dtype_name = backend.dtype_name(dtype, device)
     torch_dtype = backend.torch_dtype(dtype_name)
+    if compile:
+        backend.check_compiler(device)      # before minutes of loading
     path = str(last_checkpoint(path))       # a run's last checkpoint changes as it trains
     backend.configure(device, torch_dtype)
 
@@ -225,8 +238,10 @@ def open_model(path, device="auto", dtype="auto", ema=True, compile=False, chang
 def announce(loaded, prompts, negative=""):
     """Print the precision, the device and any warnings about the prompts on stderr.
 
-    Warnings are for words that the tokenizer does not know, and for prompts that are cut.
+    Warnings are for words that the tokenizer does not know, and for prompts that are cut. Raises
+    FuseDiTError for a prompt that is not UTF-8.
     """
+    check_text([*prompts, negative])
     text = f"drawing in {loaded.dtype} on {loaded.device}"
     slow = backend.emulation_note(loaded.dtype, loaded.device)
     if slow:
@@ -271,6 +286,9 @@ def run(main, memory_flags):
     Other errors keep their traceback. memory_flags: the flags to lower when memory runs out, as
     text for the message; "" if there are none.
     """
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        # A file name that the terminal cannot show, such as one in Chinese, is no error.
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         sys.exit(main())
     except KeyboardInterrupt:
@@ -290,6 +308,8 @@ def explain(error, memory_flags):
     """A one-line message for an error that the user can fix; None for any other."""
     if isinstance(error, FuseDiTError):
         return str(error)
+    if backend.compiler_problem(error):
+        return backend.compiler_problem(error)
     if isinstance(error, ModuleNotFoundError):
         what = error.name
         if error.name in EXTRAS:

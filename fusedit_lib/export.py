@@ -11,7 +11,14 @@ from dataclasses import asdict
 from pathlib import Path
 
 from fusedit import FuseDiTError, sincos_2d
-from fusedit_lib.files import fsync, read_json, safetensors_paths, save_file
+from fusedit_lib.files import (
+    fsync,
+    index_path,
+    read_json,
+    safetensors_paths,
+    save_file,
+    stored_variant,
+)
 from fusedit_lib.pretrained import (
     clip_folders,
     find_local,
@@ -251,5 +258,12 @@ def copy_files(source, names, target):
 
 def copy_weights(source, stem, target):
     """Copy a model's config.json and stem.safetensors, which may be split over several files."""
-    weights = [path.name for path in safetensors_paths(source, stem)]
-    copy_files(source, ["config.json", f"{stem}.safetensors.index.json", *weights], target)
+    copy_files(source, ["config.json"], target)
+    paths = safetensors_paths(source, stem)
+    index = index_path(source, stem, stored_variant(source, stem))
+    if not index.exists():                  # a variant, too, gets the usual name
+        shutil.copyfile(paths[0], target / f"{stem}.safetensors")
+        return
+    shutil.copyfile(index, target / f"{stem}.safetensors.index.json")
+    for path in paths:
+        shutil.copyfile(path, target / path.name)

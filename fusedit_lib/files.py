@@ -1,9 +1,12 @@
-"""Atomic writes, JSON, and safetensors that are split over several files."""
+"""Atomic writes, file names, JSON, and safetensors that are split over several files."""
 import contextlib
+import functools
 import json
 import math
 import os
 import random
+import sys
+import unicodedata
 from pathlib import Path
 
 import safetensors.torch
@@ -33,6 +36,41 @@ def fsync(path):
     fd = os.open(path, os.O_RDONLY)
     os.fsync(fd)
     os.close(fd)
+
+
+def file_stem(text, characters=60):
+    """A file name without a suffix, made of the letters and digits of a text in any script.
+
+    They are lower-case and in NFC. A hyphen stands for anything between them. The name has at most
+    this many characters, and at most 200 bytes in UTF-8, which leaves 55 of the usual 255 for what
+    is added to it; a letter is never cut off from its combining marks. Without a letter or digit,
+    the name is "empty" for an empty text, and otherwise "symbols".
+    """
+    letters = []                            # each with its marks; "-" between words
+    for char in unicodedata.normalize("NFC", text.lower()):
+        category = unicodedata.category(char)
+        after_letter = letters and letters[-1] != "-"
+        if char.isalnum():
+            letters.append(char)
+        elif category == "Cf" or "\ufe00" <= char <= "\ufe0f":
+            continue                        # invisible: joiners, text directions, emoji styles
+        elif category in ("Mn", "Mc") and after_letter:    # vowel signs, accents
+            letters[-1] += char
+        elif after_letter:
+            letters.append("-")
+
+    if letters and letters[-1] == "-":
+        letters.pop()
+
+    name = ""
+    for letter in letters:
+        longer = name + letter
+        if len(longer) > characters or len(longer.encode()) > 200:
+            break
+        name = longer
+    if not name:
+        name = "symbols" if text.strip() else "empty"
+    return name
 
 
 def unused_path(path, *other_suffixes):
@@ -79,13 +117,59 @@ def read_jsonl(path):
     return found
 
 
+def stored_variant(folder, stem="model"):
+    """The variant that is stored instead of stem.safetensors: ".fp16" for stem.fp16.safetensors.
+
+    "" if stem.safetensors or its index exists, or if there is no variant or more than one.
+    """
+    folder = Path(folder)
+    found = []
+    for variant in ("", ".fp16", ".bf16", ".fp32"):
+        if index_path(folder, stem, variant).exists():
+            found.append(variant)
+        elif (folder / f"{stem}{variant}.safetensors").exists():
+            found.append(variant)
+    if "" in found or len(found) != 1:
+        return ""
+    return found[0]
+
+
+def index_path(folder, stem, variant):
+    """The file that names the shards of a variant, as transformers and diffusers call it."""
+    return Path(folder) / f"{stem}.safetensors.index{variant}.json"
+
+
 def safetensors_paths(folder, stem="model"):
-    """The files that make up stem.safetensors: that file, or the shards that its index names."""
-    index = Path(folder) / f"{stem}.safetensors.index.json"
+    """The files that make up stem.safetensors: that file, or the shards that its index names.
+
+    If only a variant is stored, they are those of the variant.
+    """
+    variant = stored_variant(folder, stem)
+    index = index_path(folder, stem, variant)
     if not index.exists():
-        return [Path(folder) / f"{stem}.safetensors"]
+        return [Path(folder) / f"{stem}{variant}.safetensors"]
     names = read_json(index)["weight_map"].values()
     return [Path(folder) / name for name in sorted(set(names))]
+
+
+@functools.cache
+def say_once(line):
+    """Print a line on stderr, on rank 0 only, unless this process has printed it before."""
+    if os.environ.get("RANK", "0") == "0":
+        print(line, file=sys.stderr, flush=True)
+
+
+def missing_file(path, stem):
+    """FuseDiTError for a missing safetensors file, which names the weights that there are."""
+    others = []
+    for other in sorted(path.parent.glob("*")):
+        if other.suffix in (".safetensors", ".bin", ".pt", ".pth", ".ckpt"):
+            others.append(other.name)
+    text = f"{path} is missing: copy or download it"
+    if others:
+        text += (f" ({path.parent.name} has {', '.join(others[:4])}; only {stem}.safetensors, or "
+                 f"a single variant such as {stem}.fp16.safetensors, is loaded)")
+    return FuseDiTError(text)
 
 
 def open_tensors(folder, stem="model"):
@@ -95,12 +179,17 @@ def open_tensors(folder, stem="model"):
     run have written in slices, a SlicedTensor takes the place of the file. Raises FuseDiTError.
     """
     tensors = {}
+    variant = stored_variant(folder, stem)
+    if variant:
+        say_once(f"{folder} has no {stem}.safetensors: using its variant {variant[1:]}")
     for path in safetensors_paths(folder, stem):
+        if not path.exists():
+            raise missing_file(path, stem)
         try:
             file = safe_open(path, framework="pt")
         except (OSError, SafetensorError) as e:
-            raise FuseDiTError(f"{path} is missing, truncated or corrupt ({e}): copy or download "
-                               "it again") from None
+            raise FuseDiTError(f"{path} is truncated or corrupt ({e}): copy or download it "
+                               "again") from None
         for stored_name in file.keys():
             name, bracket, ranges = stored_name.partition("[")     # NAME[0:8,0:512]
             if not bracket:

@@ -33,6 +33,7 @@ from fusedit_lib.files import (
     read_json,
     safetensors_paths,
     save_file,
+    stored_variant,
     tensors_below,
 )
 from fusedit_lib.published import GemmaFiles, StoredModel, dit_tensors
@@ -93,6 +94,8 @@ def is_hub_id(name):
 def resolve_vae(name):
     """The folder with a VAE's config.json and weights: `name` itself, or its subfolder vae/."""
     folder = resolve(name, patterns=VAE_FILES)
+    if folder.is_file():
+        raise FuseDiTError(f"the VAE {name} is a file: give its folder, which also has config.json")
     if (folder / "vae").is_dir():
         return folder / "vae"
     return folder
@@ -247,7 +250,8 @@ class ClipEncoder:
         folder = clip_folders(name).model
         try:
             model, loaded = CLIPTextModelWithProjection.from_pretrained(
-                folder, dtype=dtype, output_loading_info=True)
+                folder, variant=stored_variant(folder)[1:] or None, dtype=dtype,
+                output_loading_info=True)
         except (OSError, SafetensorError) as e:
             raise FuseDiTError(f"cannot load the CLIP text model in {folder}: "
                                f"{first_line(e)}") from e
@@ -374,14 +378,37 @@ def load_model(path, device="cpu", dtype=torch.float32, ema=True, **changes):
     return model.eval()
 
 
+def is_model(folder):
+    """True for a model folder of any layout, and for a run."""
+    if published.is_pipeline(folder) or published.has_weights(folder):
+        return True
+    try:
+        d = read_json(folder / "config.json")
+    except FuseDiTError:
+        return False
+    return "fusion" in d or (folder / "latest").exists()   # one of FuseDiTConfig's fields
+
+
+def check_whole(path):
+    """Raise FuseDiTError if a path is a part of a model or a run: a file or a subfolder of it."""
+    if path.is_dir() and is_model(path):
+        return
+    for folder in path.parents[:2]:
+        if is_model(folder) and path != last_checkpoint(folder):
+            kind = "a file" if path.is_file() else "a part"
+            raise FuseDiTError(f"{path} is only {kind} of a model: give the folder of the whole "
+                               f"model, {folder}")
+    if path.is_file():
+        raise FuseDiTError(f"{path} is a file: give its folder")
+
+
 def stored_config(folder):
     """FuseDiTConfig of a model folder of any layout, as it is stored."""
+    check_whole(folder)
     if published.is_pipeline(folder):
         return published.pipeline_config(folder)
     if published.is_checkpoint(folder):
         return published.checkpoint_config(folder)
-    if folder.is_file():
-        raise FuseDiTError(f"{folder} is a file: give its folder")
     d = read_json(folder / "config.json")
     if "model_type" in d or "_class_name" in d:             # written by transformers or diffusers
         raise FuseDiTError(f"{folder} is part of a model, or a checkpoint without its weights: "

@@ -20,6 +20,7 @@ from tqdm import tqdm
 import fusedit
 from fusedit import FuseDiTError
 from fusedit_lib import backend
+from fusedit_lib.seeds import torch_seed
 
 # ---- drawing -------------------------------------------------------------------------------------
 
@@ -60,7 +61,7 @@ def generate(model, prompts, seeds=None, *, vae=None, height=None, width=None, s
 
     # Noise is drawn on the CPU, where a seed gives the same numbers on every machine.
     shape = (config.in_channels, *latent_size(config, vae, height, width))
-    generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+    generators = [torch.Generator().manual_seed(torch_seed(seed)) for seed in seeds]
     noise = [torch.randn(shape, generator=generator) for generator in generators]
     noise = torch.stack(noise).to(text.mask.device)                    # [B,C,h,w]
 

@@ -187,6 +187,31 @@ def test_compiled_bf16_is_as_close_to_float32_as_bf16_can_be(small_case, small_m
         assert fast_error < 1.2 * plain_error, (fast, plain)
 
 
+def test_compiling_for_a_gpu_needs_a_c_compiler(monkeypatch, tmp_path):
+    """Triton calls $CC or, without it, gcc or clang."""
+    gpu = torch.device("cuda")
+    monkeypatch.delenv("CC", raising=False)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(fusedit.FuseDiTError, match="no C compiler found.*apt install"):
+        backend.check_compiler(gpu)
+    (tmp_path / "gcc").touch(mode=0o755)
+    backend.check_compiler(gpu)
+    monkeypatch.setenv("CC", "/nowhere/gcc")
+    with pytest.raises(fusedit.FuseDiTError, match="no C compiler found"):
+        backend.check_compiler(gpu)
+
+
+def test_only_errors_of_the_compiler_are_one_line():
+    from torch._inductor.exc import CppCompileError, InductorError
+    failed = InductorError(CppCompileError(["g++"], "a\nx.cpp:1: error: no Python.h\nb"), None)
+    problem = backend.compiler_problem(failed)
+    assert problem.startswith("--compile has failed (x.cpp:1: error: no Python.h): install")
+    triton = InductorError(RuntimeError("Failed to find C compiler. Please specify"), None)
+    assert "Failed to find C compiler" in backend.compiler_problem(triton)
+    assert backend.compiler_problem(InductorError(RuntimeError("a bug"), None)) == ""
+    assert backend.compiler_problem(ValueError("a bug")) == ""
+
+
 def test_float32_keeps_the_kernel_that_needs_little_memory(kernels):
     backend.configure(CPU, torch.float32)
     assert torch.backends.cuda.flash_sdp_enabled()

@@ -357,12 +357,28 @@ def test_a_stored_name_means_the_repositorys_own_folder(folder, tmp_path, monkey
 
 
 def test_the_wrong_folder_is_recognised(tmp_path):
-    """A part of a pipeline, a file in a folder, a run whose newest checkpoint has been deleted."""
-    for part in ("transformer", "vae"):
-        with pytest.raises(FuseDiTError, match="is part of a model.*the whole model"):
+    """A Gemma, a part or a file of a model, a run whose newest checkpoint has been deleted."""
+    whole = f"of a model: give the folder of the whole model, {PIPELINE}$"
+    for part in ("transformer", "vae", "tokenizer"):
+        with pytest.raises(FuseDiTError, match=f"{part} is only a part {whole}"):
             load_model(PIPELINE / part)
-    with pytest.raises(FuseDiTError, match="model_index.json is a file: give its folder"):
-        load_model(PIPELINE / "model_index.json")
+    for file in ("model_index.json", "transformer/model.safetensors"):
+        with pytest.raises(FuseDiTError, match=f"{file} is only a file {whole}"):
+            load_model(PIPELINE / file)
+    with pytest.raises(FuseDiTError, match="is part of a model.*the whole model"):
+        load_model(shutil.copytree(PIPELINE / "transformer", tmp_path / "a" / "b" / "alone"))
+    (tmp_path / "c.safetensors").touch()
+    with pytest.raises(FuseDiTError, match="c.safetensors is a file: give its folder"):
+        load_model(tmp_path / "c.safetensors")
+
+    run = shutil.copytree(REFERENCE / "old" / "run", tmp_path / "run")
+    (run / "samples").mkdir()
+    for part, folder in (("step-0000004/train_state", run / "step-0000004"), ("samples", run)):
+        with pytest.raises(FuseDiTError, match=f"{part} is only a part of a model.* {folder}$"):
+            load_model(run / part)
+    (run / "step-0000004" / "config.json").unlink()        # no advice to give the run instead
+    with pytest.raises(FuseDiTError, match="step-0000004/config.json"):
+        load_model(run)
     with pytest.raises(FuseDiTError, match="has one set of weights"):
         load_model(PIPELINE, ema=False)
     (tmp_path / "latest").write_text("step-0000050\n")

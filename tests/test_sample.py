@@ -1,5 +1,7 @@
 """sample.py as a user runs it (as a process, with its files and error messages), and generate()."""
 import json
+import os
+import re
 import shutil
 import sys
 from dataclasses import asdict
@@ -14,6 +16,7 @@ from safetensors.torch import load_file
 
 from fusedit import FuseDiTConfig, FuseDiTError
 from fusedit_lib import sampling
+from fusedit_lib.files import file_stem
 from fusedit_lib.pretrained import build_model, load_model, save_model
 from fusedit_lib.vae import load_vae
 
@@ -76,6 +79,65 @@ def test_a_compiled_model_draws_the_same_image(model, tmp_path):
     b = pixels(tmp_path / "compiled" / "a-red-circle-0.png")
     assert np.ptp(a) > 50
     assert abs(a - b).max() <= 1
+
+
+NAMES = {
+    "A red circle, at 5 o'clock!": "a-red-circle-at-5-o-clock",
+    "雪地里的红色狐狸": "雪地里的红色狐狸",
+    "3D модель лисы": "3d-модель-лисы",
+    "हिन्दी में लाल": "हिन्दी-में-लाल",                             # its vowel signs are marks
+    "cafe\u0301 au lait": "café-au-lait",                  # stored in NFC
+    "می\u200cخواهم": "میخواهم",                              # an invisible joiner
+    "3\ufe0f\u20e3 \u2764\ufe0f cats": "3-cats",
+    "": "empty",
+    "🎉 ❤️ !!": "symbols",
+    "a" * 59 + "-bc": "a" * 59 + "-",                       # 60 characters, as ever
+    "क\u093f" * 40: "क\u093f" * 30,
+    "a" * 59 + "क\u093f": "a" * 59,                         # a mark stays with its letter
+    "𐐷" * 60: "𐐷" * 50,                                      # 200 bytes
+}
+
+
+@pytest.mark.parametrize("prompt", NAMES)
+def test_a_file_name_keeps_letters_of_any_script(prompt):
+    assert file_stem(prompt) == NAMES[prompt]
+
+
+def test_a_prompt_in_another_script(model, tmp_path):
+    """On a terminal that cannot show it, too."""
+    env = os.environ | {"PYTHONIOENCODING": "ascii"}
+    words = ["--model", model, "--prompt", "красный круг", "--steps", 1, "--gif", "--out", tmp_path]
+    done = warm.run([ROOT / "sample.py", *words], env, cold=True)
+    assert done.returncode == 0, done.stderr
+    assert {p.name for p in tmp_path.iterdir()} == {"красный-круг-0.png", "красный-круг-0.gif"}
+    assert Image.open(tmp_path / "красный-круг-0.png").text["prompt"] == "красный круг"
+    assert done.stdout.endswith("\\u0433-0.png\n")
+
+
+BROKEN_COMPILER = """#!/bin/sh
+if [ "$1" = --version ]; then echo g++ 12; exit 0; fi
+echo "x.cpp:1:10: fatal error: Python.h: No such file or directory" >&2
+exit 1
+"""
+
+
+@pytest.mark.parametrize("env, message", [
+    (dict(PATH="/nowhere"), "no C\\+\\+ compiler found.*apt install g\\+\\+"),
+    (dict(CXX="{broken}"), "--compile has failed .*Python.h: No such file.*python3-dev")])
+def test_compiling_without_a_working_compiler_is_one_line(model, tmp_path, env, message):
+    broken = tmp_path / "broken"
+    broken.write_text(BROKEN_COMPILER)
+    broken.chmod(0o755)
+    env = {name: value.format(broken=broken) for name, value in env.items()}
+    env["TORCHINDUCTOR_CACHE_DIR"] = str(tmp_path)
+    folder = model if "CXX" in env else "./nowhere"        # found before the model is loaded
+    words = ["--model", folder, "--prompt", "a star", "--steps", 1, "--compile", "--out", tmp_path]
+    # PyTorch reads CXX when it is imported, so the process must be a new one.
+    done = warm.run([ROOT / "sample.py", *words], os.environ | env, cold="CXX" in env)
+    assert done.returncode == 1
+    lines = done.stderr.splitlines()
+    assert re.search(message, lines[-1]), done.stderr
+    assert [line for line in lines[:-1] if not line.startswith("drawing in")] == []
 
 
 def test_an_image_names_the_checkpoint_not_the_run(model, tmp_path):
@@ -196,6 +258,7 @@ def test_unknown_words_and_long_prompts_are_reported(model, tmp_path):
     (["--prompts", "{empty}/none.txt"], 1, "none.txt"),
     (["--prompts", "{blank}"], 1, "is empty"),
     (["--prompts", "{latin}"], 1, "not UTF-8 (byte 3)"),
+    (["--prompt", "caf\udce9"], 1, "'caf\\udce9' is not UTF-8"),
     (["--prompt", "x", "--guidance-span", "0.9", "0.1"], 1, "lower noise level comes first"),
     (["--prompt", "x", "--out", "{blank}/deep"], 1, "deep"),
     (["--prompt", "x", "--set", "guidance"], 1, "--set takes field=value, not 'guidance'"),

@@ -8,6 +8,8 @@ from conftest import REFERENCE, tiny_vae
 from safetensors.torch import load_file, save_file
 
 from fusedit import FuseDiTError, preset
+from fusedit_lib.export import copy_weights
+from fusedit_lib.pretrained import vae_fingerprint
 from fusedit_lib.vae import VAE, VAEConfig, config_on_disk, latent_side, load_vae, vae_config
 
 RELEASED = REFERENCE / "released_layout"
@@ -399,6 +401,53 @@ def test_a_model_of_other_channels_is_refused():
     load_vae(RELEASED / "pipeline", channels=16)
     with pytest.raises(FuseDiTError, match="16 channels.*in_channels 4"):
         load_vae(RELEASED / "pipeline", channels=4)
+
+
+@pytest.mark.parametrize("sharded", [False, True])
+def test_the_only_variant_of_the_weights_is_taken(folder, golden, capsys, sharded):
+    """In the precision of the computation, which on a CPU is never float16."""
+    tensors = {name: t.half() for name, t in load_file(folder / WEIGHTS).items()}
+    stem = "diffusion_pytorch_model"
+    names = {name: f"{stem}.fp16.safetensors" for name in tensors}
+    if sharded:
+        for number, name in enumerate(tensors):
+            names[name] = f"{stem}.fp16-{number % 2 + 1:05d}-of-00002.safetensors"
+        index = folder / f"{stem}.safetensors.index.fp16.json"
+        index.write_text(json.dumps({"weight_map": names}))
+    for file in set(names.values()):
+        save_file({name: t for name, t in tensors.items() if names[name] == file}, folder / file)
+    load_vae(folder)
+    assert capsys.readouterr().err == ""                   # the usual file is there, and is used
+    before = vae_fingerprint(folder)
+    (folder / WEIGHTS).unlink()
+
+    vae = load_vae(folder)
+    line = f"{folder} has no {WEIGHTS}: using its variant fp16\n"
+    assert capsys.readouterr().err == line
+    assert {p.dtype for p in vae.parameters()} == {torch.float32}
+    mean, _ = vae.moments(golden["vae_pixels"])
+    assert 0 < error(mean, golden["vae_mean"]) < 0.01
+    assert vae_fingerprint(folder) != before
+
+    copy_weights(folder, stem, folder.parent / "exported")
+    same = load_vae(folder.parent / "exported")
+    assert capsys.readouterr().err == ""
+    assert all(torch.equal(a, b) for a, b in zip(vae.parameters(), same.parameters(), strict=True))
+
+
+def test_weights_that_cannot_be_used_are_listed(folder):
+    """Two variants, or a pickled file; and a file instead of the folder."""
+    with pytest.raises(FuseDiTError, match="is a file: give its folder"):
+        load_vae(folder / WEIGHTS)
+    shutil.copy(folder / WEIGHTS, folder / WEIGHTS.replace(".s", ".bf16.s"))
+    (folder / WEIGHTS).rename(folder / WEIGHTS.replace(".s", ".fp16.s"))
+    with pytest.raises(FuseDiTError, match=r"vae has .*\.bf16\.safetensors, .*\.fp16\.saf"):
+        load_vae(folder)
+    for path in folder.glob("*.safetensors"):
+        path.unlink()
+    (folder / "diffusion_pytorch_model.bin").touch()
+    with pytest.raises(FuseDiTError, match=f"{WEIGHTS} is missing.*diffusion_pytorch_model.bin"):
+        load_vae(folder)
 
 
 def test_broken_weights_are_named(folder):

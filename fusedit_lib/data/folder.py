@@ -1,6 +1,7 @@
 """Your own images: a folder of images with captions in files beside them, or in one file."""
 import random
 import sys
+from collections import Counter
 from functools import partial
 from pathlib import PurePosixPath
 
@@ -14,7 +15,7 @@ from fusedit_lib.data.caption_files import (
 )
 from fusedit_lib.data.columns import CaptionRows
 from fusedit_lib.data.image_names import NOT_FOUND, ImageNames
-from fusedit_lib.data.images import SUFFIXES, Skip, image_rules
+from fusedit_lib.data.images import Skip, image_rules
 from fusedit_lib.data.items import (
     FILE,
     IMAGE,
@@ -81,9 +82,11 @@ def read_captions(args, content):
     content.images = [name for name in content.images if name not in set(unreadable)]
     named = {row.image for row in rows.rows}
     others = sorted(set(content.caption_files()) - used)
-    if not named and not unreadable and others:
-        print(f"no image has a .txt file beside it; if {others[0]} holds the captions, give it as "
-              "CAPTIONS", file=sys.stderr)
+    if not named and not unreadable:
+        advice = f"there is no caption file for any image in {folder}"
+        if others:
+            advice += f"; if {others[0]} holds the captions, give it as CAPTIONS"
+        print(advice, file=sys.stderr)
     if folder.samefile(args.images):
         return rows, used
     return rows, set()
@@ -118,7 +121,7 @@ def folder_items(content, rows, root=None):
         for kind, texts in row.captions.items():
             kinds.setdefault(kind, []).extend(texts)
     if rows.rows and not_found == len(rows.rows):
-        raise FuseDiTError(no_row_fits(content, rows))
+        raise FuseDiTError(no_row_fits(content, rows, names))
 
     items = []
     for name, kinds in captions_of.items():
@@ -136,14 +139,32 @@ def one_or_several(texts):
     return texts[0] if len(texts) == 1 else texts
 
 
-def no_row_fits(content, rows):
+def no_row_fits(content, rows, names):
     """The error if no row names an image."""
     written = rows.rows[0].image
     first = [*content.images, *content.files][0]
+    remedy = "names must be relative to IMAGES"
+    for row in rows.rows[:1000]:
+        root = names.possible_root(row.image)
+        if root is not None:
+            remedy = f"if {root} is what IMAGES was called elsewhere, add --image-root {root}"
+            break
     return (f"none of {len(rows.rows)} rows of {rows.files[0]} names an image in {content.path}: "
-            f"the first names {written!r}, and the first file there is {first!r}. Names are "
-            "relative to IMAGES; if they begin with what IMAGES was called elsewhere, such as "
-            "/mnt/photos, give that with --image-root")
+            f"the first names {written!r}, and the first file there is {first!r}; {remedy}")
+
+
+def no_images(content):
+    """The error if no file has the suffix of an image."""
+    kinds = Counter(suffix_of(name) for name in content.files)
+    if ".parquet" in kinds:
+        return (f"no images in {content.path}, but .parquet files; if these hold the images: "
+                "python prepare_data.py parquet")
+    found = ", ".join(f"{count} {kind}" for kind, count in kinds.most_common(5))
+    return f"no images in {content.path}, by their suffix; it contains {found or 'no files'}"
+
+
+def suffix_of(name):
+    return PurePosixPath(name).suffix.lower() or "no suffix"
 
 
 # ---------------------------------------------------------------------------- the report
@@ -158,8 +179,7 @@ def other_files(content, items, used):
         if name in used:
             names.setdefault("caption file", []).append(name)
         elif name not in packed:
-            suffix = PurePosixPath(name).suffix.lower()
-            names.setdefault(suffix or "no suffix", []).append(name)
+            names.setdefault(suffix_of(name), []).append(name)
     for kind, name in content.left_out:
         if not kind.startswith(UNREADABLE) and name not in packed:
             names.setdefault(kind, []).append(name)
@@ -201,10 +221,7 @@ def folder(args):
                            ".parquet file: python prepare_data.py parquet)")
     content = Folder(args.images)
     if not content.images and not (args.captions and content.files):
-        remedy = ", ".join(sorted(SUFFIXES))
-        if any(name.lower().endswith(".parquet") for name in content.files):
-            remedy = "for images in .parquet files: python prepare_data.py parquet"
-        raise FuseDiTError(f"no images in {args.images} ({remedy})")
+        raise FuseDiTError(no_images(content))
 
     rows, used = read_captions(args, content)
     items, names = folder_items(content, rows, args.image_root)

@@ -3,8 +3,10 @@
 Packing, training, `check`, `encode` and `fid` all open image files with open_image() and convert
 them with decode() and to_rgb(), so that a file has the same pixels everywhere.
 """
+import contextlib
 import io
 import logging
+import os
 import re
 import threading
 import warnings
@@ -21,7 +23,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 # is last because its files have no signature. Left out are EPS and WMF, which Pillow decodes by
 # running Ghostscript and Windows' GDI; BUFR, GRIB, HDF5 and MPEG, which it recognises but cannot
 # decode; IPTC, which may contain a file of any format; FITS, SPIDER and MCIDAS, which store
-# measurements; and IM, IMT, GBR, PIXAR and XVTHUMB, which are obsolete.
+# measurements; GBR, which stores brushes; and IM and IMT, which are obsolete.
 FORMATS = {
     "JPEG": ".jpg .jpeg .jpe .jfif .mpo",
     "PNG": ".png .apng",
@@ -50,6 +52,7 @@ FORMATS = {
     "MSP": ".msp",
     "XBM": ".xbm",
     "XPM": ".xpm",
+    "PIXAR": ".pxr",
     "TGA": ".tga .icb .vda .vst",
 }
 
@@ -108,9 +111,9 @@ class Skip(Exception):
 def open_image(data):
     """Open the bytes of an image file without decoding it; returns a PIL image.
 
-    Raises Skip for files that are no image, for images over 90 megapixels, because a small file
-    that decodes to a huge image may be an attack (a decompression bomb), and for images of 32 bits
-    per channel, since nothing says which of their values is white.
+    Raises Skip for a file that is not an image; for an image over 90 megapixels, because a small
+    file that decodes to a huge image may be an attack (a decompression bomb); and for an image of
+    signed or 32-bit values, since nothing says which of them is white.
     """
     if not data:
         raise Skip("empty file")
@@ -129,6 +132,8 @@ def open_image(data):
         raise Skip("not an image")
     if image.mode == "F":
         raise Skip("floating-point image")
+    if stored_mode(image) in ("I;16S", "I;16BS"):
+        raise Skip("signed 16-bit image")
     if image.mode == "I" and image.format != "PPM":        # a PPM has at most 16 bits
         raise Skip("32-bit image")
     return image
@@ -172,6 +177,9 @@ def decode(image):
     """
     raw_mode = stored_mode(image)           # unknown after decoding
     try:
+        if image.format == "TIFF":
+            with silent_stderr():
+                image.load()
         image.load()
         turn_upright(image)
         return to_8_bits(image, raw_mode)
@@ -181,6 +189,25 @@ def decode(image):
         raise Skip("over 90 megapixels") from None         # inside of an icon
     except Exception:                       # Pillow raises many kinds of errors on broken files
         raise Skip("damaged or cut short") from None
+
+
+@contextlib.contextmanager
+def silent_stderr():
+    """A context in which C code writes nothing to stderr. libtiff reports each error there.
+
+    It is for one thread at a time: the descriptor belongs to the whole process.
+    """
+    with STDERR_LOCK, open(os.devnull, "wb") as nowhere:
+        stderr = os.dup(2)
+        os.dup2(nowhere.fileno(), 2)
+        try:
+            yield
+        finally:
+            os.dup2(stderr, 2)
+            os.close(stderr)
+
+
+STDERR_LOCK = threading.Lock()
 
 
 def stored_mode(image):
@@ -223,7 +250,12 @@ def to_8_bits(image, raw_mode):
         return image.convert("RGBA")
     if image.mode in ("L", "RGB"):
         return image
-    return image.convert("RGB")
+    rgb = image.convert("RGB")
+    if image.mode in ("CMYK", "LAB"):
+        # The profile is that of the former channels, or, for LAB, Pillow's own, which contains the
+        # time: it would make the bytes of a packed PNG depend on it.
+        rgb.info.pop("icc_profile", None)
+    return rgb
 
 
 def grey_of_16_bits(image, raw_mode):
@@ -307,7 +339,7 @@ SILENT = logging.NullHandler()
 
 def note_kind(message):
     """The kind of note for a warning of Pillow. It does not depend on the numbers of one file."""
-    if re.search(r"EXIF|Metadata|\b[Tt]ag\b", message):
+    if re.search(r"EXIF|Metadata|\b[Tt]ag\b|Truncated File Read", message):
         return DAMAGED_EXIF
     return "Pillow: " + re.sub(r"\d+", "N", message.split("\n")[0])
 

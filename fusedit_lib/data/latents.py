@@ -166,6 +166,8 @@ def encode(args):
     index = read_index(str(args.folder))
     samples = {name: shard.samples for name, shard in index.items()}
 
+    if args.compile and device.type == "cuda":             # see compile_vae
+        backend.check_compiler(device)
     vae = load_vae(args.vae, device, dtype)
     if args.compile:
         backend.compile_vae(vae)

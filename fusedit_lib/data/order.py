@@ -10,6 +10,7 @@ import functools
 import numpy as np
 
 from fusedit import FuseDiTError
+from fusedit_lib import seeds
 
 CYCLE = 1000                                # number of positions over which weights are exact
 
@@ -32,7 +33,7 @@ class Order:
     def permutation(self, size, *stream):
         """A permutation of range(size), determined by the seed and the numbers `stream`."""
         # NumPy guarantees that RandomState's numbers never change; Generator's may change.
-        return np.random.RandomState([self.seed, *stream]).permutation(size)
+        return np.random.RandomState([*seeds.words(self.seed), *stream]).permutation(size)
 
     @functools.lru_cache(16)
     def epoch(self, number):
@@ -95,7 +96,7 @@ class Mixture:
 
         # the set at each position of a cycle, and how often it occurred earlier in the cycle
         slots = np.repeat(range(len(sets)), self.per_cycle)
-        self.slots = np.random.RandomState([seed]).permutation(slots)
+        self.slots = np.random.RandomState(seeds.words(seed)).permutation(slots)
         earlier = [(self.slots[:i] == chosen).sum() for i, chosen in enumerate(self.slots)]
         self.earlier = np.array(earlier)
 

@@ -262,6 +262,19 @@ def begin(args, **settings):
     return True
 
 
+def started_seed(args):
+    """The seed of the run that OUT holds, finished or not; None if there is none to resume."""
+    if args.overwrite:
+        return None
+    for folder in (args.out, args.out / "train"):          # OUT/train: of `prepare_data.py emoji`
+        report = read_json_or_none(folder / "report.json") or {}
+        settings = read_json_or_none(folder / ".progress" / "settings.json")
+        settings = settings or report.get("settings") or {}
+        if "seed" in settings:
+            return settings["seed"]
+    return None
+
+
 def check_same_settings(out, earlier, settings):
     """Raise FuseDiTError with the differences if two runs have different settings."""
     if earlier == settings:

@@ -17,10 +17,11 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+from filelock import FileLock
 from PIL import Image
 
 from fusedit import FuseDiTError
-from fusedit_lib import backend, cli
+from fusedit_lib import backend, cli, seeds
 from fusedit_lib.evaluation.benchmarks import parse_object, read_text
 from fusedit_lib.files import atomic_write
 from fusedit_lib.sampling import batches_of, generate, png_info, progress_bar
@@ -68,6 +69,25 @@ def started_dtype(folder):
         settings = parse_object(read_text(path), str(path))
         return cli.dtype(settings.get("dtype", "auto"))
     return "auto"
+
+
+def shared_seed(folder):
+    """The seed for --seed -1: that of the runs below a folder or, if there are none, a new one.
+
+    The first of several processes to get here draws it, and stores it for the others in .seed.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / ".seed"
+    with FileLock(folder / ".seed.lock"):
+        stored = None
+        if path.exists():
+            stored = int(path.read_text())
+        for run in sorted(folder.glob("*/run.json")):
+            stored = read_settings(run)["seed"]
+        seed = seeds.settle(seeds.RANDOM, stored)
+        if stored is None:
+            write_bytes(path, f"{seed}\n".encode())
+    return seed
 
 
 def weights_digest(model):

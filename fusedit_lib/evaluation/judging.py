@@ -1,12 +1,11 @@
 """Scores images: the shapes benchmark with the pixel detector, and folders by distance."""
 import random
-import re
 
 from tqdm import tqdm
 
 from fusedit_lib.data.images import read_image
 from fusedit_lib.evaluation import figures, metrics, results
-from fusedit_lib.files import atomic_write
+from fusedit_lib.files import atomic_write, file_stem
 from fusedit_lib.shapes import detector, render, scenes
 
 
@@ -64,6 +63,5 @@ def score_distance(real, fake, extractor, device, batch_size, workers, out=None)
     result = dict(benchmark="distance", label=label, distance=distance, kid=kid, real=len(x),
                   fake=len(y), folders=[str(real), str(fake)])
     if out is None:
-        name = re.sub(r"[^a-z0-9]+", "-", label.lower()).strip("-")
-        out = fake.parent / f"{name}.json"
+        out = fake.parent / f"{file_stem(label, 200)}.json"
     results.write(result, out)

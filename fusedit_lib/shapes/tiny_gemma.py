@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 from fusedit import FuseDiTError
+from fusedit_lib.seeds import torch_seed
 from fusedit_lib.shapes import scenes
 from fusedit_lib.shapes.scenes import Scene
 from fusedit_lib.shapes.training_text import PAD_ID, batches, vocabulary
@@ -74,7 +75,7 @@ def learning_rate(step: int, steps: int, peak: float) -> float:
 
 def train(steps, batch_size, lr, seed, device):
     """Train a new model; returns it and its vocabulary. lr: the peak learning rate."""
-    torch.manual_seed(seed)
+    torch.manual_seed(torch_seed(seed))
     rng = random.Random(f"text {seed}")
     words = vocabulary()
     ids = {word: i for i, word in enumerate(words)}

@@ -4,6 +4,7 @@ import torch
 from fusedit_lib import backend
 from fusedit_lib.pretrained import build_model
 from fusedit_lib.sampling import latent_size
+from fusedit_lib.seeds import torch_seed
 from fusedit_lib.vae import load_vae
 
 
@@ -15,7 +16,7 @@ def build_models(run, config, device, checkpoint):
     run.seed. Raises FuseDiTError, for example if the VAE does not fit the image size.
     """
     dtype = backend.torch_dtype(run.dtype)
-    torch.manual_seed(run.seed)
+    torch.manual_seed(torch_seed(run.seed))
     model = build_model(config, device, dtype)
     vae = None
     if config.vae:

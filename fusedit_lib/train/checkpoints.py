@@ -25,7 +25,7 @@ from filelock import FileLock, Timeout
 from safetensors import SafetensorError, safe_open
 
 from fusedit import FuseDiTError
-from fusedit_lib import backend
+from fusedit_lib import backend, seeds
 from fusedit_lib.files import atomic_write, fsync, open_tensors, read_json, save_file
 from fusedit_lib.train import distributed
 
@@ -181,6 +181,23 @@ def settle_dtype(run, device):
             slow = f"{run.out} was started in bf16 and continues in bf16; {slow}"
         print_warning(f"note: {slow}")
     return replace(run, dtype=name)
+
+
+def settle_seed(run):
+    """The run with --seed -1 replaced, on all ranks, by the seed that rank 0 settles on.
+
+    A run that has been started keeps its seed. Call it after the ranks have been connected.
+    """
+    if run.seed != seeds.RANDOM:
+        return run
+    seed = None
+    if dist.get_rank() == 0:
+        path = Path(run.out) / "config.json"
+        stored = None
+        if path.exists():
+            stored = read_json(path).get("run", {}).get("seed")
+        seed = seeds.settle(run.seed, stored)
+    return replace(run, seed=distributed.gather_from_all_ranks(seed)[0])
 
 
 class Checkpoint(NamedTuple):

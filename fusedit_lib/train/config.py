@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 import fusedit
 from fusedit import FuseDiTError
-from fusedit_lib import backend, cli
+from fusedit_lib import backend, cli, seeds
 from fusedit_lib.data.shards import expand_shards
 from fusedit_lib.files import read_json
 from fusedit_lib.pretrained import repository
@@ -120,8 +120,9 @@ class RunConfig:
     ema_warmup: bool = flag(True, "use a decay of n / (9 + n) for the n-th EMA update until it "
                             "reaches --ema-decay; off: --ema-decay from the first update on, as in "
                             "the published code")
-    seed: int = flag(42, "seed for the initial weights, noise, data order and image grids",
-                     low=0, high=2**32 - 1)
+    seed: int = flag(42, "seed for the initial weights, noise, data order and image grids; -1: "
+                     "draw one, which the run keeps when it is resumed", low=seeds.RANDOM,
+                     high=seeds.LIMIT - 1)
 
     # Precision, and trade-offs between speed and memory.
     dtype: str = flag("auto", "data type of the computation; weights are kept in float32. auto: "
@@ -298,6 +299,8 @@ def parse_run(argv, description, engine="gpu"):
     provided["data_weights"] = read_weights(parser, provided.get("data_weights", ()))
     run = RunConfig(**provided)
     run = replace(run, out=run.out or f"runs/{run.preset}")
+    if "caption_pick" not in provided and predates_caption_pick(run):
+        run = replace(run, caption_pick="whole")
     if provided.get("like_published", was_like_published(run)):
         run = like_published(run, provided)
 
@@ -308,16 +311,28 @@ def parse_run(argv, description, engine="gpu"):
             prompts += cli.read_prompts(Path(prompt))
         else:
             prompts.append(prompt)
+    cli.check_text(prompts)
     return replace(run, prompts=prompts)
+
+
+def stored_settings(out):
+    """The settings of the run that a folder holds, by name; {} if it holds none."""
+    path = Path(out) / "config.json"
+    if not path.exists():
+        return {}
+    return read_json(path).get("run", {})
 
 
 def was_like_published(run):
     """True if --out holds a run of the same preset that was started with --like-published."""
-    path = Path(run.out) / "config.json"
-    if not path.exists():
-        return False
-    stored = read_json(path).get("run", {})
+    stored = stored_settings(run.out)
     return stored.get("like_published", False) and stored.get("preset") == run.preset
+
+
+def predates_caption_pick(run):
+    """True if --out holds a run from before --caption-pick, which read caption files whole."""
+    stored = stored_settings(run.out)
+    return bool(stored) and "caption_pick" not in stored
 
 
 def like_published(run, provided):

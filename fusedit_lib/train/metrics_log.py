@@ -2,11 +2,16 @@
 import contextlib
 import errno
 import json
+import os
 import sys
+from dataclasses import replace
 from pathlib import Path
 
+from fusedit import FuseDiTError
+from fusedit_lib import cli
+from fusedit_lib.backend import first_line
 from fusedit_lib.files import atomic_write, read_jsonl
-from fusedit_lib.train import checkpoints
+from fusedit_lib.train import checkpoints, distributed
 
 
 @contextlib.contextmanager
@@ -31,11 +36,24 @@ class MetricsLog:
             tmp.write_text(settings)
         self.set_aside_after(first)
 
-        self.boards = []                    # functions that log a row of numbers
+        self.boards = {}                    # {name: function that logs a row of numbers}
         if run.tensorboard:
-            self.boards.append(open_tensorboard(self.out, first))
+            with self.drop_if_it_fails("TensorBoard"):
+                self.boards["TensorBoard"] = open_tensorboard(self.out, first)
         if run.wandb:
-            self.boards.append(open_wandb(run, self.out, json.loads(settings)))
+            with self.drop_if_it_fails("Weights & Biases"):
+                log = open_wandb(run, self.out, json.loads(settings))
+                self.boards["Weights & Biases"] = log
+
+    @contextlib.contextmanager
+    def drop_if_it_fails(self, name):
+        """A context in which an error of a board ends its use, with a line, but not the run."""
+        try:
+            yield
+        except Exception as e:              # boards raise errors of many types
+            self.boards.pop(name, None)
+            print(f"WARNING: {name} has failed ({first_line(e)}). The run continues without it; "
+                  f"{self.path} has all numbers", file=sys.stderr, flush=True)
 
     def set_aside_after(self, first):
         """Move the rows after step `first`, which the run will write again, to another file."""
@@ -60,8 +78,8 @@ class MetricsLog:
         with warn_if_unwritable():
             self.append(line.encode())
         numbers = {name: value for name, value in row.items() if value is not None}
-        for board in self.boards:
-            with warn_if_unwritable():
+        for name, board in list(self.boards.items()):
+            with self.drop_if_it_fails(name):
                 board(numbers)
 
     def append(self, line):
@@ -75,6 +93,53 @@ class MetricsLog:
 
 def json_lines(table):
     return "".join(json.dumps(row) + "\n" for row in table)
+
+
+# ------------------------------------------------------------------------------ boards
+
+def settle_boards(run, checkpoint):
+    """The run, if its boards can be used. Call it on all ranks, before the model is loaded.
+
+    Otherwise raises FuseDiTError on all ranks. But a run that is resumed from a checkpoint, perhaps
+    by a scheduler at night, is returned without the board, and rank 0 prints a line.
+    """
+    problems = {}
+    if checkpoints.is_first_rank():
+        problems = board_problems(run)
+    problems = distributed.gather_from_all_ranks(problems)[0]
+    for setting, problem in problems.items():
+        if checkpoint is None:
+            raise FuseDiTError(problem)
+        if checkpoints.is_first_rank():
+            print(f"WARNING: {problem}. The run is resumed without it", file=sys.stderr, flush=True)
+        off = type(getattr(run, setting))()                # False or ""
+        run = replace(run, **{setting: off})
+    return run
+
+
+def board_problems(run):
+    """{setting: the reason why its board cannot be used}. Logs in to Weights & Biases."""
+    problems = {}
+    if run.tensorboard:
+        try:
+            import torch.utils.tensorboard  # noqa: F401
+            (Path(run.out) / "tensorboard").mkdir(parents=True, exist_ok=True)
+        except (ModuleNotFoundError, OSError) as e:
+            problems["tensorboard"] = f"--tensorboard: {cli.explain(e, '')}"
+    if run.wandb:
+        # Otherwise a finished run waits for a lost network until somebody kills it.
+        os.environ.setdefault("WANDB_FINISH_TIMEOUT", "300")          # seconds
+        try:
+            import wandb
+            wandb.login(verify=True)        # asks for a key only if there is a terminal
+        except ModuleNotFoundError as e:
+            problems["wandb"] = f"--wandb: {cli.explain(e, '')}"
+        except Exception as e:              # wandb's types of errors differ between versions
+            reason = first_line(e).rstrip(".")
+            problems["wandb"] = (f"--wandb: cannot log in: {reason}. Run `wandb login`, check the "
+                                 "network, set WANDB_MODE=offline to log to the run folder, or "
+                                 "leave out --wandb")
+    return problems
 
 
 def open_tensorboard(out, first):

@@ -7,6 +7,7 @@ import torch.distributed as dist
 
 import fusedit
 from fusedit import FuseDiTError
+from fusedit_lib import seeds
 from fusedit_lib.data.batches import Batches, to_device
 from fusedit_lib.sampling import generate, image_grid, padded_text_length
 from fusedit_lib.train import distributed
@@ -19,14 +20,15 @@ VALIDATION_SIGMAS = [(i + 0.5) / 8 for i in range(8)]      # noise levels of the
 def sample_images(run, model, vae, indices, sync):
     """Generates images for run.prompts[i], for i in indices, as a list of PIL images.
 
-    Prompt i always starts from the same noise, with seed run.seed + i.
+    Prompt i always starts from the same noise, with the i-th seed from run.seed on.
     sync: called after each sampler step.
     """
     def after_step(step, x):
         sync()
 
     length = padded_text_length(model, run.prompts, "")     # the same on all ranks
-    return generate(model, [run.prompts[i] for i in indices], [run.seed + i for i in indices],
+    of_prompts = seeds.consecutive(run.seed, len(run.prompts))
+    return generate(model, [run.prompts[i] for i in indices], [of_prompts[i] for i in indices],
                     vae=vae, steps=run.sample_steps, text_length=length, callback=after_step)
 
 

@@ -177,7 +177,7 @@ def test_journeydb(tmp_path):
     data_set = journeydb(tmp_path)
     pack(*journeydb_command(tmp_path), tmp_path / "out")
     samples, report = read_shards(tmp_path / "out")
-    not_json = "not JSON with img_path and prompt"
+    not_json = "not JSON with img_path"
     assert report["skipped"] == expected_skips(
         data_set, **{"image not found": 1, not_json: 2})
     assert report["skipped_keys"][not_json] == ["line 101", "line 103"]
@@ -205,7 +205,7 @@ def test_unwanted_sizes_and_aspect_ratios_are_skipped(tmp_path):
 
 def test_odd_rows_and_duplicate_keys_are_skipped(tmp_path):
     (tmp_path / "imgs").mkdir()
-    for name in ("a.jpg", "a.png", "b.jpg", "c.jpg"):
+    for name in (*(f"{letter}.jpg" for letter in "abcdefg"), "a.png"):
         scene(0).save(tmp_path / "imgs" / name)
     write_json_lines(tmp_path / "rows.jsonl", [
         dict(img_path="./a.jpg", prompt="one"),
@@ -214,14 +214,21 @@ def test_odd_rows_and_duplicate_keys_are_skipped(tmp_path):
         dict(img_path="./b\0.jpg", prompt="nul"),
         dict(img_path="./\ud83d.jpg", prompt="half"),
         dict(img_path="./c.jpg", prompt="list", Task2=dict(Caption=["x"])),
+        dict(img_path="./d.jpg", Task2=dict(Caption="GPT's")),
+        dict(img_path="./e.jpg", prompt=None, Task2=dict(Caption="too")),
+        dict(img_path="./f.jpg", prompt=" "),
+        dict(img_path="./g.jpg", prompt=5, Task2=dict(Caption="a number")),
+        dict(prompt="of nothing"),
         ["no row"],
     ])
     pack("journeydb", tmp_path / "rows.jsonl", tmp_path / "imgs", tmp_path / "out")
     samples, report = read_shards(tmp_path / "out")
+    without_prompt = {key: text_of(samples.pop(key), "original") for key in "deg"}
+    assert without_prompt == {"d": "GPT's", "e": "too", "g": "a number"}
     prompts = {key: text_of(sample, "synthetic") for key, sample in samples.items()}
     assert prompts == {"a": "one", "b": "two", "c": "list"}
     assert report["skipped"] == {"same key as the one before": 1, "cannot be read: invalid name": 2,
-                                 "not JSON with img_path and prompt": 1}
+                                 "not JSON with img_path": 2, "no caption": 1}
 
 
 def test_long_images_and_hidden_folders(tmp_path):
@@ -337,6 +344,7 @@ def start():
         os.setpgid(0, 0)
         args = prepare_data.parse_args(words)
         os._exit(args.run(args) or 0)
+    os.setpgid(child, child)                # by whichever process comes first
     return child
 
 kills = 0

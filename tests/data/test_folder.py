@@ -11,6 +11,7 @@ from PIL import Image
 from test_prepare_data import command, pack, read_shards
 
 from fusedit import FuseDiTError
+from fusedit_lib.data import folder, items
 
 COLOURS = {"RGB": "orange", "L": 200, "P": 3}
 
@@ -190,3 +191,143 @@ def test_unusable_input_is_reported_in_one_message(photos, tmp_path, words, mess
     assert not out.exists() or not list(out.iterdir())
 
 
+
+
+# ---- every file in the report --------------------------------------------------------------------
+
+def test_every_file_in_the_folder_is_in_the_report(photos, tmp_path, capsys):
+    (photos / "sub" / "clip.MP4").write_bytes(b"x")
+    (photos / "LICENSE").write_text("x")
+    (photos / ".DS_Store").write_bytes(b"x")
+    (photos / ".cache").mkdir()
+    write_image(photos / ".cache" / "hidden.png")
+    (photos / "masks").mkdir()
+    for number in range(3):
+        (photos / "masks" / f"{number}.json").write_text("{}")
+    (photos / "sub" / "back").symlink_to(photos)
+    (photos / "gone.png").symlink_to(tmp_path / "nowhere.png")
+    (photos / "gone.txt").write_text("a broken link")
+    (photos / "gone.mp4").symlink_to(tmp_path / "nowhere")
+    (photos / "self.png").symlink_to(photos / "self.png")
+    os.mkfifo(photos / "pipe.png")          # to open it would wait for ever
+    pack("folder", photos, tmp_path / "out")
+    samples, report = read_shards(tmp_path / "out")
+    assert len(samples) == 6
+    assert report["skipped_keys"] == {"no caption": ["self.png"], "broken link": ["gone.png"]}
+    others = {kind: found["names"] for kind, found in report["other_files"].items()}
+    captions = others.pop("caption file")
+    assert captions == ["a.txt", "b.txt", "c.txt", "e.txt", "f.txt", "gone.txt", "sub/d.txt"]
+    assert others == {
+        ".json": ["masks/0.json", "masks/1.json", "masks/2.json"], ".mp4": ["sub/clip.MP4"],
+        "no suffix": ["LICENSE"], "hidden file": [".DS_Store"], "hidden folder": [".cache"],
+        "link to a folder above it": ["sub/back"], "broken link": ["gone.mp4"],
+        "neither file nor folder": ["pipe.png"]}
+    counts = {kind: found["count"] for kind, found in report["other_files"].items()}
+    assert counts["caption file"] == 7 and counts[".json"] == 3
+    assert "other files in IMAGES, not packed: 3 .json, 1 .mp4" in capsys.readouterr().err
+
+
+def test_many_files_of_a_kind_are_counted(photos, tmp_path, monkeypatch):
+    monkeypatch.setattr(folder, "NAMES_LISTED", 2)
+    for number in range(3):
+        (photos / f"{number}.json").write_text("{}")
+    pack("folder", photos, tmp_path / "out")
+    _, report = read_shards(tmp_path / "out")
+    assert report["other_files"][".json"] == dict(count=3, names=["0.json", "1.json"])
+
+
+def test_a_folder_that_cannot_be_read_is_reported(photos, tmp_path, monkeypatch, capsys):
+    scandir = os.scandir
+
+    def refuse(path):
+        if str(path).endswith("sub"):
+            raise PermissionError(13, "Permission denied")
+        return scandir(path)
+    monkeypatch.setattr(items.os, "scandir", refuse)
+    pack("folder", photos, tmp_path / "out")
+    samples, report = read_shards(tmp_path / "out")
+    assert len(samples) == 5
+    assert report["skipped_keys"] == {"folder cannot be read: Permission denied": ["sub"]}
+    assert "skipped 1: folder cannot be read: Permission denied: sub" in capsys.readouterr().err
+    with pytest.raises(FuseDiTError, match="folder cannot be read: Permission denied: .*sub"):
+        list(items.list_images(photos))
+
+
+def test_an_image_that_a_caption_names_is_packed_whatever_its_suffix(photos, tmp_path):
+    (photos / "1f3a").write_bytes((photos / "a.png").read_bytes())
+    (photos / ".b.jpg").write_bytes((photos / "b.jpg").read_bytes())
+    rows = [("1f3a", "one"), (".b.jpg", "two"), ("a.txt", "three")]
+    pack("folder", photos, write_captions(tmp_path / "c.csv", rows), tmp_path / "out")
+    samples, report = read_shards(tmp_path / "out")
+    assert captions(samples) == ["one", "two"]
+    assert report["skipped_keys"]["not an image"] == ["a.txt"]
+    assert "no suffix" not in report["other_files"]
+    assert "hidden file" not in report["other_files"]
+
+
+# ---- names ---------------------------------------------------------------------------------------
+
+def test_names_of_other_machines_and_systems(photos, tmp_path, capsys):
+    write_image(photos / unicodedata.normalize("NFD", "né.png"))
+    rows = {r"C:\data\photos\a.png": "one", r"C:\data\photos\sub\d.gif": "two", "né.png": "three"}
+    (tmp_path / "c.json").write_text(json.dumps(rows))
+    pack("folder", photos, tmp_path / "c.json", tmp_path / "out")
+    samples, report = read_shards(tmp_path / "out")
+    assert captions(samples) == ["one", "three", "two"]
+    assert report["skipped"] == {"no caption": 4}
+    note = f"C:/data/photos taken as {photos}"
+    assert report["captions"]["notes"][note]["count"] == 2
+    assert f"captions: {note}: 2, the first is C:\\data\\photos" in capsys.readouterr().err
+
+
+def test_image_root_is_a_setting_of_the_run(photos, tmp_path):
+    (tmp_path / "c.json").write_text(json.dumps({"/mnt/x/a.png": "one", "/mnt/x/sub/d": "two"}))
+    words = ["folder", photos, tmp_path / "c.json", tmp_path / "out"]
+    message = "none of 2 rows .*'/mnt/x/a.png'.*add --image-root /mnt/x"
+    with pytest.raises(FuseDiTError, match=message):
+        pack(*words)
+    pack(*words, "--image-root", "/mnt/x")
+    samples, report = read_shards(tmp_path / "out")
+    assert captions(samples) == ["one", "two"]
+    assert report["settings"]["image_root"] == "/mnt/x"
+
+
+def test_two_images_of_one_stem_are_ambiguous(photos, tmp_path):
+    write_image(photos / "a.jpg")
+    rows = [("a", "one"), ("b", "two"), ("a.jpg", "three")]
+    pack("folder", photos, write_captions(tmp_path / "c.csv", rows), tmp_path / "out")
+    samples, report = read_shards(tmp_path / "out")
+    assert captions(samples) == ["three", "two"]
+    assert report["skipped_keys"]["several images match the name"] == ["a"]
+
+
+def test_a_caption_file_in_the_folder_is_suggested(photos, tmp_path, capsys):
+    for path in list(photos.rglob("*.txt")):
+        path.unlink()
+    write_captions(photos / "captions.csv", ROWS)
+    with pytest.raises(FuseDiTError, match="all 6 inputs were skipped"):
+        pack("folder", photos, tmp_path / "out")
+    assert "if captions.csv holds the captions, give it as CAPTIONS" in capsys.readouterr().err
+    pack("folder", photos, photos / "captions.csv", tmp_path / "out")
+    assert len(read_shards(tmp_path / "out")[0]) == 4
+
+
+def test_flags_may_stand_before_out(photos, tmp_path):
+    captions_file = write_captions(tmp_path / "c.csv", ROWS)
+    pack("folder", photos, captions_file, "--seed", 3, tmp_path / "out")
+    assert read_shards(tmp_path / "out")[1]["settings"]["seed"] == 3
+    pack("folder", photos, "--seed", 4, tmp_path / "beside")
+    assert read_shards(tmp_path / "beside")[1]["settings"]["seed"] == 4
+    for words in (["--sed", 3], ["--sed"], ["out", "more"]):
+        with pytest.raises(SystemExit):
+            pack("folder", photos, captions_file, tmp_path / "new", *words)
+    assert not (tmp_path / "new").exists()
+
+
+def test_images_in_parquet_are_sent_to_the_other_command(tmp_path):
+    (tmp_path / "in").mkdir()
+    path = tmp_path / "in" / "train.parquet"
+    path.write_bytes(b"PAR1")
+    for images in (path, path.parent):
+        with pytest.raises(FuseDiTError, match="prepare_data.py parquet"):
+            pack("folder", images, tmp_path / "out")

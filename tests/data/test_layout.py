@@ -41,6 +41,8 @@ def empty_index_cache():
     ("json jpg txt", "", "jpg"),
     ("png jpg txt", "", "jpg"),             # in the order of layout.IMAGES
     ("jpg image.webp txt", "", "image.webp"),
+    ("image.caption.txt image.json image.png", "", "image.png"),
+    ("image.caption.txt jpg", "", "jpg"),
     ("txt webp png", "", "png"),
     ("tif txt", "", "tif"),
     ("json 0001.png txt", "", "0001.png"),
@@ -72,6 +74,12 @@ def test_the_image_of_a_sample(names, key, image):
     ({"0.txt": "a", "1.txt": "b"}, "", "several caption files (0.txt, 1.txt)"),
     (dict(json='{"url": "u", "text": " a\\n cat"}'), "", {"field text of json": "a cat"}),
     (dict(json='{"captions": ["a\\nb", " ", "c"]}'), "", {"field captions of json": "a b\nc"}),
+    (dict(txt="a\nb", json='{"caption": "a\\nb"}'), "", {"txt": "a b"}),       # img2dataset's
+    (dict(txt="a\nb", json='{"captions": ["a", "b"]}'), "", {"txt": "a\nb"}),
+    (dict(txt="a\nb", json="{"), "", {"txt": "a\nb"}),
+    (dict(json='{"caption": "c", "synthetic_caption": "s"}'), "",
+     {"field synthetic_caption of json": "s"}),
+    (dict(json="[" * 100_000), "", "KEY.json is not JSON (json)"),
     (dict(txt=" \n", json='{"caption": "a dog"}'), "", {"field caption of json": "a dog"}),
     (dict(txt="", json='{"caption": null}'), "", "blank caption (txt)"),
     (dict(txt="a", style="b"), "style", {"style": "b"}),

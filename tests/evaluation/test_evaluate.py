@@ -401,6 +401,21 @@ def test_image_seeds_are_distinct_and_never_change():
     assert [drawing.image_seed(*place) for place in some] == SEEDS
 
 
+def test_processes_share_a_random_seed_and_later_ones_keep_it(untrained, tmp_path):
+    done = run_geneval(untrained, tmp_path, "out", "--seed", -1, "--steps", 1, n=2)
+    assert done.returncode == 0, done.stderr
+    (path,) = (tmp_path / "out").glob("*/run.json")
+    seed = read_json(path)["seed"]
+    assert done.stderr.count(f"--seed -1: drew seed {seed}\n") == 1
+    assert done.stderr.count(f"--seed -1: keeps seed {seed}\n") == 1
+    seeds_of_images = set()
+    for image in (tmp_path / "out").rglob("*.png"):
+        seeds_of_images.add(int(Image.open(image).text["seed"]))
+    assert seeds_of_images == {drawing.image_seed(seed, k, i) for k in range(6) for i in range(4)}
+    assert drawing.shared_seed(tmp_path / "out") == seed
+    assert drawing.image_seed(2**64 - 1, 3, 2) != drawing.image_seed(2**32 - 1, 3, 2)
+
+
 def test_processes_divide_the_prompts_without_overlap(untrained, tmp_path, monkeypatch, capsys):
     words = ["geneval", "--prompts", write_metadata(tmp_path), "--model", untrained,
              "--steps", 1, "--batch-size", 4, "--device", "cpu", "--out", tmp_path / "out"]

@@ -1,11 +1,13 @@
 """The counts of skipped steps and samples, and the model FLOPs utilisation (MFU)."""
+import io
 import json
 import re
 
 import numpy as np
 import pytest
 from launching import assert_equal, flags, launch, launch_all, metrics, state
-from tiny_shards import numbered
+from PIL import Image
+from tiny_shards import index, numbered, sample_names, scene, write_shard
 
 from fusedit_lib import pretrained
 from fusedit_lib.data.batches import Batches
@@ -107,8 +109,24 @@ def damage_samples(tar, first, last):
     tar.write_bytes(content)
 
 
+def damage_exif_blocks(folder, count):
+    """Write s-0.tar anew: `count` of its 50 images have a damaged EXIF block."""
+    buffer = io.BytesIO()
+    Image.new("RGB", (16, 16), "red").save(buffer, "JPEG", exif=b"Exif\0\0MM\0*\0\0\0\x08\0\x09")
+    samples = []
+    for i, name in enumerate(sample_names(0, 50)):
+        changes = {}
+        if i < count:
+            changes = {"image.png": None, "image.jpg": buffer.getvalue()}
+        samples.append(scene(name, **changes))
+    write_shard(folder / "s-0.tar", samples)
+    index(folder)
+
+
 def test_too_many_bad_samples_stop_the_run_and_are_named(gemma, tmp_path):
+    """Images that are readable but flawed are counted, and their kind of flaw is printed once."""
     data = numbered(tmp_path / "data", 4, 50)
+    damage_exif_blocks(tmp_path / "data", 10)
     damage_samples(tmp_path / "data" / "s-2.tar", 100, 114)
     stops, lives = launch_all([
         flags(gemma, data, tmp_path / "stops", "--steps", "200"),
@@ -128,6 +146,12 @@ def test_too_many_bad_samples_stop_the_run_and_are_named(gemma, tmp_path):
     assert all("s-2.tar" in name for name in named)
     assert "skipped sample" in lives.stderr
     assert "skipped samples 30" in lives.stdout
+
+    note = "damaged EXIF block, ignored"
+    noted = sum(row.get("notes", {}).get(note, 0) for row in table)
+    assert 20 <= noted <= 50                # they may also replace one of the 30 bad samples
+    assert lives.stderr.count(note) == 1
+    assert "Warning" not in lives.stderr
 
 
 # Pretends that the peak FLOP/s of this machine are known.
