@@ -11,11 +11,10 @@ in lower case, as in WebDataset. The first line of a table that applies is used:
                                                 a field of KEY.json: caption, text, ...
 
 The names of captions are those of columns.CAPTION_FIELDS, after synthetic_caption in KEY.json. A
-caption file holds one caption per line, unless a field of KEY.json has the same text, as img2dataset
-writes captions with line breaks. A list in KEY.json is several captions. Blank captions do not
-count. So the samples of our own
-shards (KEY.image.jpg), of img2dataset and of cc12m-wds (KEY.jpg, KEY.txt, KEY.json) are all read as
-they are.
+caption file holds one caption per line, unless a field of KEY.json has the same text, as
+img2dataset writes captions with line breaks. A list in KEY.json is several captions. Blank captions
+do not count. So the samples of our own shards (KEY.image.jpg), of img2dataset and of cc12m-wds
+(KEY.jpg, KEY.txt, KEY.json) are all read as they are.
 """
 import json
 from collections import Counter
