@@ -244,14 +244,42 @@ def read_shard_sample(shard, i):
 
 # ------------------------------------------------------------------------------ image grid
 
-CAPTION_WIDTH = 31                          # characters per line under an image
 CAPTION_LINES = 4
 LINE_HEIGHT = 15                            # pixels, at a font size of 12
 MARGIN = 8
 
+# Fonts with letters of many scripts. Pillow looks for them where the system keeps its fonts.
+FONTS = "DejaVuSans.ttf", "NotoSans-Regular.ttf", "Arial Unicode.ttf", "arial.ttf"
+
+
+def caption_font():
+    """The first of FONTS that the system has, or Pillow's own, which has little beyond ASCII."""
+    for name in FONTS:
+        try:
+            return ImageFont.truetype(name, 11)
+        except OSError:
+            continue
+    return ImageFont.load_default(12)
+
+
+def wrap_to_width(text, font, width):
+    """The first CAPTION_LINES lines of a text, none wider than `width` pixels."""
+    lines = []
+    while text and len(lines) < CAPTION_LINES:
+        end = min(len(text), width)         # no letter is narrower than a pixel
+        while font.getlength(text[:end]) > width:
+            end -= 1
+        if end < len(text) and " " in text[:end + 1].strip():
+            end = text.rindex(" ", 0, end + 1)
+        lines.append(text[:end])
+        text = text[end:].strip()
+    if text:
+        lines[-1] = lines[-1][:-3] + "..."
+    return lines
+
 
 def draw_sample(page, corner, side, sample, args):
-    """Draw a sample's image with a caption below, both as in training.
+    """Draw a sample's image with a caption below, both as in training. Returns the caption.
 
     corner: (x, y) of its upper-left corner; sample: (key, files).
     """
@@ -268,13 +296,14 @@ def draw_sample(page, corner, side, sample, args):
     except (Skip, LayoutError) as e:
         text = f"({key} cannot be drawn: {e}) {text}"
     x, y = corner
-    lines = textwrap.wrap(text, CAPTION_WIDTH, max_lines=CAPTION_LINES, placeholder=" ...")
-    ImageDraw.Draw(page).multiline_text((x, y + side + 2), "\n".join(lines), "black",
-                                        ImageFont.load_default(12))
+    font = caption_font()
+    lines = wrap_to_width(text, font, side)
+    ImageDraw.Draw(page).multiline_text((x, y + side + 2), "\n".join(lines), "black", font)
+    return text
 
 
 def write_image_grid(out, shards, args, columns=6, rows=4, side=192):
-    """Write a PNG of random samples, each side x side pixels, with their captions."""
+    """Write a PNG of random samples, each side x side pixels, and print what it shows."""
     count = columns * rows
     # at least `count` of each shard (all of a smaller one), evenly spaced
     candidates = []
@@ -292,7 +321,11 @@ def write_image_grid(out, shards, args, columns=6, rows=4, side=192):
     for n, (shard, i) in enumerate(chosen):
         row, column = divmod(n, columns)
         corner = (column * cell_width + MARGIN, row * cell_height + MARGIN)
-        draw_sample(page, corner, side, read_shard_sample(shard, i), args)
+        sample = read_shard_sample(shard, i)
+        caption = draw_sample(page, corner, side, sample, args)
+        # The terminal shows scripts that the font lacks.
+        print(f"row {row + 1}, column {column + 1}: {sample[0]} of {shard.path.name}: "
+              f"{textwrap.shorten(caption, 100)}")
     with atomic_write(out) as tmp:
         page.save(tmp, "PNG")
     print(f"image grid of {len(chosen)} samples: {out}")

@@ -8,13 +8,14 @@ from collections import Counter
 import pytest
 import torch
 from conftest import REFERENCE
-from PIL import Image
+from PIL import Image, ImageFont
 from safetensors.torch import load_file
 from test_prepare_data import command, pack
 from tiny_shards import COLOURS, add_file, png, tiny_batches, write_shard
 
 from fusedit import FuseDiTError
 from fusedit_lib.data.cc12m import TarItems
+from fusedit_lib.data.check import wrap_to_width
 from fusedit_lib.data.images import Skip
 from fusedit_lib.data.layout import LayoutError, find_captions, find_image, pick_caption
 from fusedit_lib.data.shards import (
@@ -450,3 +451,25 @@ def test_cc12m_tars_may_hold_png_and_webp(tmp_path):
     assert images[:2] == [image(1), b"x"]
     assert isinstance(images[2], Skip) and str(images[2]) == "no image"
 
+
+
+def test_the_lines_of_a_caption_are_not_wider_than_the_image():
+    font = ImageFont.load_default(12)
+    text = "a caption of words " * 4 + "W" * 80
+    lines = wrap_to_width(text, font, 100)
+    assert all(font.getlength(line) <= 100 for line in lines)
+    assert lines[0] == "a caption of words"[:len(lines[0])] and len(lines) == 4
+    assert lines[-1].endswith("...")
+    assert wrap_to_width("two words", font, 100) == ["two words"]
+    assert wrap_to_width("", font, 100) == []
+
+
+def test_check_prints_what_the_image_grid_shows(tmp_path, others):
+    folder = others[0]
+    out, _ = command("check", folder, "--grid", tmp_path / "grid.png")
+    lines = [line for line in out.splitlines() if line.startswith("row ")]
+    assert lines[0].startswith("row 1, column 1: ") and lines[6].startswith("row 2, column 1: ")
+    key, _, rest = lines[0].removeprefix("row 1, column 1: ").partition(" of ")
+    shard, _, caption = rest.partition(": ")
+    with tarfile.open(folder / shard) as tar:
+        assert tar.extractfile(f"{key}.txt").read().decode().startswith(caption[:20])
