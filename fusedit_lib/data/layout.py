@@ -95,6 +95,19 @@ def find_image(files, key=""):
     return name
 
 
+def is_merged(files):
+    """True if a sample was several, such as cat.jpg and cat.txt, and cat.2.jpg and cat.2.txt."""
+    images = set()
+    texts = set()
+    for name in files:
+        prefix, _, suffix = name.rpartition(".")
+        if suffix in IMAGES:
+            images.add(prefix)
+        elif suffix in ("txt", "json", "caption"):
+            texts.add(prefix)
+    return len(images) > 1 and bool(images & texts - {"", "image"})
+
+
 def caption_names(files, key=""):
     """The extensions of a sample's captions; [] if there are none. key: --caption-key."""
     if key:
@@ -241,9 +254,11 @@ class LayoutCounts:
                 self.fields.update(list(json_texts(files)))
         if kind:
             self.add_problem(kind, where)
-        else:
-            self.usable += 1
-        return kind
+            return kind
+        self.usable += 1
+        if is_merged(files) and not image_key:
+            self.add_problem("several images", where)      # of which training reads one
+        return ""
 
     def add_problem(self, kind, where):
         self.problems[kind] += 1

@@ -282,6 +282,18 @@ def test_keys_that_merge_are_named(tmp_path):
     assert "1 x several images: img of a.tar" in out and "1 x two files" in out
 
 
+def test_a_key_that_merges_with_its_versions_is_named(tmp_path):
+    """Beside cat.jpg and cat.txt, a second image is another sample if it has a caption."""
+    files = img2dataset_sample(0)[1]
+    write_shard(tmp_path / "a.tar", [("cat", files), ("cat.v2", files), ("dog", files)])
+    _, err = command("index", tmp_path)
+    assert "1 x several images: cat of a.tar. A key ends at the first dot" in err
+    assert "1 x several images: cat of a.tar" in command("check", tmp_path, code=1)[0]
+    write_shard(tmp_path / "a.tar", [("cat", files | {"mask.png": files["jpg"]})])
+    _, err = command("index", tmp_path)
+    assert not err
+
+
 def test_dotted_keys_that_do_not_merge_are_used(gemma_folder, tmp_path):
     write_shard(tmp_path / "a.tar", [(f"{i}.big", img2dataset_sample(i)[1]) for i in range(4)])
     out, err = command("index", tmp_path)
