@@ -98,9 +98,10 @@ def add_image_rules(p, size=0):
                        help="skip images whose pixels are those of an earlier input")
     group = p.add_argument_group("caption length")
     group.add_argument("--min-words", type=natural, default=0, metavar="N",
-                       help="leave out captions with fewer words")
+                       help="leave out captions with fewer words, and images without any other")
     group.add_argument("--max-words", type=natural, default=0, metavar="N",
-                       help="leave out captions with more words; 0 leaves out none")
+                       help="leave out captions with more words, and images without any other; 0 "
+                            "leaves out none")
 
 
 def add_shard_options(p, seed=True):
@@ -169,6 +170,18 @@ def add_caption_key(p):
 
 
 # ---------------------------------------------------------------------------- the commands
+class Parser(argparse.ArgumentParser):
+    """A parser for which flags may also stand between CAPTIONS and OUT."""
+
+    def parse_known_args(self, args=None, namespace=None):
+        found, rest = super().parse_known_args(args, namespace)
+        positional = len(rest) == 1 and not rest[0].startswith("-")
+        if positional and getattr(found, "captions", "") is None:
+            found.captions = found.out      # argparse has taken CAPTIONS for OUT
+            found.out = Path(rest.pop())
+        return found, rest
+
+
 class Commands:
     """Adds commands to a parser.
 
@@ -196,7 +209,7 @@ class Commands:
 
 def parse_args(argv=None):
     """Parse argv or, if it is None, the command line; args.run(args) runs the command."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
+    parser = Parser(description=__doc__, formatter_class=HelpFormatter)
     commands = Commands(parser)
     add_shapes(commands)
     add_emoji(commands)

@@ -163,6 +163,16 @@ def read_prompts(path):
     return prompts
 
 
+def check_text(prompts):
+    """Raise FuseDiTError if a prompt from the command line was not UTF-8."""
+    for prompt in prompts:
+        try:
+            prompt.encode()
+        except UnicodeEncodeError:
+            raise FuseDiTError(f"the prompt {prompt!r} is not UTF-8: set the terminal to UTF-8, or "
+                               "give the prompts in a file") from None
+
+
 def pick_dtype(args):
     """The torch.device and torch.dtype for --device and --dtype. Replaces "auto" in args.dtype."""
     device = pick_device(args.device)
@@ -228,8 +238,10 @@ def open_model(path, device="auto", dtype="auto", ema=True, compile=False, chang
 def announce(loaded, prompts, negative=""):
     """Print the precision, the device and any warnings about the prompts on stderr.
 
-    Warnings are for words that the tokenizer does not know, and for prompts that are cut.
+    Warnings are for words that the tokenizer does not know, and for prompts that are cut. Raises
+    FuseDiTError for a prompt that is not UTF-8.
     """
+    check_text([*prompts, negative])
     text = f"drawing in {loaded.dtype} on {loaded.device}"
     slow = backend.emulation_note(loaded.dtype, loaded.device)
     if slow:

@@ -130,7 +130,8 @@ def test_compiling_without_a_working_compiler_is_one_line(model, tmp_path, env, 
     broken.chmod(0o755)
     env = {name: value.format(broken=broken) for name, value in env.items()}
     env["TORCHINDUCTOR_CACHE_DIR"] = str(tmp_path)
-    words = ["--model", model, "--prompt", "a star", "--steps", 1, "--compile", "--out", tmp_path]
+    folder = model if "CXX" in env else "./nowhere"        # found before the model is loaded
+    words = ["--model", folder, "--prompt", "a star", "--steps", 1, "--compile", "--out", tmp_path]
     # PyTorch reads CXX when it is imported, so the process must be a new one.
     done = warm.run([ROOT / "sample.py", *words], os.environ | env, cold="CXX" in env)
     assert done.returncode == 1
@@ -257,6 +258,7 @@ def test_unknown_words_and_long_prompts_are_reported(model, tmp_path):
     (["--prompts", "{empty}/none.txt"], 1, "none.txt"),
     (["--prompts", "{blank}"], 1, "is empty"),
     (["--prompts", "{latin}"], 1, "not UTF-8 (byte 3)"),
+    (["--prompt", "caf\udce9"], 1, "'caf\\udce9' is not UTF-8"),
     (["--prompt", "x", "--guidance-span", "0.9", "0.1"], 1, "lower noise level comes first"),
     (["--prompt", "x", "--out", "{blank}/deep"], 1, "deep"),
     (["--prompt", "x", "--set", "guidance"], 1, "--set takes field=value, not 'guidance'"),

@@ -50,7 +50,7 @@ def read_caption_file(path, rows, image_column=None, caption_column=None, base="
         return
     if kind not in CAPTION_FILES:
         raise FuseDiTError(f"CAPTIONS is {path}, but it must be a {', '.join(CAPTION_FILES)} file "
-                           "or a folder of .txt files")
+                           "or a folder of .txt files (save a spreadsheet as .csv)")
     text = read_text(path, kind)
     if kind in TABLES:
         read_table(text, path, rows, image_column, caption_column, base)
@@ -85,9 +85,12 @@ def read_text(path, kind):
         return decode(data)
     except UnicodeDecodeError as e:
         line = data.count(b"\n", 0, e.start) + 1
+        encoding = "WINDOWS-1252"
+        if data[e.start] == 0:
+            encoding = "UTF-16LE"
         raise FuseDiTError(
             f"cannot read {path} as {kind} in UTF-8: byte 0x{data[e.start]:02x} in line {line}. "
-            "Save it as UTF-8; for a file from Windows: iconv -f WINDOWS-1252 -t UTF-8 "
+            f"Save it as UTF-8; if it is text from Windows: iconv -f {encoding} -t UTF-8 "
             f"{path.name} > utf8-{path.name}") from None
 
 

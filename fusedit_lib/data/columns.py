@@ -4,6 +4,7 @@ Used for tables, JSON and Parquet alike: a column is a key of a JSON object, too
 """
 import ast
 import json
+import warnings
 from collections import Counter
 from typing import NamedTuple
 
@@ -107,8 +108,8 @@ def require_columns(columns, available, path, image=True):
         flag = "--caption-column"
     if what is not None:
         names = ", ".join(name.strip() or '""' for name in available) or "none"
-        raise FuseDiTError(f"{path}: no column that {what} was found; give one of its columns with "
-                           f"{flag}: {names}")
+        raise FuseDiTError(f"{path}: no column that {what} was found; give one of its "
+                           f"{len(available)} columns with {flag}: {names}")
 
 
 # ---------------------------------------------------------------------------- values
@@ -151,7 +152,9 @@ def parse_list(text):
         return text
     for parse in (json.loads, ast.literal_eval):
         try:
-            value = parse(text.strip())
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")              # of the \d in "a \d"
+                value = parse(text.strip())
         except (ValueError, SyntaxError, MemoryError, RecursionError):
             continue
         if isinstance(value, list) and all(isinstance(element, str) for element in value):

@@ -82,9 +82,11 @@ def read_captions(args, content):
     content.images = [name for name in content.images if name not in set(unreadable)]
     named = {row.image for row in rows.rows}
     others = sorted(set(content.caption_files()) - used)
-    if not named and not unreadable and others:
-        print(f"no image has a .txt file beside it; if {others[0]} holds the captions, give it as "
-              "CAPTIONS", file=sys.stderr)
+    if not named and not unreadable:
+        advice = f"there is no caption file for any image in {folder}"
+        if others:
+            advice += f"; if {others[0]} holds the captions, give it as CAPTIONS"
+        print(advice, file=sys.stderr)
     if folder.samefile(args.images):
         return rows, used
     return rows, set()
@@ -119,7 +121,7 @@ def folder_items(content, rows, root=None):
         for kind, texts in row.captions.items():
             kinds.setdefault(kind, []).extend(texts)
     if rows.rows and not_found == len(rows.rows):
-        raise FuseDiTError(no_row_fits(content, rows))
+        raise FuseDiTError(no_row_fits(content, rows, names))
 
     items = []
     for name, kinds in captions_of.items():
@@ -137,14 +139,18 @@ def one_or_several(texts):
     return texts[0] if len(texts) == 1 else texts
 
 
-def no_row_fits(content, rows):
+def no_row_fits(content, rows, names):
     """The error if no row names an image."""
     written = rows.rows[0].image
     first = [*content.images, *content.files][0]
+    remedy = "names must be relative to IMAGES"
+    for row in rows.rows[:1000]:
+        root = names.possible_root(row.image)
+        if root is not None:
+            remedy = f"if {root} is what IMAGES was called elsewhere, add --image-root {root}"
+            break
     return (f"none of {len(rows.rows)} rows of {rows.files[0]} names an image in {content.path}: "
-            f"the first names {written!r}, and the first file there is {first!r}. Names are "
-            "relative to IMAGES; if they begin with what IMAGES was called elsewhere, such as "
-            "/mnt/photos, give that with --image-root")
+            f"the first names {written!r}, and the first file there is {first!r}; {remedy}")
 
 
 def no_images(content):

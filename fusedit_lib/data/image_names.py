@@ -78,7 +78,7 @@ class ImageNames:
 
     def other_file(self, name):
         """The name, if it is that of a file in IMAGES that has no image's suffix, or None."""
-        if name.startswith(("/", "../")) or "\0" in name or not name:
+        if name.startswith(("/", "../")):
             return None
         try:
             exists = (self.folder / name).is_file()
@@ -143,6 +143,14 @@ class ImageNames:
                     self.prefix = prefix
                     return
 
+    def possible_root(self, written):
+        """A folder that would make `written` the path of an image if it were IMAGES, or None."""
+        parts = clean(written).split("/")
+        for count in range(1, len(parts)):
+            if "/".join(parts[count:]) in self.names:
+                return "/".join(parts[:count]) or "/"
+        return None
+
     def is_inside(self, name):
         return any(name.startswith(f"{path}/") for path in self.paths)
 
@@ -165,8 +173,6 @@ def composed(name):
 
 def lower_suffix(name):
     start, dot, suffix = composed(name).rpartition(".")
-    if "/" in suffix:                       # the dot is in the name of a folder
-        return start + dot + suffix
     return start + dot + suffix.lower()
 
 

@@ -250,7 +250,12 @@ def to_8_bits(image, raw_mode):
         return image.convert("RGBA")
     if image.mode in ("L", "RGB"):
         return image
-    return image.convert("RGB")
+    rgb = image.convert("RGB")
+    if image.mode in ("CMYK", "LAB"):
+        # The profile is that of the former channels, or, for LAB, Pillow's own, which contains the
+        # time: it would make the bytes of a packed PNG depend on it.
+        rgb.info.pop("icc_profile", None)
+    return rgb
 
 
 def grey_of_16_bits(image, raw_mode):

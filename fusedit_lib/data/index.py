@@ -58,10 +58,7 @@ def print_layout_problems(counts, file):
         examples = ", ".join(counts.examples[kind])
         if count > len(counts.examples[kind]):
             examples += f" and {count - len(counts.examples[kind]):,} more"
-        line = f"{count:,} x {kind}: {examples}"
-        if REMEDIES[kind]:
-            line += f". {REMEDIES[kind]}"
-        print(line, file=file)
+        print(f"{count:,} x {kind}: {examples}. {REMEDIES[kind]}", file=file)
 
 
 def list_tars(folder):

@@ -5,13 +5,15 @@ in lower case, as in WebDataset. The first line of a table that applies is used:
 
     image                                       captions
     --image-key                                 --caption-key, an extension or a field of KEY.json
-    image.jpg, image.png, image.*               synthetic_caption.txt and original_caption.txt
+    image.jpg, image.png, image.webp, ...       synthetic_caption.txt and original_caption.txt
     jpg, jpeg, png, webp, ...                   txt, caption, caption.txt, text, ...
     *.jpg, *.png, ..., if there is only one     *.txt, if there is only one
                                                 a field of KEY.json: caption, text, ...
 
-The names of captions are those of columns.CAPTION_FIELDS. A caption file holds one caption per
-line. A list in KEY.json is several captions. Blank captions do not count. So the samples of our own
+The names of captions are those of columns.CAPTION_FIELDS, after synthetic_caption in KEY.json. A
+caption file holds one caption per line, unless a field of KEY.json has the same text, as img2dataset
+writes captions with line breaks. A list in KEY.json is several captions. Blank captions do not
+count. So the samples of our own
 shards (KEY.image.jpg), of img2dataset and of cc12m-wds (KEY.jpg, KEY.txt, KEY.json) are all read as
 they are.
 """
@@ -37,18 +39,18 @@ NOT_ADJACENT = "files of a sample that are not next to each other"
 REPEATED = "two files with the same name"
 REMEDIES = {
     "no image": "--image-key names the extension of the image",
-    "several images": "a key ends at the first dot of a file's name, as in WebDataset, so that "
+    "several images": "A key ends at the first dot of a file's name, as in WebDataset, so that "
                       "samples with dots in their names become one. Unpack the tars and pack the "
                       "images with `prepare_data.py folder`; if all are of one sample, --image-key "
                       "names one",
     "no caption": "--caption-key names an extension, or a field of KEY.json",
     "several caption files": "--caption-key names one",
-    "blank caption": "training skips these samples, up to a share of --max-skipped",
-    "caption is not UTF-8": "",
-    "KEY.json is not JSON": "",
-    REPEATED: "a key ends at the first dot of a file's name, so that these samples are one: give "
+    "blank caption": "Training skips these samples, up to a share of --max-skipped",
+    "caption is not UTF-8": "Convert the captions to UTF-8, or name others with --caption-key",
+    "KEY.json is not JSON": "--caption-key names an extension that has captions",
+    REPEATED: "A key ends at the first dot of a file's name, so that these samples are one: give "
               "them keys of their own",
-    NOT_ADJACENT: "unpack such a tar and pack it again in the order of the names: "
+    NOT_ADJACENT: "Unpack such a tar and pack it again in the order of the names: "
                   "mkdir x && tar -xf OLD.tar -C x && tar --sort=name -cf NEW.tar -C x .",
 }
 
@@ -81,7 +83,7 @@ def find_image(files, key=""):
         wanted = [key.lower().removeprefix(".")]
     else:
         for name in files:
-            if name.startswith("image."):
+            if name.startswith("image.") and name.rpartition(".")[2] in IMAGES:
                 return name
     for name in wanted:
         if name in files:
@@ -121,6 +123,8 @@ def find_captions(files, key=""):
             text = files[name].decode("utf-8-sig").strip()
         except UnicodeDecodeError:
             raise LayoutError("caption is not UTF-8", name) from None
+        if "\n" in text and is_in_json(text, files):
+            text = " ".join(text.split())
         if text:
             captions[name] = text
     if captions:
@@ -129,12 +133,20 @@ def find_captions(files, key=""):
     texts = json_texts(files)
     fields = [key] if key in texts else []
     if not key:
-        fields = matching(texts, CAPTION_FIELDS)
+        fields = matching(texts, ["synthetic_caption", *CAPTION_FIELDS])
     if fields:
         return {f"field {fields[0]} of json": texts[fields[0]]}
     if names:
         raise LayoutError("blank caption", ", ".join(names))
     raise LayoutError("no caption", content(files))
+
+
+def is_in_json(text, files):
+    """True if the text of a caption file is also a text in KEY.json, and so a single caption."""
+    try:
+        return " ".join(text.split()) in json_texts(files).values()
+    except LayoutError:
+        return False
 
 
 def json_texts(files):
@@ -146,7 +158,7 @@ def json_texts(files):
         return {}
     try:
         row = json.loads(files["json"])
-    except ValueError:
+    except (ValueError, RecursionError):
         raise LayoutError("KEY.json is not JSON", "json") from None
     texts = {}
     if isinstance(row, dict):
@@ -268,7 +280,7 @@ class LayoutCounts:
         kind, _ = self.problems.most_common(1)[0]
         if NOT_ADJACENT in self.problems:   # the cause of the others
             kind = NOT_ADJACENT
-        return f"{line}. {kind}: {REMEDIES[kind]}"
+        return f"{line}. Problem: {kind}. {REMEDIES[kind]}"
 
 
 def general_name(extension):

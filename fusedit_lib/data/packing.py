@@ -454,11 +454,11 @@ def write_index(out, entries):
     with atomic_write(out / "offsets.npy") as tmp, open(tmp, "wb") as file:
         np.save(file, np.concatenate([entry["offsets"] for entry in entries]))
 
-    earlier = read_json_or_none(out / "index.json") or {}
     known_latents = {}
-    for entry in earlier.get("shards") or ():
-        if "latents" in entry:
-            known_latents[same_shard(entry)] = entry["latents"]
+    with contextlib.suppress(TypeError, KeyError):         # index.json of another program, or none
+        for entry in read_json_or_none(out / "index.json")["shards"]:
+            if "latents" in entry:
+                known_latents[same_shard(entry)] = entry["latents"]
 
     shards = []
     for entry in entries:

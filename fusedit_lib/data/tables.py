@@ -47,6 +47,9 @@ def read_table(text, path, rows, image_column=None, caption_column=None, base=""
         header = header._replace(names=["image", "caption"])
         check_two_columns(lines, header, path)
         rows.note(NO_HEADER, path.name)
+    if len(header.names) == 1:
+        raise FuseDiTError(f"{path} has a single column, {header.names[0][:100]!r}; separate the "
+                           "image and the caption with a comma, a TAB, ; or |")
     columns = find_columns(header.names, image_column, caption_column)
     require_columns(columns, header.names, path)
     check_names_once(header.names, path)
@@ -54,7 +57,8 @@ def read_table(text, path, rows, image_column=None, caption_column=None, base=""
     # If the only column of captions is the last, it takes the rest of a row that is too long.
     caption_like = columns.captions + columns.synthetic
     rest = [name for name in header.names if name in caption_like] == header.names[-1:]
-    needed = 1 + max(header.names.index(name) for name in (columns.image[0], caption_like[0]))
+    needed = 1 + max(header.names.index(columns.image[0]),
+                     min(header.names.index(name) for name in caption_like))
     for record in records(lines, header.first, header.separator):
         where = f"line {record.line}"
         values, note = fit(record, header, rest, path)

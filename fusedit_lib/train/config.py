@@ -299,6 +299,8 @@ def parse_run(argv, description, engine="gpu"):
     provided["data_weights"] = read_weights(parser, provided.get("data_weights", ()))
     run = RunConfig(**provided)
     run = replace(run, out=run.out or f"runs/{run.preset}")
+    if "caption_pick" not in provided and predates_caption_pick(run):
+        run = replace(run, caption_pick="whole")
     if provided.get("like_published", was_like_published(run)):
         run = like_published(run, provided)
 
@@ -309,16 +311,28 @@ def parse_run(argv, description, engine="gpu"):
             prompts += cli.read_prompts(Path(prompt))
         else:
             prompts.append(prompt)
+    cli.check_text(prompts)
     return replace(run, prompts=prompts)
+
+
+def stored_settings(out):
+    """The settings of the run that a folder holds, by name; {} if it holds none."""
+    path = Path(out) / "config.json"
+    if not path.exists():
+        return {}
+    return read_json(path).get("run", {})
 
 
 def was_like_published(run):
     """True if --out holds a run of the same preset that was started with --like-published."""
-    path = Path(run.out) / "config.json"
-    if not path.exists():
-        return False
-    stored = read_json(path).get("run", {})
+    stored = stored_settings(run.out)
     return stored.get("like_published", False) and stored.get("preset") == run.preset
+
+
+def predates_caption_pick(run):
+    """True if --out holds a run from before --caption-pick, which read caption files whole."""
+    stored = stored_settings(run.out)
+    return bool(stored) and "caption_pick" not in stored
 
 
 def like_published(run, provided):

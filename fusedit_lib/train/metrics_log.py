@@ -2,6 +2,7 @@
 import contextlib
 import errno
 import json
+import os
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -126,6 +127,8 @@ def board_problems(run):
         except (ModuleNotFoundError, OSError) as e:
             problems["tensorboard"] = f"--tensorboard: {cli.explain(e, '')}"
     if run.wandb:
+        # Otherwise a finished run waits for a lost network until somebody kills it.
+        os.environ.setdefault("WANDB_FINISH_TIMEOUT", "300")          # seconds
         try:
             import wandb
             wandb.login(verify=True)        # asks for a key only if there is a terminal

@@ -67,7 +67,7 @@ THREE = {"1.jpg": "A dog", "2.jpg": "A cat, asleep, on a mat", "3.jpg": "A fox"}
     ("image_name| comment\n1.jpg| A dog\n2.jpg| A cat, asleep, on a mat\n3.jpg| A fox\n", 0),
     ("sep=;\nimage;caption\n1.jpg;A dog\n2.jpg;A cat, asleep, on a mat\n3.jpg;A fox\n", 0),
     ("\ufeffFile Name,Text\n1.jpg,A dog\n2.jpg,A cat, asleep, on a mat\n\n3.jpg,A fox\n", 1),
-    ("IMAGE,Caption,,\n1.jpg,A dog,,\n2.jpg,A cat, asleep, on a mat\n3.jpg,A fox,,\n", 1),
+    ("IMAGE,Caption,,\n1.jpg,A dog,,\n2.jpg,A cat, asleep, on a mat,,\n3.jpg,A fox,,\n", 1),
     (",filename,caption\n0,1.jpg,A dog\n1,2.jpg,A cat, asleep, on a mat\n2,3.jpg,A fox\n", 1),
     ('caption,image\nA dog,1.jpg\n"A cat, asleep, on a mat",2.jpg\nA fox,3.jpg\n', 0),
     ("\n\nimage,caption\n1.jpg,A dog\n2.jpg,A cat, asleep, on a mat\n3.jpg,A fox\n", 1),
@@ -97,6 +97,8 @@ def test_a_table_is_read_whatever_its_separator(images, tmp_path, text, unquoted
     ('"2.jpg",A cat, asleep', "A cat, asleep"),
     ('2.jpg,A 12" record, black', 'A 12" record, black'),
     ('2.jpg,"A 12" record, black', '"A 12" record, black'),
+    ('2.jpg,"A 12" record', '"A 12" record'),
+    ('"2.jpg","A 12" record"', 'A 12" record'),
     ('2.jpg,"a quote that is not closed', '"a quote that is not closed'),
     ('2.jpg,"A cat\nasleep"', "A cat asleep"),
     ('2.jpg,"A ""tabby"" cat"', 'A "tabby" cat'),
@@ -109,16 +111,30 @@ def test_quotes_that_do_not_enclose_a_field_keep_every_row(images, tmp_path, row
         assert captions == {"1.jpg": "A dog", "2.jpg": caption, "3.jpg": "A fox"}
 
 
+def test_a_quote_that_is_not_closed_does_not_swallow_the_next_rows(images, tmp_path):
+    (tmp_path / "c.csv").write_text('image,caption\n1.jpg,"A dog\n2.jpg,A cat\n3.jpg,A fox"\n')
+    captions, report = packed(images, tmp_path / "c.csv")
+    assert captions == {"1.jpg": '"A dog', "2.jpg": "A cat", "3.jpg": 'A fox"'}
+    assert places(report, "quotes") == ["line 2"]
+
+
+def test_a_name_with_a_comma(images, tmp_path):
+    write_image(images / "4, b.jpg", 4)
+    (tmp_path / "c.csv").write_text('image,caption\n"4, b.jpg",A cat, asleep\n')
+    assert packed(images, tmp_path / "c.csv")[0] == {"4, b.jpg": "A cat, asleep"}
+
+
 @pytest.mark.parametrize("text, message", [
     ("image,caption,split\n1.jpg,A dog,train\n2.jpg,A cat, asleep,train\n",
      r"c.csv, line 3: 4 fields, but the header has 3 \(image, caption, split\): "
      r"'2.jpg,A cat, asleep,train'. Put quotes"),
     ("image,caption,synthetic_caption\n1.jpg,A dog, wet,A long text\n", "line 2: 4 fields"),
     ("1.jpg,640,480,A dog\n2.jpg,640,480,A cat\n", "no header, and 4 columns: '1.jpg,640,480,A"),
-    ("photo,words\n1.jpg,A dog\n", r"names the images.*--image-column: photo, words"),
+    ("photo,words\n1.jpg,A dog\n", r"names the images.* 2 columns with --image-column: photo"),
     ("image,words\n1.jpg,A dog\n", r"holds captions.*--caption-column: image, words"),
     ("image,caption,caption\n1.jpg,A,B\n", "two columns caption"),
     ("", "is empty"),
+    ("image caption\n1.jpg A dog\n", "single column, 'image caption'; separate .* with a comma"),
     ("image,caption\nx/1.jpg,A dog\n", r"none of 1 rows of .* names an image .*'x/1.jpg'.*1.jpg"),
 ])
 def test_an_ambiguous_table_is_an_error_that_says_what_to_do(images, tmp_path, text, message):
@@ -162,7 +178,7 @@ def test_another_encoding_is_an_error_with_the_remedy(images, tmp_path):
     with pytest.raises(FuseDiTError, match="byte 0xe9 in line 2. .*iconv -f WINDOWS-1252"):
         packed(images, tmp_path / "c.csv")
     (tmp_path / "c.csv").write_bytes("image,caption\n1.jpg,A dog\n".encode("utf-16-le"))
-    with pytest.raises(FuseDiTError, match="byte 0x00 in line 1"):
+    with pytest.raises(FuseDiTError, match="byte 0x00 in line 1.*iconv -f UTF-16LE"):
         packed(images, tmp_path / "c.csv")
 
 
@@ -190,6 +206,7 @@ def json_lines(rows):
     json.dumps(dict(image={"0": "1.jpg", "1": "2.jpg"}, caption={"0": "A dog", "1": "A cat"})),
     json.dumps([dict(image=dict(bytes=None, path="1.jpg"), text=["A dog"]),
                 dict(image="2.jpg", text="A cat")]),
+    json.dumps([dict(images=[name], texts=[caption]) for name, caption in PAIRS.items()]),
     json.dumps([dict(id=1, caption="A dog"), dict(id="2", caption="A cat")]),
     json.dumps(dict(info={}, images=COCO_IMAGES, annotations=[
         dict(image_id=12, caption="A cat"), dict(image_id=11, caption="A dog")])),
@@ -321,7 +338,7 @@ def test_an_imagefolder_of_the_hugging_face_hub(images, name, text):
 
 def test_metadata_in_each_part_names_the_images_beside_it(tmp_path):
     images = tmp_path / "data"
-    for number, name in enumerate(["train/1.jpg", "val/1.jpg", "1.jpg", "val/2.jpg"]):
+    for number, name in enumerate(["train/1.jpg", "val/1.jpg", "1.jpg", "val/2.jpg", "2.jpg"]):
         write_image(images / name, number)
     (images / "train" / "metadata.csv").write_text("file_name,text\n1.jpg,of train\n2.jpg,none\n")
     write_parquet(images / "val" / "metadata.parquet",
@@ -329,7 +346,8 @@ def test_metadata_in_each_part_names_the_images_beside_it(tmp_path):
                   "AS t(file_name, text)")
     captions, report = packed(images)
     assert captions == {"train/1.jpg": "of train", "val/1.jpg": "of val", "val/2.jpg": "two"}
-    assert report["skipped_keys"] == {"image not found": ["2.jpg"], "no caption": ["1.jpg"]}
+    assert report["skipped_keys"] == {"image not found": ["2.jpg"],
+                                      "no caption": ["1.jpg", "2.jpg"]}
 
 
 # ---- several captions ----------------------------------------------------------------------------
@@ -347,6 +365,15 @@ SEVERAL = {
     "karpathy.json": json.dumps(dict(images=[dict(filename="1.jpg", sentences=[
         dict(raw="A dog"), dict(raw="A wet dog")])])),
 }
+
+
+def test_lists_in_the_cells_of_a_table(images, tmp_path, recwarn):
+    cells = {"1.jpg": r'["\ud83d\ude00"]', "2.jpg": r"['a \d']", "3.jpg": "[sic] a ['fox']"}
+    rows = [f"{name}\t{cell}\n" for name, cell in cells.items()]
+    (tmp_path / "c.tsv").write_text("image\tcaption\n" + "".join(rows))
+    captions, _ = packed(images, tmp_path / "c.tsv")
+    assert captions == {"1.jpg": "\U0001f600", "2.jpg": r"a \d", "3.jpg": "[sic] a ['fox']"}
+    assert not recwarn
 
 
 @pytest.mark.parametrize("name", SEVERAL)

@@ -283,7 +283,8 @@ def test_names_of_other_machines_and_systems(photos, tmp_path, capsys):
 def test_image_root_is_a_setting_of_the_run(photos, tmp_path):
     (tmp_path / "c.json").write_text(json.dumps({"/mnt/x/a.png": "one", "/mnt/x/sub/d": "two"}))
     words = ["folder", photos, tmp_path / "c.json", tmp_path / "out"]
-    with pytest.raises(FuseDiTError, match="none of 2 rows .*'/mnt/x/a.png'.*--image-root"):
+    message = "none of 2 rows .*'/mnt/x/a.png'.*add --image-root /mnt/x"
+    with pytest.raises(FuseDiTError, match=message):
         pack(*words)
     pack(*words, "--image-root", "/mnt/x")
     samples, report = read_shards(tmp_path / "out")
@@ -309,6 +310,18 @@ def test_a_caption_file_in_the_folder_is_suggested(photos, tmp_path, capsys):
     assert "if captions.csv holds the captions, give it as CAPTIONS" in capsys.readouterr().err
     pack("folder", photos, photos / "captions.csv", tmp_path / "out")
     assert len(read_shards(tmp_path / "out")[0]) == 4
+
+
+def test_flags_may_stand_before_out(photos, tmp_path):
+    captions_file = write_captions(tmp_path / "c.csv", ROWS)
+    pack("folder", photos, captions_file, "--seed", 3, tmp_path / "out")
+    assert read_shards(tmp_path / "out")[1]["settings"]["seed"] == 3
+    pack("folder", photos, "--seed", 4, tmp_path / "beside")
+    assert read_shards(tmp_path / "beside")[1]["settings"]["seed"] == 4
+    for words in (["--sed", 3], ["--sed"], ["out", "more"]):
+        with pytest.raises(SystemExit):
+            pack("folder", photos, captions_file, tmp_path / "new", *words)
+    assert not (tmp_path / "new").exists()
 
 
 def test_images_in_parquet_are_sent_to_the_other_command(tmp_path):

@@ -171,6 +171,17 @@ def folder_of(tmp_path, files):
     return folder
 
 
+def test_a_packed_png_has_no_profile_of_other_channels():
+    """Pillow's profile of a LAB image contains the time, so the bytes would differ every second."""
+    rules = images.ImageRules(size=0, quality=95, min_size=1, max_aspect=1000)
+    for mode in ("LAB", "CMYK"):
+        buffer = io.BytesIO()
+        image = Image.new("RGB", (8, 8), "orange").convert(mode)
+        image.save(buffer, "TIFF", icc_profile=bytes(128))
+        suffix, data = images.pack_image(buffer.getvalue(), rules)
+        assert suffix == "png" and "icc_profile" not in Image.open(io.BytesIO(data)).info
+
+
 def test_all_suffixes_are_packed(tmp_path):
     jpeg = saved(Image.fromarray(quadrants(COLOURS)), "JPEG")
     tga = saved(Image.fromarray(quadrants(COLOURS)), "TGA")

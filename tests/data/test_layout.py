@@ -41,6 +41,8 @@ def empty_index_cache():
     ("json jpg txt", "", "jpg"),
     ("png jpg txt", "", "jpg"),             # in the order of layout.IMAGES
     ("jpg image.webp txt", "", "image.webp"),
+    ("image.caption.txt image.json image.png", "", "image.png"),
+    ("image.caption.txt jpg", "", "jpg"),
     ("txt webp png", "", "png"),
     ("tif txt", "", "tif"),
     ("json 0001.png txt", "", "0001.png"),
@@ -72,6 +74,12 @@ def test_the_image_of_a_sample(names, key, image):
     ({"0.txt": "a", "1.txt": "b"}, "", "several caption files (0.txt, 1.txt)"),
     (dict(json='{"url": "u", "text": " a\\n cat"}'), "", {"field text of json": "a cat"}),
     (dict(json='{"captions": ["a\\nb", " ", "c"]}'), "", {"field captions of json": "a b\nc"}),
+    (dict(txt="a\nb", json='{"caption": "a\\nb"}'), "", {"txt": "a b"}),       # img2dataset's
+    (dict(txt="a\nb", json='{"captions": ["a", "b"]}'), "", {"txt": "a\nb"}),
+    (dict(txt="a\nb", json="{"), "", {"txt": "a\nb"}),
+    (dict(json='{"caption": "c", "synthetic_caption": "s"}'), "",
+     {"field synthetic_caption of json": "s"}),
+    (dict(json="[" * 100_000), "", "KEY.json is not JSON (json)"),
     (dict(txt=" \n", json='{"caption": "a dog"}'), "", {"field caption of json": "a dog"}),
     (dict(txt="", json='{"caption": null}'), "", "blank caption (txt)"),
     (dict(txt="a", style="b"), "style", {"style": "b"}),
@@ -189,6 +197,14 @@ def test_shards_of_img2dataset_train_as_repacked(gemma_folder, others):
         assert torch.cat([rank[name] for rank in ranks]).equal(ours[4][name])
 
 
+@pytest.mark.parametrize("content", ["[1]", '{"shards": 5}', '{"shards": ["a"]}', "{"])
+def test_the_index_json_of_another_program_is_replaced(others, content):
+    path = others[0] / "index.json"
+    path.write_text(content)
+    pack("index", others[0])
+    assert json.loads(path.read_text())["samples"] == 24
+
+
 def test_captions_in_json(gemma_folder, tmp_path, others):
     """Also a field that --caption-key names."""
     samples = []
@@ -222,7 +238,7 @@ def test_unusable_shards_are_refused_with_the_flags_to_use(gemma_folder, tmp_pat
     path = tmp_path / "a.tar"
     write_shard(path, samples)
     message = ("none of 4 samples can be trained on. They have img (4), tags (4), json (4); text "
-               "fields of KEY.json: heading (4). no image: --image-key names")
+               "fields of KEY.json: heading (4). Problem: no image. --image-key names")
     assert message in command("index", tmp_path, code=1)[1]
     assert not (tmp_path / "index.json").exists()
     assert message in command("check", tmp_path, code=1)[0]
@@ -254,11 +270,11 @@ def test_keys_that_merge_are_named(tmp_path):
         out, err = command(name, tmp_path, code=1)
         assert "none of 1 samples can be trained on. They have *.jpg (3), *.json (3), *.txt (3)" \
             in out + err
-        assert "several images: a key ends at the first dot" in out + err
+        assert "several images. A key ends at the first dot" in out + err
 
     write_shard(tmp_path / "b.tar", [*good, *good[1:]])
     out, err = command("index", tmp_path)
-    assert "1 x several images: img of a.tar. a key ends at the first dot" in err
+    assert "1 x several images: img of a.tar. A key ends at the first dot" in err
     assert "1 x two files with the same name: 000000001.jpg of b.tar" in err
     assert "images: jpg (2); captions: txt (2)\n3 samples in 2 shards" in out
     out, _ = command("check", tmp_path, code=1)
@@ -282,7 +298,7 @@ def test_files_that_are_not_adjacent_are_named(tmp_path):
                 add_file(tar, f"{key}.{extension}", files[extension])
     for name in ("index", "check"):
         out, err = command(name, tmp_path, code=1)
-        assert "files of a sample that are not next to each other: unpack such a tar" in out + err
+        assert "files of a sample that are not next to each other. Unpack such a tar" in out + err
         assert "none of 6 samples" in out + err
 
 
@@ -337,7 +353,7 @@ def several(tmp_path):
 def test_one_of_several_captions_is_drawn_at_every_visit(gemma_folder, several):
     out, err = command("index", several)
     assert "txt (5), field captions of json (1); 4 samples with several captions" in out
-    assert "1 x blank caption: 000000006 of a.tar. training skips" in err
+    assert "1 x blank caption: 000000006 of a.tar. Training skips" in err
     out, _ = command("check", several, code=1)
     assert "txt: 11, length" in out and "4 samples with several captions" in out
 
@@ -386,6 +402,8 @@ def test_the_image_grid_is_that_of_the_repacked_shards(tmp_path, others):
         middle = a.convert("RGB").getpixel((8 + 96, 8 + 96))
         assert any(max(map(abs, (x - y for x, y in zip(middle, colour, strict=True)))) < 8
                    for colour in COLOURS.values())
+        text = a.convert("L").crop((8, 8 + 192, 200, 8 + 192 + 15))
+        assert text.getextrema()[0] < 100   # "a red star 3"
     out, _ = command("check", others[0])
     assert "images: jpg (15), png (9); captions: txt (24)" in out
     assert "txt: 24, length 4 to 4" in out

@@ -19,6 +19,7 @@ class Job:
 
 def login(verify):
     assert verify
+    assert float(os.environ["WANDB_FINISH_TIMEOUT"]) > 0   # seconds, to end without a network
     print("login", os.environ.get("RANK"), file=sys.stderr)
     if os.environ["LOGIN"]:
         raise RuntimeError(os.environ["LOGIN"])

@@ -201,3 +201,14 @@ def test_a_memory_budget_needs_the_compiler(gemma, data, tmp_path):
     done = launch(flags(gemma, data, tmp_path / "run", "--memory-budget", "0.5"), check=False)
     assert done.returncode == 1
     assert "--memory-budget has no effect without --compile: add --compile" in done.stderr
+
+
+def test_a_run_from_before_caption_pick_reads_captions_whole(tmp_path):
+    """As it did before; a new run, and one that names the flag, do not."""
+    argv = ["--out", str(tmp_path)]
+    assert parse_run(argv, "").caption_pick == "random"
+    (tmp_path / "config.json").write_text('{"run": {"preset": "demo"}}')
+    assert parse_run(argv, "").caption_pick == "whole"
+    assert parse_run([*argv, "--caption-pick", "first"], "").caption_pick == "first"
+    (tmp_path / "config.json").write_text('{"run": {"preset": "demo", "caption_pick": "random"}}')
+    assert parse_run(argv, "").caption_pick == "random"

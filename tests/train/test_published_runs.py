@@ -91,6 +91,11 @@ def test_a_run_resumes_with_and_without_the_flag(gemma, data, tmp_path):
     assert "from step 1 to 2" in without.stdout
     changed = "--resize bilinear --caption-pick whole --no-ema-warmup"
     assert f"--like-published sets {changed}" in without.stderr
+
+    path = tmp_path / "run" / "config.json"                # as before --caption-pick
+    config = json.loads(path.read_text())
+    del config["run"]["caption_pick"]
+    path.write_text(json.dumps(config))
     assert "from step 2 to 3" in launch([*argv, "--steps", "3", "--like-published"]).stdout
     refused = launch([*argv, "--steps", "4", "--no-like-published"], check=False)
     assert "resize was 'bilinear', is now 'bicubic'" in refused.stderr
