@@ -2,6 +2,7 @@
 import codecs
 import gzip
 import json
+import re
 from pathlib import PurePosixPath
 from unicodedata import normalize
 
@@ -229,21 +230,39 @@ def read_parquet(path, rows, image_column=None, caption_column=None, base=""):
             columns = find_columns(types, image_column, caption_column)
             require_columns(columns, types, path)
             names = [*columns.image, *columns.captions, *columns.synthetic]
-            if all(holds_bytes(types[name]) for name in columns.image):
-                raise FuseDiTError(f"{path} holds the images themselves: "
-                                   "python prepare_data.py parquet FILES OUT packs them")
-            names = [name for name in names if not holds_bytes(types[name])]
-            quoted = ", ".join('"' + name.replace('"', '""') + '"' for name in names)
-            found = db.execute(f"SELECT {quoted} FROM read_parquet(?)", [str(path)]).fetchall()
+            values = {name: quoted(name) for name in names if not holds_bytes(types[name])}
+            if not values.keys() & set(columns.image):
+                image = columns.image[0]
+                if "path" not in types[image] or has_bytes(db, path, image, types[image]):
+                    raise FuseDiTError(f"{path} holds the images themselves: "
+                                       "python prepare_data.py parquet FILES OUT packs them")
+                values[image] = f"struct_extract({quoted(image)}, 'path')"
+            found = db.execute(f"SELECT {', '.join(values.values())} FROM read_parquet(?)",
+                               [str(path)]).fetchall()
     except duckdb.Error as e:
         raise FuseDiTError(f"cannot read {path}: {first_line(e)}") from None
-    for number, values in enumerate(found, 1):
-        rows.add(f"row {number}", dict(zip(names, values, strict=True)), columns, base)
+    for number, row in enumerate(found, 1):
+        rows.add(f"row {number}", dict(zip(values, row, strict=True)), columns, base)
 
 
 def holds_bytes(kind):
     """True if a column of this DuckDB type holds files: bytes, or the hub's {bytes, path}."""
-    return kind == "BLOB" or (kind.startswith("STRUCT(") and "bytes BLOB" in kind)
+    return re.fullmatch(r"BLOB|STRUCT\((\w+ \w+, )*bytes BLOB(, .*)?\)", kind) is not None
+
+
+def has_bytes(db, path, column, kind):
+    """False if a file's metadata say that no row has bytes in a column of this DuckDB type."""
+    name = column if kind == "BLOB" else f"{column}, bytes"
+    empty = db.execute("SELECT bool_and(coalesce(stats_null_count = num_values, false)) "
+                       "FROM parquet_metadata(?) WHERE path_in_schema = ?",
+                       [str(path), name]).fetchone()[0]
+    return not empty
+
+
+def quoted(column):
+    """The name of a column in SQL."""
+    escaped = column.replace('"', '""')
+    return f'"{escaped}"'
 
 
 # ---------------------------------------------------------------------------- beside the images

@@ -57,15 +57,9 @@ class CaptionRows:
         if not image:
             self.skipped.append((f"no image name ({', '.join(columns.image)})", where))
             return
-        captions = {}
-        for kind, names in (("synthetic_caption", columns.synthetic),
-                            ("original_caption", columns.captions)):
-            texts = {name: texts_of(fields.get(name)) for name in names}
-            filled = [name for name in names if texts[name]]
-            if filled:
-                captions[kind] = texts[filled[0]]
-                self.used[filled[0]] += 1
-                self.ignored.update(filled[1:])
+        captions, used, ignored = captions_of(fields, columns)
+        self.used.update(used)
+        self.ignored.update(ignored)
         self.rows.append(CaptionRow(where, image, captions, base))
 
 
@@ -126,6 +120,25 @@ def image_of(fields, columns):
         if isinstance(value, str) and value.strip():
             return value
     return ""
+
+
+def captions_of(fields, columns):
+    """The captions {kind: texts} in a row {column: value}.
+
+    Also returns the columns that they are from, and those with captions that are ignored.
+    """
+    captions = {}
+    used = []
+    ignored = []
+    for kind, names in (("synthetic_caption", columns.synthetic),
+                        ("original_caption", columns.captions)):
+        texts = {name: texts_of(fields.get(name)) for name in names}
+        filled = [name for name in names if texts[name]]
+        if filled:
+            captions[kind] = texts[filled[0]]
+            used.append(filled[0])
+            ignored += filled[1:]
+    return captions, used, ignored
 
 
 def texts_of(value):

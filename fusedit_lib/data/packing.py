@@ -47,6 +47,9 @@ OUTPUT_NAME = re.compile(
     r"\.?(index\.json|offsets\.npy|report\.json|[a-z0-9-]+-\d{6}\.(tar|latents\.safetensors))"
     r"(\.\d+\.tmp)?|\.progress")
 
+# An empty file in OUT/.progress, if the run has created OUT.
+NEW_FOLDER = "new-folder"
+
 # The number of items that all processes together have packed or skipped so far. pack() creates this
 # shared counter before it forks the workers, which inherit it.
 _items_done = None
@@ -237,6 +240,7 @@ def begin(args, **settings):
     if out.is_dir():
         names = sorted(path.name for path in out.iterdir())
 
+    is_new = not out.is_dir()
     if args.overwrite:
         names = [name for name in names if not OUTPUT_NAME.fullmatch(name)]
         if not names:
@@ -257,6 +261,8 @@ def begin(args, **settings):
     if names not in ([], [".progress"]):
         raise not_empty_error(out, names, args.overwrite)
     progress.mkdir(parents=True, exist_ok=True)
+    if is_new:
+        (progress / NEW_FOLDER).touch()
     with atomic_write(progress / "settings.json") as tmp:
         tmp.write_text(json.dumps(settings))
     return True
@@ -300,22 +306,30 @@ def not_empty_error(out, names, overwrite):
 
 
 def read_json_or_none(path):
-    """The content of a JSON file; None if the file is missing or is not JSON."""
+    """The object in a JSON file; None if the file is missing or holds anything else."""
     try:
-        return json.loads(path.read_text())
+        content = json.loads(path.read_text())
     except (OSError, ValueError):
         return None
+    return content if isinstance(content, dict) else None
 
 
 def remove_output(out):
-    """Delete everything that a run has written to OUT and nothing else."""
+    """Delete everything that a run has written to OUT and nothing else.
+
+    Nor is OUT itself left, if it is empty and the run has created it.
+    """
     if not out.is_dir():
         return
+    is_new = (out / ".progress" / NEW_FOLDER).exists()
     for path in out.iterdir():
         if path.name == ".progress":
             shutil.rmtree(path)
         elif OUTPUT_NAME.fullmatch(path.name):
             path.unlink()
+    if is_new:
+        with contextlib.suppress(OSError):  # it is not empty
+            out.rmdir()
 
 
 def remove_temporary_files(out):
