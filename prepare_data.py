@@ -170,6 +170,18 @@ def add_caption_key(p):
 
 
 # ---------------------------------------------------------------------------- the commands
+class Parser(argparse.ArgumentParser):
+    """A parser for which flags may also stand between CAPTIONS and OUT."""
+
+    def parse_known_args(self, args=None, namespace=None):
+        found, rest = super().parse_known_args(args, namespace)
+        positional = len(rest) == 1 and not rest[0].startswith("-")
+        if positional and getattr(found, "captions", "") is None:
+            found.captions = found.out      # argparse has taken CAPTIONS for OUT
+            found.out = Path(rest.pop())
+        return found, rest
+
+
 class Commands:
     """Adds commands to a parser.
 
@@ -197,7 +209,7 @@ class Commands:
 
 def parse_args(argv=None):
     """Parse argv or, if it is None, the command line; args.run(args) runs the command."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
+    parser = Parser(description=__doc__, formatter_class=HelpFormatter)
     commands = Commands(parser)
     add_shapes(commands)
     add_emoji(commands)
@@ -211,14 +223,7 @@ def parse_args(argv=None):
     add_check(commands)
     add_index(commands)
     add_encode(commands)
-    args, rest = parser.parse_known_args(argv)
-    positional = len(rest) == 1 and not rest[0].startswith("-")
-    if args.command == "folder" and args.captions is None and positional:
-        # There are flags before OUT, so argparse has taken CAPTIONS for it.
-        args.captions = args.out
-        args.out = Path(rest.pop())
-    if rest:
-        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    args = parser.parse_args(argv)
     if "max_words" in args and 0 < args.max_words < args.min_words:
         parser.error("argument --max-words: must not be below --min-words")
     return args

@@ -153,7 +153,7 @@ def parse_list(text):
     for parse in (json.loads, ast.literal_eval):
         try:
             with warnings.catch_warnings():
-                warnings.simplefilter("ignore", SyntaxWarning)     # as for the \d of "a \d"
+                warnings.simplefilter("ignore")              # of the \d in "a \d"
                 value = parse(text.strip())
         except (ValueError, SyntaxError, MemoryError, RecursionError):
             continue

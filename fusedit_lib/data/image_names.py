@@ -78,7 +78,7 @@ class ImageNames:
 
     def other_file(self, name):
         """The name, if it is that of a file in IMAGES that has no image's suffix, or None."""
-        if name.startswith(("/", "../")) or "\0" in name or not name:
+        if name.startswith(("/", "../")):
             return None
         try:
             exists = (self.folder / name).is_file()
@@ -173,8 +173,6 @@ def composed(name):
 
 def lower_suffix(name):
     start, dot, suffix = composed(name).rpartition(".")
-    if "/" in suffix:                       # the dot is in the name of a folder
-        return start + dot + suffix
     return start + dot + suffix.lower()
 
 

@@ -174,6 +174,18 @@ def row_ranges(files, size):
     return ranges
 
 
+def warn_of_parts(files):
+    """Print a line to stderr if files of train and test, for example, are packed together."""
+    parts = set()
+    for file in files:
+        found = PART.match(file.path.name)
+        if found:
+            parts.add(found[0])
+    if len(parts) > 1:
+        print(f"files of several parts are packed together ({', '.join(sorted(parts))}); to "
+              "choose, give files instead of their folder", file=sys.stderr)
+
+
 def parquet(args):
     """Run `prepare_data.py parquet`."""
     require_exists(*args.data)
@@ -181,10 +193,7 @@ def parquet(args):
     for name, path in list_parquet(args.data).items():
         file, names = open_parquet(path, name, args.image_column, args.caption_column)
         files.append(file)
-    parts = {found[0] for found in map(PART.match, (file.path.name for file in files)) if found}
-    if len(parts) > 1:
-        print(f"files of several parts are packed together ({', '.join(sorted(parts))}); to choose, "
-              "give files instead of their folder", file=sys.stderr)
+    warn_of_parts(files)
     columns = files[0].columns
     report = dict(columns=columns._asdict(), all_columns=names)
     total = sum(file.rows for file in files)

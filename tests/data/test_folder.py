@@ -283,7 +283,8 @@ def test_names_of_other_machines_and_systems(photos, tmp_path, capsys):
 def test_image_root_is_a_setting_of_the_run(photos, tmp_path):
     (tmp_path / "c.json").write_text(json.dumps({"/mnt/x/a.png": "one", "/mnt/x/sub/d": "two"}))
     words = ["folder", photos, tmp_path / "c.json", tmp_path / "out"]
-    with pytest.raises(FuseDiTError, match="none of 2 rows .*'/mnt/x/a.png'.*add --image-root /mnt/x"):
+    message = "none of 2 rows .*'/mnt/x/a.png'.*add --image-root /mnt/x"
+    with pytest.raises(FuseDiTError, match=message):
         pack(*words)
     pack(*words, "--image-root", "/mnt/x")
     samples, report = read_shards(tmp_path / "out")
