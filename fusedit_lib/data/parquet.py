@@ -7,7 +7,14 @@ from fusedit import FuseDiTError
 from fusedit_lib.backend import first_line
 from fusedit_lib.data import packing
 from fusedit_lib.data.caption_files import holds_bytes
-from fusedit_lib.data.columns import Columns, find_columns, matching, require_columns, texts_of
+from fusedit_lib.data.columns import (
+    Columns,
+    find_columns,
+    matching,
+    plain,
+    require_columns,
+    texts_of,
+)
 from fusedit_lib.data.folder import one_or_several
 from fusedit_lib.data.image_names import PART
 from fusedit_lib.data.images import Skip, image_rules
@@ -25,6 +32,7 @@ class ParquetFile(NamedTuple):
     name: str                               # for the report
     rows: int
     columns: Columns                        # image: the one column of images
+    all_columns: list                       # their names
 
 
 class RowRange:
@@ -118,7 +126,7 @@ def list_parquet(paths):
 
 
 def open_parquet(path, name, image_column, caption_column):
-    """The ParquetFile at a path, and the names of all its columns. Raises FuseDiTError."""
+    """The ParquetFile at a path. Raises FuseDiTError."""
     import duckdb  # an optional dependency
     try:
         with duckdb.connect() as db:
@@ -131,7 +139,7 @@ def open_parquet(path, name, image_column, caption_column):
     columns = find_columns(types, image_column, caption_column)
     require_columns(columns, types, path, image=False)
     image = find_image_column(types, path, image_column)
-    return ParquetFile(path, name, rows, columns._replace(image=[image])), list(types)
+    return ParquetFile(path, name, rows, columns._replace(image=[image]), list(types))
 
 
 def find_image_column(types, path, image_column):
@@ -139,7 +147,7 @@ def find_image_column(types, path, image_column):
     candidates = [name for name in types if holds_bytes(types[name])]
     known = matching(candidates, IMAGE_FIELDS)
     if image_column is not None:
-        known = [name for name in candidates if name == image_column]
+        known = matching(candidates, [plain(image_column)])
     elif len(candidates) == 1:
         known = candidates
     if known:
@@ -191,15 +199,14 @@ def parquet(args):
     require_exists(*args.data)
     files = []
     for name, path in list_parquet(args.data).items():
-        file, names = open_parquet(path, name, args.image_column, args.caption_column)
-        files.append(file)
+        files.append(open_parquet(path, name, args.image_column, args.caption_column))
     warn_of_parts(files)
     columns = files[0].columns
-    report = dict(columns=columns._asdict(), all_columns=names)
+    report = dict(columns=columns._asdict(), all_columns=files[0].all_columns)
     total = sum(file.rows for file in files)
     content = digest((file.name, file.path.stat().st_size, file.rows) for file in files)
     print(f"{total} rows in {len(files)} files; images from column {columns.image[0]}, captions "
-          f"from {', '.join([*columns.synthetic, *columns.captions][:1])}")
+          f"from {', or where it is empty from '.join(columns.captions) or columns.synthetic[0]}")
     if packing.begin(args, **output_settings(args, rows=content)):
         make = partial(make_sample, image_rules(args))
         jobs = row_ranges(files, args.shard_size)

@@ -205,7 +205,7 @@ def test_unwanted_sizes_and_aspect_ratios_are_skipped(tmp_path):
 
 def test_odd_rows_and_duplicate_keys_are_skipped(tmp_path):
     (tmp_path / "imgs").mkdir()
-    for name in ("a.jpg", "a.png", "b.jpg", "c.jpg", "d.jpg", "e.jpg", "f.jpg"):
+    for name in (*(f"{letter}.jpg" for letter in "abcdefg"), "a.png"):
         scene(0).save(tmp_path / "imgs" / name)
     write_json_lines(tmp_path / "rows.jsonl", [
         dict(img_path="./a.jpg", prompt="one"),
@@ -217,13 +217,14 @@ def test_odd_rows_and_duplicate_keys_are_skipped(tmp_path):
         dict(img_path="./d.jpg", Task2=dict(Caption="GPT's")),
         dict(img_path="./e.jpg", prompt=None, Task2=dict(Caption="too")),
         dict(img_path="./f.jpg", prompt=" "),
+        dict(img_path="./g.jpg", prompt=5, Task2=dict(Caption="a number")),
         dict(prompt="of nothing"),
         ["no row"],
     ])
     pack("journeydb", tmp_path / "rows.jsonl", tmp_path / "imgs", tmp_path / "out")
     samples, report = read_shards(tmp_path / "out")
-    without_prompt = {key: text_of(samples.pop(key), "original") for key in "de"}
-    assert without_prompt == {"d": "GPT's", "e": "too"}
+    without_prompt = {key: text_of(samples.pop(key), "original") for key in "deg"}
+    assert without_prompt == {"d": "GPT's", "e": "too", "g": "a number"}
     prompts = {key: text_of(sample, "synthetic") for key, sample in samples.items()}
     assert prompts == {"a": "one", "b": "two", "c": "list"}
     assert report["skipped"] == {"same key as the one before": 1, "cannot be read: invalid name": 2,

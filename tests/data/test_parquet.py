@@ -135,7 +135,7 @@ def test_columns_that_are_named_and_a_synthetic_caption(tmp_path):
                   [[b"x", png(4), "make it red", "A dog", "A red dog"]])
     with pytest.raises(FuseDiTError, match="several columns of images: .*: before, after"):
         pack("parquet", tmp_path / "d.parquet", tmp_path / "out")
-    pack("parquet", tmp_path / "d.parquet", tmp_path / "out", "--image-column", "after",
+    pack("parquet", tmp_path / "d.parquet", tmp_path / "out", "--image-column", "After",
          "--caption-column", "edit")
     samples, report = read_shards(tmp_path / "out")
     assert texts(samples) == {"000000000": (4, "make it red")}
@@ -187,7 +187,7 @@ def test_two_files_of_one_name_are_told_apart(tmp_path):
 
 def test_only_the_row_groups_of_a_range_are_read(tmp_path):
     path = write_long_parquet(tmp_path / "d.parquet", 5000)
-    file, _ = parquet.open_parquet(path, "d.parquet", None, None)
+    file = parquet.open_parquet(path, "d.parquet", None, None)
     ranges = parquet.row_ranges([file], 1000)
     names = [[item.name for item in part] for part in ranges]
     assert [len(part) for part in names] == [1000] * 5
@@ -199,7 +199,7 @@ def test_only_the_row_groups_of_a_range_are_read(tmp_path):
 
 def test_blocks_do_not_cross_row_groups(tmp_path, monkeypatch):
     path = write_long_parquet(tmp_path / "d.parquet", 5000)
-    file, _ = parquet.open_parquet(path, "d.parquet", None, None)
+    file = parquet.open_parquet(path, "d.parquet", None, None)
     monkeypatch.setattr(parquet, "BLOCK_BYTES", path.stat().st_size * 1000 // 5000)
     with duckdb.connect() as db:
         blocks = list(parquet.RowRange(file, 1500, 4500, 0).blocks(db))
