@@ -36,7 +36,7 @@ class ParquetFile(NamedTuple):
 
 
 class RowRange:
-    """Iterates over the items in the rows start <= row < stop of a ParquetFile.
+    """Iterates over the items in those of the rows start <= row < stop that a ParquetFile has.
 
     The rows are read while iterating, in blocks that do not cross row groups; DuckDB then reads
     only that row group. Of a block that cannot be read, every row is an item without an image.
@@ -176,8 +176,7 @@ def row_ranges(files, size):
     key = 0
     for file in files:
         for start in range(0, file.rows, size):
-            stop = min(start + size, file.rows)
-            ranges.append(RowRange(file, start, stop, key + start))
+            ranges.append(RowRange(file, start, start + size, key + start))
         key += file.rows
     return ranges
 

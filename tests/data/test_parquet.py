@@ -188,9 +188,9 @@ def test_two_files_of_one_name_are_told_apart(tmp_path):
 def test_only_the_row_groups_of_a_range_are_read(tmp_path):
     path = write_long_parquet(tmp_path / "d.parquet", 5000)
     file = parquet.open_parquet(path, "d.parquet", None, None)
-    ranges = parquet.row_ranges([file], 1000)
+    ranges = parquet.row_ranges([file], 1100)
     names = [[item.name for item in part] for part in ranges]
-    assert [len(part) for part in names] == [1000] * 5
+    assert [len(part) for part in names] == [1100] * 4 + [600]
     assert sum(names, []) == [f"d.parquet row {i} ({i}.png)" for i in range(5000)]
     damage(path, 2)                         # the rows from 4096 on
     damaged = [[isinstance(item.image, Skip) for item in part] for part in ranges]
