@@ -8,6 +8,7 @@ and shape; this file only restricts what it may pick from.
 import ctypes
 import os
 import platform
+import re
 import shutil
 import sys
 
@@ -42,6 +43,11 @@ def first_line(error):
     """The first line of an error's message, or the name of its class if it has no message."""
     lines = str(error).splitlines()
     return lines[0] if lines else type(error).__name__
+
+
+def printable(text):
+    """The text with its control characters, such as line breaks, written as escapes: \\n."""
+    return re.sub(r"[\x00-\x1f\x7f-\x9f]", lambda m: m[0].encode("unicode_escape").decode(), text)
 
 
 def pick_device(name):

@@ -7,6 +7,7 @@ import hashlib
 import os
 from pathlib import Path
 from typing import NamedTuple
+from unicodedata import normalize
 
 from fusedit import FuseDiTError
 from fusedit_lib.data.filters import PackedImage, pixel_hash, select_captions
@@ -204,6 +205,20 @@ def require_exists(*paths):
     for path in paths:
         if not path.exists():
             raise FuseDiTError(f"no such file or folder: {path}")
+
+
+def as_stored(path):
+    """The path with its names in the Unicode form that they have on disk, if that differs.
+
+    macOS writes letters and their accents as two characters, and a keyboard as one.
+    """
+    if path.exists() or path == path.parent:
+        return path
+    parent = as_stored(path.parent)
+    for entry in parent.iterdir() if parent.is_dir() else ():
+        if normalize("NFC", entry.name) == normalize("NFC", path.name):
+            return entry
+    return path
 
 
 # ---------------------------------------------------------------------------- settings of a run
