@@ -422,7 +422,8 @@ def add_encode(commands):
 def main():
     args = parse_args()
     if "seed" in args:
-        args.seed = seeds.settle(args.seed, packing.started_seed(args))
+        stored = packing.started_seed(args) if args.seed == seeds.RANDOM else None
+        args.seed = seeds.settle(args.seed, stored)
     return args.run(args)
 
 

@@ -46,6 +46,11 @@ def first_line(error):
     return lines[0] if lines else type(error).__name__
 
 
+def printable(text):
+    """The text with its control characters, such as line breaks, written as escapes: \\n."""
+    return re.sub(r"[\x00-\x1f\x7f-\x9f]", lambda m: m[0].encode("unicode_escape").decode(), text)
+
+
 def pick_device(name):
     """The torch.device for a value of --device; "auto" is a GPU if there is one."""
     if name in ("auto", "cuda") and torch.cuda.is_available():

@@ -2,12 +2,13 @@
 import codecs
 import gzip
 import json
+import re
 from pathlib import PurePosixPath
-from unicodedata import normalize
 
 from fusedit import FuseDiTError
 from fusedit_lib.backend import first_line
 from fusedit_lib.data.columns import CaptionRow, find_columns, require_columns, texts_of
+from fusedit_lib.data.image_names import Several, composed, folded, group
 from fusedit_lib.data.items import FILE, list_files
 from fusedit_lib.data.tables import read_table
 
@@ -19,9 +20,11 @@ CAPTION_FILES = (*TABLES, *JSONS, ".parquet")
 # Files beside the images, in the order in which they are tried: 1.jpg.txt, 1.txt, 1.jpg.caption...
 TEXT_SUFFIXES = ".txt", ".caption", ".json"
 
-OTHER_FILE = "more than one caption file for an image (the first in the order of docs/data.md)"
+OTHER_FILE = "more than one caption file for an image"
+OTHER_CASE = "caption files with letters in another case than their image"
 NO_IMAGE = "caption file without an image"
-NOT_UTF8 = "caption is not UTF-8"
+NOT_UTF8 = "caption is not UTF-8 (text from Windows: iconv -f WINDOWS-1252 -t UTF-8)"
+SEVERAL = "several caption files match the name"
 
 
 class NotJSON(Exception):
@@ -47,6 +50,7 @@ def read_caption_file(path, rows, image_column=None, caption_column=None, base="
     rows.files.append(path)
     if kind == ".parquet":
         read_parquet(path, rows, image_column, caption_column, base)
+        rows.require_text(path)
         return
     if kind not in CAPTION_FILES:
         raise FuseDiTError(f"CAPTIONS is {path}, but it must be a {', '.join(CAPTION_FILES)} file "
@@ -70,6 +74,7 @@ def read_caption_file(path, rows, image_column=None, caption_column=None, base="
         if not isinstance(fields, dict):
             fields = {}
         rows.add(where, fields, columns, base)
+    rows.require_text(path)
 
 
 def read_text(path, kind):
@@ -124,9 +129,13 @@ def json_rows(text, lines, skipped, image_column=None, caption_column=None):
         if not line.strip():
             continue
         try:
-            rows.append((f"line {number}", json.loads(line)))
-        except ValueError:
-            skipped.append(("not JSON", f"line {number}"))
+            value = json.loads(line, object_pairs_hook=merge_repeated)
+            rows.append((f"line {number}", value))
+        except ValueError as e:
+            reason = e.msg
+            if "escape" in reason:
+                reason += r", a backslash is spelt \\"
+            skipped.append((f"not JSON ({reason})", f"line {number}"))
     return rows
 
 
@@ -229,21 +238,39 @@ def read_parquet(path, rows, image_column=None, caption_column=None, base=""):
             columns = find_columns(types, image_column, caption_column)
             require_columns(columns, types, path)
             names = [*columns.image, *columns.captions, *columns.synthetic]
-            if all(holds_bytes(types[name]) for name in columns.image):
-                raise FuseDiTError(f"{path} holds the images themselves: "
-                                   "python prepare_data.py parquet FILES OUT packs them")
-            names = [name for name in names if not holds_bytes(types[name])]
-            quoted = ", ".join('"' + name.replace('"', '""') + '"' for name in names)
-            found = db.execute(f"SELECT {quoted} FROM read_parquet(?)", [str(path)]).fetchall()
+            values = {name: quoted(name) for name in names if not holds_bytes(types[name])}
+            if not values.keys() & set(columns.image):
+                image = columns.image[0]
+                if "path" not in types[image] or has_bytes(db, path, image, types[image]):
+                    raise FuseDiTError(f"{path} holds the images themselves: "
+                                       "python prepare_data.py parquet FILES OUT packs them")
+                values[image] = f"struct_extract({quoted(image)}, 'path')"
+            found = db.execute(f"SELECT {', '.join(values.values())} FROM read_parquet(?)",
+                               [str(path)]).fetchall()
     except duckdb.Error as e:
         raise FuseDiTError(f"cannot read {path}: {first_line(e)}") from None
-    for number, values in enumerate(found, 1):
-        rows.add(f"row {number}", dict(zip(names, values, strict=True)), columns, base)
+    for number, row in enumerate(found, 1):
+        rows.add(f"row {number}", dict(zip(values, row, strict=True)), columns, base)
 
 
 def holds_bytes(kind):
     """True if a column of this DuckDB type holds files: bytes, or the hub's {bytes, path}."""
-    return kind == "BLOB" or (kind.startswith("STRUCT(") and "bytes BLOB" in kind)
+    return re.fullmatch(r"BLOB|STRUCT\((\w+ \w+, )*bytes BLOB(, .*)?\)", kind) is not None
+
+
+def has_bytes(db, path, column, kind):
+    """False if a file's metadata say that no row has bytes in a column of this DuckDB type."""
+    name = column if kind == "BLOB" else f"{column}, bytes"
+    empty = db.execute("SELECT bool_and(coalesce(stats_null_count = num_values, false)) "
+                       "FROM parquet_metadata(?) WHERE path_in_schema = ?",
+                       [str(path), name]).fetchone()[0]
+    return not empty
+
+
+def quoted(column):
+    """The name of a column in SQL."""
+    escaped = column.replace('"', '""')
+    return f'"{escaped}"'
 
 
 # ---------------------------------------------------------------------------- beside the images
@@ -252,49 +279,83 @@ def read_text_files(names, folder, rows):
 
     names: of the images, relative paths. The caption of cats/1.jpg is in cats/1.jpg.txt, cats/1.txt
     or one of the other TEXT_SUFFIXES. Images whose file cannot be read are added to rows.skipped.
-    Returns the names of these, and of the caption files that were used.
+    Returns the names of these, and of the caption files that were used, as sets.
     """
-    files_of = index_text_files(folder)
-    without_image = dict(files_of)
+    text_files = TextFiles(folder, names)
     used = set()
-    unreadable = []
+    unreadable = set()
     for image in names:
-        full = normalize("NFC", image)
-        stem = full.rpartition(".")[0]
-        files = files_of.get(full, []) + files_of.get(stem, [])
-        without_image.pop(full, None)
-        without_image.pop(stem, None)
-        if not files:
-            continue
-        used.add(files[0])
-        if sum(not name.lower().endswith(".json") for name in files) > 1:
-            rows.note(OTHER_FILE, image)
         try:
-            rows.rows.append(CaptionRow(files[0], image, captions_of_file(folder / files[0])))
+            files = text_files.find(image, rows)
+            if not files:
+                continue
+            used.add(files[0])
+            captions = captions_of_file(folder / files[0])
+        except Several as reason:
+            rows.skipped.append((SEVERAL, f"{image} ({', '.join(reason.names)})"))
+            unreadable.add(image)
         except (UnicodeDecodeError, OSError) as e:
             reason = NOT_UTF8
             if isinstance(e, OSError):
                 reason = f"caption cannot be read: {e.strerror}"
             rows.skipped.append((reason, files[0]))
-            unreadable.append(image)
-
-    for files in without_image.values():
-        for name in files:
-            if not name.lower().endswith(".json"):
-                rows.note(NO_IMAGE, name)
+            unreadable.add(image)
+        else:
+            rows.rows.append(CaptionRow(files[0], image, captions))
+            if any(captions.values()):
+                rows.used[PurePosixPath(files[0]).suffix.lower()] += 1
+    for name in without_json(text_files.without_image()):
+        rows.note(NO_IMAGE, name)
     return unreadable, used
 
 
-def index_text_files(folder):
-    """The files that may hold captions: {path without the suffix: names, best first}."""
-    found = {}
-    for name, kind in list_files(folder):
-        start, dot, suffix = name.rpartition(".")
-        suffix = (dot + suffix).lower()
-        if kind == FILE and suffix in TEXT_SUFFIXES:
-            order = (TEXT_SUFFIXES.index(suffix), name)
-            found.setdefault(normalize("NFC", start), []).append(order)
-    return {start: [name for _, name in sorted(files)] for start, files in found.items()}
+class TextFiles:
+    """The files in a folder that may hold the captions of images."""
+
+    def __init__(self, folder, images):
+        self.files = {}                     # path without the suffix -> names, best first
+        for name, kind in list_files(folder):
+            start, dot, suffix = name.rpartition(".")
+            suffix = (dot + suffix).lower()
+            if kind == FILE and suffix in TEXT_SUFFIXES:
+                order = (TEXT_SUFFIXES.index(suffix), name)
+                self.files.setdefault(composed(start), []).append(order)
+        for start, files in self.files.items():
+            self.files[start] = [name for _, name in sorted(files)]
+        self.free = set(self.files)         # those that belong to no image
+        for image in images:
+            self.free.difference_update(starts(image))
+        self.in_other_case = group(self.free, folded)
+
+    def find(self, image, rows):
+        """The names of an image's caption files, best first. Raises Several."""
+        found = [start for start in starts(image) if start in self.files]
+        if not found:
+            for start in starts(image):
+                found += self.in_other_case.get(folded(start), [])
+            self.free.difference_update(found)
+        files = [name for start in found for name in self.files[start]]
+        if found and found[0] not in starts(image):
+            if len(found) > 1:
+                raise Several(files)
+            rows.note(OTHER_CASE, files[0])
+        others = without_json(files)[1:]
+        if others:
+            rows.note(OTHER_FILE, f"{files[0]}, used instead of {' and '.join(others)}")
+        return files
+
+    def without_image(self):
+        return [name for start in sorted(self.free) for name in self.files[start]]
+
+
+def without_json(names):
+    return [name for name in names if not name.lower().endswith(".json")]
+
+
+def starts(image):
+    """The paths, without their suffix, of the files that may hold the caption of an image."""
+    full = composed(image)
+    return full, full.rpartition(".")[0]
 
 
 def captions_of_file(path):
@@ -304,7 +365,7 @@ def captions_of_file(path):
         return dict(original_caption=texts_of(text.split("\n")))
     try:
         content = json.loads(text)
-    except ValueError:
+    except (ValueError, RecursionError):
         return {}
     if not isinstance(content, dict):
         return {}

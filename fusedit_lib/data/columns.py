@@ -9,6 +9,7 @@ from collections import Counter
 from typing import NamedTuple
 
 from fusedit import FuseDiTError
+from fusedit_lib.backend import printable
 
 # Common names for the column that names the image, and for the one with its caption. Where a row
 # has several, the first is used. Case, outer spaces, and spaces and hyphens for _ do not matter.
@@ -20,6 +21,7 @@ CAPTION_FIELDS = (
     "caption", "original_caption", "text", "prompt", "description", "captions", "texts", "txt",
     "sentence", "sentences", "raw", "prompts", "descriptions", "alt_text", "alt", "comment",
     "title")
+CONVERSATIONS = "conversations", "conversation", "messages"       # of LLaVA, ShareGPT
 
 
 class Columns(NamedTuple):
@@ -47,6 +49,7 @@ class CaptionRows:
         self.used = Counter()               # caption column -> number of rows that used it
         self.ignored = Counter()            # caption column -> rows in which another one was used
         self.notes = {}                     # note -> places of the rows it is about
+        self.objects = {}                   # caption column -> a value that has no text
 
     def note(self, text, where):
         self.notes.setdefault(text, []).append(where)
@@ -57,16 +60,21 @@ class CaptionRows:
         if not image:
             self.skipped.append((f"no image name ({', '.join(columns.image)})", where))
             return
-        captions = {}
-        for kind, names in (("synthetic_caption", columns.synthetic),
-                            ("original_caption", columns.captions)):
-            texts = {name: texts_of(fields.get(name)) for name in names}
-            filled = [name for name in names if texts[name]]
-            if filled:
-                captions[kind] = texts[filled[0]]
-                self.used[filled[0]] += 1
-                self.ignored.update(filled[1:])
+        captions, used, ignored = captions_of(fields, columns)
+        self.used.update(used)
+        self.ignored.update(ignored)
+        for name in [*columns.synthetic, *columns.captions]:
+            if name not in [*used, *ignored] and isinstance(fields.get(name), list | dict):
+                self.objects.setdefault(name, fields[name])
         self.rows.append(CaptionRow(where, image, captions, base))
+
+    def require_text(self, path):
+        """Raise FuseDiTError if no row has a caption, since its column contains other things."""
+        for name, value in self.objects.items():
+            if value and not self.used:
+                text = json.dumps(value, default=str)
+                raise FuseDiTError(f"{path}: column {name} contains no text, but {text[:100]}; "
+                                   "write the captions to a column of texts or lists of texts")
 
 
 # ---------------------------------------------------------------------------- choosing columns
@@ -107,9 +115,12 @@ def require_columns(columns, available, path, image=True):
         what = "holds captions"
         flag = "--caption-column"
     if what is not None:
-        names = ", ".join(name.strip() or '""' for name in available) or "none"
-        raise FuseDiTError(f"{path}: no column that {what} was found; give one of its "
-                           f"{len(available)} columns with {flag}: {names}")
+        names = printable(", ".join(name.strip() or '""' for name in available)) or "none"
+        remedy = f"give one of its {len(available)} columns with {flag}"
+        if flag == "--caption-column" and matching(available, CONVERSATIONS):
+            remedy = ("a conversation is not a caption: write a column caption, or give one of its "
+                      f"{len(available)} columns with {flag}")
+        raise FuseDiTError(f"{path}: no column that {what} was found; {remedy}: {names}")
 
 
 # ---------------------------------------------------------------------------- values
@@ -126,6 +137,25 @@ def image_of(fields, columns):
         if isinstance(value, str) and value.strip():
             return value
     return ""
+
+
+def captions_of(fields, columns):
+    """The captions {kind: texts} in a row {column: value}.
+
+    Also returns the columns that they are from, and those with captions that are ignored.
+    """
+    captions = {}
+    used = []
+    ignored = []
+    for kind, names in (("synthetic_caption", columns.synthetic),
+                        ("original_caption", columns.captions)):
+        texts = {name: texts_of(fields.get(name)) for name in names}
+        filled = [name for name in names if texts[name]]
+        if filled:
+            captions[kind] = texts[filled[0]]
+            used.append(filled[0])
+            ignored += filled[1:]
+    return captions, used, ignored
 
 
 def texts_of(value):

@@ -6,6 +6,7 @@ from functools import partial
 from pathlib import PurePosixPath
 
 from fusedit import FuseDiTError
+from fusedit_lib.backend import printable
 from fusedit_lib.data import packing
 from fusedit_lib.data.caption_files import (
     CAPTION_FILES,
@@ -14,13 +15,14 @@ from fusedit_lib.data.caption_files import (
     read_text_files,
 )
 from fusedit_lib.data.columns import CaptionRows
-from fusedit_lib.data.image_names import NOT_FOUND, ImageNames
+from fusedit_lib.data.image_names import ImageNames, Several
 from fusedit_lib.data.images import Skip, image_rules
 from fusedit_lib.data.items import (
     FILE,
     IMAGE,
     UNREADABLE,
     Item,
+    as_stored,
     digest,
     in_chunks,
     list_files,
@@ -79,7 +81,7 @@ def read_captions(args, content):
 
     folder = args.captions or args.images
     unreadable, used = read_text_files(content.images, folder, rows)
-    content.images = [name for name in content.images if name not in set(unreadable)]
+    content.images = [name for name in content.images if name not in unreadable]
     named = {row.image for row in rows.rows}
     others = sorted(set(content.caption_files()) - used)
     if not named and not unreadable:
@@ -108,9 +110,12 @@ def folder_items(content, rows, root=None):
     for row in rows.rows:
         try:
             name = names.find(row.image, row.base, beside)
+        except Several as reason:
+            rows.skipped.append((str(reason), f"{row.image} ({packing.first_few(reason.names)})"))
+            continue
         except Skip as reason:
             rows.skipped.append((str(reason), row.image))
-            not_found += str(reason) == NOT_FOUND
+            not_found += 1
             continue
         if not row.captions or not any(row.captions.values()):
             if name not in captions_of:
@@ -193,6 +198,8 @@ def captions_report(rows, names):
     report = dict(files=[str(path) for path in rows.files], rows=len(rows.rows))
     if rows.files:
         report |= dict(columns=dict(rows.used), other_columns=dict(rows.ignored))
+    else:
+        report["suffixes"] = dict(rows.used)
     report["notes"] = {note: dict(count=len(places), names=places[:NAMES_LISTED])
                        for note, places in notes.items()}
     return report
@@ -201,13 +208,16 @@ def captions_report(rows, names):
 def print_notes(report, others):
     """Print what a user should know about how the folder was read, a line for each, to stderr."""
     lines = []
+    suffixes = report.get("suffixes", {})
+    if len(suffixes) > 1:
+        lines.append(", ".join(f"{count} {kind} files" for kind, count in suffixes.items()))
     for column, count in report.get("other_columns", {}).items():
         lines.append(f"column {column} is ignored in {count} rows, since another holds the caption "
                      "(--caption-column names the one to use)")
     for note, found in report["notes"].items():
         lines.append(f"{note}: {found['count']}, the first is {found['names'][0]}")
     for line in lines:
-        print(f"captions: {line}", file=sys.stderr)
+        print(f"captions: {printable(line)}", file=sys.stderr)
     kinds = [f"{found['count']} {kind}" for kind, found in others.items() if kind != "caption file"]
     if kinds:
         print(f"other files in IMAGES, not packed: {', '.join(kinds)}", file=sys.stderr)
@@ -215,6 +225,9 @@ def print_notes(report, others):
 
 def folder(args):
     """Run `prepare_data.py folder`."""
+    args.images = as_stored(args.images)
+    if args.captions is not None:
+        args.captions = as_stored(args.captions)
     require_exists(args.images, args.captions or args.images)
     if not args.images.is_dir():
         raise FuseDiTError(f"IMAGES is {args.images}, but it must be a folder (images in a "

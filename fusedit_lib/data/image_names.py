@@ -9,7 +9,11 @@ from unicodedata import normalize
 from fusedit_lib.data.images import Skip
 
 NOT_FOUND = "image not found"
+ELSEWHERE = f"{NOT_FOUND}, by an absolute path (--image-root says what IMAGES was called there)"
+CONTROL = rf"{NOT_FOUND}, by a name with a control character (JSON spells a backslash \\)"
 AMBIGUOUS = "several images match the name"
+
+OTHER_CASE = "names with letters in another case"      # a note for the report
 
 # Folders of the same name in different parts of a data set hold different images: images/1.jpg of
 # val/ is not that of train/.
@@ -17,14 +21,22 @@ PART = re.compile(r"(train(ing)?|val(id(ation)?)?|test(ing)?|dev|eval|part|split
                   re.I)
 
 
+class Several(Skip):
+    """Raised if several images match a name."""
+
+    def __init__(self, names):
+        super().__init__(AMBIGUOUS)
+        self.names = names
+
+
 class ImageNames:
     """The images below a folder, by all names under which a caption file may know them.
 
     Names are relative to IMAGES, and are tried in this order: as written; with / for backslashes
-    and without ./; in another Unicode normalisation, without the suffix, or with its letters in
-    another case; as an absolute path into IMAGES, or relative to the caption file or to a folder
-    above IMAGES; as an absolute path of another machine, if it is the same for all names and ends
-    with the name of IMAGES; and without a folder, if all images are in subfolders.
+    and without ./; in another Unicode normalisation or without the suffix; as an absolute path into
+    IMAGES, or relative to the caption file or to a folder above IMAGES; as an absolute path of
+    another machine, if it is the same for all names and ends with the name of IMAGES; without a
+    folder, if all images are in subfolders; and finally all of this with letters in another case.
     """
 
     def __init__(self, folder: Path, names: Iterable[str], root: str | None = None):
@@ -36,12 +48,8 @@ class ImageNames:
         self.prefix = None                  # of absolute paths, in the place of IMAGES
         if root is not None:
             self.prefix = clean(root)
-        self.by_composed = group(self.names, composed)
-        self.by_lower_suffix = group(self.names, lower_suffix)
-        self.by_stem = group(self.names, stem)
-        self.by_basename = {}
-        if all("/" in name for name in self.names):
-            self.by_basename = group(self.names, basename)
+        self.groups = {}                    # see matches
+        self.only_subfolders = all("/" in name for name in self.names)
         self.rewritten = {}                 # how a name was changed -> names, for the report
 
     def find(self, written, base="", beside=None):
@@ -54,37 +62,61 @@ class ImageNames:
             if base + name in self.names:
                 return base + name
         without_number = re.sub(r"(\.\w+)#\d+$", r"\1", written.strip())   # Flickr8k's 1.jpg#0
-        for name in dict.fromkeys([clean(written), clean(without_number)]):
-            for candidate, change in self.candidates(name, base, beside):
-                found = self.lookup(candidate)
+        names = dict.fromkeys([clean(written), clean(without_number)])
+        for form in (composed, folded):
+            for name in names:
+                found, changes = self.lookup(name, form, base, beside)
                 if found is not None:
-                    if change:
+                    for change in filter(None, changes):
                         self.rewritten.setdefault(change, []).append(written)
                     return found
-        raise Skip(NOT_FOUND)
+        raise Skip(self.why_not_found(written))
 
-    def lookup(self, name):
-        """The name of the image that a relative path stands for, or None. Raises Skip."""
-        if name in self.names:
-            return name
-        for found in (self.by_composed.get(composed(name)),
-                      self.by_lower_suffix.get(lower_suffix(name)),
-                      self.by_stem.get(composed(name))):
-            if found and len(found) > 1:
-                raise Skip(AMBIGUOUS)
+    def lookup(self, name, form, base, beside):
+        """(name of the image, changes for the report) for a clean name, or (None, []).
+
+        form: composed or folded; names match if theirs are equal. Raises Skip.
+        """
+        changes = [OTHER_CASE] if form is folded else []
+        for candidate, change in self.candidates(name, base, beside):
+            if candidate in self.names:
+                return candidate, [change]
+            found = (self.matches(whole, form, candidate) or self.matches(stem, form, candidate))
             if found:
-                return found[0]
-        return self.other_file(name)
+                return found, [change, *changes]
+            if form is composed and self.other_file(candidate):
+                return candidate, [change]
+        if self.only_subfolders and not base:
+            found = self.matches(basename, form, name)
+            if found:
+                return found, ["names without the folder of their image", *changes]
+        return None, []
+
+    def matches(self, part, form, name):
+        """The image whose part (whole, stem or basename) matches a name, or None. Raises Skip."""
+        if (part, form) not in self.groups:
+            self.groups[part, form] = group(self.names, lambda name: form(part(name)))
+        found = self.groups[part, form].get(form(name), [None])
+        if len(found) > 1:
+            raise Several(found)
+        return found[0]
+
+    def why_not_found(self, written):
+        """The reason for which a name is skipped, with the remedy if there is one."""
+        if re.search(r"[\x00-\x1f]", written.strip()):
+            return CONTROL
+        if self.prefix is None and is_absolute(clean(written)) and self.possible_root(written):
+            return ELSEWHERE
+        return NOT_FOUND
 
     def other_file(self, name):
-        """The name, if it is that of a file in IMAGES that has no image's suffix, or None."""
+        """True if a name is that of a file in IMAGES that has no image's suffix."""
         if name.startswith(("/", "../")):
-            return None
+            return False
         try:
-            exists = (self.folder / name).is_file()
+            return (self.folder / name).is_file()
         except OSError:                     # longer than a name may be
-            return None
-        return name if exists else None
+            return False
 
     def candidates(self, name, base, beside):
         """Yield (path relative to IMAGES, note for the report or "") that `name` may stand for."""
@@ -102,15 +134,13 @@ class ImageNames:
                 if path.startswith(f"{self.paths[0]}/"):
                     yield path[len(self.paths[0]) + 1:], ""
             yield from self.below_ancestor(name)
-        if self.prefix is not None and name.startswith(f"{self.prefix}/"):
-            yield name[len(self.prefix) + 1:], f"{self.prefix} taken as {self.folder}"
+        if self.prefix is not None:
+            parts = name.split("/")
+            count = len(self.prefix.split("/"))
+            if len(parts) > count and key("/".join(parts[:count])) == key(self.prefix):
+                yield "/".join(parts[count:]), f"{self.prefix} taken as {self.folder}"
         if name.startswith("/"):
             yield name[1:], f"/ taken as {self.folder}"
-        found = self.by_basename.get(composed(name), ())
-        if len(found) > 1:
-            raise Skip(AMBIGUOUS)
-        if found and not base:
-            yield found[0], "names without the folder of their image"
 
     def below_ancestor(self, name):
         """Yield the rest of `name` after folders that are the last ones of IMAGES' own path."""
@@ -124,22 +154,25 @@ class ImageNames:
     def find_prefix(self, written):
         """Set the prefix for absolute paths of another machine, given all names of a caption file.
 
-        It must be common to all of them, end with the name of IMAGES, not exist on this machine,
-        and name no part of a data set (train, val, ...) that the path of IMAGES does not name.
+        It must end with the name of IMAGES, and be the same for all names that contain a folder of
+        that name. It must not exist on this machine, and name no part of a data set (train, val,
+        ...) that the path of IMAGES does not name.
         """
-        paths = [clean(name) for name in written]
-        paths = [path for path in paths if is_absolute(path) and not self.is_inside(path)]
-        if self.prefix is not None or not paths:
+        if self.prefix is not None:
             return
-        first = min(paths).split("/")       # what these two share, all names share
-        last = max(paths).split("/")
-        shared = len(posixpath.commonprefix([first[:-1], last[:-1]]))
         for path in self.paths:
-            for count in range(shared, 0, -1):
-                prefix = "/".join(first[:count])
-                if first[count - 1] != PurePosixPath(path).name or os.path.isdir(prefix):
-                    continue
-                if parts_of_data(prefix) <= parts_of_data(path):
+            shared = None                   # {key: prefix} of those that all names have
+            for name in map(clean, written):
+                found = {}
+                if is_absolute(name) and not self.is_inside(name):
+                    found = prefixes(name, PurePosixPath(path).name)
+                if found:
+                    shared = {k: v for k, v in (shared or found).items() if k in found}
+                    if not shared:
+                        break
+            for prefix in sorted(shared or {}, key=len, reverse=True):
+                prefix = shared[prefix]
+                if not os.path.isdir(prefix) and parts_of_data(prefix) <= parts_of_data(path):
                     self.prefix = prefix
                     return
 
@@ -157,13 +190,34 @@ class ImageNames:
 
 # ---------------------------------------------------------------------------- forms of a name
 def clean(name):
-    """The path with / for backslashes, and without ./, // and the / at its end."""
-    name = posixpath.normpath(name.strip().replace("\\", "/"))
+    """The path with / for backslashes, and without \\?\, ./, // and the / at its end."""
+    name = re.sub(r"^//\?/(?=[A-Za-z]:/)", "", name.strip().replace("\\", "/"))
+    name = posixpath.normpath(name)
     return "/" + name.lstrip("/") if name.startswith("/") else name
 
 
 def is_absolute(name):
-    return name.startswith("/") or re.match(r"[A-Za-z]:/", name) is not None
+    return name.startswith("/") or is_of_windows(name)
+
+
+def is_of_windows(name):
+    return re.match(r"[A-Za-z]:/", name) is not None
+
+
+def key(path):
+    """A text that is equal for names of the same folder: Windows ignores their case."""
+    return folded(path) if is_of_windows(path) else composed(path)
+
+
+def prefixes(name, own):
+    """{key: path} of all folders above an absolute path that have the name `own`."""
+    parts = name.split("/")
+    found = {}
+    for count in range(2, len(parts)):
+        prefix = "/".join(parts[:count])
+        if key(prefix) == key("/".join([*parts[:count - 1], own])):
+            found[key(prefix)] = prefix
+    return found
 
 
 def composed(name):
@@ -171,17 +225,21 @@ def composed(name):
     return normalize("NFC", name)
 
 
-def lower_suffix(name):
-    start, dot, suffix = composed(name).rpartition(".")
-    return start + dot + suffix.lower()
+def folded(name):
+    """The composed name without the difference between upper and lower case."""
+    return composed(composed(name).casefold())
+
+
+def whole(name):
+    return name
 
 
 def stem(name):
-    return composed(name).rpartition(".")[0]
+    return name.rpartition(".")[0]
 
 
 def basename(name):
-    return composed(name).rpartition("/")[2]
+    return name.rpartition("/")[2]
 
 
 def group(names, form):

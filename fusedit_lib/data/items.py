@@ -7,6 +7,7 @@ import hashlib
 import os
 from pathlib import Path
 from typing import NamedTuple
+from unicodedata import normalize
 
 from fusedit import FuseDiTError
 from fusedit_lib.data.filters import PackedImage, pixel_hash, select_captions
@@ -143,13 +144,15 @@ def split_lines(path, size):
     return parts, not_blank
 
 
-def list_files(folder):
+def list_files(folder, above=()):
     """Yield (relative path, kind) of everything in and below `folder`, one folder at a time.
 
     kind: IMAGE (by its suffix), FILE, or a phrase for what is not looked into: hidden files and
     folders, since they belong to the system or to an interrupted download; links that lead nowhere
-    or back; folders that cannot be read, whose kind begins with UNREADABLE.
+    or back; folders that cannot be read, whose kind begins with UNREADABLE. above: the real paths
+    of the folders that led to `folder`, which differ from those in its own path where links did.
     """
+    above = (*above, os.path.realpath(folder))
     try:
         entries = sorted(os.scandir(folder), key=lambda entry: entry.name)
     except OSError as e:
@@ -157,16 +160,16 @@ def list_files(folder):
         return
     for entry in entries:
         name = entry.name
-        kind = entry_kind(entry)
+        kind = entry_kind(entry, above)
         if kind != FOLDER:
             yield name, kind
             continue
-        for below, kind in list_files(Path(entry.path)):
+        for below, kind in list_files(Path(entry.path), above):
             yield os.path.normpath(f"{name}/{below}"), kind
 
 
-def entry_kind(entry):
-    """The kind of an os.DirEntry; see list_files."""
+def entry_kind(entry, above):
+    """The kind of an os.DirEntry; above: the real paths of its folder and those that led to it."""
     is_image = os.path.splitext(entry.name)[1].lower() in SUFFIXES
     try:
         is_file = entry.is_file()
@@ -178,8 +181,7 @@ def entry_kind(entry):
     if is_folder:
         if entry.is_symlink():
             target = os.path.realpath(entry.path)
-            parent = os.path.realpath(os.path.dirname(entry.path))
-            if f"{parent}/".startswith(f"{target}/"):
+            if any(f"{folder}/".startswith(f"{target}/") for folder in above):
                 return "link to a folder above it"
         return FOLDER
     if is_image and (is_file or entry.is_symlink()):       # packing reports a broken link
@@ -203,6 +205,20 @@ def require_exists(*paths):
     for path in paths:
         if not path.exists():
             raise FuseDiTError(f"no such file or folder: {path}")
+
+
+def as_stored(path):
+    """The path with its names in the Unicode form that they have on disk, if that differs.
+
+    macOS writes letters and their accents as two characters, and a keyboard as one.
+    """
+    if path.exists() or path == path.parent:
+        return path
+    parent = as_stored(path.parent)
+    for entry in parent.iterdir() if parent.is_dir() else ():
+        if normalize("NFC", entry.name) == normalize("NFC", path.name):
+            return entry
+    return path
 
 
 # ---------------------------------------------------------------------------- settings of a run

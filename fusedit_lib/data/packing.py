@@ -37,6 +37,7 @@ from tqdm import tqdm
 from webdataset import TarWriter
 
 from fusedit import FuseDiTError
+from fusedit_lib.backend import printable
 from fusedit_lib.data.filters import DUPLICATE, find_duplicates, read_images, write_images
 from fusedit_lib.data.images import Notes, Skip
 from fusedit_lib.data.shards import read_sample, sample_offsets
@@ -46,6 +47,9 @@ from fusedit_lib.files import atomic_write, fsync
 OUTPUT_NAME = re.compile(
     r"\.?(index\.json|offsets\.npy|report\.json|[a-z0-9-]+-\d{6}\.(tar|latents\.safetensors))"
     r"(\.\d+\.tmp)?|\.progress")
+
+# An empty file in OUT/.progress, if the run has created OUT.
+NEW_FOLDER = "new-folder"
 
 # The number of items that all processes together have packed or skipped so far. pack() creates this
 # shared counter before it forks the workers, which inherit it.
@@ -69,10 +73,11 @@ def write_shard(make, skip_duplicates, shard):
     noted = []
     images = []                             # PackedImages, to skip duplicates
     inputs = 0
-    several = 0
+    several = []                            # [number of the sample, name of its input]
     with Notes() as notes, atomic_write(shard.path) as tmp:
         with open_tar(tmp) as tar:
             last_key = None
+            samples = 0
             for item in shard.items:
                 inputs += 1
                 try:
@@ -81,7 +86,9 @@ def write_shard(make, skip_duplicates, shard):
                         raise Skip("same key as the one before")
                     tar.write(sample)
                     last_key = sample["__key__"]
-                    several += has_several_captions(sample)
+                    if has_several_captions(sample):
+                        several.append([samples, str(item)])
+                    samples += 1
                     kinds = notes.take() + sample.get("__notes__", [])
                     noted += [(kind, str(item)) for kind in kinds]
                     if skip_duplicates:
@@ -108,14 +115,13 @@ def leave_out(job):
     # A run that is killed below packs this shard again, since the tar would not match the record.
     record_path(shard).unlink()
     fsync(record_path(shard).parent)
-    several = 0
+    several = [[i, name] for i, name in record["several_captions"] if i not in duplicates]
     with atomic_write(shard.path) as tmp:
         with open(shard.path, "rb") as file, open_tar(tmp) as tar:
             for i in range(record["samples"]):
                 if i not in duplicates:
                     key, files = read_sample(file, record["offsets"], i)
                     tar.write({"__key__": key, **files})
-                    several += has_several_captions(files)
     skipped = record["skipped"] + [(DUPLICATE, name) for name in duplicates.values()]
     images = read_images(images_path(shard))
     gone = {images[i].name for i in duplicates}
@@ -240,6 +246,7 @@ def begin(args, **settings):
     if out.is_dir():
         names = sorted(path.name for path in out.iterdir())
 
+    is_new = not out.is_dir()
     if args.overwrite:
         names = [name for name in names if not OUTPUT_NAME.fullmatch(name)]
         if not names:
@@ -260,6 +267,8 @@ def begin(args, **settings):
     if names not in ([], [".progress"]):
         raise not_empty_error(out, names, args.overwrite)
     progress.mkdir(parents=True, exist_ok=True)
+    if is_new:
+        (progress / NEW_FOLDER).touch()
     with atomic_write(progress / "settings.json") as tmp:
         tmp.write_text(json.dumps(settings))
     return True
@@ -303,22 +312,30 @@ def not_empty_error(out, names, overwrite):
 
 
 def read_json_or_none(path):
-    """The content of a JSON file; None if the file is missing or is not JSON."""
+    """The object in a JSON file; None if the file is missing or holds anything else."""
     try:
-        return json.loads(path.read_text())
-    except (OSError, ValueError):
+        content = json.loads(path.read_text())
+    except (OSError, ValueError, RecursionError):
         return None
+    return content if isinstance(content, dict) else None
 
 
 def remove_output(out):
-    """Delete everything that a run has written to OUT and nothing else."""
+    """Delete everything that a run has written to OUT and nothing else.
+
+    Nor is OUT itself left, if it is empty and the run has created it.
+    """
     if not out.is_dir():
         return
+    is_new = (out / ".progress" / NEW_FOLDER).exists()
     for path in out.iterdir():
         if path.name == ".progress":
             shutil.rmtree(path)
         elif OUTPUT_NAME.fullmatch(path.name):
             path.unlink()
+    if is_new:
+        with contextlib.suppress(OSError):  # it is not empty
+            out.rmdir()
 
 
 def remove_temporary_files(out):
@@ -406,10 +423,13 @@ def finish(out, records, skipped, more):
     report = dict(settings=settings, inputs=inputs, outputs=outputs,
                   skipped={reason: len(names) for reason, names in keys.items()},
                   notes={note: len(names) for note, names in note_keys.items()})
-    several = sum(record.get("several_captions", 0) for record in records)
+    several = []
+    for record in records:                  # records of earlier versions lack the entry
+        several += [name for _, name in record.get("several_captions", [])]
     if several:
-        report["several_captions"] = several
-        print(f"{several} images have several captions")
+        report["several_captions"] = len(several)
+        print(f"{len(several)} images have several captions: {first_few(several)}; training draws "
+              "one line at every visit (--caption-pick whole takes the whole text)")
     report |= more
     report["skipped_keys"] = keys
     report["note_keys"] = note_keys
@@ -438,12 +458,12 @@ def print_keys(verb, keys):
     verb: "skipped" or "noted". keys: {reason: keys of the inputs}.
     """
     for reason, names in keys.items():
-        print(f"{verb} {len(names)}: {reason}: {first_few(names)}", file=sys.stderr)
+        print(f"{verb} {len(names)}: {printable(reason)}: {first_few(names)}", file=sys.stderr)
 
 
 def first_few(names):
     """The first five names and the number of others, for a message of one line."""
-    text = ", ".join(names[:5])
+    text = printable(", ".join(names[:5]))
     if len(names) > 5:
         text += f" and {len(names) - 5} more"
     return text

@@ -1,21 +1,23 @@
 """Images stored in Parquet files with their captions, as data sets on the Hugging Face hub are."""
+import contextlib
 import sys
+from collections import Counter
 from functools import partial
 from typing import NamedTuple
 
 from fusedit import FuseDiTError
 from fusedit_lib.backend import first_line
 from fusedit_lib.data import packing
-from fusedit_lib.data.caption_files import holds_bytes
+from fusedit_lib.data.caption_files import has_bytes, holds_bytes, quoted
 from fusedit_lib.data.columns import (
     Columns,
+    captions_of,
     find_columns,
     matching,
     plain,
     require_columns,
-    texts_of,
 )
-from fusedit_lib.data.folder import one_or_several
+from fusedit_lib.data.folder import one_or_several, print_notes
 from fusedit_lib.data.image_names import PART
 from fusedit_lib.data.images import Skip, image_rules
 from fusedit_lib.data.items import Item, digest, make_sample, output_settings, require_exists
@@ -26,12 +28,16 @@ BLOCK_BYTES = 64_000_000                    # of rows that are held in memory at
 IMAGE_FIELDS = "image", "img", "jpg", "jpeg", "png", "webp", "images", "image_bytes", "bytes"
 
 
+IN_A_FOLDER = "for images in a folder: python prepare_data.py folder IMAGES FILE.parquet OUT"
+
+
 class ParquetFile(NamedTuple):
     """A Parquet file with images."""
     path: object                            # Path
     name: str                               # for the report
     rows: int
     columns: Columns                        # image: the one column of images
+    has_images: bool                        # False if this column is empty
     all_columns: list                       # their names
 
 
@@ -95,12 +101,8 @@ def row_item(fields, columns, name, key):
     image = Skip("no image")
     if data is not None:
         image = bytes(data)
-    captions = {}
-    for kind, names in (("synthetic_caption", columns.synthetic),
-                        ("original_caption", columns.captions)):
-        texts = next(filter(None, (texts_of(fields[column]) for column in names)), [])
-        if texts:
-            captions[kind] = one_or_several(texts)
+    captions, _, _ = captions_of(fields, columns)
+    captions = {kind: one_or_several(texts) for kind, texts in captions.items()}
     return Item(name, image, captions, f"{key:09d}")
 
 
@@ -108,6 +110,8 @@ def row_item(fields, columns, name, key):
 def list_parquet(paths):
     """{name: Path} of the .parquet files among the paths and below their folders, in order."""
     files = {}
+    listed = set()                          # their real paths
+    repeated = []
     for path in paths:
         found = {path.name: path}
         if path.is_dir():
@@ -117,11 +121,18 @@ def list_parquet(paths):
                 if not any(part.startswith(".") for part in name.split("/")):
                     found[name] = file
         for name, file in found.items():
+            if file.resolve() in listed:
+                repeated.append(str(file))
+                continue
+            listed.add(file.resolve())
             if name in files:               # from two folders
                 name = str(file)
             files[name] = file
     if not files:
         raise FuseDiTError(f"no .parquet file in {', '.join(map(str, paths))}")
+    if repeated:
+        print(f"files that are named twice are read once: {packing.first_few(repeated)}",
+              file=sys.stderr)
     return files
 
 
@@ -134,12 +145,14 @@ def open_parquet(path, name, image_column, caption_column):
             types = dict(zip(table.columns, map(str, table.types), strict=True))
             rows = db.execute("SELECT num_rows FROM parquet_file_metadata(?)",
                               [str(path)]).fetchone()[0]
+            columns = find_columns(types, image_column, caption_column)
+            require_columns(columns, types, path, image=False)
+            image = find_image_column(types, path, image_column)
+            has_images = has_bytes(db, path, image, types[image])
     except duckdb.Error as e:
         raise FuseDiTError(f"cannot read {path}: {first_line(e)}") from None
-    columns = find_columns(types, image_column, caption_column)
-    require_columns(columns, types, path, image=False)
-    image = find_image_column(types, path, image_column)
-    return ParquetFile(path, name, rows, columns._replace(image=[image]), list(types))
+    columns = columns._replace(image=[image])
+    return ParquetFile(path, name, rows, columns, has_images, list(types))
 
 
 def find_image_column(types, path, image_column):
@@ -160,14 +173,11 @@ def find_image_column(types, path, image_column):
     if matching(types, ["url", "image_url"]):
         remedy = "; img2dataset downloads images from URLs and writes shards"
     elif matching(types, ["file_name", "filename", "path"]):
-        remedy = "; for images in a folder: python prepare_data.py folder IMAGES FILE.parquet OUT"
+        remedy = f"; {IN_A_FOLDER}"
+    elif any("BLOB" in kind and kind.endswith("]") for kind in types.values()):
+        remedy = " (lists of images: a row must hold one image)"
     raise FuseDiTError(f"{path} has no such column with the bytes of images{remedy}. Its columns: "
                        f"{names}")
-
-
-def quoted(column):
-    escaped = column.replace('"', '""')
-    return f'"{escaped}"'
 
 
 def row_ranges(files, size):
@@ -193,20 +203,67 @@ def warn_of_parts(files):
               "choose, give files instead of their folder", file=sys.stderr)
 
 
+def print_columns(files):
+    """Print the columns that are packed, a line for all ParquetFiles with the same ones."""
+    rows = Counter()
+    count = Counter()
+    for file in files:
+        columns = file.columns
+        text = f"images from column {columns.image[0]}"
+        if columns.captions:
+            text += f", captions from {', or where it is empty from '.join(columns.captions)}"
+        if columns.synthetic:
+            text += f", synthetic captions from {columns.synthetic[0]}"
+        rows[text] += file.rows
+        count[text] += 1
+    for text in rows:
+        print(f"{rows[text]} rows in {count[text]} files; {text}")
+
+
+def captions_report(files):
+    """The entry `captions` of report.json: the columns of all ParquetFiles.
+
+    other_columns: {column: number of rows in which another one holds the caption}.
+    """
+    import duckdb  # an optional dependency
+    found = dict(image={}, captions={}, synthetic={})
+    all_columns = {}
+    ignored = Counter()
+    for file in files:
+        columns = file.columns
+        for kind, names in columns._asdict().items():
+            found[kind] |= dict.fromkeys(names)
+        all_columns |= dict.fromkeys(file.all_columns)
+        if len(columns.captions) > 1 or len(columns.synthetic) > 1:
+            names = [*columns.captions, *columns.synthetic]
+            query = f"SELECT {', '.join(map(quoted, names))} FROM read_parquet(?)"
+            # Packing reports what cannot be read.
+            with contextlib.suppress(duckdb.Error), duckdb.connect() as db:
+                result = db.execute(query, [str(file.path)])
+                while rows := result.fetchmany(10_000):
+                    for values in rows:
+                        fields = dict(zip(names, values, strict=True))
+                        ignored.update(captions_of(fields, columns)[2])
+    columns = {kind: list(names) for kind, names in found.items()}
+    return dict(columns=columns, all_columns=list(all_columns), other_columns=dict(ignored))
+
+
 def parquet(args):
     """Run `prepare_data.py parquet`."""
     require_exists(*args.data)
     files = []
     for name, path in list_parquet(args.data).items():
         files.append(open_parquet(path, name, args.image_column, args.caption_column))
+    if not any(file.has_images for file in files):
+        raise FuseDiTError(f"column {files[0].columns.image[0]} of {files[0].path} holds no images "
+                           f"in any row; {IN_A_FOLDER}")
     warn_of_parts(files)
-    columns = files[0].columns
-    report = dict(columns=columns._asdict(), all_columns=files[0].all_columns)
+    print_columns(files)
     total = sum(file.rows for file in files)
     content = digest((file.name, file.path.stat().st_size, file.rows) for file in files)
-    print(f"{total} rows in {len(files)} files; images from column {columns.image[0]}, captions "
-          f"from {', or where it is empty from '.join(columns.captions) or columns.synthetic[0]}")
     if packing.begin(args, **output_settings(args, rows=content)):
+        report = captions_report(files)
+        print_notes(report | dict(notes={}), {})
         make = partial(make_sample, image_rules(args))
         jobs = row_ranges(files, args.shard_size)
         packing.pack(args, "parquet", jobs, make, total=total, captions=report)

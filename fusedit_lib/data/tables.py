@@ -57,8 +57,10 @@ def read_table(text, path, rows, image_column=None, caption_column=None, base=""
     # If the only column of captions is the last, it takes the rest of a row that is too long.
     caption_like = columns.captions + columns.synthetic
     rest = [name for name in header.names if name in caption_like] == header.names[-1:]
-    needed = 1 + max(header.names.index(columns.image[0]),
-                     min(header.names.index(name) for name in caption_like))
+    # In a row that is too short, the last field may be cut: its line break would need quotes.
+    needed = max(header.names.index(columns.image[0]) + 1,
+                 min(header.names.index(name) for name in caption_like) + 2)
+    needed = min(needed, len(header.names))
     for record in records(lines, header.first, header.separator):
         where = f"line {record.line}"
         values, note = fit(record, header, rest, path)

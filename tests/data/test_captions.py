@@ -143,12 +143,28 @@ def test_an_ambiguous_table_is_an_error_that_says_what_to_do(images, tmp_path, t
         packed(images, tmp_path / "c.csv")
 
 
+def test_a_conversation_is_not_a_caption(images, tmp_path):
+    talk = [{"from": "human", "value": "What is this?"}, {"from": "gpt", "value": "A dog"}]
+    (tmp_path / "c.json").write_text(json.dumps([dict(image="1.jpg", conversations=talk)]))
+    with pytest.raises(FuseDiTError, match="a conversation is not a caption: .*image, conversati"):
+        packed(images, tmp_path / "c.json")
+    duckdb.sql(f"COPY (SELECT * FROM '{tmp_path}/c.json') TO '{tmp_path}/c.parquet'")
+    for name in ("c.json", "c.parquet"):
+        with pytest.raises(FuseDiTError, match='conversations contains no text, but .."from": "hu'):
+            packed(images, tmp_path / name, flags=["--caption-column", "conversations"])
+
+
 def test_rows_with_fewer_fields_are_counted(images, tmp_path):
-    (tmp_path / "c.csv").write_text("image,caption,tags\n1.jpg,A dog\n2.jpg\n3.jpg,A fox,wild\n")
+    """The caption of 1.jpg has a line break without quotes."""
+    (tmp_path / "c.csv").write_text(
+        "image,caption,tags,price\n1.jpg,A dog\non a mat,tame,5\n2.jpg\n3.jpg,A fox,wild\n")
     captions, report = packed(images, tmp_path / "c.csv")
-    assert captions == {"1.jpg": "A dog", "3.jpg": "A fox"}
-    assert report["skipped_keys"] == {"row with fewer fields than the header": ["line 3"],
-                                      "no caption": ["2.jpg"]}
+    assert captions == {"3.jpg": "A fox"}
+    assert report["skipped_keys"] == {
+        "row with fewer fields than the header": ["line 2", "line 4"],
+        "image not found": ["on a mat"], "no caption": ["1.jpg", "2.jpg"]}
+    (tmp_path / "c.csv").write_text("caption,image,tags\nA dog,1.jpg\nA cat,2.jpg,tame\n")
+    assert packed(images, tmp_path / "c.csv")[0] == {"1.jpg": "A dog", "2.jpg": "A cat"}
 
 
 def test_columns_of_other_names_are_named_and_ignored_ones_reported(images, tmp_path, capsys):
@@ -316,13 +332,38 @@ def test_one_of_several_caption_files_is_used_and_the_others_are_reported(images
     (images / "README.txt").write_text("Photos of animals.")
     captions, report = packed(images)
     assert captions == {"1.jpg": "both", "1.png": "the PNG", "2.jpg": "A cat"}
-    assert places(report, "more than one") == ["1.png", "2.jpg"]
+    assert places(report, "more than one") == [
+        "1.png.txt, used instead of 1.txt", "2.txt, used instead of 2.caption"]
     assert places(report, "caption file without") == ["README.txt"]
     assert report["other_files"] == {
         "caption file": dict(count=3, names=["1.png.txt", "1.txt", "2.txt"]),
         ".caption": dict(count=1, names=["2.caption"]),
         ".txt": dict(count=1, names=["README.txt"])}
-    assert "caption file without an image: 1, the first is README.txt" in capsys.readouterr().err
+    err = capsys.readouterr().err
+    assert "caption file without an image: 1, the first is README.txt" in err
+    assert "files," not in err
+    (images / "3.CAPTION").write_text("A fox")
+    (images / "4.caption").write_text("A fox")
+    captions, report = packed(images)
+    assert captions["3.jpg"] == "A fox"
+    assert report["captions"]["suffixes"] == {".txt": 3, ".caption": 1}
+    assert "captions: 3 .txt files, 1 .caption files" in capsys.readouterr().err
+
+
+def test_caption_files_with_letters_in_another_case(images):
+    write_image(images / "IMG_4.JPG", 4)
+    write_image(images / "IMG_5.JPG", 5)
+    (images / "img_4.txt").write_text("A dog")
+    (images / "img_5.txt").write_text("A cat")
+    (images / "Img_5.txt").write_text("A fox")
+    captions, report = packed(images)
+    assert captions == {"IMG_4.JPG": "A dog"}
+    assert places(report, "caption files with letters in another case") == ["img_4.txt"]
+    assert report["skipped_keys"].pop("several caption files match the name") == [
+        "IMG_5.JPG (Img_5.txt, img_5.txt)"]
+    assert "caption file without an image" not in report["captions"]["notes"]
+    write_image(images / "img_4.jpg", 6)                   # the file is that of this image
+    assert packed(images)[0] == {"img_4.jpg": "A dog"}
 
 
 @pytest.mark.parametrize("name, text", [
@@ -384,12 +425,14 @@ def test_several_captions_are_the_lines_of_one_sample(images, tmp_path, name):
     assert report["several_captions"] == 1
 
 
-def test_the_lines_of_a_text_file_are_several_captions(images):
+def test_the_lines_of_a_text_file_are_several_captions(images, capsys):
     (images / "1.txt").write_text("A dog\r\n\r\n A  wet dog \r\n")
     (images / "2.txt").write_text("A cat\n")
     captions, report = packed(images)
     assert captions == {"1.jpg": "A dog\nA wet dog", "2.jpg": "A cat"}
     assert report["several_captions"] == 1
+    assert ("1 images have several captions: 1.jpg; training draws one line at every visit "
+            "(--caption-pick whole" in capsys.readouterr().out)
 
 
 def test_a_missing_duckdb_is_one_line(images, tmp_path, monkeypatch):

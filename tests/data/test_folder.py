@@ -12,6 +12,7 @@ from test_prepare_data import command, pack, read_shards
 
 from fusedit import FuseDiTError
 from fusedit_lib.data import folder, items
+from fusedit_lib.data.caption_files import NOT_UTF8
 
 COLOURS = {"RGB": "orange", "L": 200, "P": 3}
 
@@ -72,9 +73,10 @@ def test_folder_skips_and_counts_broken_inputs(photos, tmp_path):
     samples, index = read_shards(tmp_path / "out")
     assert captions(samples) == ["an orange d", "an orange e", "an orange f"]
     assert index["skipped"] == {"damaged or cut short": 6, "no caption": 2, "not an image": 1,
-                                "caption is not UTF-8": 1}
+                                NOT_UTF8: 1}
     assert "skipped 6: damaged or cut short: " in err and "and 1 more" in err
-    assert "skipped 2: no caption: a.png, b.jpg" in err and "c.txt" in err
+    assert "skipped 2: no caption: a.png, b.jpg" in err
+    assert "not UTF-8 (text from Windows: iconv -f WINDOWS-1252 -t UTF-8): c.txt" in err
     assert "3 images" in out
 
 
@@ -298,7 +300,38 @@ def test_two_images_of_one_stem_are_ambiguous(photos, tmp_path):
     pack("folder", photos, write_captions(tmp_path / "c.csv", rows), tmp_path / "out")
     samples, report = read_shards(tmp_path / "out")
     assert captions(samples) == ["three", "two"]
-    assert report["skipped_keys"]["several images match the name"] == ["a"]
+    assert report["skipped_keys"]["several images match the name"] == ["a (a.jpg, a.png)"]
+
+
+def test_control_characters_of_names_are_printed_as_escapes(photos, tmp_path, capsys):
+    lines = [r'{"image": "sub\box.jpg", "caption": "x"}', r'{"image": "sub\d.gif", "caption": "x"}',
+             '{"image": "a.png", "caption": "one"}', '{"image": "a.png", "cap']
+    (tmp_path / "c.jsonl").write_text("\n".join(lines))
+    (photos / "b\x1b[2J.txt").write_text("no image's")
+    pack("folder", photos, tmp_path / "c.jsonl", tmp_path / "out")
+    err = capsys.readouterr().err
+    assert r"a control character (JSON spells a backslash \\): sub\x08ox.jpg" in err
+    assert r"not JSON (Invalid \escape, a backslash is spelt \\): line 2" in err
+    assert "not JSON (Unterminated string starting at): line 4" in err
+    pack("folder", photos, tmp_path / "beside")
+    err = capsys.readouterr().err
+    assert r"caption file without an image: 1, the first is b\x1b[2J.txt" in err
+    assert "\x1b" not in err
+
+
+def test_a_folder_typed_in_the_other_unicode_form_is_found(photos, tmp_path):
+    composed = "Archives été"
+    decomposed = unicodedata.normalize("NFD", composed)
+    photos.rename(tmp_path / decomposed)
+    write_captions(tmp_path / "légendes.csv", ROWS)
+    names = tmp_path / composed / "sub", tmp_path / unicodedata.normalize("NFD", "légendes.csv")
+    (tmp_path / decomposed / "sub").mkdir(exist_ok=True)
+    pack("folder", tmp_path / composed, names[1], tmp_path / "out")
+    assert len(read_shards(tmp_path / "out")[0]) == 4
+    pack("folder", names[0], tmp_path / "sub")
+    assert len(read_shards(tmp_path / "sub")[0]) == 1
+    with pytest.raises(FuseDiTError, match="no such file or folder: .*/Été/x"):
+        pack("folder", tmp_path / "Été" / "x", tmp_path / "none")
 
 
 def test_a_caption_file_in_the_folder_is_suggested(photos, tmp_path, capsys):

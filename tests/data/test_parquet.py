@@ -148,6 +148,10 @@ def test_columns_that_are_named_and_a_synthetic_caption(tmp_path):
     ("image BLOB, label INT", [b"x", 1], "--caption-column: image, label"),
     ("url VARCHAR, caption VARCHAR", ["https://x/1.jpg", "A dog"], "img2dataset"),
     ("file_name VARCHAR, text VARCHAR", ["1.jpg", "A dog"], "prepare_data.py folder IMAGES"),
+    ("images STRUCT(bytes BLOB, path VARCHAR)[], text VARCHAR",
+     [[dict(bytes=png(1), path="1.png")], "A dog"], "lists of images: a row must hold one"),
+    ("item STRUCT(image STRUCT(bytes BLOB)), text VARCHAR", [dict(image=dict(bytes=b"")), "A dog"],
+     "no such column with the bytes of images"),
     ("pixels INT[], text VARCHAR", [[1, 2], "A dog"], r"Its columns: pixels \(INTEGER\[\]\), text"),
 ])
 def test_parquet_without_images_is_an_error_with_the_remedy(tmp_path, columns, row, message):
@@ -173,6 +177,53 @@ def test_files_that_are_missing_or_damaged(tmp_path):
     assert len(samples) == 2048
     lost = [f"d.parquet row {i}" for i in range(2048, 4000)]
     assert report["skipped_keys"] == {"damaged Parquet": lost}
+
+
+def test_rows_with_several_captions_are_counted(tmp_path, capsys):
+    columns = "image BLOB, text VARCHAR, caption VARCHAR"
+    write_parquet(tmp_path / "0.parquet", columns,
+                  [[png(0), "one", None], [png(1), "two", "the caption"], [png(2), "three", " "]])
+    write_parquet(tmp_path / "1.parquet", "img BLOB, prompt VARCHAR", [[png(3), "four"]])
+    pack("parquet", tmp_path / "0.parquet", tmp_path / "1.parquet", tmp_path / "out")
+    samples, report = read_shards(tmp_path / "out")
+    captions = [caption for _, caption in texts(samples).values()]
+    assert captions == ["one", "the caption", "three", "four"]
+    assert report["captions"] == dict(
+        columns=dict(image=["image", "img"], captions=["caption", "text", "prompt"], synthetic=[]),
+        all_columns=["image", "text", "caption", "img", "prompt"], other_columns=dict(text=1))
+    out, err = capsys.readouterr()
+    assert "column text is ignored in 1 rows" in err
+    assert "3 rows in 1 files; images from column image, captions from caption, or where" in out
+    assert "1 rows in 1 files; images from column img, captions from prompt\n" in out
+
+
+def test_a_file_that_is_named_twice_is_read_once(tmp_path, capsys):
+    path = write_parquet(tmp_path / "d" / "0.parquet", HUB, [hub_row(0), hub_row(1)])
+    (tmp_path / "d" / "link.parquet").symlink_to(path)
+    pack("parquet", path, tmp_path / "d", path, tmp_path / "out")
+    assert texts(read_shards(tmp_path / "out")[0]) == numbered(2)
+    assert (f"named twice are read once: {path}, {tmp_path}/d/link.parquet, {path}\n"
+            in capsys.readouterr().err)
+
+
+def test_paths_without_bytes_are_packed_by_folder(tmp_path):
+    path = write_parquet(tmp_path / "d.parquet", HUB, [(dict(bytes=None, path="1.png"), "A dog"),
+                                                       (None, "none")])
+    with pytest.raises(FuseDiTError, match="holds no images in any row; for images in a folder: "
+                       "python prepare_data.py folder IMAGES FILE.parquet OUT"):
+        pack("parquet", path, tmp_path / "out")
+    (tmp_path / "images").mkdir()
+    (tmp_path / "images" / "1.png").write_bytes(png(1))
+    pack("folder", tmp_path / "images", path, tmp_path / "out")
+    samples, report = read_shards(tmp_path / "out")
+    assert texts(samples) == {"000000000": (1, "A dog")}
+    assert report["skipped_keys"] == {"no image name (image)": ["row 2"]}
+
+    write_parquet(path, HUB, [hub_row(1), (dict(bytes=None, path="1.png"), "A dog")])
+    with pytest.raises(FuseDiTError, match="holds the images themselves"):
+        pack("folder", tmp_path / "images", path, tmp_path / "again")
+    pack("parquet", path, tmp_path / "again")
+    assert len(read_shards(tmp_path / "again")[0]) == 1
 
 
 def test_two_files_of_one_name_are_told_apart(tmp_path):

@@ -16,7 +16,8 @@ from PIL import Image
 
 import prepare_data
 from fusedit import FuseDiTError
-from fusedit_lib.data import packing
+from fusedit_lib.data import items, packing
+from fusedit_lib.data.images import Skip
 from fusedit_lib.shapes import detector, scenes
 
 
@@ -198,7 +199,7 @@ def test_a_run_that_fails_midway_is_resumed(tmp_path, capsys):
     with pytest.raises(OSError):
         pack_numbers(args, broken=7)
     assert "stopped: 2 of 4 shards are packed" in capsys.readouterr().err
-    written = {name for name in files(args.out) if not name.startswith(".progress/settings")}
+    written = {name for name in files(args.out) if "shapes" in name}
     assert len(written) == 4                               # two shards and their records
 
     pack_numbers(args)
@@ -210,6 +211,37 @@ def test_a_run_that_fails_midway_is_resumed(tmp_path, capsys):
     assert "is already complete: 10 images" in capsys.readouterr().out
 
 
+def nothing(item):
+    raise Skip("empty")
+
+
+def test_nothing_to_pack_leaves_no_folder_that_the_run_has_created(tmp_path):
+    mine = tmp_path / "mine"
+    mine.mkdir()
+    for out in (mine, tmp_path / "new"):
+        args = packing_args(out)
+        assert packing.begin(args, n=10)
+        assert packing.begin(args, n=10)                   # it is resumed
+        with pytest.raises(FuseDiTError, match="nothing to pack: all 3 inputs"):
+            packing.pack(args, "shapes", [range(3)], nothing)
+    assert list(tmp_path.iterdir()) == [mine] and not files(mine)
+
+    assert packing.begin(args, n=10)
+    (args.out / "notes.txt").write_text("of the user")
+    with pytest.raises(FuseDiTError, match="nothing to pack"):
+        packing.pack(args, "shapes", [range(3)], nothing)
+    assert files(args.out) == {"notes.txt": b"of the user"}
+
+
+def test_a_report_that_is_no_object_does_not_stop_the_command(tmp_path):
+    (tmp_path / "report.json").write_text("[1]")
+    for seed in (0, -1):
+        _, err = command("shapes", tmp_path, "-n", 5, "--seed", seed, code=1)
+        assert "is not empty (it contains report.json" in err
+    (tmp_path / "index.json").write_text("[1]")
+    assert "contains finished shards" in command("shapes", tmp_path, "-n", 5, code=1)[1]
+
+
 def test_resuming_with_other_settings_is_refused(tmp_path):
     args = packing_args(tmp_path / "out")
     assert packing.begin(args, n=10, seed=0)
@@ -218,6 +250,29 @@ def test_resuming_with_other_settings_is_refused(tmp_path):
         packing.begin(args, n=10, seed=1)
     args.overwrite = True
     assert packing.begin(args, n=10, seed=1)
+
+
+# ---- folders -------------------------------------------------------------------------------------
+
+def test_links_in_a_circle_are_followed_once(tmp_path):
+    images = tmp_path / "images"
+    for here, other in ("ab", "ba"):
+        (images / here).mkdir(parents=True)
+        (images / here / "1.png").touch()
+        (images / here / "link").symlink_to(f"../{other}")
+    assert list(items.list_images(images)) == ["a/1.png", "a/link/1.png", "b/1.png",
+                                               "b/link/1.png"]
+    assert ("a/link/link", "link to a folder above it") in list(items.list_files(images))
+
+    # By way of a folder elsewhere, back to one above the images.
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "back").symlink_to(tmp_path)
+    (images / "b" / "link").unlink()
+    (images / "b" / "link").symlink_to(tmp_path / "other")
+    found = dict(items.list_files(images))
+    assert found["b/link/back"] == "link to a folder above it"
+    assert [name for name, kind in found.items() if kind == items.IMAGE] == [
+        "a/1.png", "a/link/1.png", "b/1.png"]
 
 
 # ---- the command line ----------------------------------------------------------------------------
