@@ -144,13 +144,15 @@ def split_lines(path, size):
     return parts, not_blank
 
 
-def list_files(folder):
+def list_files(folder, above=()):
     """Yield (relative path, kind) of everything in and below `folder`, one folder at a time.
 
     kind: IMAGE (by its suffix), FILE, or a phrase for what is not looked into: hidden files and
     folders, since they belong to the system or to an interrupted download; links that lead nowhere
-    or back; folders that cannot be read, whose kind begins with UNREADABLE.
+    or back; folders that cannot be read, whose kind begins with UNREADABLE. above: the real paths
+    of the folders above it that are being listed.
     """
+    above = {*above, os.path.realpath(folder)}
     try:
         entries = sorted(os.scandir(folder), key=lambda entry: entry.name)
     except OSError as e:
@@ -158,16 +160,16 @@ def list_files(folder):
         return
     for entry in entries:
         name = entry.name
-        kind = entry_kind(entry)
+        kind = entry_kind(entry, above)
         if kind != FOLDER:
             yield name, kind
             continue
-        for below, kind in list_files(Path(entry.path)):
+        for below, kind in list_files(Path(entry.path), above):
             yield os.path.normpath(f"{name}/{below}"), kind
 
 
-def entry_kind(entry):
-    """The kind of an os.DirEntry; see list_files."""
+def entry_kind(entry, above):
+    """The kind of an os.DirEntry; see list_files, also for `above`."""
     is_image = os.path.splitext(entry.name)[1].lower() in SUFFIXES
     try:
         is_file = entry.is_file()
@@ -180,7 +182,7 @@ def entry_kind(entry):
         if entry.is_symlink():
             target = os.path.realpath(entry.path)
             parent = os.path.realpath(os.path.dirname(entry.path))
-            if f"{parent}/".startswith(f"{target}/"):
+            if target in above or f"{parent}/".startswith(f"{target}/"):
                 return "link to a folder above it"
         return FOLDER
     if is_image and (is_file or entry.is_symlink()):       # packing reports a broken link

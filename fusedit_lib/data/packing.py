@@ -303,11 +303,12 @@ def not_empty_error(out, names, overwrite):
 
 
 def read_json_or_none(path):
-    """The content of a JSON file; None if the file is missing or is not JSON."""
+    """The object in a JSON file; None if the file is missing or contains anything else."""
     try:
-        return json.loads(path.read_text())
-    except (OSError, ValueError):
+        content = json.loads(path.read_text())
+    except (OSError, ValueError, RecursionError):
         return None
+    return content if isinstance(content, dict) else None
 
 
 def remove_output(out):

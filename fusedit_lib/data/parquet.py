@@ -6,7 +6,7 @@ from typing import NamedTuple
 from fusedit import FuseDiTError
 from fusedit_lib.backend import first_line
 from fusedit_lib.data import packing
-from fusedit_lib.data.caption_files import holds_bytes
+from fusedit_lib.data.caption_files import holds_bytes, quoted
 from fusedit_lib.data.columns import (
     Columns,
     find_columns,
@@ -24,6 +24,8 @@ BLOCK_BYTES = 64_000_000                    # of rows that are held in memory at
 
 # Names of columns with images, in the order in which they are tried.
 IMAGE_FIELDS = "image", "img", "jpg", "jpeg", "png", "webp", "images", "image_bytes", "bytes"
+
+ONLY_PATH = "no image, only its path (for images in a folder: prepare_data.py folder)"
 
 
 class ParquetFile(NamedTuple):
@@ -88,11 +90,12 @@ class RowRange:
 def row_item(fields, columns, name, key):
     """The Item of a row {column: value}."""
     data = fields[columns.image[0]]
+    image = Skip("no image")
     if isinstance(data, dict):              # the hub's {bytes, path}
         if data.get("path"):
             name += f" ({data['path']})"
+            image = Skip(ONLY_PATH)
         data = data["bytes"]
-    image = Skip("no image")
     if data is not None:
         image = bytes(data)
     captions = {}
@@ -108,6 +111,7 @@ def row_item(fields, columns, name, key):
 def list_parquet(paths):
     """{name: Path} of the .parquet files among the paths and below their folders, in order."""
     files = {}
+    seen = set()
     for path in paths:
         found = {path.name: path}
         if path.is_dir():
@@ -117,6 +121,10 @@ def list_parquet(paths):
                 if not any(part.startswith(".") for part in name.split("/")):
                     found[name] = file
         for name, file in found.items():
+            if file.resolve() in seen:
+                print(f"{file} is given twice, and packed once", file=sys.stderr)
+                continue
+            seen.add(file.resolve())
             if name in files:               # from two folders
                 name = str(file)
             files[name] = file
@@ -163,11 +171,6 @@ def find_image_column(types, path, image_column):
         remedy = "; for images in a folder: python prepare_data.py folder IMAGES FILE.parquet OUT"
     raise FuseDiTError(f"{path} has no such column with the bytes of images{remedy}. Its columns: "
                        f"{names}")
-
-
-def quoted(column):
-    escaped = column.replace('"', '""')
-    return f'"{escaped}"'
 
 
 def row_ranges(files, size):

@@ -229,6 +229,17 @@ def test_every_file_in_the_folder_is_in_the_report(photos, tmp_path, capsys):
     assert "other files in IMAGES, not packed: 3 .json, 1 .mp4" in capsys.readouterr().err
 
 
+def test_links_in_a_circle_are_not_followed(tmp_path):
+    for name in "ab":
+        write_image(tmp_path / "in" / name / f"{name}.png").with_suffix(".txt").write_text(name)
+    (tmp_path / "in" / "a" / "x").symlink_to("../b")
+    (tmp_path / "in" / "b" / "y").symlink_to("../a")
+    found = dict(items.list_files(tmp_path / "in"))
+    assert [name for name, kind in found.items() if kind == items.IMAGE] == [
+        "a/a.png", "a/x/b.png", "b/b.png", "b/y/a.png"]
+    assert found["a/x/y"] == found["b/y/x"] == "link to a folder above it"
+
+
 def test_many_files_of_a_kind_are_counted(photos, tmp_path, monkeypatch):
     monkeypatch.setattr(folder, "NAMES_LISTED", 2)
     for number in range(3):

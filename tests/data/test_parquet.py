@@ -108,7 +108,7 @@ def test_odd_rows_are_counted(tmp_path):
     samples, report = read_shards(tmp_path / "out")
     assert texts(samples) == {"000000000": (0, "number 0"), "000000005": (5, "number 5")}
     assert report["skipped_keys"] == {
-        "no image": ["d.parquet row 1 (gone.png)", "d.parquet row 2"],
+        parquet.ONLY_PATH: ["d.parquet row 1 (gone.png)"], "no image": ["d.parquet row 2"],
         "no caption": ["d.parquet row 3"], "not an image": ["d.parquet row 4 (x.png)"]}
 
 
@@ -223,3 +223,31 @@ def test_kills_do_not_change_the_bytes(tmp_path):
     words = ["parquet", path, tmp_path / "killed", "--shard-size", 12, "--workers", 2]
     kill(words, 0.4)
     assert files(tmp_path / "killed") == files(tmp_path / "one")
+
+
+def test_a_file_that_is_given_twice_is_packed_once(tmp_path, capsys):
+    path = write_parquet(tmp_path / "in" / "a.parquet", HUB, [hub_row(0)])
+    pack("parquet", path, path.parent, tmp_path / "out")
+    assert len(read_shards(tmp_path / "out")[0]) == 1
+    assert f"{path} is given twice, and packed once" in capsys.readouterr().err
+
+
+def test_columns_with_only_the_paths_of_images(tmp_path, capsys):
+    path = write_parquet(tmp_path / "a.parquet", HUB, [(dict(bytes=None, path="0.png"), "A dog")])
+    with pytest.raises(FuseDiTError, match="nothing to pack"):
+        pack("parquet", path, tmp_path / "out")
+    assert f"skipped 1: {parquet.ONLY_PATH}: a.parquet row 0 (0.png)" in capsys.readouterr().err
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in" / "0.png").write_bytes(png(0))
+    pack("folder", tmp_path / "in", path, tmp_path / "out")
+    assert len(read_shards(tmp_path / "out")[0]) == 1
+    path = write_parquet(tmp_path / "b.parquet", HUB, [hub_row(0)])
+    with pytest.raises(FuseDiTError, match="holds the images themselves"):
+        pack("folder", tmp_path / "in", path, tmp_path / "new")
+
+
+def test_a_column_of_lists_of_images_is_none_of_images(tmp_path):
+    columns = "images STRUCT(bytes BLOB, path VARCHAR)[], text VARCHAR"
+    path = write_parquet(tmp_path / "a.parquet", columns, [([hub_row(0)[0]], "A dog")])
+    with pytest.raises(FuseDiTError, match="no such column with the bytes of images"):
+        pack("parquet", path, tmp_path / "out")

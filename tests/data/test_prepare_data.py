@@ -91,6 +91,14 @@ def files(folder):
 
 # ---- index ---------------------------------------------------------------------------------------
 
+def test_a_report_that_is_no_report_is_in_the_way(tmp_path):
+    (tmp_path / "report.json").write_text("[1]")
+    with pytest.raises(FuseDiTError, match="is not empty"):
+        pack("shapes", tmp_path, "-n", 3)
+    args = prepare_data.parse_args(["shapes", str(tmp_path)])
+    assert packing.started_seed(args) is None
+
+
 def test_index_writes_a_missing_index(tmp_path):
     pack("shapes", tmp_path, "-n", 25, "--shard-size", 10)
     written = files(tmp_path)
