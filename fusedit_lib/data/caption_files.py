@@ -17,7 +17,7 @@ JSONS = ".json", ".jsonl", ".ndjson"
 LINES = ".jsonl", ".ndjson"                 # an object per line
 CAPTION_FILES = (*TABLES, *JSONS, ".parquet")
 
-# Files beside the images, in the order in which they are tried: 1.jpg.txt, 1.txt, 1.jpg.caption...
+# Files beside the images, in the order in which they are tried: 1.jpg.txt, 1.jpg.caption, ... 1.txt
 TEXT_SUFFIXES = ".txt", ".caption", ".json"
 
 OTHER_FILE = "more than one caption file for an image"
@@ -193,7 +193,8 @@ def is_list_of_objects(value):
 
 def rows_of_columns(content, image_column):
     """The rows of an object of columns, or the object itself if it is a single row."""
-    if isinstance(content[image_column], str):
+    value = content[image_column]
+    if not isinstance(value, list | dict) or "path" in value:
         return [("row 1", content)]
     columns = {}
     for name, values in content.items():
@@ -213,15 +214,17 @@ def coco_rows(content):
     """A row for every image of a COCO file, with the list of all its captions."""
     captions = {}
     for annotation in content["annotations"]:
-        if not isinstance(annotation, dict):
-            continue
-        captions.setdefault(annotation.get("image_id"), []).extend(texts_of(annotation))
+        if isinstance(annotation, dict):
+            texts = captions.setdefault(str(annotation.get("image_id")), [])
+            texts += texts_of(annotation)
     if not any(captions.values()):
         raise NotJSON("its annotations have no captions (give COCO's captions_*.json)")
     rows = []
     for image in content["images"]:
-        caption = captions.pop(image.get("id"), [])
-        rows.append((f"image {image.get('id')}", image | {"caption": caption}))
+        if not isinstance(image, dict):
+            image = {}
+        name = str(image.get("id"))
+        rows.append((f"image {name}", image | {"caption": captions.pop(name, [])}))
     for image_id in captions:               # no image has this id
         rows.append((f"annotations of image {image_id}", {}))
     return rows
@@ -274,14 +277,15 @@ def quoted(column):
 
 
 # ---------------------------------------------------------------------------- beside the images
-def read_text_files(names, folder, rows):
+def read_text_files(names, folder, rows, images=None):
     """Add a row for every image that has a caption file in `folder`.
 
-    names: of the images, relative paths. The caption of cats/1.jpg is in cats/1.jpg.txt, cats/1.txt
-    or one of the other TEXT_SUFFIXES. Images whose file cannot be read are added to rows.skipped.
-    Returns the names of these, and of the caption files that were used, as sets.
+    names: of the images, relative paths. images: the names of all images; None: there are no
+    others. The caption of cats/1.jpg is in cats/1.jpg.txt, cats/1.txt or one of the other
+    TEXT_SUFFIXES. Images whose file cannot be read are added to rows.skipped. Returns the names of
+    these, and of the caption files that were used, as sets.
     """
-    text_files = TextFiles(folder, names)
+    text_files = TextFiles(folder, images or names)
     used = set()
     unreadable = set()
     for image in names:
@@ -339,6 +343,8 @@ class TextFiles:
             if len(found) > 1:
                 raise Several(files)
             rows.note(OTHER_CASE, files[0])
+        own = image, image.rpartition(".")[0]              # not in another Unicode form
+        files = [name for name in files if name.rpartition(".")[0] in own] or files
         others = without_json(files)[1:]
         if others:
             rows.note(OTHER_FILE, f"{files[0]}, used instead of {' and '.join(others)}")

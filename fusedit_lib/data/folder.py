@@ -68,11 +68,16 @@ def read_captions(args, content):
     rows = CaptionRows()
     columns = (args.image_column, args.caption_column)
     if args.captions is None and content.metadata:
-        for name in content.metadata:
-            base = name.rpartition("/")[0]
-            base = base + "/" if base else ""
+        bases = tuple(name[:name.rfind("/") + 1] for name in content.metadata)
+        for name, base in zip(content.metadata, bases, strict=True):
             read_caption_file(args.images / name, rows, *columns, base)
-        return rows, set(content.metadata)
+        others = [name for name in content.images if not name.startswith(bases)]
+        used = set(content.metadata)
+        if others:
+            unreadable, text_files = read_text_files(others, args.images, rows, content.images)
+            content.images = [name for name in content.images if name not in unreadable]
+            used |= text_files
+        return rows, used
     if args.captions is not None and not args.captions.is_dir():
         read_caption_file(args.captions, rows, *columns)
         used = {name for name in content.caption_files()
@@ -95,15 +100,15 @@ def read_captions(args, content):
 
 
 # ---------------------------------------------------------------------------- items
-def folder_items(content, rows, root=None):
+def folder_items(content, rows, root=None, beside=None):
     """(items, names): an Item for every image that has captions, and the ImageNames.
 
     The rows that name the same image become one item with all their captions. Rows of no image,
-    and images without a caption, are added to rows.skipped with the reason.
+    and images without a caption, are added to rows.skipped with the reason. root, beside: see
+    ImageNames.
     """
     names = ImageNames(content.path, content.images, root)
     names.find_prefix([row.image for row in rows.rows])
-    beside = rows.files[0].parent if rows.files else None
     captions_of = {}                        # image -> {kind: list of texts}, in the rows' order
     without = dict.fromkeys(content.images)                # images without a caption
     not_found = 0
@@ -237,7 +242,8 @@ def folder(args):
         raise FuseDiTError(no_images(content))
 
     rows, used = read_captions(args, content)
-    items, names = folder_items(content, rows, args.image_root)
+    beside = args.captions and args.captions.parent
+    items, names = folder_items(content, rows, args.image_root, beside)
     for kind, name in content.left_out:
         if kind.startswith(UNREADABLE):
             rows.skipped.append((kind, name))

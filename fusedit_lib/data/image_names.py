@@ -56,7 +56,7 @@ class ImageNames:
         """The name of the image that `written` names. Raises Skip if there is none, or several.
 
         base: the folder in IMAGES of a metadata file, such as "train/", which its names are
-        relative to. beside: the folder of the caption file.
+        relative to; it names no images in other folders. beside: the folder of CAPTIONS.
         """
         for name in (written, written.strip()):
             if base + name in self.names:
@@ -79,6 +79,8 @@ class ImageNames:
         """
         changes = [OTHER_CASE] if form is folded else []
         for candidate, change in self.candidates(name, base, beside):
+            if not candidate.startswith(base):
+                continue
             if candidate in self.names:
                 return candidate, [change]
             found = (self.matches(whole, form, candidate) or self.matches(stem, form, candidate))
@@ -105,7 +107,7 @@ class ImageNames:
         """The reason for which a name is skipped, with the remedy if there is one."""
         if re.search(r"[\x00-\x1f]", written.strip()):
             return CONTROL
-        if self.prefix is None and is_absolute(clean(written)) and self.possible_root(written):
+        if self.prefix is None and is_absolute(clean(written)):
             return ELSEWHERE
         return NOT_FOUND
 
@@ -122,8 +124,7 @@ class ImageNames:
         """Yield (path relative to IMAGES, note for the report or "") that `name` may stand for."""
         if base:
             yield base + name, ""
-        if name.startswith(base):
-            yield name, ""
+        yield name, ""
         if is_absolute(name):
             for path in self.paths:
                 if name.startswith(f"{path}/"):

@@ -27,7 +27,6 @@ BLOCK_BYTES = 64_000_000                    # of rows that are held in memory at
 # Names of columns with images, in the order in which they are tried.
 IMAGE_FIELDS = "image", "img", "jpg", "jpeg", "png", "webp", "images", "image_bytes", "bytes"
 
-
 IN_A_FOLDER = "for images in a folder: python prepare_data.py folder IMAGES FILE.parquet OUT"
 
 
@@ -94,11 +93,12 @@ class RowRange:
 def row_item(fields, columns, name, key):
     """The Item of a row {column: value}."""
     data = fields[columns.image[0]]
+    image = Skip("no image")
     if isinstance(data, dict):              # the hub's {bytes, path}
         if data.get("path"):
             name += f" ({data['path']})"
+            image = Skip("no image, only its path")
         data = data["bytes"]
-    image = Skip("no image")
     if data is not None:
         image = bytes(data)
     captions, _, _ = captions_of(fields, columns)

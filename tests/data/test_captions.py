@@ -2,6 +2,7 @@
 import gzip
 import json
 import sys
+import unicodedata
 
 import duckdb
 import pytest
@@ -225,7 +226,7 @@ def json_lines(rows):
     json.dumps([dict(images=[name], texts=[caption]) for name, caption in PAIRS.items()]),
     json.dumps([dict(id=1, caption="A dog"), dict(id="2", caption="A cat")]),
     json.dumps(dict(info={}, images=COCO_IMAGES, annotations=[
-        dict(image_id=12, caption="A cat"), dict(image_id=11, caption="A dog")])),
+        dict(image_id="12", caption="A cat"), dict(image_id=11, caption="A dog")])),
     json.dumps(dict(dataset="coco", images=[
         dict(filename="1.jpg", sentences=[dict(raw="A dog", tokens=["a", "dog"])]),
         dict(filename="2.jpg", sentences=[dict(raw="A cat")])])),
@@ -266,6 +267,24 @@ def test_json_without_captions_is_an_error(images, tmp_path, content, message):
     (tmp_path / "c.json").write_text(json.dumps(content))
     with pytest.raises(FuseDiTError, match=message):
         packed(images, tmp_path / "c.json")
+
+
+@pytest.mark.parametrize("row", [
+    dict(image_id=1, captions=["A dog"]), dict(image={"path": "1.jpg"}, caption="A dog")])
+def test_a_single_line_of_json_lines(images, tmp_path, row):
+    (tmp_path / "c.jsonl").write_text(json.dumps(row))
+    assert packed(images, tmp_path / "c.jsonl")[0] == {"1.jpg": "A dog"}
+
+
+def test_odd_json(images, tmp_path):
+    annotations = dict(image_id=[1, 2], caption="A ghost"), dict(image_id=11, caption="A dog")
+    content = dict(images=[*COCO_IMAGES, 3, dict(id=[1, 2])], annotations=annotations)
+    (tmp_path / "c.json").write_text(json.dumps(content))
+    captions, report = packed(images, tmp_path / "c.json")
+    assert captions == {"1.jpg": "A dog"}
+    (images / "1.json").write_text("[" * 100000)
+    (images / "2.txt").write_text("A cat")
+    assert packed(images)[0] == {"2.jpg": "A cat"}
 
 
 def test_annotations_without_their_image_are_counted(images, tmp_path):
@@ -350,6 +369,16 @@ def test_one_of_several_caption_files_is_used_and_the_others_are_reported(images
     assert "captions: 3 .txt files, 1 .caption files" in capsys.readouterr().err
 
 
+def test_twins_in_two_unicode_forms_have_their_own_captions(images):
+    for number, form in enumerate(("NFC", "NFD"), 4):
+        path = images / f"{unicodedata.normalize(form, 'é')}.jpg"
+        write_image(path, number)
+        path.with_suffix(".txt").write_text(form)
+    captions, report = packed(images)
+    assert sorted(captions.values()) == ["NFC", "NFD"]
+    assert captions["\xe9.jpg"] == "NFC" and not report["captions"]["notes"]
+
+
 def test_caption_files_with_letters_in_another_case(images):
     write_image(images / "IMG_4.JPG", 4)
     write_image(images / "IMG_5.JPG", 5)
@@ -377,6 +406,28 @@ def test_an_imagefolder_of_the_hugging_face_hub(images, name, text):
     assert report["other_files"] == {"caption file": dict(count=1, names=[name])}
 
 
+def test_metadata_names_no_image_of_another_folder(tmp_path):
+    images = tmp_path / "imgs"
+    for name, number in {"1.jpg": 1, "train/2.jpg": 2, "val/3.jpg": 3, "a/4.jpg": 4}.items():
+        write_image(images / name, number)
+    for part, rows in {"train": {"2.jpg": "A cat", "3.jpg": "x", "1.jpg": "x"},
+                       "val": {"3.jpg": "A fox", "2.jpg": "x", "imgs/train/2.jpg": "x"}}.items():
+        lines = json_lines(dict(file_name=name, text=text) for name, text in rows.items())
+        (images / part / "metadata.jsonl").write_text(lines)
+    (images / "1.txt").write_text("A dog")                 # in folders without such a file
+    (images / "a" / "4.txt").write_text("A bird")
+    (images / "val" / "3.txt").write_text("not used")
+    captions, report = packed(images)
+    assert captions == {"1.jpg": "A dog", "train/2.jpg": "A cat", "val/3.jpg": "A fox",
+                        "a/4.jpg": "A bird"}
+    assert report["skipped_keys"] == {
+        "image not found": ["3.jpg", "1.jpg", "2.jpg", "imgs/train/2.jpg"]}
+    assert report["other_files"][".txt"]["names"] == ["val/3.txt"]
+    (images / "metadata.csv").write_text("file_name,text\n2.jpg,x\n1.jpg,A wolf\n")
+    captions, report = packed(images)
+    assert captions == {"1.jpg": "A wolf", "train/2.jpg": "A cat", "val/3.jpg": "A fox"}
+
+
 def test_metadata_in_each_part_names_the_images_beside_it(tmp_path):
     images = tmp_path / "data"
     for number, name in enumerate(["train/1.jpg", "val/1.jpg", "1.jpg", "val/2.jpg", "2.jpg"]):
@@ -397,6 +448,7 @@ SEVERAL = {
     "list.json": '{"1.jpg": ["A dog", "A\\n wet  dog"]}',
     "repeated.json": '{"1.jpg": "A dog", "1.jpg": "A wet dog"}',
     "c.jsonl": '{"image": "1.jpg", "captions": ["A dog", "", "A wet dog", "A dog"]}',
+    "twice.jsonl": '{"image": "1.jpg", "text": "A dog", "text": "A wet dog"}\n{"image": "2.jpg"}',
     "rows.csv": "image,caption\n1.jpg,A dog\n1.jpg,A wet dog\n1.jpg,A dog\n",
     "list.csv": 'image,caption\n1.jpg,"[\'A dog\', \'A wet dog\']"\n',
     "json.csv": 'raw,filename\n"[""A dog"", ""A wet dog""]",1.jpg\n',

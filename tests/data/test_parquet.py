@@ -108,7 +108,7 @@ def test_odd_rows_are_counted(tmp_path):
     samples, report = read_shards(tmp_path / "out")
     assert texts(samples) == {"000000000": (0, "number 0"), "000000005": (5, "number 5")}
     assert report["skipped_keys"] == {
-        "no image": ["d.parquet row 1 (gone.png)", "d.parquet row 2"],
+        "no image, only its path": ["d.parquet row 1 (gone.png)"], "no image": ["d.parquet row 2"],
         "no caption": ["d.parquet row 3"], "not an image": ["d.parquet row 4 (x.png)"]}
 
 
