@@ -266,8 +266,8 @@ def add_folder(commands):
     p.add_argument("captions", type=Path, metavar="CAPTIONS", nargs="?",
                    help="file with an image name and a caption in each row (.csv, .tsv, .txt, "
                    ".json, .jsonl, .parquet), or a folder of .txt files (default: "
-                   "metadata.jsonl, .csv or .parquet in IMAGES, otherwise .txt files beside the "
-                   "images)")
+                   "metadata.jsonl, .csv or .parquet in IMAGES, otherwise .txt, .caption or .json "
+                   "files beside the images)")
     add_out(p)
     add_image_rules(p)
     add_shard_options(p)

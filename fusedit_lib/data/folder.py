@@ -15,7 +15,7 @@ from fusedit_lib.data.caption_files import (
     read_text_files,
 )
 from fusedit_lib.data.columns import CaptionRows
-from fusedit_lib.data.image_names import ImageNames, Several
+from fusedit_lib.data.image_names import ImageNames, Several, composed
 from fusedit_lib.data.images import Skip, image_rules
 from fusedit_lib.data.items import (
     FILE,
@@ -159,6 +159,11 @@ def no_row_fits(content, rows, names):
         if root is not None:
             remedy = f"if {root} is what IMAGES was called elsewhere, add --image-root {root}"
             break
+    end = composed(f"/{written}")
+    for image in map(composed, content.images):
+        if image.endswith(end):
+            remedy = f"give {content.path / image.removesuffix(end)} as IMAGES"
+            break
     return (f"none of {len(rows.rows)} rows of {rows.files[0]} names an image in {content.path}: "
             f"the first names {written!r}, and the first file there is {first!r}; {remedy}")
 
@@ -214,6 +219,8 @@ def print_notes(report, others):
     """Print what a user should know about how the folder was read, a line for each, to stderr."""
     lines = []
     suffixes = report.get("suffixes", {})
+    if len(report["files"]) > 1:
+        lines.append(f"from {', '.join(report['files'])}")
     if len(suffixes) > 1:
         lines.append(", ".join(f"{count} {kind} files" for kind, count in suffixes.items()))
     for column, count in report.get("other_columns", {}).items():

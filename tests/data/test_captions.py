@@ -406,7 +406,7 @@ def test_an_imagefolder_of_the_hugging_face_hub(images, name, text):
     assert report["other_files"] == {"caption file": dict(count=1, names=[name])}
 
 
-def test_metadata_names_no_image_of_another_folder(tmp_path):
+def test_metadata_names_no_image_of_another_folder(tmp_path, capsys):
     images = tmp_path / "imgs"
     for name, number in {"1.jpg": 1, "train/2.jpg": 2, "val/3.jpg": 3, "a/4.jpg": 4}.items():
         write_image(images / name, number)
@@ -418,6 +418,8 @@ def test_metadata_names_no_image_of_another_folder(tmp_path):
     (images / "a" / "4.txt").write_text("A bird")
     (images / "val" / "3.txt").write_text("not used")
     captions, report = packed(images)
+    files = f"{images}/train/metadata.jsonl, {images}/val/metadata.jsonl"
+    assert f"captions: from {files}\n" in capsys.readouterr().err
     assert captions == {"1.jpg": "A dog", "train/2.jpg": "A cat", "val/3.jpg": "A fox",
                         "a/4.jpg": "A bird"}
     assert report["skipped_keys"] == {

@@ -294,6 +294,13 @@ def test_image_root_is_a_setting_of_the_run(photos, tmp_path):
     assert report["settings"]["image_root"] == "/mnt/x"
 
 
+def test_the_folder_that_names_are_relative_to_is_suggested(photos, tmp_path):
+    write_image(photos / "sub" / "cats" / "1.jpg")
+    (tmp_path / "c.json").write_text(json.dumps({"cats/1.jpg": "one"}))
+    with pytest.raises(FuseDiTError, match=f"; give {photos}/sub as IMAGES"):
+        pack("folder", photos, tmp_path / "c.json", tmp_path / "out")
+
+
 def test_two_images_of_one_stem_are_ambiguous(photos, tmp_path):
     write_image(photos / "a.jpg")
     rows = [("a", "one"), ("b", "two"), ("a.jpg", "three")]
