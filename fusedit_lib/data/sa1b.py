@@ -20,7 +20,7 @@ from fusedit_lib.data.download import (
     tar_fault,
     unpack,
 )
-from fusedit_lib.data.images import SUFFIXES, image_rules
+from fusedit_lib.data.images import image_rules
 from fusedit_lib.data.items import (
     Item,
     digest,
@@ -75,7 +75,7 @@ def sa1b(args):
     parts, total = split_lines(names, args.shard_size)
     if not total:
         packing.remove_output(args.out)
-        raise FuseDiTError(f"no images in {args.images} ({', '.join(sorted(SUFFIXES))})")
+        raise FuseDiTError(f"no images in {args.images}")
 
     more = {}
     if is_caption_folder(args.captions):
