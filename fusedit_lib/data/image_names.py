@@ -124,12 +124,12 @@ class ImageNames:
         """Yield (path relative to IMAGES, note for the report or "") that `name` may stand for."""
         if base:
             yield base + name, ""
-        yield name, ""
         if is_absolute(name):
             for path in self.paths:
                 if name.startswith(f"{path}/"):
                     yield name[len(path) + 1:], ""
         else:
+            yield name, ""
             if beside is not None:
                 path = posixpath.normpath(f"{os.path.abspath(beside)}/{name}")
                 if path.startswith(f"{self.paths[0]}/"):

@@ -425,9 +425,11 @@ def test_metadata_names_no_image_of_another_folder(tmp_path, capsys):
     assert report["skipped_keys"] == {
         "image not found": ["3.jpg", "1.jpg", "2.jpg", "imgs/train/2.jpg"]}
     assert report["other_files"][".txt"]["names"] == ["val/3.txt"]
-    (images / "metadata.csv").write_text("file_name,text\n2.jpg,x\n1.jpg,A wolf\n")
+    (images / "metadata.csv").write_text("file_name,text\n4.jpg,x\n1.jpg,A wolf\n")
+    (images / "a" / "metadata.csv").write_text("file_name,text\n4.jpg,A bird\n")
     captions, report = packed(images)
-    assert captions == {"1.jpg": "A wolf", "train/2.jpg": "A cat", "val/3.jpg": "A fox"}
+    assert captions == {"1.jpg": "A wolf", "train/2.jpg": "A cat", "val/3.jpg": "A fox",
+                        "a/4.jpg": "A bird"}
 
 
 def test_metadata_in_each_part_names_the_images_beside_it(tmp_path):

@@ -152,7 +152,8 @@ def test_a_prefix_of_another_machine_is_common_to_all_names(train):
         return names.prefix
     assert prefix_of("/a/train/1.jpg", "/a/train/cats/1.jpg", "1.jpg") == "/a/train"
     assert prefix_of("/a/train/cats/1.jpg", "/a/train/cats/2.jpg") == "/a/train"
-    assert prefix_of("/a/train/1.jpg", "/b/train/1.jpg") is None
+    assert prefix_of("/a/train/1.jpg", "/b/train/1.jpg", "/a/train/2.jpg") is None
+    assert prefix_of("/a/train/1.jpg", "/A/train/1.jpg") is None
     assert prefix_of("/a/train/1.jpg", "/a/Train/1.jpg") == "/a/train"
     # A name without a folder of the name of IMAGES does not matter: it is not found.
     assert prefix_of("/a/train/1.jpg", "/b/val/1.jpg", "/a/train-old/1.jpg") == "/a/train"
