@@ -219,8 +219,9 @@ def print_notes(report, others):
     """Print what a user should know about how the folder was read, a line for each, to stderr."""
     lines = []
     suffixes = report.get("suffixes", {})
-    if len(report["files"]) > 1:
-        lines.append(f"from {', '.join(report['files'])}")
+    files = report.get("files", [])         # parquet reads none
+    if len(files) > 1:
+        lines.append(f"from {', '.join(files)}")
     if len(suffixes) > 1:
         lines.append(", ".join(f"{count} {kind} files" for kind, count in suffixes.items()))
     for column, count in report.get("other_columns", {}).items():
