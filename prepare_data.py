@@ -140,9 +140,10 @@ def add_columns(p, where, image):
     group.add_argument("--image-column", metavar="NAME",
                        help=f"column of {where} that {image} (default: a usual name, such as "
                             "image or file_name)")
-    group.add_argument("--caption-column", metavar="NAME",
+    group.add_argument("--caption-column", metavar="NAME", action="append",
                        help=f"column of {where} that contains the caption (default: a usual name, "
-                            "such as caption or text)")
+                            "such as caption or text); repeat the flag if several columns contain "
+                            "captions of the image")
     return group
 
 
@@ -272,9 +273,10 @@ def add_folder(commands):
     add_image_rules(p)
     add_shard_options(p)
     group = add_columns(p, "CAPTIONS", "names the image")
-    group.add_argument("--image-root", metavar="PATH",
+    group.add_argument("--image-root", metavar="PATH", action="append",
                        help="what IMAGES was called where CAPTIONS was written, if its names are "
-                            "absolute paths of another machine")
+                            "absolute paths of another machine; repeat the flag if it had several "
+                            "names")
     add_run_options(p)
 
 

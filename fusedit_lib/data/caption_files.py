@@ -180,9 +180,10 @@ def rows_of_json(content, image_column=None, caption_column=None):
     if columns.image and (columns.captions or columns.synthetic):
         return rows_of_columns(content, columns.image[0])
     rows = []
+    caption_field = caption_column[0] if caption_column else "caption"
     for name, value in content.items():
         if not isinstance(value, dict):
-            value = {caption_column or "caption": value}
+            value = {caption_field: value}
         rows.append((f"row {len(rows) + 1}", value | {image_column or "image": name}))
     return rows
 

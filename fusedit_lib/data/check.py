@@ -168,6 +168,8 @@ def check(args):
     if counts.samples and not counts.usable:
         print(f"{args.folder}/index.json is not written: {counts.unusable()}")
     else:
+        if counts.too_few():
+            print(counts.too_few())
         print(repair_index(args.folder, [shard.entry for shard in shards]))
     if args.grid:
         write_image_grid(args.grid, shards, args)

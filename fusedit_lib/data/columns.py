@@ -29,6 +29,7 @@ class Columns(NamedTuple):
     image: list[str]
     captions: list[str]
     synthetic: list[str]
+    all_captions: bool = False              # True: an image has the captions of all columns
 
 
 class CaptionRow(NamedTuple):
@@ -91,18 +92,20 @@ def matching(available, fields):
 def find_columns(available, image_column=None, caption_column=None):
     """The Columns among those available, whose lists may be empty.
 
-    image_column, caption_column: the only name to accept; None: the common names.
+    image_column: the only name to accept; None: the common names. caption_column: a list of such
+    names, whose columns all hold captions of the image; None: the common names.
     """
     image_fields = IMAGE_FIELDS
     caption_fields = CAPTION_FIELDS
     if image_column is not None:
         image_fields = [plain(image_column)]
     if caption_column is not None:
-        caption_fields = [plain(caption_column)]
+        caption_fields = [plain(name) for name in caption_column]
     captions = matching(available, caption_fields)
     synthetic = matching(available, ["synthetic_caption"])
     synthetic = [name for name in synthetic if name not in captions]
-    return Columns(matching(available, image_fields), captions, synthetic)
+    return Columns(matching(available, image_fields), captions, synthetic,
+                   all_captions=caption_column is not None)
 
 
 def require_columns(columns, available, path, image=True):
@@ -151,10 +154,11 @@ def captions_of(fields, columns):
                         ("original_caption", columns.captions)):
         texts = {name: texts_of(fields.get(name)) for name in names}
         filled = [name for name in names if texts[name]]
-        if filled:
-            captions[kind] = texts[filled[0]]
-            used.append(filled[0])
-            ignored += filled[1:]
+        count = len(filled) if columns.all_captions else 1
+        for name in filled[:count]:
+            captions.setdefault(kind, []).extend(texts[name])
+        used += filled[:count]
+        ignored += filled[count:]
     return captions, used, ignored
 
 

@@ -15,7 +15,7 @@ from fusedit_lib.data.caption_files import (
     read_text_files,
 )
 from fusedit_lib.data.columns import CaptionRows
-from fusedit_lib.data.image_names import ImageNames, Several, composed
+from fusedit_lib.data.image_names import ImageNames, Several, below, clean, composed
 from fusedit_lib.data.images import Skip, image_rules
 from fusedit_lib.data.items import (
     FILE,
@@ -100,14 +100,14 @@ def read_captions(args, content):
 
 
 # ---------------------------------------------------------------------------- items
-def folder_items(content, rows, root=None, beside=None):
+def folder_items(content, rows, roots=(), beside=None):
     """(items, names): an Item for every image that has captions, and the ImageNames.
 
     The rows that name the same image become one item with all their captions. Rows of no image,
-    and images without a caption, are added to rows.skipped with the reason. root, beside: see
-    ImageNames.
+    and images without a caption, are added to rows.skipped with the reason. roots: see
+    ImageNames; beside: see its find().
     """
-    names = ImageNames(content.path, content.images, root)
+    names = ImageNames(content.path, content.images, roots)
     names.find_prefix([row.image for row in rows.rows])
     captions_of = {}                        # image -> {kind: list of texts}, in the rows' order
     without = dict.fromkeys(content.images)                # images without a caption
@@ -132,6 +132,9 @@ def folder_items(content, rows, root=None, beside=None):
             kinds.setdefault(kind, []).extend(texts)
     if rows.rows and not_found == len(rows.rows):
         raise FuseDiTError(no_row_fits(content, rows, names))
+    for root in roots:
+        if all(below(clean(row.image), clean(root)) is None for row in rows.rows):
+            raise FuseDiTError(f"no name in CAPTIONS begins with --image-root {root}")
 
     items = []
     for name, kinds in captions_of.items():
@@ -251,7 +254,7 @@ def folder(args):
 
     rows, used = read_captions(args, content)
     beside = args.captions and args.captions.parent
-    items, names = folder_items(content, rows, args.image_root, beside)
+    items, names = folder_items(content, rows, args.image_root or (), beside)
     for kind, name in content.left_out:
         if kind.startswith(UNREADABLE):
             rows.skipped.append((kind, name))

@@ -39,15 +39,13 @@ class ImageNames:
     folder, if all images are in subfolders; and finally all of this with letters in another case.
     """
 
-    def __init__(self, folder: Path, names: Iterable[str], root: str | None = None):
-        """folder: IMAGES. names: of its images. root: the path that IMAGES had elsewhere."""
+    def __init__(self, folder: Path, names: Iterable[str], roots: Iterable[str] = ()):
+        """folder: IMAGES. names: of its images. roots: the paths that IMAGES had elsewhere."""
         self.folder = folder
         self.names = set(names)
         # IMAGES as given and with its links resolved
         self.paths = [os.path.abspath(folder), os.path.realpath(folder)]
-        self.prefix = None                  # of absolute paths, in the place of IMAGES
-        if root is not None:
-            self.prefix = clean(root)
+        self.prefixes = [clean(root) for root in roots]    # of names, in the place of IMAGES
         self.groups = {}                    # see matches
         self.only_subfolders = all("/" in name for name in self.names)
         self.rewritten = {}                 # how a name was changed -> names, for the report
@@ -107,7 +105,7 @@ class ImageNames:
         """The reason for which a name is skipped, with the remedy if there is one."""
         if re.search(r"[\x00-\x1f]", written.strip()):
             return CONTROL
-        if self.prefix is None and is_absolute(clean(written)):
+        if not self.prefixes and is_absolute(clean(written)):
             return ELSEWHERE
         return NOT_FOUND
 
@@ -135,11 +133,10 @@ class ImageNames:
                 if path.startswith(f"{self.paths[0]}/"):
                     yield path[len(self.paths[0]) + 1:], ""
             yield from self.below_ancestor(name)
-        if self.prefix is not None:
-            parts = name.split("/")
-            count = len(self.prefix.split("/"))
-            if len(parts) > count and key("/".join(parts[:count])) == key(self.prefix):
-                yield "/".join(parts[count:]), f"{self.prefix} taken as {self.folder}"
+        for prefix in self.prefixes:
+            rest = below(name, prefix)
+            if rest is not None:
+                yield rest, f"{prefix} taken as {self.folder}"
         if name.startswith("/"):
             yield name[1:], f"/ taken as {self.folder}"
 
@@ -153,13 +150,13 @@ class ImageNames:
                     yield "/".join(parts[count:]), ""
 
     def find_prefix(self, written):
-        """Set the prefix for absolute paths of another machine, given all names of a caption file.
+        """Find a prefix for absolute paths of another machine, given all names of a caption file.
 
         It must end with the name of IMAGES, and be the same for all names that contain a folder of
         that name. It must not exist on this machine, and name no part of a data set (train, val,
         ...) that the path of IMAGES does not name.
         """
-        if self.prefix is not None:
+        if self.prefixes:
             return
         for path in self.paths:
             shared = None                   # {key: prefix} of those that all names have
@@ -174,7 +171,7 @@ class ImageNames:
             for prefix in sorted(shared or {}, key=len, reverse=True):
                 prefix = shared[prefix]
                 if not os.path.isdir(prefix) and parts_of_data(prefix) <= parts_of_data(path):
-                    self.prefix = prefix
+                    self.prefixes = [prefix]
                     return
 
     def possible_root(self, written):
@@ -208,6 +205,15 @@ def is_of_windows(name):
 def key(path):
     """A text that is equal for names of the same folder: Windows ignores their case."""
     return folded(path) if is_of_windows(path) else composed(path)
+
+
+def below(name, prefix):
+    """The path relative to a folder `prefix` of a clean name; None if it is not in the folder."""
+    parts = name.split("/")
+    count = len(prefix.split("/"))
+    if len(parts) > count and key("/".join(parts[:count])) == key(prefix):
+        return "/".join(parts[count:])
+    return None
 
 
 def prefixes(name, own):

@@ -101,6 +101,8 @@ def index(args):
     if not counts.usable:
         raise FuseDiTError(f"{args.folder}: {counts.unusable()}")
     print_layout_problems(counts, sys.stderr)
+    if counts.too_few():
+        print(counts.too_few(), file=sys.stderr)
     samples = packing.write_index(args.folder, entries)
     print(counts.found())
     print(f"{samples} samples in {len(tars)} shards: {args.folder}/index.json")

@@ -17,6 +17,7 @@ do not count. So the samples of our own shards (KEY.image.jpg), of img2dataset a
 (KEY.jpg, KEY.txt, KEY.json) are all read as they are.
 """
 import json
+import math
 from collections import Counter
 from dataclasses import dataclass, field
 
@@ -31,6 +32,7 @@ CAPTIONS = ["txt"]
 for name in CAPTION_FIELDS:
     CAPTIONS += [name, f"{name}.txt"]
 
+MAX_SKIPPED = 0.01                          # share of samples that training may skip by default
 EXAMPLES = 5                                # samples named for each kind of problem
 SHOWN = 12                                  # extensions or fields named in a message
 
@@ -44,7 +46,7 @@ REMEDIES = {
                       "names one",
     "no caption": "--caption-key names an extension, or a field of KEY.json",
     "several caption files": "--caption-key names one",
-    "blank caption": "Training skips these samples, up to a share of --max-skipped",
+    "blank caption": "Training skips these samples",
     "caption is not UTF-8": "Convert the captions to UTF-8, or name others with --caption-key",
     "KEY.json is not JSON": "--caption-key names an extension that has captions",
     REPEATED: "A key ends at the first dot of a file's name, so that these samples are one: give "
@@ -284,6 +286,17 @@ class LayoutCounts:
         if self.several:
             line += f"; {self.several:,} samples with several captions, one per line"
         return line
+
+    def too_few(self):
+        """A line if training would stop because it has to skip too many samples; "" otherwise."""
+        skipped = self.samples - self.usable
+        if skipped <= MAX_SKIPPED * self.samples:
+            return ""
+        share = skipped / self.samples
+        needed = min(1, math.ceil(share * 120) / 100)      # a fifth more, since samples are drawn
+        return (f"{skipped:,} of {self.samples:,} samples ({share:.1%}) cannot "
+                f"be trained on. Training stops at a share of {MAX_SKIPPED:g}, unless it is given "
+                f"--max-skipped {needed:g}")
 
     def unusable(self):
         """A line about samples of which none can be used, with the remedy."""

@@ -211,7 +211,8 @@ def print_columns(files):
         columns = file.columns
         text = f"images from column {columns.image[0]}"
         if columns.captions:
-            text += f", captions from {', or where it is empty from '.join(columns.captions)}"
+            joint = " and " if columns.all_captions else ", or where it is empty from "
+            text += f", captions from {joint.join(columns.captions)}"
         if columns.synthetic:
             text += f", synthetic captions from {columns.synthetic[0]}"
         rows[text] += file.rows
@@ -231,8 +232,8 @@ def captions_report(files):
     ignored = Counter()
     for file in files:
         columns = file.columns
-        for kind, names in columns._asdict().items():
-            found[kind] |= dict.fromkeys(names)
+        for kind in found:
+            found[kind] |= dict.fromkeys(getattr(columns, kind))
         all_columns |= dict.fromkeys(file.all_columns)
         if len(columns.captions) > 1 or len(columns.synthetic) > 1:
             names = [*columns.captions, *columns.synthetic]

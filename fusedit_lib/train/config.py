@@ -15,6 +15,7 @@ from typing import NamedTuple
 import fusedit
 from fusedit import FuseDiTError
 from fusedit_lib import backend, cli, seeds
+from fusedit_lib.data.layout import MAX_SKIPPED
 from fusedit_lib.data.shards import expand_shards
 from fusedit_lib.files import read_json
 from fusedit_lib.pretrained import repository
@@ -94,8 +95,8 @@ class RunConfig:
                                         "the synthetic one", low=0, high=1)
     mix_shards: int = flag(8, "number of shards read at a time, whose samples are mixed",
                            low=1)
-    max_skipped: float = flag(0.01, "stop the run if more than this fraction of the samples cannot "
-                              "be read", True, low=0, high=1)
+    max_skipped: float = flag(MAX_SKIPPED, "stop the run if more than this fraction of the samples "
+                              "cannot be read", True, low=0, high=1)
     workers: int = flag(-1, "data loading processes per GPU or per TPU host; 0: load in "
                         "the training process; -1: one less than its share of the CPU cores, at "
                         "most 16", True, low=-1)

@@ -178,7 +178,10 @@ def test_columns_of_other_names_are_named_and_ignored_ones_reported(images, tmp_
     flags = ["--image-column", "Pic", "--caption-column", "words"]
     captions, report = packed(images, tmp_path / "c.csv", flags=flags)
     assert captions == {"1.jpg": "w1", "2.jpg": "w2"}
-    assert report["settings"]["caption_column"] == "words"
+    assert report["settings"]["caption_column"] == ["words"]
+    captions, report = packed(images, tmp_path / "c.csv", flags=[*flags, "--caption-column", "alt"])
+    assert captions == {"1.jpg": "w1\na1", "2.jpg": "w2\na2"}
+    assert report["captions"]["other_columns"] == {}
 
 
 @pytest.mark.parametrize("encoding", ["utf-16", "utf-8-sig"])

@@ -291,7 +291,9 @@ def test_image_root_is_a_setting_of_the_run(photos, tmp_path):
     pack(*words, "--image-root", "/mnt/x")
     samples, report = read_shards(tmp_path / "out")
     assert captions(samples) == ["one", "two"]
-    assert report["settings"]["image_root"] == "/mnt/x"
+    assert report["settings"]["image_root"] == ["/mnt/x"]
+    with pytest.raises(FuseDiTError, match="no name in CAPTIONS begins with --image-root /mnt/y"):
+        pack(*words, "--image-root", "/mnt/x", "--image-root", "/mnt/y", "--overwrite")
 
 
 def test_the_folder_that_names_are_relative_to_is_suggested(photos, tmp_path):

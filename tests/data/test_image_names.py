@@ -149,19 +149,19 @@ def test_a_prefix_of_another_machine_is_common_to_all_names(train):
     def prefix_of(*written):
         names = ImageNames(train, FILES)
         names.find_prefix(written)
-        return names.prefix
-    assert prefix_of("/a/train/1.jpg", "/a/train/cats/1.jpg", "1.jpg") == "/a/train"
-    assert prefix_of("/a/train/cats/1.jpg", "/a/train/cats/2.jpg") == "/a/train"
-    assert prefix_of("/a/train/1.jpg", "/b/train/1.jpg", "/a/train/2.jpg") is None
-    assert prefix_of("/a/train/1.jpg", "/A/train/1.jpg") is None
-    assert prefix_of("/a/train/1.jpg", "/a/Train/1.jpg") == "/a/train"
+        return names.prefixes
+    assert prefix_of("/a/train/1.jpg", "/a/train/cats/1.jpg", "1.jpg") == ["/a/train"]
+    assert prefix_of("/a/train/cats/1.jpg", "/a/train/cats/2.jpg") == ["/a/train"]
+    assert prefix_of("/a/train/1.jpg", "/b/train/1.jpg", "/a/train/2.jpg") == []
+    assert prefix_of("/a/train/1.jpg", "/A/train/1.jpg") == []
+    assert prefix_of("/a/train/1.jpg", "/a/Train/1.jpg") == ["/a/train"]
     # A name without a folder of the name of IMAGES does not matter: it is not found.
-    assert prefix_of("/a/train/1.jpg", "/b/val/1.jpg", "/a/train-old/1.jpg") == "/a/train"
-    assert prefix_of("/a/train/train/1.jpg", "/a/train/1.jpg") == "/a/train"
-    assert prefix_of("/a/train/train/1.jpg", "/a/train/train/2.jpg") == "/a/train/train"
-    assert prefix_of(r"D:\x\Train\1.jpg", r"\\?\d:\X\train\2.jpg") == "D:/x/Train"
-    assert prefix_of(r"D:\x\train\1.jpg", r"\\nas\x\train\2.jpg") is None
-    assert prefix_of("1.jpg") is prefix_of() is None
+    assert prefix_of("/a/train/1.jpg", "/b/val/1.jpg", "/a/train-old/1.jpg") == ["/a/train"]
+    assert prefix_of("/a/train/train/1.jpg", "/a/train/1.jpg") == ["/a/train"]
+    assert prefix_of("/a/train/train/1.jpg", "/a/train/train/2.jpg") == ["/a/train/train"]
+    assert prefix_of(r"D:\x\Train\1.jpg", r"\\?\d:\X\train\2.jpg") == ["D:/x/Train"]
+    assert prefix_of(r"D:\x\train\1.jpg", r"\\nas\x\train\2.jpg") == []
+    assert prefix_of("1.jpg") == prefix_of() == []
 
 
 def test_a_folder_of_this_machine_is_not_taken_for_another(train, tmp_path):
@@ -171,9 +171,9 @@ def test_a_folder_of_this_machine_is_not_taken_for_another(train, tmp_path):
     assert found(train, f"{other}/1.jpg") == ELSEWHERE
 
 
-@pytest.mark.parametrize("root", [None, "D:\\Data\\train"])
-def test_paths_of_windows_in_any_case(train, root):
-    names = ImageNames(train, FILES, root)
+@pytest.mark.parametrize("roots", [[], ["D:\\Data\\train"]])
+def test_paths_of_windows_in_any_case(train, roots):
+    names = ImageNames(train, FILES, roots)
     written = [r"D:\Data\train\cats\1.jpg", r"d:\data\TRAIN\CATS\1.JPG",
                r"\\?\D:\Data\train\cats\1.jpg", "D:/Data\\train/cats\\1.jpg"]
     names.find_prefix(written)
@@ -189,10 +189,12 @@ def test_a_control_character_in_a_name_is_explained(train):
 
 
 def test_image_root_says_what_the_folder_was_called(train):
-    assert found(train, "/mnt/photos/cats/1.jpg", root="/mnt/photos/") == "cats/1.jpg"
-    assert found(train, r"C:\photos\cats\1.jpg", root="C:\\photos") == "cats/1.jpg"
-    assert found(train, "old/cats/1.jpg", root="old") == "cats/1.jpg"
-    assert found(train, "/mnt/photos2/1.jpg", root="/mnt/photos") == NOT_FOUND
+    assert found(train, "/mnt/photos/cats/1.jpg", roots=["/mnt/photos/"]) == "cats/1.jpg"
+    assert found(train, r"C:\photos\cats\1.jpg", roots=["C:\\photos"]) == "cats/1.jpg"
+    assert found(train, "old/cats/1.jpg", roots=["old"]) == "cats/1.jpg"
+    assert found(train, "/mnt/photos2/1.jpg", roots=["/mnt/photos"]) == NOT_FOUND
+    roots = ["/mnt/photos", "//nas/photos"]
+    assert found(train, r"\\nas\photos\cats\1.jpg", roots=roots) == "cats/1.jpg"
 
 
 def test_names_without_a_folder_if_all_images_are_in_subfolders(train):

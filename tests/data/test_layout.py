@@ -291,7 +291,7 @@ def test_a_key_that_merges_with_its_versions_is_named(tmp_path):
     assert "1 x several images: cat of a.tar" in command("check", tmp_path, code=1)[0]
     write_shard(tmp_path / "a.tar", [("cat", files | {"mask.png": files["jpg"]})])
     _, err = command("index", tmp_path)
-    assert not err
+    assert not err                          # no advice on --max-skipped either
 
 
 def test_dotted_keys_that_do_not_merge_are_used(gemma_folder, tmp_path):
@@ -367,7 +367,11 @@ def test_one_of_several_captions_is_drawn_at_every_visit(gemma_folder, several):
     out, err = command("index", several)
     assert "txt (5), field captions of json (1); 4 samples with several captions" in out
     assert "1 x blank caption: 000000006 of a.tar. Training skips" in err
+    needed = ("1 of 7 samples (14.3%) cannot be trained on. Training stops at a share of 0.01, "
+              "unless it is given --max-skipped 0.18\n")
+    assert needed in err
     out, _ = command("check", several, code=1)
+    assert needed in out
     assert "txt: 11, length" in out and "4 samples with several captions" in out
 
     keep = ["--caption-drop", "0"]
