@@ -29,6 +29,7 @@ from fusedit_lib.data.items import (
     make_sample,
     output_settings,
     require_exists,
+    suffix_of,
 )
 
 # Files of captions in the images' own folder, with names relative to theirs, as in an imagefolder
@@ -179,10 +180,6 @@ def no_images(content):
                 "python prepare_data.py parquet")
     found = ", ".join(f"{count} {kind}" for kind, count in kinds.most_common(5))
     return f"no images in {content.path}, by their suffix; it contains {found or 'no files'}"
-
-
-def suffix_of(name):
-    return PurePosixPath(name).suffix.lower() or "no suffix"
 
 
 # ---------------------------------------------------------------------------- the report

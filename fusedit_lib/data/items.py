@@ -191,13 +191,25 @@ def entry_kind(entry, above):
     return "broken link" if entry.is_symlink() else "neither file nor folder"
 
 
-def list_images(folder):
-    """Yield the relative path of every image file in or below `folder`, in order."""
+def list_images(folder, others):
+    """Yield the relative path of every image file in or below `folder`, in order.
+
+    others: a Counter of all other files, by suffix or, if they are not looked into, by kind.
+    """
     for name, kind in list_files(folder):
         if kind.startswith(UNREADABLE):
             raise FuseDiTError(f"{kind}: {folder / name}")
         if kind == IMAGE:
             yield name
+        elif kind == FILE:
+            others[suffix_of(name)] += 1
+        else:
+            others[kind] += 1
+
+
+def suffix_of(name):
+    """The suffix of a file's name in lower case, as it is counted."""
+    return os.path.splitext(name)[1].lower() or "no suffix"
 
 
 def require_exists(*paths):

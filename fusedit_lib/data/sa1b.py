@@ -3,6 +3,7 @@ import hashlib
 import json
 import re
 import sys
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from functools import partial
 from pathlib import Path, PurePosixPath
@@ -70,14 +71,15 @@ def sa1b(args):
 
     progress = args.out / ".progress"
     names = progress / "images.txt"
+    others = progress / "other-files.json"
     if not names.exists():
-        write_image_list(args.images, names)
+        write_image_list(args.images, names, others)
     parts, total = split_lines(names, args.shard_size)
     if not total:
         packing.remove_output(args.out)
         raise FuseDiTError(f"no images in {args.images}")
 
-    more = {}
+    more = dict(other_files=packing.read_json_or_none(others) or {})
     if is_caption_folder(args.captions):
         captions = CaptionFolder(args.captions)
     else:
@@ -89,11 +91,19 @@ def sa1b(args):
     packing.pack(args, "sa1b", jobs, make, total=total, **more)
 
 
-def write_image_list(folder, path):
-    """Write the path of every image below `folder` to a text file, one per line."""
-    with atomic_write(path) as tmp, open(tmp, "w", errors="surrogateescape") as file:
-        for name in tqdm(list_images(folder), unit="image", desc="listing", disable=None):
-            file.write(f"{name}\n")
+def write_image_list(folder, path, others_path):
+    """Write the path of every image below `folder` to a text file, one per line.
+
+    others_path: of a JSON file to be written first, the number of other files by suffix.
+    """
+    others = Counter()
+    names = list_images(folder, others)
+    with atomic_write(path) as tmp:
+        with open(tmp, "w", errors="surrogateescape") as file:
+            for name in tqdm(names, unit="image", desc="listing", disable=None):
+                file.write(f"{name}\n")
+        with atomic_write(others_path) as others_tmp:
+            others_tmp.write_text(json.dumps(others))
 
 
 def is_caption_folder(path):

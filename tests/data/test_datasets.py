@@ -145,10 +145,13 @@ def test_cc12m_with_parquet_and_a_truncated_tar(tmp_path):
 
 def test_sa1b(tmp_path):
     data_set = sa1b(tmp_path)
+    for name in ("sa_1.json", ".DS_Store"):                # masks, and what macOS leaves
+        (tmp_path / "images" / name).touch()
     pack(*sa1b_command(tmp_path), tmp_path / "out")
     samples, report = read_shards(tmp_path / "out")
     assert report["skipped"] == expected_skips(data_set, **{"no caption": 1})
     assert report["inputs"] == 100 and len(report["shards"]) == 12
+    assert report["other_files"] == {".json": 1, "hidden file": 1}
     for one, sample in packed_images(data_set, samples, "sa_{}".format):
         assert text_of(sample, "synthetic") == f"The image shows {one.number}."
         assert_shows(image_of(sample), one.image)

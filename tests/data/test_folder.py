@@ -4,6 +4,7 @@ import io
 import json
 import os
 import unicodedata
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -252,7 +253,7 @@ def test_a_folder_that_cannot_be_read_is_reported(photos, tmp_path, monkeypatch,
     assert report["skipped_keys"] == {"folder cannot be read: Permission denied": ["sub"]}
     assert "skipped 1: folder cannot be read: Permission denied: sub" in capsys.readouterr().err
     with pytest.raises(FuseDiTError, match="folder cannot be read: Permission denied: .*sub"):
-        list(items.list_images(photos))
+        list(items.list_images(photos, Counter()))
 
 
 def test_an_image_that_a_caption_names_is_packed_whatever_its_suffix(photos, tmp_path):
