@@ -50,7 +50,8 @@ def scene_batches(args, config, tokenizer):
         captions = [caption if rng.random() > 0.1 else "" for caption in captions]
 
         data = bytearray(b"".join(image.tobytes() for image in images))
-        pixels = torch.frombuffer(data, dtype=torch.uint8).view(-1, 32, 32, 3).movedim(3, 1)
+        pixels = torch.frombuffer(data, dtype=torch.uint8)
+        pixels = pixels.view(-1, 32, 32, 3).movedim(3, 1)           # [B,3,H,W]
         ids, mask = fusedit.tokenize(tokenizer, captions, config)   # [B,T] each
         normal = torch.randn(args.batch)                            # [B], for the noise levels
         noise = torch.randn(args.batch, 1, 3, 32, 32)
@@ -60,8 +61,10 @@ def scene_batches(args, config, tokenizer):
 def learning_rate(args, step):
     """A linear warmup in the first tenth of the steps, then half a cosine down to zero."""
     warmup = max(1, args.steps // 10)
+    rising = step / warmup
     progress = max(0, step - 1 - warmup) / max(1, args.steps - warmup)
-    return args.lr * min(step / warmup, 0.5 * (1 + math.cos(math.pi * progress)))
+    falling = 0.5 * (1 + math.cos(math.pi * progress))
+    return args.lr * min(rising, falling)
 
 
 def train(args, model, batches, device):

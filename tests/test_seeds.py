@@ -20,13 +20,16 @@ def test_seeds_below_32_bits_are_used_as_they_are():
     for seed in (0, 1, 42, 2**32 - 1):
         assert seeds.words(seed) == [seed]
         assert seeds.torch_seed(seed) == seed
-    counts = [5, 3, 4]
-    order = Order(counts, 42, 2)
-    shards, _ = order.epoch(1)
-    assert shards.tolist() == np.random.RandomState([42, 1]).permutation(3).tolist()
-    sets = [[Shard("", 4, None, None, 0)], [Shard("", 4, None, None, 0)]]
-    slots = np.random.RandomState([42]).permutation(np.repeat([0, 1], 500))
-    assert Mixture(sets, [1, 1], 42, 8).slots.tolist() == slots.tolist()
+
+    shards, _ = Order([5, 3, 4], 42, pool=2).epoch(1)
+    expected = np.random.RandomState([42, 1]).permutation(3)
+    assert shards.tolist() == expected.tolist()
+
+    shard = Shard("", samples=4, bytes=None, latents=None, first=0)
+    mixture = Mixture([[shard], [shard]], [1, 1], 42, pool=8)
+    halves = np.repeat([0, 1], 500)
+    expected = np.random.RandomState([42]).permutation(halves)
+    assert mixture.slots.tolist() == expected.tolist()
 
 
 def test_larger_seeds_differ_from_each_other_and_from_their_low_bits():
@@ -36,7 +39,8 @@ def test_larger_seeds_differ_from_each_other_and_from_their_low_bits():
     for seed in some:
         generator = torch.Generator().manual_seed(seeds.torch_seed(seed))
         noises.add(torch.rand((), generator=generator).item())
-        orders.add(tuple(Order([1] * 50, seed, 8).epoch(0)[0].tolist()))
+        shards, _ = Order([1] * 50, seed, pool=8).epoch(0)
+        orders.add(tuple(shards))
         assert all(0 <= word < 2**32 for word in seeds.words(seed))
     assert len(noises) == len(orders) == len(some)
 
@@ -67,7 +71,10 @@ def test_sample_py_draws_and_stores_a_random_seed(tmp_path):
     words = ["--prompt", "a star", "--steps", 1, "--num-images", 2, "--dtype", "float32"]
     done = warm.run([ROOT / "sample.py", *words, "--seed", -1, "--out", tmp_path / "a"])
     assert done.returncode == 0, done.stderr
-    stored = [int(Image.open(path).text["seed"]) for path in (tmp_path / "a").iterdir()]
+    stored = []
+    for path in (tmp_path / "a").iterdir():
+        with Image.open(path) as image:
+            stored.append(int(image.text["seed"]))
     first = min(stored)
     assert sorted(stored) == [first, first + 1]
     assert f"--seed -1: drew seed {first}\n" in done.stderr
@@ -75,8 +82,9 @@ def test_sample_py_draws_and_stores_a_random_seed(tmp_path):
     done = warm.run([ROOT / "sample.py", *words, "--seed", LARGE, "--out", tmp_path / "b"])
     assert done.returncode == 0, done.stderr
     large = Image.open(tmp_path / "b" / f"a-star-{LARGE}.png")
+    next_seed = Image.open(tmp_path / "b" / "a-star-0.png")
     assert large.text["seed"] == str(LARGE)
-    assert large.tobytes() != Image.open(tmp_path / "b" / "a-star-0.png").tobytes()
+    assert large.tobytes() != next_seed.tobytes()
 
 
 def test_packing_keeps_a_random_seed(tmp_path):

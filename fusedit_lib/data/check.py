@@ -1,4 +1,5 @@
 """`prepare_data.py check`: reports the contents and problems of shards and draws samples."""
+import functools
 import hashlib
 import random
 import sys
@@ -158,7 +159,7 @@ def check(args):
         counts.merge(shard.counts)
     total = len(problems) + counts.problems.total()
     print_contents(shards, total)
-    print(counts.found())
+    print(counts.summary())
     print_problems(problems)
     print_problems(sum((shard.notes for shard in shards), []))
     print_layout_problems(counts, sys.stdout)
@@ -254,6 +255,7 @@ MARGIN = 8
 FONTS = "DejaVuSans.ttf", "NotoSans-Regular.ttf", "Arial Unicode.ttf", "arial.ttf"
 
 
+@functools.cache
 def caption_font():
     """The first of FONTS that the system has, or Pillow's own, which has little beyond ASCII."""
     for name in FONTS:

@@ -79,14 +79,14 @@ class CaptionRows:
 
 
 # ---------------------------------------------------------------------------- choosing columns
-def plain(name):
+def normalised(name):
     """The name of a column as IMAGE_FIELDS and CAPTION_FIELDS spell it."""
     return name.strip().lower().replace(" ", "_").replace("-", "_")
 
 
 def matching(available, fields):
     """The available columns that have one of the names in `fields`, in the order of `fields`."""
-    return [name for field in fields for name in available if plain(name) == field]
+    return [name for field in fields for name in available if normalised(name) == field]
 
 
 def find_columns(available, image_column=None, caption_column=None):
@@ -98,9 +98,9 @@ def find_columns(available, image_column=None, caption_column=None):
     image_fields = IMAGE_FIELDS
     caption_fields = CAPTION_FIELDS
     if image_column is not None:
-        image_fields = [plain(image_column)]
+        image_fields = [normalised(image_column)]
     if caption_column is not None:
-        caption_fields = [plain(name) for name in caption_column]
+        caption_fields = [normalised(name) for name in caption_column]
     captions = matching(available, caption_fields)
     synthetic = matching(available, ["synthetic_caption"])
     synthetic = [name for name in synthetic if name not in captions]

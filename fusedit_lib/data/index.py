@@ -104,7 +104,7 @@ def index(args):
     if counts.too_few():
         print(counts.too_few(), file=sys.stderr)
     samples = packing.write_index(args.folder, entries)
-    print(counts.found())
+    print(counts.summary())
     print(f"{samples} samples in {len(tars)} shards: {args.folder}/index.json")
 
 

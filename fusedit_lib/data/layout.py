@@ -93,7 +93,7 @@ def find_image(files, key=""):
     if not key:
         name = only_one(files, IMAGES, "several images")
     if name is None:
-        raise LayoutError("no image", content(files))
+        raise LayoutError("no image", describe(files))
     return name
 
 
@@ -152,7 +152,7 @@ def find_captions(files, key=""):
         return {f"field {fields[0]} of json": texts[fields[0]]}
     if names:
         raise LayoutError("blank caption", ", ".join(names))
-    raise LayoutError("no caption", content(files))
+    raise LayoutError("no caption", describe(files))
 
 
 def is_in_json(text, files):
@@ -201,7 +201,7 @@ def pick_caption(text, pick, rng):
     return lines[rng.randrange(len(lines))]
 
 
-def content(files):
+def describe(files):
     """The extensions of a sample and the fields of its KEY.json, as text for a message."""
     text = shorten([name for name in files if name != "latents"])
     try:
@@ -280,7 +280,7 @@ class LayoutCounts:
         for kind, examples in other.examples.items():
             self.examples[kind] = [*self.examples.get(kind, []), *examples][:EXAMPLES]
 
-    def found(self):
+    def summary(self):
         """The images and captions, as one line of text."""
         line = f"images: {counts(self.images)}; captions: {counts(self.captions)}"
         if self.several:

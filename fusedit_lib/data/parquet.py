@@ -14,7 +14,7 @@ from fusedit_lib.data.columns import (
     captions_of,
     find_columns,
     matching,
-    plain,
+    normalised,
     require_columns,
 )
 from fusedit_lib.data.folder import one_or_several, print_notes
@@ -160,7 +160,7 @@ def find_image_column(types, path, image_column):
     candidates = [name for name in types if holds_bytes(types[name])]
     known = matching(candidates, IMAGE_FIELDS)
     if image_column is not None:
-        known = matching(candidates, [plain(image_column)])
+        known = matching(candidates, [normalised(image_column)])
     elif len(candidates) == 1:
         known = candidates
     if known:

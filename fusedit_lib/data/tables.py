@@ -63,7 +63,7 @@ def read_table(text, path, rows, image_column=None, caption_column=None, base=""
     needed = min(needed, len(header.names))
     for record in records(lines, header.first, header.separator):
         where = f"line {record.line}"
-        values, note = fit(record, header, rest, path)
+        values, note = values_of(record, header, rest, path)
         if note:
             rows.note(note, where)
         if len(values) < needed:
@@ -163,7 +163,7 @@ def begins_row(line, separator):
     return bool(found) and is_image_name(name)
 
 
-def fit(record, header, rest, path):
+def values_of(record, header, rest, path):
     """The values of a Record for the columns of the Header, perhaps too few, and a note or "".
 
     rest: the last column takes the rest of a row that has too many fields.
