@@ -22,7 +22,8 @@ import fusedit
 from fusedit_lib import backend, cli
 from fusedit_lib.data.batches import Batches, load_batches, to_device
 from fusedit_lib.train import checkpoints, distributed, metrics_log, plan, resuming, zero
-from fusedit_lib.train.config import check_run, data_workers, model_config, parse_run, split_batch
+from fusedit_lib.train.config import check_run, data_workers, model_config, split_batch
+from fusedit_lib.train.flags import parse_run
 from fusedit_lib.train.build import adam_steps, build_models
 from fusedit_lib.train.monitor import Monitor
 from fusedit_lib.train.schedule import due_after, ema_decay, learning_rate
