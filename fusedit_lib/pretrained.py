@@ -36,6 +36,7 @@ from fusedit_lib.files import (
     stored_variant,
     tensors_below,
 )
+from fusedit_lib.lora import merge
 from fusedit_lib.published import GemmaFiles, StoredModel, dit_tensors
 
 # Files to download from the hub, as glob patterns.
@@ -128,6 +129,27 @@ def last_checkpoint(path):
         raise FuseDiTError(f"{path} is a training run that has no checkpoint yet: the first is "
                            "saved after --save-every steps")
     return path
+
+
+# ---- LoRA ----------------------------------------------------------------------------------------
+
+def adapter_folder(name):
+    """The folder with adapter_config.json: of peft, or in a run or checkpoint of --lora."""
+    folder = model_folder(name)
+    for candidate in (folder / "lora", folder):
+        if (candidate / "adapter_config.json").exists():
+            return candidate
+    raise FuseDiTError(f"{name} has no LoRA adapter: give a folder with adapter_config.json, or a "
+                       "run that was trained with --lora")
+
+
+def base_model(adapter):
+    """The name of the model that an adapter_folder is for. Raises FuseDiTError."""
+    name = read_json(adapter / "adapter_config.json").get("base_model_name_or_path")
+    if not name or not (find_local(name, (".", repository())) or is_hub_id(name)):
+        raise FuseDiTError(f"the adapter in {adapter} is for the model {name}, which does not "
+                           f"exist: use sample.py --model MODEL --lora {adapter}")
+    return name
 
 
 # ---- the text tower ------------------------------------------------------------------------------
@@ -360,16 +382,21 @@ def config_hint(config, dit_tensors):
 
 # ---- loading -------------------------------------------------------------------------------------
 
-def load_model(path, device="cpu", dtype=torch.float32, ema=True, **changes):
+def load_model(path, device="cpu", dtype=torch.float32, ema=True, lora="", **changes):
     """A trained model from any of the folders listed at the top, or a hub id.
 
     dtype: of the weights; None: as they are stored. ema=False: a checkpoint's raw weights instead
-    of their exponential moving average. changes: config fields that replace stored ones, such as
-    base, if the Gemma has moved. Raises FuseDiTError.
+    of their exponential moving average. lora: the name of an adapter to merge into the model; see
+    adapter_folder. changes: config fields that replace stored ones, such as base, if the Gemma has
+    moved. Raises FuseDiTError.
     """
     folder = model_folder(path)
     config = open_config(folder, changes)
     stored = open_weights(folder, ema)
+    if lora:
+        adapter = adapter_folder(lora)
+        tensors = open_tensors(adapter, "adapter_model")
+        stored = stored._replace(dit=merge(stored.dit, tensors, adapter))
     gemma = stored.gemma
     if gemma is not None:                   # config.base has its tokenizer
         tokenizer = tokenizer_folder(resolve(config.base, patterns=TOKENIZER_FILES))
@@ -439,7 +466,12 @@ def open_weights(folder, ema):
     tensors = open_tensors(folder)
     if not ema:
         tensors = tensors_below("weight.", open_tensors(train_state, "state"))
-    return StoredModel(folder, dit_tensors(tensors), tensors_below("llm.", tensors))
+    stored = StoredModel(folder, dit_tensors(tensors), tensors_below("llm.", tensors))
+    adapter = folder / "lora"
+    if adapter.is_dir():                    # all that was trained; the other weights are its base's
+        base = open_weights(model_folder(base_model(adapter)), ema=True)
+        return base._replace(dit=merge(base.dit, stored.dit, adapter))
+    return stored
 
 
 def with_absolute_paths(config, folder, changes):

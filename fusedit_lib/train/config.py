@@ -60,6 +60,9 @@ class RunConfig:
                      "remembers it")
     init_raw: bool = flag(False, "with --init, start from a checkpoint's raw weights instead of "
                           "their EMA")
+    lora: int = flag(0, "with --init, train LoRA adapters of this rank, which peft adds to the "
+                     "attention and the MLP of each block, instead of the DiT's weights: less "
+                     "memory and small checkpoints; 0: none", low=0, only="gpu")
     like_published: bool = flag(False, "settings that are not given are those of the preset's "
                                 "published run: steps, EMA, resizing, checkpoints and so on "
                                 "(docs/glossary.md lists them); --data must be given; a resumed "
@@ -214,6 +217,11 @@ def check_run(run):
     if run.memory_budget < 1 and not run.compile:
         raise FuseDiTError("--memory-budget has no effect without --compile: add --compile, or use "
                            "--remat instead")
+    if run.lora and not run.init:
+        raise FuseDiTError("--lora adapts a trained model: name it with --init")
+    for name in ("init_raw", "float8", "train_llm"):
+        if run.lora and getattr(run, name):
+            raise FuseDiTError(f"--lora does not work with --{name.replace('_', '-')}")
     if run.deepspeed_config:
         check_json(run.deepspeed_config)
 
