@@ -23,7 +23,7 @@ from fusedit_lib import backend, cli, seeds
 from fusedit_lib.cli import positive
 from fusedit_lib.export import check_new, export
 from fusedit_lib.files import atomic_write, file_stem, unused_path
-from fusedit_lib.pretrained import load_model
+from fusedit_lib.pretrained import adapter_folder, base_model, load_model
 from fusedit_lib.sampling import (
     batches_of,
     check_guidance_span,
@@ -55,10 +55,24 @@ def parse_args():
                             "that was trained with one")
     add_sampler_flags(parser)
     add_output_flags(parser)
+    model.add_argument("--lora", metavar="PATH_OR_HUB_ID",
+                       help="a LoRA adapter to merge into the model: a folder in peft's format, or "
+                            "a run or checkpoint of --lora; --model is then by default the model "
+                            "that the adapter was trained on")
+    parser.set_defaults(model=None)
     args = parser.parse_args()
+    if args.model is None:
+        args.model = default_model(args.lora)
     if not (args.prompt or args.prompts or args.export):
         parser.error('nothing to draw: give --prompt "a large red circle", or --prompts FILE')
     return args
+
+
+def default_model(lora):
+    """The value of --model if it is not given."""
+    if lora:
+        return base_model(adapter_folder(lora))
+    return str(cli.DEMO)
 
 
 def add_prompt_flags(parser):
@@ -138,7 +152,7 @@ def save_png(job, image, model_path, args):
     """Write the image to a file named after its prompt and seed. Returns the path."""
     path = unused_path(args.out / f"{file_stem(job.prompt)}-{job.seed}.png", ".gif")
     info = png_info(job.prompt, job.seed, args.steps, args.guidance, args.guidance_span,
-                    args.negative, model_path, args.set)
+                    args.negative, model_path, args.set, args.lora)
     with atomic_write(path) as tmp:
         image.save(tmp, "PNG", pnginfo=info)
     return path
@@ -165,7 +179,7 @@ def save_grid(images, args):
 
 
 def export_model(args, changes):
-    """Write the model to the folder --export. changes: the config fields of --set."""
+    """Write the model to the folder --export. changes: as load_model takes them."""
     check_new(args.export)                  # before minutes of loading
     dtype = None                            # as stored: float32 in the checkpoints of a run
     if args.dtype != "auto":
@@ -181,6 +195,8 @@ def main():
     if args.prompts:
         prompts = prompts + cli.read_prompts(args.prompts)
     changes = cli.parse_overrides(args.set)
+    if args.lora:
+        changes["lora"] = args.lora         # also an argument of load_model
     if args.export:
         export_model(args, changes)
     if not prompts:
