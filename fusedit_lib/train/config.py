@@ -16,7 +16,13 @@ from fusedit_lib import backend, cli, seeds
 from fusedit_lib.data.layout import MAX_SKIPPED
 from fusedit_lib.data.shards import expand_shards
 from fusedit_lib.files import read_json
-from fusedit_lib.pretrained import model_folder, open_config, repository
+from fusedit_lib.pretrained import (
+    find_local,
+    is_hub_id,
+    model_folder,
+    open_config,
+    repository,
+)
 from fusedit_lib.vae import vae_config
 
 PROMPTS = (
@@ -205,12 +211,28 @@ def stored_settings(out):
     return read_json(path).get("run", {})
 
 
+def run_of(path):
+    """The Path of the run that a checkpoint belongs to; that of any other model as it is.
+
+    The run may also be one of the published code, whose checkpoints are named by their step alone.
+    """
+    path = Path(path)
+    if path.name.startswith("step-") or path.name.isdigit():
+        return path.parent
+    return path
+
+
 def check_run(run):
     """Raise FuseDiTError for mistakes that can be found before the model is loaded."""
     for pattern in (*run.data, *run.val_data):
         expand_shards(pattern)
     if Path(run.out).is_file():
         raise FuseDiTError(f"--out {run.out} is a file; it must be a folder")
+    source = None
+    if run.init:
+        source = find_local(run.init, (".", repository()))
+    if source is not None and Path(run.out).resolve() in (source, run_of(source)):
+        raise FuseDiTError(f"--out {run.out} is what --init starts from: choose another --out")
     if run.memory_budget < 1 and not run.compile:
         raise FuseDiTError("--memory-budget has no effect without --compile: add --compile, or use "
                            "--remat instead")
@@ -263,12 +285,16 @@ def lasting_name(name):
 def initial_config(run, changes):
     """FuseDiTConfig of the model that --init names, with some fields changed.
 
-    A run that is resumed has stored it, and no longer needs the model.
+    A run that is resumed has stored it, and no longer needs the model, except for a Gemma in it.
     """
-    if is_resumed(run.out):
-        stored = read_json(Path(run.out) / "config.json")["model"]
-        return FuseDiTConfig.from_dict(stored | changes)
-    return open_config(model_folder(run.init), changes)
+    if not is_resumed(run.out):
+        return open_config(model_folder(run.init), changes)
+    stored = read_json(Path(run.out) / "config.json")["model"]
+    config = FuseDiTConfig.from_dict(stored | changes)
+    if not is_hub_id(config.base) and find_local(config.base, (".", repository())) is None:
+        raise FuseDiTError(f"{run.out} needs {config.base}, its Gemma, which does not exist. If "
+                           "it has been moved, use --base FOLDER")
+    return config
 
 
 def model_config(run):

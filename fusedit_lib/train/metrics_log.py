@@ -60,8 +60,9 @@ class MetricsLog:
         stored = []
         if self.path.exists():
             stored = read_jsonl(self.path)
-        kept = [row for row in stored if row["step"] <= first]
-        later = [row for row in stored if row["step"] > first]
+        last = first or -1                  # a run that starts anew also repeats its step 0
+        kept = [row for row in stored if row["step"] <= last]
+        later = [row for row in stored if row["step"] > last]
         with atomic_write(self.path) as tmp:
             tmp.write_text(json_lines(kept))
         if later:

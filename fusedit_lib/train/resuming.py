@@ -28,6 +28,7 @@ def changed_settings(stored, run, config):
     defaults = json.loads(checkpoints.run_settings_json(type(run)(), type(config)()))
     free = {f"run.{f.name}" for f in fields(run) if f.metadata["free"]}
     free.add("model.guidance")              # only used for sampling
+    free.add("run.base")                    # model.base has the Gemma, which may have moved
     if "caption_pick" not in stored["run"]:                # such runs had no choice to make
         free.add("run.caption_pick")
 
