@@ -1,13 +1,26 @@
-"""Runs with --init, and the losses that their models give by themselves."""
+"""Models to start from, runs with --init, and the losses that the models give by themselves."""
 import fusedit
-from launching import metrics
+from launching import flags, launch, metrics
 
 from fusedit_lib import pretrained
 from fusedit_lib.data.batches import Batches, to_device
+from fusedit_lib.export import export
 from fusedit_lib.train.config import model_config
 from fusedit_lib.train.flags import parse_run
 from fusedit_lib.train.validation import held_out_batches, validation_losses
 from fusedit_lib.vae import load_vae
+
+
+# What a run can start from: a folder that write_models writes, and more flags.
+STARTS = {"run": ("run", []), "checkpoint": ("run/step-0000002", []),
+          "raw": ("run/step-0000002", ["--init-raw"]), "released": ("released", [])}
+
+
+def write_models(folder, gemma, data):
+    """Writes run/, a run of train_gpu.py of 4 steps, and released/, its export."""
+    launch(flags(gemma, data, folder / "run", "--steps", "4", "--save-every", "2",
+                 "--ema-every", "1", "--sample-every", "0"))
+    export(pretrained.load_model(folder / "run"), folder / "released")
 
 
 def start_flags(model, data, out, *more):

@@ -11,7 +11,7 @@ import torch
 from conftest import REFERENCE, tiny_clip, tiny_gemma, tiny_vae
 from launching import assert_equal, flags, launch, losses, metrics, state
 from safetensors.torch import load_file, save_file
-from starting import first_losses, own_losses, start_flags
+from starting import STARTS, first_losses, own_losses, start_flags, write_models
 from tiny_shards import SHAPE
 
 from fusedit import FuseDiTConfig, FuseDiTError
@@ -33,15 +33,8 @@ VAE = PUBLISHED / "vae"
 def models(gemma, data, tmp_path_factory):
     """A folder with run/, a run of 4 steps, and released/, its export."""
     folder = tmp_path_factory.mktemp("models")
-    launch(flags(gemma, data, folder / "run", "--steps", "4", "--save-every", "2",
-                 "--ema-every", "1", "--sample-every", "0"))
-    export(pretrained.load_model(folder / "run"), folder / "released")
+    write_models(folder, gemma, data)
     return folder
-
-
-# What a run can start from: a folder in models, and more flags.
-STARTS = {"run": ("run", []), "checkpoint": ("run/step-0000002", []),
-          "raw": ("run/step-0000002", ["--init-raw"]), "released": ("released", [])}
 
 
 def check_first_losses(models, data, out, start, *more, n=1):
@@ -331,7 +324,8 @@ def test_another_gemma(gemma, tmp_path):
 def test_a_vae_with_other_channels(gemma, tmp_path):
     vae = tiny_vae(tmp_path / "vae")
     folder = random_model(tmp_path / "model", gemma)
-    with pytest.raises(FuseDiTError, match="has 4 channels, .*in_channels of the model is 3: .*--set in_channels=4"):
+    with pytest.raises(FuseDiTError, match="has 4 channels, .*in_channels of the model is "
+                                           "3: .*--set in_channels=4 as well"):
         started("--init", folder, "--set", f"vae={vae}", "patch_size=1")
 
 
@@ -556,7 +550,7 @@ def test_a_run_of_another_model_is_not_resumed(models, tmp_path, monkeypatch, wo
         resuming.open_run(run, model_config(run))
 
 
-def test_a_run_that_was_started_without_a_model_is_not_resumed_with_one(models, tmp_path, capsys):
+def test_a_run_without_a_model_is_not_resumed_with_one(models, tmp_path, capsys):
     begun(tmp_path / "new", "--preset", "demo")
     run = parse_run(["--init", str(models / "run"), "--out", str(tmp_path / "new")], "")
     with pytest.raises(FuseDiTError, match="run.init was '', is now .*choose another --out"):

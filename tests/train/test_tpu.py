@@ -15,6 +15,7 @@ import warm
 from conftest import REFERENCE, ROOT, tiny_clip, tiny_gemma
 from launching import ENV, assert_equal, command, flags, launch, launch_all, losses, metrics, state
 from PIL import Image
+from starting import STARTS, first_losses, own_losses, start_flags, write_models
 from tiny_shards import numbered
 
 from fusedit_lib.train import checkpoints, costs
@@ -448,6 +449,18 @@ def test_validation_matches_train_gpu(gemma, data, tmp_path):
         assert losses(tpu) == pytest.approx(losses(gpu), rel=near)
         grids = [pixels(out / "samples" / "step-0000006.png") for out in (gpu, tpu)]
         assert np.abs(grids[0] - grids[1]).max() <= levels
+
+
+@pytest.mark.parametrize("devices, mesh", [(2, "2,1"), (4, "2,2")])
+def test_a_run_starts_with_the_losses_of_its_model(gemma, data, tmp_path, devices, mesh):
+    """A run of train_gpu.py, a checkpoint's EMA and raw weights, and the released layout."""
+    write_models(tmp_path, gemma, data)
+    for name, (folder, more) in STARTS.items():
+        out = tmp_path / name / "out"
+        argv = start_flags(tmp_path / folder, data, out, *more)
+        own = own_losses(argv)
+        on_devices(devices, [[*argv, "--mesh", mesh]])
+        assert first_losses(out) == pytest.approx(own, rel=1e-5), name
 
 
 def fails(argv, env):
