@@ -165,8 +165,9 @@ class RunConfig:
                      "heads and the MLP width; -1: all remaining devices", True, only="tpu")
 
     # The run folder and its checkpoints.
-    out: str = flag("", "run folder (default: runs/PRESET); if it holds a run, that run is resumed",
-                    True, group="run folder and checkpoints")
+    out: str = flag("", "run folder (default: runs/PRESET or, with --init, runs/NAME-finetuned); "
+                    "if it holds a run, that run is resumed", True,
+                    group="run folder and checkpoints")
     resume: str = flag("auto", "auto: resume from the newest undamaged checkpoint; a step number: "
                        "resume from that checkpoint; none: start a new run, and refuse a folder "
                        "that has checkpoints", True)

@@ -3,7 +3,6 @@ import json
 import re
 import shutil
 from dataclasses import replace
-from pathlib import Path
 
 import huggingface_hub
 import pytest
@@ -11,30 +10,19 @@ import torch
 from conftest import REFERENCE, tiny_clip, tiny_gemma, tiny_vae
 from launching import assert_equal, flags, launch, losses, metrics, state
 from safetensors.torch import load_file, save_file
-from starting import STARTS, first_losses, own_losses, start_flags, write_models
+from starting import STARTS, first_losses, own_losses, start_flags
 from tiny_shards import SHAPE
 
 from fusedit import FuseDiTConfig, FuseDiTError
 from fusedit_lib import pretrained
 from fusedit_lib.cli import parse_overrides
 from fusedit_lib.export import export
-from fusedit_lib.files import read_json
-from fusedit_lib.train import checkpoints, resuming
 from fusedit_lib.train.build import build_models
-from fusedit_lib.train.config import check_run, lasting_name, model_config
+from fusedit_lib.train.config import model_config
 from fusedit_lib.train.flags import parse_run
-from fusedit_lib.train.metrics_log import MetricsLog
 
 PUBLISHED = REFERENCE / "published"
 VAE = PUBLISHED / "vae"
-
-
-@pytest.fixture(scope="module")
-def models(gemma, data, tmp_path_factory):
-    """A folder with run/, a run of 4 steps, and released/, its export."""
-    folder = tmp_path_factory.mktemp("models")
-    write_models(folder, gemma, data)
-    return folder
 
 
 def check_first_losses(models, data, out, start, *more, n=1):
@@ -91,6 +79,36 @@ def test_adam_and_the_ema_start_anew(models, data, tmp_path):
     want = pretrained.load_model(models / "run").dit.state_dict()
     got = pretrained.load_model(tmp_path / "still").dit.state_dict()
     assert_equal(got, want)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", ["float32", "bf16"])
+@pytest.mark.parametrize("zero", ["0", "1", "2", "3", "2-offload"])
+def test_validation_before_the_first_step_changes_nothing(models, data, tmp_path, zero, dtype):
+    """To the bit."""
+    more = ["--zero", zero, "--steps", "2", "--dtype", dtype, "--ema-every", "1"]
+    for name in ("validated", "plain"):
+        argv = start_flags(models / "run", data, tmp_path / name, *more)
+        if name == "plain":
+            argv = argv[:4] + argv[6:]      # without --val-data
+        launch(argv)
+    assert metrics(tmp_path / "validated")[0]["step"] == 0
+    assert losses(tmp_path / "plain") == losses(tmp_path / "validated")
+    assert_equal(state(tmp_path / "plain", 2), state(tmp_path / "validated", 2))
+
+
+OTHER_RANK = """
+if os.environ["RANK"] == "1":
+    sys.argv = [word.replace("step-0000004", "step-0000002") for word in sys.argv]
+"""
+
+
+def test_ranks_that_find_different_checkpoints_start_from_the_same(models, data, tmp_path):
+    """As in the folder of a run in progress: all ranks load the one that the first has found."""
+    argv = start_flags(models / "run" / "step-0000004", data, tmp_path, "--zero", "3")
+    own = own_losses(argv)
+    launch(argv, OTHER_RANK, n=2)
+    assert first_losses(tmp_path) == pytest.approx(own, rel=1e-5)
 
 
 # ------------------------------------------------------------------------------ kinds of models
@@ -361,6 +379,15 @@ DAMAGE = {
                       "unknown config field 'width'")}
 
 
+@pytest.mark.parametrize("part, message", [
+    ("run/step-0000004/train_state", "is only a part of a model: give .*/run/step-0000004"),
+    ("run/step-0000004/model.safetensors", "is only a file of a model: give the folder"),
+    ("released/transformer", "is only a part of a model: give .*/released")])
+def test_a_part_of_a_model(models, part, message):
+    with pytest.raises(FuseDiTError, match=message):
+        started("--init", models / part)
+
+
 @pytest.mark.parametrize("more", [[], ["--image-size", "32"]])
 @pytest.mark.parametrize("case", DAMAGE)
 def test_damaged_models(gemma, tmp_path, case, more):
@@ -384,6 +411,13 @@ def test_an_error_of_a_launcher_is_one_line(models, data, tmp_path):
 def test_raw_weights_that_a_folder_lacks(models, published, tmp_path):
     with pytest.raises(FuseDiTError, match="no raw ones .*: leave out --no-ema or --init-raw"):
         started("--init", models / "released", "--init-raw")
+
+
+def test_a_run_without_a_checkpoint(tmp_path):
+    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / "metrics.jsonl").touch()
+    with pytest.raises(FuseDiTError, match="is a training run that has no checkpoint yet"):
+        parse_run(["--init", str(tmp_path)], "")
 
 
 # ------------------------------------------------------------------------------ a trained Gemma
@@ -428,167 +462,3 @@ def test_train_llm_of_a_model_with_a_frozen_gemma(models):
     model = started("--init", models / "run", "--train-llm")
     assert_equal(model.state_dict(), pretrained.load_model(models / "run").state_dict())
     assert all(weight.requires_grad for weight in model.llm.parameters())
-
-
-# ------------------------------------------------------------------------------ settings
-
-@pytest.mark.parametrize("argv, message", [
-    (["--init", "demo", "--preset", "demo"], "leave out --preset"),
-    (["--init-raw"], "add --init")])
-def test_usage_errors(argv, message, capsys):
-    with pytest.raises(SystemExit) as stop:
-        parse_run(argv, "")
-    assert stop.value.code == 2
-    assert message in capsys.readouterr().err
-
-
-def test_like_published_takes_the_run_settings_of_the_preset(capsys):
-    run = parse_run(["--init", "demo", "--like-published", "--preset", "fusedit/2d-rope"], "")
-    assert run.caption_pick == "whole"
-    assert run.preset == "fusedit/2d-rope"
-    demo = pretrained.stored_config(pretrained.repository() / "demo")
-    assert model_config(run).dit_hidden_size == demo.dit_hidden_size != 2048
-
-
-def test_the_default_run_folder(models, tmp_path, monkeypatch):
-    monkeypatch.chdir(models)
-    for init, name in (("run", "run"), ("run/step-0000002", "run"), ("released", "released"),
-                       (".", models.name), (str(models / "run"), "run"), ("demo", "demo")):
-        assert parse_run(["--init", init], "").out == f"runs/{name}-finetuned"
-    monkeypatch.chdir(models / "run" / "step-0000002")
-    assert parse_run(["--init", "."], "").out == "runs/run-finetuned"
-
-
-def test_a_model_is_remembered_by_a_lasting_name(models, tmp_path, monkeypatch):
-    """Any folder by its absolute path, and a run by its last checkpoint; demo by its own name."""
-    monkeypatch.chdir(models.parent)
-    for init, want in ((f"{models.name}/run", models / "run" / "step-0000004"),
-                       (f"{models.name}/released", models / "released"), ("demo", "demo"),
-                       (pretrained.repository() / "demo", "demo")):
-        run = parse_run(["--init", str(init)], "")
-        assert run.init == str(want)
-        monkeypatch.chdir(tmp_path)
-        assert model_config(run).base == lasting_name(model_config(run).base)
-        monkeypatch.chdir(models.parent)
-
-
-def test_the_folder_that_a_run_starts_from_is_not_written_to(models, tmp_path, monkeypatch):
-    """Neither a run nor a model, however it is named."""
-    monkeypatch.chdir(models)
-    for init, out in (("run", "run"), ("run/step-0000002", "run"), (models / "run", "run"),
-                      ("released", "../" + models.name + "/released"),
-                      ("run/step-0000002", "run/step-0000002")):
-        with pytest.raises(FuseDiTError, match="--out .* is what --init starts from: choose"):
-            check_run(parse_run(["--init", str(init), "--out", out], ""))
-    check_run(parse_run(["--init", "run", "--out", "run/finetuned"], ""))
-
-
-# ------------------------------------------------------------------------------ resuming
-
-def test_a_resumed_run_does_not_need_the_model(models, data, tmp_path):
-    """It equals a run that was never stopped, after the model's run has been deleted."""
-    source = shutil.copytree(models / "run", tmp_path / "source")
-    more = ["--init-raw", "--save-every", "1", "--ema-every", "1", "--image-size", "32"]
-
-    def job(name, steps):
-        return start_flags(source, data, tmp_path / name, *more, "--steps", str(steps))
-
-    launch(job("whole", 3))
-    launch(job("halves", 1))
-    shutil.rmtree(source)
-    launch(job("halves", 2))                # the same command
-    without = job("halves", 3)[2:]          # --init may also be left out
-    without.remove("--init-raw")
-    launch(without)
-
-    rows = metrics(tmp_path / "halves")
-    assert [row["step"] for row in rows if "val_loss" in row] == [0, 1, 2, 3]
-    assert losses(tmp_path / "halves") == losses(tmp_path / "whole")
-    assert_equal(state(tmp_path / "halves", 3), state(tmp_path / "whole", 3))
-
-
-def begun(out, *words):
-    """Writes config.json and the folder of a checkpoint of a new run. Returns its RunConfig."""
-    run = parse_run([*map(str, words), "--out", str(out)], "")
-    (out / "step-0000001").mkdir(parents=True)
-    (out / "config.json").write_text(checkpoints.run_settings_json(run, model_config(run)))
-    return run
-
-
-def test_a_resumed_run_keeps_its_model(models, tmp_path, monkeypatch):
-    """Its run may have later checkpoints by now. --init may be left out, and --init-raw too."""
-    source = shutil.copytree(models / "run", tmp_path / "source")
-    (source / "latest").write_text("step-0000002\n")
-    out = tmp_path / "out"
-    first = begun(out, "--init", source, "--init-raw")
-    assert first.init == str(source / "step-0000002")
-    (source / "latest").write_text("step-0000004\n")
-    monkeypatch.chdir(tmp_path)
-    for words in (["--init", str(source), "--init-raw"], ["--init", "source", "--init-raw"],
-                  ["--init", "source/step-0000002", "--init-raw"], []):
-        for _ in range(2):                  # the second time, without the model
-            run = parse_run([*words, "--out", str(out)], "")
-            assert (run.init, run.init_raw, run.preset) == (first.init, True, "")
-            assert resuming.changed_settings(read_json(out / "config.json"), run,
-                                             model_config(run)) == []
-            if source.exists() and words == []:
-                shutil.rmtree(source)
-
-
-@pytest.mark.parametrize("words, message", [
-    (["--init", "run/step-0000004"],
-     "run.init was '.*/run/step-0000002', is now '.*/run/step-0000004'"),
-    (["--init", "run/step-0000002", "--init-raw"], "run.init_raw was False, is now True"),
-    (["--init", "released"], "run.init was .*/run/step-0000002', is now .*/released'"),
-    (["--set", "shift=2"], "model.shift was 4.0, is now 2.0")])
-def test_a_run_of_another_model_is_not_resumed(models, tmp_path, monkeypatch, words, message):
-    monkeypatch.chdir(models)
-    out = tmp_path / "out"
-    begun(out, "--init", "run/step-0000002")
-    run = parse_run([*words, "--out", str(out)], "")
-    with pytest.raises(FuseDiTError, match=message):
-        resuming.open_run(run, model_config(run))
-
-
-def test_a_run_without_a_model_is_not_resumed_with_one(models, tmp_path, capsys):
-    begun(tmp_path / "new", "--preset", "demo")
-    run = parse_run(["--init", str(models / "run"), "--out", str(tmp_path / "new")], "")
-    with pytest.raises(FuseDiTError, match="run.init was '', is now .*choose another --out"):
-        resuming.open_run(run, model_config(run))
-    begun(tmp_path / "tuned", "--init", models / "run")
-    with pytest.raises(SystemExit):
-        parse_run(["--preset", "demo", "--out", str(tmp_path / "tuned")], "")
-    assert "leave out --preset" in capsys.readouterr().err
-
-
-def test_like_published_is_remembered(tmp_path, capsys):
-    words = ["--preset", "fusedit/2d-rope", "--init", "demo"]
-    begun(tmp_path, *words, "--like-published")
-    run = parse_run([*words, "--out", str(tmp_path)], "")
-    assert resuming.changed_settings(read_json(tmp_path / "config.json"), run,
-                                     model_config(run)) == []
-
-
-def test_a_gemma_inside_the_model_is_named_if_it_is_gone(models, tmp_path):
-    source = shutil.copytree(models / "released", tmp_path / "source")
-    out = tmp_path / "out"
-    begun(out, "--init", source)
-    moved = source.rename(tmp_path / "moved")
-    run = parse_run(["--out", str(out)], "")
-    with pytest.raises(FuseDiTError, match="out needs .*/source/transformer, its Gemma, which does "
-                                           "not exist. If it has been moved, use --base FOLDER"):
-        model_config(run)
-    run = parse_run(["--out", str(out), "--base", str(moved / "transformer")], "")
-    assert resuming.changed_settings(read_json(out / "config.json"), run, model_config(run)) == []
-
-
-def test_a_run_that_starts_again_keeps_one_row_of_step_0(models, tmp_path):
-    """It has stopped before its first checkpoint, and validates again."""
-    run = parse_run(["--init", "demo", "--out", str(tmp_path)], "")
-    for _ in range(2):
-        log = MetricsLog(run, model_config(run), 0)
-        log.write(dict(step=0, val_loss=1.5))
-        log.write(dict(step=1, loss=1.5))
-    assert [row["step"] for row in metrics(tmp_path)] == [0, 1]
-    MetricsLog(run, model_config(run), 1)   # resumed from step 1
-    assert [row["step"] for row in metrics(tmp_path)] == [0, 1]
