@@ -117,12 +117,14 @@ def train(run, config):
     micro_batch, accumulation = split_batch(run, world)
 
     checkpoint = checkpoints.load_checkpoint(resuming.open_run(run, config))
+    run = resuming.settle_changes(run, checkpoint)
     run = metrics_log.settle_boards(run, checkpoint)
     step = first_step = checkpoint.step if checkpoint else 0
+    seen = checkpoint.seen if checkpoint else 0             # samples so far
     model, vae = build_models(run, config, device, checkpoint)
-    dataset = Batches(run, config, model.tokenizer, micro_batch, accumulation, rank, world)
+    dataset = Batches(run, config, model.tokenizer, micro_batch, accumulation, rank, world, seen)
     writer = checkpoints.CheckpointWriter(run, config, checkpoint, dataset.digest)
-    micro_batches = range(first_step * accumulation, run.steps * accumulation)
+    micro_batches = range((run.steps - first_step) * accumulation)
     batches = load_batches(dataset, micro_batches, data_workers(run), device)
     # The monitor counts the weights, so it is created before ZeRO 3 shards them.
     monitor = Monitor(run, config, model, vae, checkpoint, micro_batch, dataset)

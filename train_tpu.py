@@ -59,12 +59,14 @@ def train(run, config):
     micro_batch *= mesh.size() // world     # per host: all of its devices together
 
     checkpoint = checkpoints.load_checkpoint(resuming.open_run(run, config))
+    run = resuming.settle_changes(run, checkpoint)
     run = metrics_log.settle_boards(run, checkpoint)
     step = first_step = checkpoint.step if checkpoint else 0
+    seen = checkpoint.seen if checkpoint else 0             # samples so far
     model, vae = build_models(run, config, "cpu", checkpoint)
-    dataset = Batches(run, config, model.tokenizer, micro_batch, accumulation, rank, world)
+    dataset = Batches(run, config, model.tokenizer, micro_batch, accumulation, rank, world, seen)
     writer = checkpoints.CheckpointWriter(run, config, checkpoint, dataset.digest)
-    micro_batches = range(first_step * accumulation, run.steps * accumulation)
+    micro_batches = range((run.steps - first_step) * accumulation)
     place = partial(xla.place_batches, mesh=mesh)
     batches = place(load_batches(dataset, micro_batches, data_workers(run)))
     engine = build_engine(run, model, vae, checkpoint, accumulation, mesh)
