@@ -112,8 +112,7 @@ def deepspeed_config(run, model, micro_batch, accumulation):
 def train(run, config):
     """Trains from the latest checkpoint, if any, to the last step. Returns the exit code."""
     run, device = start(run)
-    rank = dist.get_rank()
-    world = dist.get_world_size()
+    rank, world = distributed.rank_and_world()
     micro_batch, accumulation = split_batch(run, world)
 
     checkpoint = checkpoints.load_checkpoint(resuming.open_run(run, config))
@@ -133,6 +132,7 @@ def train(run, config):
     signals = distributed.catch_signals()
     stop = 0
 
+    validate_start(run, step, engine, monitor)
     while step < run.steps and not stop:
         # ------------------------------------------------------------ the training step
         lr = learning_rate(run, step)
@@ -160,6 +160,14 @@ def train(run, config):
         # -------------------------------------------------------------------------------
         stop = finish_step(run, step, first_step, lr, engine, monitor, writer, signals)
     return writer.close(step, stop)
+
+
+def validate_start(run, step, engine, monitor):
+    """With --init, validates the model and draws its image grid before the first step."""
+    if run.init and step == 0:
+        with engine.use_ema() as model:
+            monitor.validate(step, model)
+        monitor.restart_clock(True)
 
 
 def finish_step(run, step, first_step, lr, engine, monitor, writer, signals):

@@ -11,12 +11,12 @@ from pathlib import Path
 from typing import NamedTuple
 
 import fusedit
-from fusedit import FuseDiTError
+from fusedit import FuseDiTConfig, FuseDiTError
 from fusedit_lib import backend, cli, seeds
 from fusedit_lib.data.layout import MAX_SKIPPED
 from fusedit_lib.data.shards import expand_shards
 from fusedit_lib.files import read_json
-from fusedit_lib.pretrained import repository
+from fusedit_lib.pretrained import model_folder, open_config, repository
 from fusedit_lib.vae import vae_config
 
 PROMPTS = (
@@ -54,6 +54,12 @@ class RunConfig:
 
     # The model to train. Of these settings, only like_published may change when a run is resumed.
     preset: str = flag("demo", "model preset: a name in fusedit.PRESETS", group="model")
+    init: str = flag("", "model to start from instead of random weights, as --model of sample.py: "
+                     "a run, a checkpoint (its EMA), a model folder or a hub id. The config is "
+                     "that of the model, changed by --set, --base and --image-size; a resumed run "
+                     "remembers it")
+    init_raw: bool = flag(False, "with --init, start from a checkpoint's raw weights instead of "
+                          "their EMA")
     like_published: bool = flag(False, "settings that are not given are those of the preset's "
                                 "published run: steps, EMA, resizing, checkpoints and so on "
                                 "(docs/glossary.md lists them); --data must be given; a resumed "
@@ -186,6 +192,11 @@ class RunConfig:
 
 # ------------------------------------------------------------------------------ before the start
 
+def is_resumed(out):
+    """True if a folder holds a run with checkpoints."""
+    return bool(stored_settings(out)) and any(Path(out).glob("step-*"))
+
+
 def stored_settings(out):
     """The settings of the run that a folder holds, by name; {} if it holds none."""
     path = Path(out) / "config.json"
@@ -249,8 +260,19 @@ def lasting_name(name):
     return name
 
 
+def initial_config(run, changes):
+    """FuseDiTConfig of the model that --init names, with some fields changed.
+
+    A run that is resumed has stored it, and no longer needs the model.
+    """
+    if is_resumed(run.out):
+        stored = read_json(Path(run.out) / "config.json")["model"]
+        return FuseDiTConfig.from_dict(stored | changes)
+    return open_config(model_folder(run.init), changes)
+
+
 def model_config(run):
-    """FuseDiTConfig of the run: its preset with the overrides from the flags.
+    """FuseDiTConfig of the run: that of its preset or of --init, with overrides from the flags.
 
     Model folders are named such that the run folder can be used from anywhere (lasting_name).
     Raises FuseDiTError for an unknown preset or field, or an image size that is not a multiple of
@@ -261,7 +283,11 @@ def model_config(run):
         changes["base"] = run.base
     if run.image_size:
         changes["image_size"] = run.image_size
-    config = fusedit.preset(run.preset, **changes | cli.parse_overrides(run.set))
+    changes |= cli.parse_overrides(run.set)
+    if run.init:
+        config = initial_config(run, changes)
+    else:
+        config = fusedit.preset(run.preset, **changes)
 
     patch = config.patch_size               # in pixels
     if config.vae:

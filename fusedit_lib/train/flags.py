@@ -7,7 +7,8 @@ from dataclasses import fields, replace
 from pathlib import Path
 
 from fusedit_lib import cli
-from fusedit_lib.train.config import RunConfig, stored_settings
+from fusedit_lib.pretrained import last_checkpoint
+from fusedit_lib.train.config import RunConfig, is_resumed, lasting_name, stored_settings
 from fusedit_lib.train.published_runs import published_settings
 
 # ------------------------------------------------------------------------------ the parser
@@ -124,7 +125,10 @@ def parse_run(argv, description, engine="gpu"):
             check_range(parser, setting, provided[setting.name])
     provided["data_weights"] = read_weights(parser, provided.get("data_weights", ()))
     run = RunConfig(**provided)
-    run = replace(run, out=run.out or f"runs/{run.preset}")
+    if run.init and "preset" in provided and not run.like_published:
+        parser.error("--init has the config of its model: leave out --preset, and change fields "
+                     "with --set (with --like-published, --preset chooses the run settings)")
+    run = settle_init(replace(run, out=run.out or default_folder(run)))
     if "caption_pick" not in provided and predates_caption_pick(run):
         run = replace(run, caption_pick="whole")
     if provided.get("like_published", was_like_published(run)):
@@ -139,6 +143,38 @@ def parse_run(argv, description, engine="gpu"):
             prompts.append(prompt)
     cli.check_text(prompts)
     return replace(run, prompts=prompts)
+
+
+def default_folder(run):
+    """The run folder if --out is not given: runs/PRESET or, with --init, runs/NAME-finetuned."""
+    if not run.init:
+        return f"runs/{run.preset}"
+    path = Path(run.init)
+    if path.name.startswith("step-"):       # a checkpoint: use the name of its run
+        path = path.parent
+    return f"runs/{path.resolve().name}-finetuned"
+
+
+def settle_init(run):
+    """The run with the model of --init as config.json names it, or that of a resumed run.
+
+    For a run folder it is the checkpoint that is its last one now. The name lasts: see
+    lasting_name.
+    """
+    stored = ""
+    if is_resumed(run.out):
+        stored = stored_settings(run.out).get("init", "")
+    init = ""
+    if run.init:
+        init = lasting_name(run.init)
+    if stored and init in ("", stored, str(Path(stored).parent)):
+        init = stored
+    elif init and Path(init).exists():
+        init = lasting_name(last_checkpoint(init))
+    preset = run.preset
+    if init and not run.like_published:
+        preset = ""                         # the config is that of the model
+    return replace(run, init=init, preset=preset)
 
 
 def was_like_published(run):
