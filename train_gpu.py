@@ -21,7 +21,7 @@ import torch.distributed as dist
 import fusedit
 from fusedit_lib import backend, cli
 from fusedit_lib.data.batches import Batches, load_batches, to_device
-from fusedit_lib.train import checkpoints, distributed, metrics_log, plan, resuming, zero
+from fusedit_lib.train import checkpoints, distributed, plan, resuming, zero
 from fusedit_lib.train.config import check_run, data_workers, model_config, split_batch
 from fusedit_lib.train.flags import parse_run
 from fusedit_lib.train.build import adam_steps, build_models
@@ -115,9 +115,7 @@ def train(run, config):
     rank, world = distributed.rank_and_world()
     micro_batch, accumulation = split_batch(run, world)
 
-    checkpoint = checkpoints.load_checkpoint(resuming.open_run(run, config))
-    run = resuming.settle_changes(run, checkpoint)
-    run = metrics_log.settle_boards(run, checkpoint)
+    run, checkpoint = resuming.resume(run, config)
     step = first_step = checkpoint.step if checkpoint else 0
     seen = checkpoint.seen if checkpoint else 0             # samples so far
     model, vae = build_models(run, config, device, checkpoint)

@@ -8,7 +8,13 @@ from pathlib import Path
 
 from fusedit_lib import cli
 from fusedit_lib.pretrained import last_checkpoint
-from fusedit_lib.train.config import RunConfig, is_resumed, lasting_name, stored_settings
+from fusedit_lib.train.config import (
+    CHANGEABLE,
+    RunConfig,
+    is_resumed,
+    lasting_name,
+    stored_settings,
+)
 from fusedit_lib.train.published_runs import published_settings
 
 # ------------------------------------------------------------------------------ the parser
@@ -56,7 +62,7 @@ def make_parser(description, engine):
         title = setting.metadata["group"]
         if title:
             group = parser.add_argument_group(title)
-        if setting.metadata["only"] in ("", engine):
+        if setting.metadata["about"] and setting.metadata["only"] in ("", engine):
             add_flag(group, setting)
 
     # DeepSpeed's launcher adds this flag. It is ignored: LOCAL_RANK has the same value.
@@ -102,6 +108,19 @@ def read_weights(parser, words):
     return weights
 
 
+def read_names(parser, words):
+    """The settings that --resume-with names, separated by commas or spaces.
+
+    Exits with a usage error if one of them must not change.
+    """
+    names = " ".join(words).replace(",", " ").replace("-", "_").split()
+    for name in names:
+        if name not in CHANGEABLE:
+            parser.error(f"--resume-with {name}: a run can only change "
+                         f"{', '.join(CHANGEABLE)} in this way")
+    return names
+
+
 # ------------------------------------------------------------------------------ parsing
 
 def parse_run(argv, description, engine="gpu"):
@@ -124,6 +143,7 @@ def parse_run(argv, description, engine="gpu"):
         if setting.name in provided:
             check_range(parser, setting, provided[setting.name])
     provided["data_weights"] = read_weights(parser, provided.get("data_weights", ()))
+    provided["resume_with"] = read_names(parser, provided.get("resume_with", ()))
     run = RunConfig(**provided)
     if run.init and "preset" in provided and not run.like_published:
         parser.error("--init has the config of its model: leave out --preset, and change fields "

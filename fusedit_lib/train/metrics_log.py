@@ -11,7 +11,8 @@ from fusedit import FuseDiTError
 from fusedit_lib import cli
 from fusedit_lib.backend import first_line
 from fusedit_lib.files import atomic_write, read_jsonl
-from fusedit_lib.train import checkpoints, distributed, resuming
+from fusedit_lib.train import checkpoints, distributed
+from fusedit_lib.train.changes import changed_at
 
 
 @contextlib.contextmanager
@@ -35,7 +36,7 @@ class MetricsLog:
         with atomic_write(self.out / "config.json") as tmp:
             tmp.write_text(settings)
         self.set_aside_after(first)
-        changed = resuming.changed_at(run, first)
+        changed = changed_at(run, first)
         if changed:
             self.append(json_lines([dict(step=first, changed=changed)]).encode())
 

@@ -5,7 +5,7 @@ from pathlib import Path
 from fusedit import FuseDiTError
 from fusedit_lib import cli
 from fusedit_lib.files import atomic_write, read_jsonl
-from fusedit_lib.train.resuming import describe_change
+from fusedit_lib.train.changes import describe_change
 from fusedit_lib.train.validation import VALIDATION_SIGMAS
 
 
