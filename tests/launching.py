@@ -154,6 +154,17 @@ launcher.load_batches = load_and_print
 """
 
 
+def keys_by_position(stdout):
+    """{position of a micro-batch: keys of its samples}, from the output of a launcher with WATCHED.
+    """
+    found = {}
+    for line in stdout.splitlines():
+        if line.startswith("KEYS"):
+            _, position, *keys = line.split()
+            found[int(position)] = keys
+    return found
+
+
 # ------------------------------------------------------------------------------ what a run leaves
 
 def metrics(out):

@@ -10,6 +10,7 @@ from launching import (
     WATCHED,
     assert_equal,
     flags,
+    keys_by_position,
     launch,
     launch_all,
     losses,
@@ -92,17 +93,6 @@ def test_the_number_of_ranks_may_change(gemma, data, tmp_path, stages, more_rank
 
 
 # ------------------------------------------------------------------------------ kills
-
-def keys_by_position(stdout):
-    """{position of a micro-batch: keys of its samples}, from the output of a launcher with WATCHED.
-    """
-    found = {}
-    for line in stdout.splitlines():
-        if line.startswith("KEYS"):
-            _, position, *keys = line.split()
-            found[int(position)] = keys
-    return found
-
 
 @pytest.mark.parametrize("kills, steps", [(3, 30), pytest.param(12, 90, marks=pytest.mark.slow)])
 def test_killed_again_and_again_equals_never_killed(gemma, data, tmp_path, kills, steps):
