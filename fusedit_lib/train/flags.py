@@ -108,16 +108,20 @@ def read_weights(parser, words):
     return weights
 
 
-def read_names(parser, words):
+def read_names(parser, words, provided):
     """The settings that --resume-with names, separated by commas or spaces.
 
-    Exits with a usage error if one of them must not change.
+    provided: the settings that are given; data_weights always is. Exits with a usage error if a named one is not among
+    them, because a default would be a surprise, or if it must not change.
     """
     names = " ".join(words).replace(",", " ").replace("-", "_").split()
     for name in names:
         if name not in CHANGEABLE:
-            parser.error(f"--resume-with {name}: a run can only change "
-                         f"{', '.join(CHANGEABLE)} in this way")
+            parser.error(f"--resume-with {name}: only {', '.join(CHANGEABLE)} can change in this "
+                         "way")
+        if name not in provided:
+            parser.error(f"--resume-with {name}: give its new value as well, with "
+                         f"{flag_name(name)}")
     return names
 
 
@@ -143,7 +147,7 @@ def parse_run(argv, description, engine="gpu"):
         if setting.name in provided:
             check_range(parser, setting, provided[setting.name])
     provided["data_weights"] = read_weights(parser, provided.get("data_weights", ()))
-    provided["resume_with"] = read_names(parser, provided.get("resume_with", ()))
+    provided["resume_with"] = read_names(parser, provided.get("resume_with", ()), provided)
     run = RunConfig(**provided)
     if run.init and "preset" in provided and not run.like_published:
         parser.error("--init has the config of its model: leave out --preset, and change fields "

@@ -96,9 +96,14 @@ def test_changes_at_the_same_step_are_one(resume, capsys):
 def test_only_some_settings_may_change(capsys):
     with pytest.raises(SystemExit):
         parse_run(["--resume-with", "lr,seed"], "")
-    assert "--resume-with seed: a run can only change batch, lr, lr_sch" in capsys.readouterr().err
-    run = parse_run(["--resume-with", "lr, batch", "ema-decay"], "")
-    assert run.resume_with == ["lr", "batch", "ema_decay"]
+    assert "--resume-with seed: only batch, lr, lr_schedule" in capsys.readouterr().err
+    new = "--lr", "1", "--batch", "8", "--ema-decay", "0"
+    run = parse_run([*new, "--resume-with", "lr, batch", "ema-decay", "data_weights"], "")
+    assert run.resume_with == ["lr", "batch", "ema_decay", "data_weights"]
+    with pytest.raises(SystemExit):
+        parse_run([*new, "--resume-with", "warmup-steps"], "")
+    assert "warmup_steps: give its new value as well, with --warmup-steps" in \
+        capsys.readouterr().err
 
 
 def test_a_new_run_has_nothing_to_change(tmp_path):
