@@ -111,8 +111,8 @@ def read_weights(parser, words):
 def read_names(parser, words, provided):
     """The settings that --resume-with names, separated by commas or spaces.
 
-    provided: the settings that are given; data_weights always is. Exits with a usage error if a named one is not among
-    them, because a default would be a surprise, or if it must not change.
+    provided: the settings that are given; data_weights always is. Exits with a usage error if a
+    named one must not change, or is not given: its default would be a surprise.
     """
     names = " ".join(words).replace(",", " ").replace("-", "_").split()
     for name in names:
@@ -158,15 +158,22 @@ def parse_run(argv, description, engine="gpu"):
     if provided.get("like_published", was_like_published(run)):
         run = like_published(run, provided)
 
-    # prompts from files, and the default run folder
+    return replace(run, prompts=read_prompts(run.prompts))
+
+
+def read_prompts(words):
+    """The prompts that --prompts gives: words, where the name of a .txt file stands for its lines.
+
+    Raises FuseDiTError if a file cannot be read.
+    """
     prompts = []
-    for prompt in run.prompts:
-        if prompt.endswith(".txt"):
-            prompts += cli.read_prompts(Path(prompt))
+    for word in words:
+        if word.endswith(".txt"):
+            prompts += cli.read_prompts(Path(word))
         else:
-            prompts.append(prompt)
+            prompts.append(word)
     cli.check_text(prompts)
-    return replace(run, prompts=prompts)
+    return prompts
 
 
 def default_folder(run):

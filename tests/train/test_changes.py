@@ -19,11 +19,10 @@ def resume(tmp_path, gemma):
 
     It writes the run's config.json, as a launcher does. The run has been started.
     """
-    argv = ["--out", str(tmp_path), "--base", str(gemma), "--lr", "1e-4", "--batch", "32",
-            "--steps", "1000"]
+    argv = f"--out {tmp_path} --base {gemma} --lr 1e-4 --batch 32 --steps 1000".split()
 
-    def resume_from(step, *more):
-        run = parse_run([*argv, *more], "")
+    def resume_from(step, more=""):
+        run = parse_run([*argv, *more.split()], "")
         config = model_config(run)
         path = tmp_path / "config.json"
         if step:
@@ -47,63 +46,69 @@ def checkpoint_at(step, seen):
 def test_a_change_must_be_named(resume):
     with pytest.raises(FuseDiTError, match="run.batch was 32, is now 48; run.lr was 0.0001, is now "
                        "0.5. Resume it .*adding --resume-with batch,lr, or choose another --out"):
-        resume(200, "--lr", "0.5", "--batch", "48")
+        resume(200, "--lr 0.5 --batch 48")
     with pytest.raises(FuseDiTError, match="run.batch was 32.*--resume-with batch,"):
-        resume(200, "--lr", "0.5", "--batch", "48", "--resume-with", "lr")
+        resume(200, "--lr 0.5 --batch 48 --resume-with lr")
     with pytest.raises(FuseDiTError) as error:             # the seed cannot be changed
-        resume(200, "--lr", "0.5", "--seed", "1")
+        resume(200, "--lr 0.5 --seed 1")
     assert "--resume-with" not in str(error.value)
     assert resume(200).changes == ()
 
-    run = resume(200, "--lr", "0.5", "--batch", "48", "--resume-with", "batch,lr")
+    run = resume(200, "--lr 0.5 --batch 48 --resume-with batch,lr")
     assert run.changes == (dict(step=200, seen=6400, batch=[32, 48], lr=[1e-4, 0.5]),)
 
 
 def test_the_new_settings_are_those_of_the_run_from_then_on(resume):
-    new = "--lr", "0.5", "--ema-decay", "0.5"
-    first = resume(200, *new, "--resume-with", "lr", "ema-decay")
-    assert resume(300, *new).changes == first.changes
+    new = "--lr 0.5 --ema-decay 0.5 "
+    first = resume(200, new + "--resume-with lr ema-decay")
+    assert resume(300, new).changes == first.changes
     with pytest.raises(FuseDiTError, match="run.lr was 0.5, is now 0.0001"):
         resume(300)
-    again = resume(300, *new, "--resume-with", "lr,ema_decay,batch")       # nothing is new
+    again = resume(300, new + "--resume-with lr,ema_decay,batch")          # nothing is new
     assert again.changes == first.changes
 
-    second = resume(400, *new, "--weight-decay", "0", "--resume-with", "weight_decay")
-    assert second.changes == (*first.changes, dict(step=400, seen=12800, weight_decay=[1e-4, 0]))
+    second = resume(400, new + "--weight-decay 0 --resume-with weight_decay")
+    change = dict(step=400, seen=12800, weight_decay=[1e-4, 0])
+    assert second.changes == (*first.changes, change)
 
 
 def test_resuming_before_a_change_undoes_it(resume):
-    resume(200, "--lr", "0.5", "--resume-with", "lr")
-    resume(300, "--lr", "0.7", "--batch", "8", "--resume-with", "lr,batch")
+    resume(200, "--lr 0.5 --resume-with lr")
+    resume(300, "--lr 0.7 --batch 8 --resume-with lr,batch")
     with pytest.raises(FuseDiTError, match="run.batch was 32, is now 8; run.lr was 0.5, is now"):
-        resume(250, "--lr", "0.7", "--batch", "8")
-    run = resume(250, "--lr", "0.5")
+        resume(250, "--lr 0.7 --batch 8")
+    run = resume(250, "--lr 0.5")
     assert [change["step"] for change in run.changes] == [200]
     assert resume(199).changes == ()
 
 
 def test_changes_at_the_same_step_are_one(resume, capsys):
     """As when a run with a new batch size ran out of memory before its next checkpoint."""
-    resume(200, "--lr", "0.5", "--batch", "96", "--resume-with", "lr,batch")
-    run = resume(200, "--lr", "0.5", "--batch", "48", "--resume-with", "batch")
+    resume(200, "--lr 0.5 --batch 96 --resume-with lr,batch")
+    run = resume(200, "--lr 0.5 --batch 48 --resume-with batch")
     assert run.changes == (dict(step=200, seen=6400, batch=[32, 48], lr=[1e-4, 0.5]),)
     assert "from step 200 on, batch 32 -> 48, lr 0.0001 -> 0.5\n" in capsys.readouterr().out
-    run = resume(200, "--lr", "0.5", "--resume-with", "batch")
+    run = resume(200, "--lr 0.5 --resume-with batch")
     assert run.changes == (dict(step=200, seen=6400, lr=[1e-4, 0.5]),)
-    assert resume(200, "--resume-with", "lr").changes == ()
+    assert resume(200, "--resume-with lr").changes == ()
+
+
+def usage_error(capsys, words):
+    """The message with which parse_run refuses a command line."""
+    with pytest.raises(SystemExit):
+        parse_run(words.split(), "")
+    return capsys.readouterr().err
 
 
 def test_only_some_settings_may_change(capsys):
-    with pytest.raises(SystemExit):
-        parse_run(["--resume-with", "lr,seed"], "")
-    assert "--resume-with seed: only batch, lr, lr_schedule" in capsys.readouterr().err
-    new = "--lr", "1", "--batch", "8", "--ema-decay", "0"
-    run = parse_run([*new, "--resume-with", "lr, batch", "ema-decay", "data_weights"], "")
+    """And their new values must be given, which a default would not be."""
+    new = "--lr 1 --batch 8 --ema-decay 0 --resume-with "
+    run = parse_run([*new.split(), "lr, batch", "ema-decay", "data_weights"], "")
     assert run.resume_with == ["lr", "batch", "ema_decay", "data_weights"]
-    with pytest.raises(SystemExit):
-        parse_run([*new, "--resume-with", "warmup-steps"], "")
-    assert "warmup_steps: give its new value as well, with --warmup-steps" in \
-        capsys.readouterr().err
+    message = usage_error(capsys, "--seed 1 " + new + "lr,seed")
+    assert "--resume-with seed: only batch, lr, lr_schedule" in message
+    message = usage_error(capsys, new + "warmup-steps")
+    assert "warmup_steps: give its new value as well, with --warmup-steps" in message
 
 
 def test_a_new_run_has_nothing_to_change(tmp_path):
@@ -113,8 +118,8 @@ def test_a_new_run_has_nothing_to_change(tmp_path):
 
 
 def test_the_command_to_resume_with_repeats_no_change(monkeypatch):
-    words = ["train_gpu.py", "--resume", "200", "--resume-with", "lr", "batch", "--lr", "0.5"]
-    monkeypatch.setattr("sys.argv", words)
+    words = "train_gpu.py --resume 200 --resume-with lr batch --lr 0.5"
+    monkeypatch.setattr("sys.argv", words.split())
     assert checkpoints.resume_command(1) == "python train_gpu.py --lr 0.5"
 
 
@@ -136,19 +141,20 @@ def test_the_schedule_starts_anew_if_it_is_named():
 
 def test_a_repeated_command_does_not_start_the_schedule_again(resume, capsys):
     """A scheduler may run the command with --resume-with again and again."""
-    named = "--warmup-steps", "50", "--lr", "0.5", "--resume-with", "lr,warmup_steps"
-    first = resume(200, *named)
-    assert first.changes == (
-        dict(step=200, seen=6400, lr=[1e-4, 0.5], warmup_steps=[0, 50]),)
+    named = "--warmup-steps 50 --lr 0.5 --resume-with lr,warmup_steps "
+    first = resume(200, named)
+    change = dict(step=200, seen=6400, lr=[1e-4, 0.5], warmup_steps=[0, 50])
+    assert first.changes == (change,)
     assert "the learning rate schedule starts anew" in capsys.readouterr().out
-    assert resume(300, *named).changes == first.changes
+    assert resume(300, named).changes == first.changes
     assert "has started anew at step 200" in capsys.readouterr().err
 
-    # but it starts anew with other settings, as after more steps, and where it was undone
-    run = resume(400, *named, "--steps", "2000")
-    assert run.changes[1:] == (dict(step=400, seen=12800, warmup_steps=[50, 50]),)
-    run = resume(300, *named, "--steps", "2000")
-    assert run.changes[1:] == (dict(step=300, seen=9600, warmup_steps=[50, 50]),)
+    # but it starts anew with other settings, as after more steps, and where that was undone
+    again = dict(warmup_steps=[50, 50])
+    run = resume(400, named + "--steps 2000")
+    assert run.changes == (change, dict(step=400, seen=12800) | again)
+    run = resume(300, named + "--steps 2000")
+    assert run.changes == (change, dict(step=300, seen=9600) | again)
 
 
 # ------------------------------------------------------------------------------ data
@@ -199,11 +205,11 @@ def test_other_weights_keep_the_place_in_each_data_set(gemma, tmp_path):
     assert counts[2] == pytest.approx(153, abs=30)
 
 
-@pytest.mark.parametrize("data, warns", [(["s"], True), (["s", "t"], False)])
+@pytest.mark.parametrize("data, warns", [("s", True), ("s t", False)])
 def test_weights_for_data_that_was_one_set_give_a_warning(resume, capsys, data, warns):
     """If --data has changed as well, CheckpointWriter warns of that."""
-    resume(0, "--data", "s")
-    resume(200, "--data", *data, "--data-weights", "1", "--resume-with", "data_weights")
+    resume(0, "--data s")
+    resume(200, f"--data {data} --data-weights 1 --resume-with data_weights")
     said = "--data-weights was added or left out at step 200" in capsys.readouterr().err
     assert said == warns
 
@@ -215,15 +221,15 @@ def test_each_epoch_has_every_sample_once_at_any_batch_size(gemma, tmp_path):
     data = numbered(tmp_path / "data", shards=4, samples=25)
     out = tmp_path / "run"
 
-    def job(steps, batch, *more):
-        return flags(gemma, data, out, *ORIGINAL_CAPTIONS, "--sample-every", "0", "--steps",
-                     str(steps), "--batch", str(batch), *more)
-    named = "--resume-with", "batch"
+    def job(more):
+        return flags(gemma, data, out, *ORIGINAL_CAPTIONS, "--sample-every", "0", *more.split())
     keys = {}
     for ranks, words in [
-            (2, job(2, 32)), (2, job(4, 48, "--micro-batch", "12", *named)),
-            (1, job(6, 16, *named)), (1, job(7, 16))]:
-        done = launch(words, WATCHED, n=ranks)
+            (2, "--batch 32 --steps 2"),
+            (2, "--batch 48 --steps 4 --micro-batch 12 --resume-with batch"),
+            (1, "--batch 16 --steps 6 --resume-with batch"),
+            (1, "--batch 16 --steps 7")]:
+        done = launch(job(words), WATCHED, n=ranks)
         found = keys_by_position(done.stdout)
         assert found and not keys.keys() & found.keys()
         keys |= found
@@ -236,7 +242,7 @@ def test_each_epoch_has_every_sample_once_at_any_batch_size(gemma, tmp_path):
     changed = [row for row in metrics(out) if "changed" in row]
     assert changed == [dict(step=2, changed=dict(batch=[32, 48])),
                        dict(step=4, changed=dict(batch=[48, 16]))]
-    refused = launch(job(8, 32), check=False)
+    refused = launch(job("--batch 32 --steps 8"), check=False)
     assert refused.returncode == 1
     assert "run.batch was 16, is now 32" in refused.stderr
     assert refused.stderr.count("\n") == 1
@@ -248,11 +254,11 @@ def test_adam_and_the_log_have_the_new_settings(gemma, data, tmp_path, zero):
     """With a tiny learning rate and a large weight decay, the weights shrink by known factors."""
     out = tmp_path / "run"
 
-    def job(steps, lr, *more):
-        return flags(gemma, data, out, "--steps", str(steps), "--lr", lr, "--sample-every", "0",
-                     "--zero", zero, *more)
-    new = "--weight-decay", "1e4", "--warmup-steps", "2", "--resume-with"
-    launch_all([job(2, "1e-3"), job(4, "1e-5", *new, "lr,weight_decay", "warmup-steps")])
+    def job(more):
+        return flags(gemma, data, out, "--sample-every", "0", "--zero", zero, *more.split())
+    launch_all([job("--lr 1e-3 --steps 2"),
+                job("--lr 1e-5 --steps 4 --weight-decay 1e4 --warmup-steps 2 "
+                    "--resume-with lr,weight_decay warmup-steps")])
     rates = [row["lr"] for row in metrics(out) if "lr" in row]
     assert rates == pytest.approx([1e-3, 1e-3, 5e-6, 1e-5])
 
