@@ -9,8 +9,7 @@ A model is loaded from
     a published checkpoint  what the published code saves during training: see published.py
     a hub id                one of the first three on the Hugging Face hub
 Loading is strict: a missing or unexpected tensor means that this is another model, and raises an
-error that names the tensor. Models are built on the meta device, which has shapes but no memory;
-then only the tensors that are needed are read.
+error that names it. Models are built on the meta device, and only the tensors needed are read.
 """
 import hashlib
 import json
@@ -366,9 +365,8 @@ def load_model(path, device="cpu", dtype=torch.float32, ema=True, lora=None, **c
     """A trained model from any of the folders listed at the top, or a hub id.
 
     dtype: of the weights; None: as they are stored. ema=False: a checkpoint's raw weights instead
-    of their exponential moving average. lora: folder of an adapter in the format of peft, to be
-    merged into the model. changes: config fields that replace stored ones, such as base, if the
-    Gemma has moved. Raises FuseDiTError.
+    of their exponential moving average. lora: folder of an adapter of peft, which is merged.
+    changes: config fields that replace stored ones, such as base. Raises FuseDiTError.
     """
     folder = model_folder(path)
     config = open_config(folder, changes)
