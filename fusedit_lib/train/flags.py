@@ -146,7 +146,7 @@ def parse_run(argv, description, engine="gpu"):
     if is_like_published:
         run = like_published(run, provided)
 
-    # prompts from files, and the default run folder
+    # prompts from files
     prompts = []
     for prompt in run.prompts:
         if prompt.endswith(".txt"):
