@@ -36,6 +36,9 @@ PROMPTS = (
     "a small cyan cross on a white background",
 )
 ZERO_STAGES = ("0", "1", "2", "3", "1-offload", "2-offload", "3-offload")
+# What --resume-with may change in a run; naming one of SCHEDULE also starts the schedule anew.
+SCHEDULE = ("lr_schedule", "warmup_steps")
+CHANGEABLE = ("batch", "lr", *SCHEDULE, "weight_decay", "ema_decay", "data_weights")
 
 
 # ------------------------------------------------------------------------------ settings
@@ -43,7 +46,7 @@ ZERO_STAGES = ("0", "1", "2", "3", "1-offload", "2-offload", "3-offload")
 def flag(default, about, free=False, low=None, high=None, choices=None, only="", group=""):
     """A field of RunConfig, with the description of its command line flag.
 
-    about: the flag's text in --help.
+    about: the flag's text in --help. A field without one has no flag.
     free: True if the value may change when a run is resumed.
     low, high: the smallest and the largest allowed value.
     only: "gpu" or "tpu" if only one of the training programs has this flag.
@@ -56,7 +59,7 @@ def flag(default, about, free=False, low=None, high=None, choices=None, only="",
 
 @dataclass
 class RunConfig:
-    """The settings of a training run. Every field is a flag: image_size is --image-size."""
+    """The settings of a training run. Each field but `changes` is a flag, such as --image-size."""
 
     # The model to train. Of these settings, only like_published may change when a run is resumed.
     preset: str = flag("demo", "model preset: a name in fusedit.PRESETS", group="model")
@@ -171,6 +174,12 @@ class RunConfig:
     resume: str = flag("auto", "auto: resume from the newest undamaged checkpoint; a step number: "
                        "resume from that checkpoint; none: start a new run, and refuse a folder "
                        "that has checkpoints", True)
+    resume_with: tuple = flag((), "settings that a resumed run changes to the values given now, "
+                              "such as lr,batch. Of those that decide what the weights become, "
+                              f"these may change: {', '.join(CHANGEABLE)}. The schedule of the "
+                              "learning rate starts anew, with its warmup, if lr_schedule or "
+                              "warmup_steps is named", True)
+    changes: tuple = flag((), "", True)     # made by --resume-with so far: see changes.py
     save_every: int = flag(1000, "steps between checkpoints", True, low=1)
     save_minutes: float = flag(0.0, "also save once this many minutes have passed since the last "
                                "checkpoint; 0: save by steps only", True, low=0)

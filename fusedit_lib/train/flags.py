@@ -9,6 +9,7 @@ from pathlib import Path
 from fusedit_lib import cli
 from fusedit_lib.pretrained import find_local, last_checkpoint, repository
 from fusedit_lib.train.config import (
+    CHANGEABLE,
     RunConfig,
     is_resumed,
     lasting_name,
@@ -62,7 +63,7 @@ def make_parser(description, engine):
         title = setting.metadata["group"]
         if title:
             group = parser.add_argument_group(title)
-        if setting.metadata["only"] in ("", engine):
+        if setting.metadata["about"] and setting.metadata["only"] in ("", engine):
             add_flag(group, setting)
 
     # DeepSpeed's launcher adds this flag. It is ignored: LOCAL_RANK has the same value.
@@ -108,6 +109,23 @@ def read_weights(parser, words):
     return weights
 
 
+def read_names(parser, words, provided):
+    """The settings that --resume-with names, separated by commas or spaces.
+
+    provided: the settings that are given; data_weights always is. Exits with a usage error if a
+    named one must not change, or is not given: its default would be a surprise.
+    """
+    names = " ".join(words).replace(",", " ").replace("-", "_").split()
+    for name in names:
+        if name not in CHANGEABLE:
+            parser.error(f"--resume-with {name}: only {', '.join(CHANGEABLE)} can change in this "
+                         "way")
+        if name not in provided:
+            parser.error(f"--resume-with {name}: give its new value as well, with "
+                         f"{flag_name(name)}")
+    return names
+
+
 # ------------------------------------------------------------------------------ parsing
 
 def parse_run(argv, description, engine="gpu"):
@@ -130,6 +148,7 @@ def parse_run(argv, description, engine="gpu"):
         if setting.name in provided:
             check_range(parser, setting, provided[setting.name])
     provided["data_weights"] = read_weights(parser, provided.get("data_weights", ()))
+    provided["resume_with"] = read_names(parser, provided.get("resume_with", ()), provided)
     run = RunConfig(**provided)
     run = settle_init(replace(run, out=run.out or default_folder(run)))
     is_like_published = provided.get("like_published", was_like_published(run))
@@ -146,15 +165,22 @@ def parse_run(argv, description, engine="gpu"):
     if is_like_published:
         run = like_published(run, provided)
 
-    # prompts from files
+    return replace(run, prompts=read_prompts(run.prompts))
+
+
+def read_prompts(words):
+    """The prompts that --prompts gives: words, where the name of a .txt file stands for its lines.
+
+    Raises FuseDiTError if a file cannot be read.
+    """
     prompts = []
-    for prompt in run.prompts:
-        if prompt.endswith(".txt"):
-            prompts += cli.read_prompts(Path(prompt))
+    for word in words:
+        if word.endswith(".txt"):
+            prompts += cli.read_prompts(Path(word))
         else:
-            prompts.append(prompt)
+            prompts.append(word)
     cli.check_text(prompts)
-    return replace(run, prompts=prompts)
+    return prompts
 
 
 def default_folder(run):

@@ -431,6 +431,22 @@ def validations(out):
     return [row for row in metrics(out) if "val_loss" in row]
 
 
+def test_changed_settings_match_train_gpu(gemma, data, tmp_path):
+    """Batch size, learning rate, its schedule and weight decay, changed by --resume-with."""
+    def jobs(name):
+        new = ["--batch", "4", "--lr", "1e-2", "--warmup-steps", "2", "--weight-decay", "20",
+               "--resume-with", "batch,lr,warmup_steps,weight_decay"]
+        return [comparable(gemma, data, tmp_path / name, 2),
+                comparable(gemma, data, tmp_path / name, 6, *new)]
+    launch_all(jobs("gpu"))
+    on_devices(2, jobs("tpu"))
+    assert losses(tmp_path / "tpu") == pytest.approx(losses(tmp_path / "gpu"), rel=1e-4)
+    rates = [[row["lr"] for row in metrics(tmp_path / name) if "lr" in row]
+             for name in ("gpu", "tpu")]
+    assert rates[0] == rates[1]
+    assert rates[0][2:4] == [5e-3, 1e-2]
+
+
 def test_validation_matches_train_gpu(gemma, data, tmp_path):
     """Validation loss and image grids of the EMA weights, in float32 and in bf16."""
     def job(name, *more):
