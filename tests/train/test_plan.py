@@ -372,15 +372,26 @@ def test_the_plan_of_init_is_that_of_its_model(tmp_path, gemma_folder, capsys):
     assert costs.step_flops(forward) - with_lora == forward.dit > costs.flops(whole, config).dit
 
 
-@pytest.mark.parametrize("megabytes, flags", [
-    (1e6, "")])
-def test_the_plan_says_what_fits(model_folder, capsys, monkeypatch, megabytes, flags):
-    """The plan names flags if the run does not fit; with these it does."""
-    monkeypatch.setitem(hardware.GPUS, "4080", hardware.Hardware(1e12, megabytes * 1e6))
-    argv = ["--init", str(model_folder), "--plan", "1x4080", "--batch", "4", "--sample-every", "0"]
-    for more in ([], flags.split()):
-        lines = show([*argv, *more], capsys)
-        remedies = [line for line in lines if "fit with" in line or "makes it fit" in line]
+def test_the_plan_says_what_fits(gemma_folder, capsys, monkeypatch):
+    """The plan names flags if the run does not fit; with these it fits."""
+    argv = flags(gemma_folder, "x", "y", "--plan", "1x4080", "--batch", "4", "--sample-every", "0")
+    run = parse_run([*argv, "--zero", "2-offload"], "")
+    devices = hardware.parse(run.plan)
+    model = costs.training_model(run, model_config(run))
+    working = plan.working_memory(run, model_config(run), devices, 2, False)
+    enough = plan.gpu_need(run, devices, model, working).kept
+
+    def remedies(size, *more):
+        monkeypatch.setitem(hardware.GPUS, "4080", hardware.Hardware(1e12, size))
+        return [line for line in show([*argv, *more], capsys) if re.search("it fits? with|fit$", line)]
+
+    (remedy,) = remedies(enough)
+    found = remedy.split("with ")[1].split()
+    assert "--zero" in found and "--micro-batch" in found
+    assert remedies(enough, *found) == []
+    assert remedies(0.9 * enough, *found) != []
+    (none,) = remedies(1e5)
+    assert none == "  no --micro-batch, --zero, --remat or --lora makes it fit"
 
 
 EMA, ACTIVATIONS, SUM = 3, 7, 8             # columns of the plan's table
