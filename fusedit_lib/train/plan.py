@@ -259,18 +259,19 @@ def print_gpu_memory(run, config, devices, micro_batch, latents):
 
 def print_notes(run, config, devices, model, working):
     """Print what can take more memory than a training step, and the memory of sample.py."""
-    held, kept, remat = gpu_need(run, devices, model, working)
+    held = gpu_need(run, devices, model, working).held
     step = working.remat if run.remat else working.kept
     if working.grid > step:
-        print(f"  an image grid takes {working.grid / 1e9:.2f} GB, more than a training step: fewer "
-              "--prompts or --sample-every 0 save it")
+        print(f"  an image grid takes {working.grid / 1e9:.2f} GB instead of the activations: fewer "
+              "--prompts take less, --sample-every 0 none")
     start = start_memory(model, held, working.vae, compute_dtype(run))
     if start > held.gpu + working.vae + max(step, working.grid):
         print(f"  the start takes {start / 1e9:.2f} GB, more than a training step, because the "
               "weights are still in float32 and not yet sharded")
     drawing = drawing_memory(config, 1, compute_dtype(run))
-    parts = ", ".join(f"{name} {part.sum / 1e9:.2f}" for name, part in zip(
-        ("Gemma", "DiT", "VAE"), drawing, strict=True) if part.sum)
+    parts = f"Gemma {drawing.gemma.sum / 1e9:.2f}, DiT {drawing.dit.sum / 1e9:.2f}"
+    if config.vae:
+        parts += f", VAE {drawing.vae.sum / 1e9:.2f}"
     print(f"  sample.py takes {drawing.all / 1e9:.2f} GB for an image, and with --offload "
           f"{drawing.largest / 1e9:.2f}, as much as the largest part ({parts})")
 
