@@ -21,7 +21,7 @@ import torch.distributed as dist
 import fusedit
 from fusedit_lib import backend, cli
 from fusedit_lib.data.batches import Batches, load_batches, to_device
-from fusedit_lib.train import checkpoints, distributed, plan, resuming, zero
+from fusedit_lib.train import checkpoints, distributed, memory, plan, resuming, zero
 from fusedit_lib.train.config import check_run, data_workers, model_config, split_batch
 from fusedit_lib.train.flags import parse_run
 from fusedit_lib.train.build import adam_steps, build_models
@@ -97,8 +97,8 @@ def deepspeed_config(run, model, micro_batch, accumulation):
 
     weights = sum(p.numel() for p in model.parameters() if p.requires_grad)
     defaults = {
-        "zero_optimization": {"reduce_bucket_size": min(plan.BUCKET, weights),
-                              "stage3_max_live_parameters": plan.BUCKET},
+        "zero_optimization": {"reduce_bucket_size": min(memory.BUCKET, weights),
+                              "stage3_max_live_parameters": memory.BUCKET},
         "timers": {"throughput": {"enabled": False}},       # would wait for the device
     }
     config = zero.merge_config(config, run.deepspeed_config, defaults)

@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 from fusedit import FuseDiTError
 from fusedit_lib.files import atomic_write
-from fusedit_lib.train import costs, distributed, plan
+from fusedit_lib.train import costs, distributed, hardware
 from fusedit_lib.train.metrics_log import MetricsLog, warn_if_unwritable
 from fusedit_lib.train.schedule import sample_grid_is_due, validation_is_due
 from fusedit_lib.train.validation import (
@@ -88,9 +88,10 @@ class Monitor:
             self.step = checkpoint.step
             self.counts = {name: getattr(checkpoint, name) for name in self.counts}
 
-        self.peak_flops = plan.peak_flops(self.device, self.world)
+        self.peak_flops = hardware.peak_flops(self.device, self.world)
         if self.peak_flops:
-            self.useful_flops = costs.useful_flops(config, source.latents, run.train_llm)
+            self.useful_flops = costs.useful_flops(config, source.latents, run.train_llm,
+                                                   run.lora > 0)
         if self.rank == 0:
             self.open_log()
         self.restart_clock(True)
