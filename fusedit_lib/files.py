@@ -279,7 +279,12 @@ def check_tensors(module, tensors, source, hint=""):
 
 
 def assign_tensors(module, tensors, device, dtype):
-    """Replace a module's tensors, which may be on the meta device, with the stored ones."""
+    """Replace a module's tensors, which may be on the meta device, with the stored ones.
+
+    With device "meta" nothing is read.
+    """
+    if device == "meta":
+        return
     state = {}
     for name in module.state_dict():
         file, stored_name = tensors[name]

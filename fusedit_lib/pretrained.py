@@ -50,6 +50,9 @@ CLIP_FILES = ("config.json", "model.safetensors", "vocab.json", "merges.txt", "t
               "text_encoder/model.safetensors", "tokenizer/*", "clip/config.json",
               "clip/model.safetensors", "clip_tokenizer/*")
 
+# The parts of a model that load_model can load separately. CLIP belongs to llm.
+PARTS = ("tokenizer", "llm", "dit")
+
 # ---- finding a folder ----------------------------------------------------------------------------
 
 def resolve(name, patterns=MODEL_FILES):
@@ -276,13 +279,13 @@ class ClipEncoder:
 # ---- building a model ----------------------------------------------------------------------------
 
 def build_model(config, device="cpu", dtype=torch.float32, dit_tensors=None, source=None,
-                llm_tensors=None, gemma=None):
+                llm_tensors=None, gemma=None, parts=PARTS):
     """A FuseDiT with the Gemma of config.base and a DiT, either stored or newly initialised.
 
     dit_tensors: open_tensors of a DiT in the folder source, loaded in dtype, as Gemma is; None: new
     weights in float32. llm_tensors: the weights of a Gemma that was trained as well, which
     replace base's; they include at least the layers that are read. gemma: GemmaFiles to use
-    instead of config.base. Raises FuseDiTError.
+    instead of config.base. parts: see load_model. Raises FuseDiTError.
     """
     check_build(config)
     warm_up_mkl()
@@ -291,14 +294,26 @@ def build_model(config, device="cpu", dtype=torch.float32, dit_tensors=None, sou
     with torch.device("meta"):
         model = FuseDiT(config, GemmaConfig.from_dict(gemma.config))
     model.gemma_files = gemma
-    load_llm(model, gemma, llm_tensors, source, device, dtype)
+    llm_device = device if "llm" in parts else "meta"
+    dit_device = device if "dit" in parts else "meta"
+    load_llm(model, gemma, llm_tensors, source, llm_device, dtype)
 
     if dit_tensors is None:
         model.dit.to_empty(device=device).init_weights()
     else:
         check_tensors(model.dit, dit_tensors, source, config_hint(config, dit_tensors))
-        assign_tensors(model.dit, dit_tensors, device, dtype)
+        assign_tensors(model.dit, dit_tensors, dit_device, dtype)
 
+    if "tokenizer" in parts:
+        attach_tokenizer(model, gemma, config)
+    if config.clip and "llm" in parts:
+        model.clip_encoder = ClipEncoder(config.clip, config.text_modulation_embeds_dim, device,
+                                         dtype)
+    return model
+
+
+def attach_tokenizer(model, gemma, config):
+    """Load the tokenizer of the text tower. gemma: GemmaFiles. Raises FuseDiTError."""
     model.tokenizer = load_tokenizer(gemma.tokenizer, model.llm.config.vocab_size)
     if model.tokenizer.bos_token_id is None:
         raise FuseDiTError(f"the tokenizer in {gemma.tokenizer} has no <bos> token, so it is not "
@@ -306,10 +321,6 @@ def build_model(config, device="cpu", dtype=torch.float32, dit_tensors=None, sou
     if config.apply_chat_template and not model.tokenizer.chat_template:
         raise FuseDiTError(f"{gemma.tokenizer} has no chat template, so apply_chat_template "
                            "cannot be true: use an instruction-tuned Gemma")
-    if config.clip:
-        model.clip_encoder = ClipEncoder(config.clip, config.text_modulation_embeds_dim, device,
-                                         dtype)
-    return model
 
 
 def check_build(config):
@@ -360,12 +371,13 @@ def config_hint(config, dit_tensors):
 
 # ---- loading -------------------------------------------------------------------------------------
 
-def load_model(path, device="cpu", dtype=torch.float32, ema=True, **changes):
+def load_model(path, device="cpu", dtype=torch.float32, ema=True, parts=PARTS, **changes):
     """A trained model from any of the folders listed at the top, or a hub id.
 
     dtype: of the weights; None: as they are stored. ema=False: a checkpoint's raw weights instead
-    of their exponential moving average. changes: config fields that replace stored ones, such as
-    base, if the Gemma has moved. Raises FuseDiTError.
+    of their exponential moving average. parts: those of PARTS to load; the tensors of the others
+    are checked but stay on the meta device, where they take no memory. changes: config fields that
+    replace stored ones, such as base, if the Gemma has moved. Raises FuseDiTError.
     """
     folder = model_folder(path)
     config = open_config(folder, changes)
@@ -374,7 +386,8 @@ def load_model(path, device="cpu", dtype=torch.float32, ema=True, **changes):
     if gemma is not None:                   # config.base has its tokenizer
         tokenizer = tokenizer_folder(resolve(config.base, patterns=TOKENIZER_FILES))
         gemma = gemma._replace(tokenizer=tokenizer)
-    model = build_model(config, device, dtype, stored.dit, stored.folder, stored.trained_llm, gemma)
+    model = build_model(config, device, dtype, stored.dit, stored.folder, stored.trained_llm, gemma,
+                        parts)
     return model.eval()
 
 
