@@ -297,10 +297,15 @@ class Monitor:
 
     def validate(self, step, model):
         """Write the image grid and the validation loss of a model, if they are due."""
+        if self.vae is not None:            # on the CPU, if training reads latents
+            vae_device = next(self.vae.parameters()).device
+            self.vae.to(self.device)
         if sample_grid_is_due(self.run, step):
             self.write_grid(step, model)
         if validation_is_due(self.run, step):
             self.write_validation(step, model)
+        if self.vae is not None:
+            self.vae.to(vae_device)
 
     def write_grid(self, step, model):
         grid = sample_grid(self.run, model, self.vae, self.host.sync,
