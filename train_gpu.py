@@ -121,8 +121,6 @@ def train(run, config):
     seen = checkpoint.seen if checkpoint else 0             # samples so far
     model, vae = build_models(run, config, device, checkpoint)
     dataset = Batches(run, config, model.tokenizer, micro_batch, accumulation, rank, world, seen)
-    if dataset.latents:
-        vae.to("cpu")                       # Monitor.validate moves it to the device and back
     writer = checkpoints.CheckpointWriter(run, config, checkpoint, dataset.digest)
     micro_batches = range((run.steps - first_step) * accumulation)
     batches = load_batches(dataset, micro_batches, data_workers(run), device)
