@@ -23,7 +23,7 @@ from fusedit_lib import backend, cli, seeds
 from fusedit_lib.cli import positive
 from fusedit_lib.export import check_new, export
 from fusedit_lib.files import atomic_write, file_stem, unused_path
-from fusedit_lib.pretrained import adapter_folder, base_model, load_model
+from fusedit_lib.pretrained import base_model, load_model, model_folder
 from fusedit_lib.sampling import (
     batches_of,
     check_guidance_span,
@@ -61,18 +61,11 @@ def parse_args():
                             "that the adapter was trained on")
     parser.set_defaults(model=None)
     args = parser.parse_args()
-    if args.model is None:
-        args.model = default_model(args.lora)
+    if args.model is None and not args.lora:
+        args.model = str(cli.DEMO)
     if not (args.prompt or args.prompts or args.export):
         parser.error('nothing to draw: give --prompt "a large red circle", or --prompts FILE')
     return args
-
-
-def default_model(lora):
-    """The value of --model if it is not given."""
-    if lora:
-        return base_model(adapter_folder(lora))
-    return str(cli.DEMO)
 
 
 def add_prompt_flags(parser):
@@ -152,7 +145,9 @@ def save_png(job, image, model_path, args):
     """Write the image to a file named after its prompt and seed. Returns the path."""
     path = unused_path(args.out / f"{file_stem(job.prompt)}-{job.seed}.png", ".gif")
     info = png_info(job.prompt, job.seed, args.steps, args.guidance, args.guidance_span,
-                    args.negative, model_path, args.set, args.lora)
+                    args.negative, model_path, args.set)
+    if args.lora:
+        info.add_itxt("lora", args.lora)
     with atomic_write(path) as tmp:
         image.save(tmp, "PNG", pnginfo=info)
     return path
@@ -196,7 +191,11 @@ def main():
         prompts = prompts + cli.read_prompts(args.prompts)
     changes = cli.parse_overrides(args.set)
     if args.lora:
-        changes["lora"] = args.lora         # also an argument of load_model
+        folder = model_folder(args.lora)
+        if (folder / "lora").is_dir():      # of a run of --lora
+            folder = folder / "lora"
+        args.model = args.model or base_model(folder)
+        changes["lora"] = folder            # also an argument of load_model
     if args.export:
         export_model(args, changes)
     if not prompts:

@@ -9,8 +9,7 @@ A model is loaded from
     a published checkpoint  what the published code saves during training: see published.py
     a hub id                one of the first three on the Hugging Face hub
 Loading is strict: a missing or unexpected tensor means that this is another model, and raises an
-error that names the tensor. Models are built on the meta device, which has shapes but no memory;
-then only the tensors that are needed are read.
+error that names it. Models are built on the meta device, and only the tensors needed are read.
 """
 import hashlib
 import json
@@ -130,27 +129,6 @@ def last_checkpoint(path):
         raise FuseDiTError(f"{path} is a training run that has no checkpoint yet: the first is "
                            "saved after --save-every steps")
     return path
-
-
-# ---- LoRA ----------------------------------------------------------------------------------------
-
-def adapter_folder(name):
-    """The folder with adapter_config.json: of peft, or in a run or checkpoint of --lora."""
-    folder = model_folder(name)
-    for candidate in (folder / "lora", folder):
-        if (candidate / "adapter_config.json").exists():
-            return candidate
-    raise FuseDiTError(f"{name} has no LoRA adapter: give a folder with adapter_config.json, or a "
-                       "run that was trained with --lora")
-
-
-def base_model(adapter):
-    """The name of the model that an adapter_folder is for. Raises FuseDiTError."""
-    name = read_json(adapter / "adapter_config.json").get("base_model_name_or_path")
-    if not name or not (find_local(name, (".", repository())) or is_hub_id(name)):
-        raise FuseDiTError(f"the adapter in {adapter} is for the model {name}, which does not "
-                           f"exist: use sample.py --model MODEL --lora {adapter}")
-    return name
 
 
 # ---- the text tower ------------------------------------------------------------------------------
@@ -383,21 +361,18 @@ def config_hint(config, dit_tensors):
 
 # ---- loading -------------------------------------------------------------------------------------
 
-def load_model(path, device="cpu", dtype=torch.float32, ema=True, lora="", **changes):
+def load_model(path, device="cpu", dtype=torch.float32, ema=True, lora=None, **changes):
     """A trained model from any of the folders listed at the top, or a hub id.
 
     dtype: of the weights; None: as they are stored. ema=False: a checkpoint's raw weights instead
-    of their exponential moving average. lora: the name of an adapter to merge into the model; see
-    adapter_folder. changes: config fields that replace stored ones, such as base, if the Gemma has
-    moved. Raises FuseDiTError.
+    of their exponential moving average. lora: folder of an adapter of peft, which is merged.
+    changes: config fields that replace stored ones, such as base. Raises FuseDiTError.
     """
     folder = model_folder(path)
     config = open_config(folder, changes)
     stored = open_weights(folder, ema)
     if lora:
-        adapter = adapter_folder(lora)
-        tensors = open_tensors(adapter, "adapter_model")
-        stored = stored._replace(dit=merge(stored.dit, tensors, adapter))
+        stored = stored._replace(dit=merge(stored.dit, lora))
     gemma = stored.gemma
     if gemma is not None:                   # config.base has its tokenizer
         tokenizer = tokenizer_folder(resolve(config.base, patterns=TOKENIZER_FILES))
@@ -459,20 +434,28 @@ def open_weights(folder, ema):
     if published.is_checkpoint(folder) and not published.is_pipeline(folder):
         return published.open_checkpoint(folder, ema)
     train_state = folder / "train_state"
-    if not ema and not train_state.exists():
-        raise FuseDiTError(f"{folder} has one set of weights, and no raw ones as the checkpoints "
+    adapter = folder / "lora"
+    if not ema and (adapter.is_dir() or not train_state.exists()):
+        raise FuseDiTError(f"{folder} has one set of weights, and no raw ones as other checkpoints "
                            "of a run have: leave out --no-ema or --init-raw")
     if published.is_pipeline(folder):
         return published.open_pipeline(folder)
+    if adapter.is_dir():                    # all that was trained; the other weights are its base's
+        base = open_weights(model_folder(base_model(adapter)), ema=True)
+        return base._replace(dit=merge(base.dit, adapter))
     tensors = open_tensors(folder)
     if not ema:
         tensors = tensors_below("weight.", open_tensors(train_state, "state"))
-    stored = StoredModel(folder, dit_tensors(tensors), tensors_below("llm.", tensors))
-    adapter = folder / "lora"
-    if adapter.is_dir():                    # all that was trained; the other weights are its base's
-        base = open_weights(model_folder(base_model(adapter)), ema=True)
-        return base._replace(dit=merge(base.dit, stored.dit, adapter))
-    return stored
+    return StoredModel(folder, dit_tensors(tensors), tensors_below("llm.", tensors))
+
+
+def base_model(adapter):
+    """The name of the model that an adapter is for. adapter: a folder in the format of peft."""
+    name = read_json(adapter / "adapter_config.json").get("base_model_name_or_path")
+    if not name or (find_local(name, (".", repository())) is None and not is_hub_id(name)):
+        raise FuseDiTError(f"the adapter in {adapter} is for {name}, which does not exist: use "
+                           f"sample.py --model MODEL --lora {adapter}")
+    return name
 
 
 def with_absolute_paths(config, folder, changes):

@@ -166,19 +166,16 @@ def image_grid(images, columns, side=192):
     return grid
 
 
-def png_info(prompt, seed, steps, guidance, guidance_span, negative, model, overrides=(),
-             lora=""):
+def png_info(prompt, seed, steps, guidance, guidance_span, negative, model, overrides=()):
     """PNG text chunks from which an image can be drawn again.
 
-    model: path of its checkpoint. overrides: the words of --set. lora: the name of an adapter.
+    model: path of its checkpoint. overrides: the words of --set.
     """
     low, high = guidance_span
     fields = {"prompt": prompt, "seed": seed, "steps": steps, "guidance": guidance,
               "guidance_span": f"{low:g} {high:g}", "negative": negative, "model": model}
     if overrides:
         fields["set"] = shlex.join(overrides)
-    if lora:
-        fields["lora"] = lora
     info = PngInfo()
     for key, value in fields.items():
         info.add_itxt(key, str(value))

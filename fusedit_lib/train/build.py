@@ -1,6 +1,4 @@
 """Builds the model of a training run, with initial weights or those of a checkpoint."""
-from dataclasses import asdict
-
 import torch
 
 from fusedit_lib import backend
@@ -23,7 +21,7 @@ def build_models(run, config, device, checkpoint):
     dtype = backend.torch_dtype(run.dtype)
     torch.manual_seed(torch_seed(run.seed))
     if run.lora:                            # the weights of --init remain frozen
-        model = load_model(run.init, device, dtype, **asdict(config))
+        model = load_model(run.init, device, dtype, **vars(config))
         add_adapters(model.dit, run.lora)
     else:
         model = build_model(config, device, dtype)

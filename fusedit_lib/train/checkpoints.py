@@ -309,8 +309,8 @@ class CheckpointWriter:
                 sizes[str(path.relative_to(tmp))] = path.stat().st_size
         with atomic_write(tmp / "train_state" / "state.json") as state:
             state.write_text(json.dumps(self.state | {"files": sizes}, indent=2) + "\n")
-        fsync(tmp / "train_state")
-        fsync(tmp)
+        for path in [*tmp.rglob("*"), tmp]:
+            fsync(path)
 
         folder = self.out / checkpoint_name(step)
         shutil.rmtree(folder, ignore_errors=True)

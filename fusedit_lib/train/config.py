@@ -249,11 +249,9 @@ def check_run(run):
     if run.memory_budget < 1 and not run.compile:
         raise FuseDiTError("--memory-budget has no effect without --compile: add --compile, or use "
                            "--remat instead")
-    if run.lora and not run.init:
-        raise FuseDiTError("--lora adapts a trained model: name it with --init")
-    for name in ("init_raw", "float8", "train_llm"):
-        if run.lora and getattr(run, name):
-            raise FuseDiTError(f"--lora does not work with --{name.replace('_', '-')}")
+    if run.lora and (not run.init or run.init_raw or run.float8 or run.train_llm):
+        raise FuseDiTError("--lora needs a model to adapt, which --init names, and does not work "
+                           "with --init-raw, --float8 or --train-llm")
     if run.deepspeed_config:
         check_json(run.deepspeed_config)
 
