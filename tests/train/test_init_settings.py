@@ -90,9 +90,11 @@ def test_a_resumed_run_does_not_need_the_model(models, data, tmp_path):
 
 
 def begun(out, *words):
-    """Writes config.json and the folder of a checkpoint of a new run. Returns its RunConfig."""
+    """Writes config.json and an empty checkpoint of a new run. Returns its RunConfig."""
     run = parse_run([*map(str, words), "--out", str(out)], "")
-    (out / "step-0000001").mkdir(parents=True)
+    train_state = out / "step-0000001" / "train_state"
+    train_state.mkdir(parents=True)
+    (train_state / "state.json").write_text('{"files": {}}')
     (out / "config.json").write_text(checkpoints.run_settings_json(run, model_config(run)))
     return run
 
