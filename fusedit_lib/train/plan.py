@@ -252,8 +252,8 @@ def print_gpu_memory(run, config, devices, micro_batch, latents):
         if zero == run.zero:
             line += f"   <- --zero {zero}"
         print(line)
-    print("  CPU: in CPU memory, for each GPU: the EMA and, with -offload, Adam's state; the time of "
-          "Adam's step there is not counted below\n"
+    print("  CPU: in CPU memory, for each GPU: the EMA and, with -offload, Adam's state; the time "
+          "that Adam's step takes there is not counted below\n"
           "  --remat costs a second forward pass of the DiT")
     print_notes(run, config, devices, model, working)
     print_remedy(run, config, devices, micro_batch, working, latents)
@@ -264,8 +264,8 @@ def print_notes(run, config, devices, model, working):
     held = gpu_need(run, devices, model, working).held
     step = working.remat if run.remat else working.kept
     if working.grid > step:
-        print(f"  an image grid takes {working.grid / 1e9:.2f} GB instead of the activations: fewer "
-              "--prompts take less, --sample-every 0 none")
+        print(f"  an image grid takes {working.grid / 1e9:.2f} GB instead of the activations: "
+              "fewer --prompts take less, --sample-every 0 none")
     start = start_memory(model, held, working.vae, compute_dtype(run))
     if start > held.gpu + working.vae + max(step, working.grid):
         print(f"  the start takes {start / 1e9:.2f} GB, more than a training step, because the "
