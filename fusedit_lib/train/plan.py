@@ -122,8 +122,9 @@ def print_time(run, config, devices, per_image):
     duration = f"{days:,.1f} days"
     if days < 1:
         duration = f"{24 * days:.1f} hours"
+    digits = 0 if speed >= 10 else 1
     line = (f"\n  at {devices.utilization:.0%} of {hardware.flops / 1e12:,.0f} TFLOP/s per device: "
-            f"{speed:,.0f} images/s, {speed * image_tokens(config):,.0f} image tokens/s; "
+            f"{speed:,.{digits}f} images/s, {speed * image_tokens(config):,.0f} image tokens/s; "
             f"{run.steps:,} steps in {duration}")
     if not run.init:
         paper_days = math.ceil(PAPER_IMAGES / speed / 86400 * 10) / 10
@@ -251,8 +252,9 @@ def print_gpu_memory(run, config, devices, micro_batch, latents):
         if zero == run.zero:
             line += f"   <- --zero {zero}"
         print(line)
-    print("  CPU: in CPU memory, for each GPU: with -offload, Adam's state and the EMA; --remat "
-          "costs a second forward pass of the DiT")
+    print("  CPU: in CPU memory, for each GPU: the EMA and, with -offload, Adam's state; the time "
+          "that Adam's step takes there is not counted below\n"
+          "  --remat costs a second forward pass of the DiT")
     print_notes(run, config, devices, model, working)
     print_remedy(run, config, devices, micro_batch, working, latents)
 
@@ -262,8 +264,8 @@ def print_notes(run, config, devices, model, working):
     held = gpu_need(run, devices, model, working).held
     step = working.remat if run.remat else working.kept
     if working.grid > step:
-        print(f"  an image grid takes {working.grid / 1e9:.2f} GB instead of the activations: fewer "
-              "--prompts take less, --sample-every 0 none")
+        print(f"  an image grid takes {working.grid / 1e9:.2f} GB instead of the activations: "
+              "fewer --prompts take less, --sample-every 0 none")
     start = start_memory(model, held, working.vae, compute_dtype(run))
     if start > held.gpu + working.vae + max(step, working.grid):
         print(f"  the start takes {start / 1e9:.2f} GB, more than a training step, because the "
