@@ -23,7 +23,7 @@ from fusedit_lib import backend, cli, offload, seeds
 from fusedit_lib.cli import positive
 from fusedit_lib.export import check_new, export
 from fusedit_lib.files import atomic_write, file_stem, unused_path
-from fusedit_lib.pretrained import load_model
+from fusedit_lib.pretrained import base_model, load_model, model_folder
 from fusedit_lib.sampling import (
     batches_of,
     check_guidance_span,
@@ -59,10 +59,17 @@ def parse_args():
                             "that was trained with one")
     add_sampler_flags(parser)
     add_output_flags(parser)
+    model.add_argument("--lora", metavar="PATH_OR_HUB_ID",
+                       help="a LoRA adapter to merge into the model: a folder in peft's format, or "
+                            "a run or checkpoint of --lora; --model is then by default the model "
+                            "that the adapter was trained on")
+    parser.set_defaults(model=None)
     args = parser.parse_args()
     if args.offload and args.compile:
         parser.error("--offload loads the parts of the model again and again, so that --compile "
                      "would not pay off: leave out one of them")
+    if args.model is None and not args.lora:
+        args.model = str(cli.DEMO)
     if not (args.prompt or args.prompts or args.export):
         parser.error('nothing to draw: give --prompt "a large red circle", or --prompts FILE')
     return args
@@ -159,6 +166,8 @@ def save_png(job, image, model_path, args):
     path = unused_path(args.out / f"{file_stem(job.prompt)}-{job.seed}.png", ".gif")
     info = png_info(job.prompt, job.seed, args.steps, args.guidance, args.guidance_span,
                     args.negative, model_path, args.set)
+    if args.lora:
+        info.add_itxt("lora", args.lora)
     with atomic_write(path) as tmp:
         image.save(tmp, "PNG", pnginfo=info)
     return path
@@ -185,7 +194,7 @@ def save_grid(images, args):
 
 
 def export_model(args, changes):
-    """Write the model to the folder --export. changes: the config fields of --set."""
+    """Write the model to the folder --export. changes: as load_model takes them."""
     check_new(args.export)                  # before minutes of loading
     dtype = None                            # as stored: float32 in the checkpoints of a run
     if args.dtype != "auto":
@@ -201,6 +210,12 @@ def main():
     if args.prompts:
         prompts = prompts + cli.read_prompts(args.prompts)
     changes = cli.parse_overrides(args.set)
+    if args.lora:
+        folder = model_folder(args.lora)
+        if (folder / "lora").is_dir():      # of a run of --lora
+            folder = folder / "lora"
+        args.model = args.model or base_model(folder)
+        changes["lora"] = folder            # also an argument of load_model
     if args.export:
         export_model(args, changes)
     if not prompts:

