@@ -20,7 +20,8 @@ import fusedit
 from fusedit_lib import cli
 from fusedit_lib.data.batches import Batches, load_batches, to_device
 from fusedit_lib.train import checkpoints, distributed, metrics_log, plan, resuming, xla
-from fusedit_lib.train.config import check_run, data_workers, model_config, parse_run, split_batch
+from fusedit_lib.train.config import check_run, data_workers, model_config, split_batch
+from fusedit_lib.train.flags import parse_run
 from fusedit_lib.train.build import adam_steps, build_models
 from fusedit_lib.train.monitor import Monitor, SpmdHost
 from fusedit_lib.train.schedule import due_after, ema_decay, learning_rate
@@ -52,8 +53,7 @@ def build_engine(run, model, vae, checkpoint, accumulation, mesh):
 def train(run, config):
     """Trains from the latest checkpoint, if any, to the last step. Returns the exit code."""
     run, mesh = start(run)
-    rank = dist.get_rank()
-    world = dist.get_world_size()
+    rank, world = distributed.rank_and_world()
     micro_batch, accumulation = split_batch(run, mesh.size())
     micro_batch *= mesh.size() // world     # per host: all of its devices together
 
@@ -73,6 +73,7 @@ def train(run, config):
     signals = distributed.catch_signals()
     stop = 0
 
+    validate_start(run, step, engine, monitor)
     while step < run.steps and not stop:
         # ------------------------------------------------------------ the training step
         lr = learning_rate(run, step)
@@ -99,6 +100,14 @@ def train(run, config):
         # -------------------------------------------------------------------------------
         stop = finish_step(run, step, first_step, lr, engine, monitor, writer, signals)
     return writer.close(step, stop)
+
+
+def validate_start(run, step, engine, monitor):
+    """With --init, validates the model and draws its image grid before the first step."""
+    if run.init and step == 0:
+        with engine.use_ema() as model:
+            monitor.validate(step, model)
+        monitor.restart_clock(True)
 
 
 def finish_step(run, step, first_step, lr, engine, monitor, writer, signals):

@@ -367,8 +367,8 @@ def load_model(path, device="cpu", dtype=torch.float32, ema=True, **changes):
     of their exponential moving average. changes: config fields that replace stored ones, such as
     base, if the Gemma has moved. Raises FuseDiTError.
     """
-    folder = resolve(last_checkpoint(resolve(path)))
-    config = with_absolute_paths(stored_config(folder), folder, changes)
+    folder = model_folder(path)
+    config = open_config(folder, changes)
     stored = open_weights(folder, ema)
     gemma = stored.gemma
     if gemma is not None:                   # config.base has its tokenizer
@@ -376,6 +376,16 @@ def load_model(path, device="cpu", dtype=torch.float32, ema=True, **changes):
         gemma = gemma._replace(tokenizer=tokenizer)
     model = build_model(config, device, dtype, stored.dit, stored.folder, stored.trained_llm, gemma)
     return model.eval()
+
+
+def model_folder(path):
+    """The folder that has the config and the weights of any of the models listed at the top."""
+    return resolve(last_checkpoint(resolve(path)))
+
+
+def open_config(folder, changes=None):
+    """FuseDiTConfig of a model_folder, with absolute paths. changes: {field: value}."""
+    return with_absolute_paths(stored_config(folder), folder, changes or {})
 
 
 def is_model(folder):
@@ -439,8 +449,8 @@ def with_absolute_paths(config, folder, changes):
     """
     config = FuseDiTConfig.from_dict(asdict(config) | changes)
     if not config.base:
-        raise FuseDiTError(f"{folder} does not name its Gemma: name it with sample.py --set "
-                           "base=NAME, for example base=google/paligemma-3b-pt-448")
+        raise FuseDiTError(f"{folder} does not name its Gemma: name it with --set base=NAME, "
+                           "for example base=google/paligemma-3b-pt-448")
     paths = {}
     for field in ("base", "vae", "clip"):
         name = getattr(config, field)

@@ -9,7 +9,8 @@ from PIL import Image
 from fusedit_lib import pretrained
 from fusedit_lib.data import index as index_module
 from fusedit_lib.data.batches import Batches
-from fusedit_lib.train.config import model_config, parse_run
+from fusedit_lib.train.config import model_config
+from fusedit_lib.train.flags import parse_run
 
 COLOURS = {"red": (255, 0, 0), "green": (0, 255, 0), "blue": (0, 0, 255)}
 # --set for a tiny model; the last two are as in the paper's final model

@@ -5,6 +5,7 @@ from fusedit_lib import backend
 from fusedit_lib.pretrained import build_model
 from fusedit_lib.sampling import latent_size
 from fusedit_lib.seeds import torch_seed
+from fusedit_lib.train.init import load_initial_weights
 from fusedit_lib.vae import load_vae
 
 
@@ -13,7 +14,8 @@ def build_models(run, config, device, checkpoint):
 
     Trained weights are float32. The VAE and, if it is frozen, Gemma have the dtype of the run.
     checkpoint: the Checkpoint to take the trained weights from; if None, they are initialised with
-    run.seed. Raises FuseDiTError, for example if the VAE does not fit the image size.
+    run.seed, and those that the model of --init has are copied from it. Raises FuseDiTError, for
+    example if the VAE does not fit the image size.
     """
     dtype = backend.torch_dtype(run.dtype)
     torch.manual_seed(torch_seed(run.seed))
@@ -25,6 +27,8 @@ def build_models(run, config, device, checkpoint):
     if run.train_llm:
         model.llm.float().requires_grad_(True)
 
+    if run.init and checkpoint is None:
+        load_initial_weights(run, model)
     if checkpoint is not None:
         for name, parameter in trainable(model):
             file, stored_name = checkpoint.state[f"weight.{name}"]

@@ -1,25 +1,22 @@
-"""The settings of a training run, their command line flags, and values derived from them.
+"""The settings of a training run, and values derived from them. flags.py has their flags.
 
 train_gpu.py and train_tpu.py both use RunConfig. Its fields are stored under the same names in the
 config.json of a run folder.
 """
-import argparse
 import json
-import math
 import os
 import sys
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import NamedTuple
 
 import fusedit
-from fusedit import FuseDiTError
+from fusedit import FuseDiTConfig, FuseDiTError
 from fusedit_lib import backend, cli, seeds
 from fusedit_lib.data.layout import MAX_SKIPPED
 from fusedit_lib.data.shards import expand_shards
 from fusedit_lib.files import read_json
-from fusedit_lib.pretrained import repository
-from fusedit_lib.train.published_runs import published_settings
+from fusedit_lib.pretrained import model_folder, open_config, repository
 from fusedit_lib.vae import vae_config
 
 PROMPTS = (
@@ -57,6 +54,12 @@ class RunConfig:
 
     # The model to train. Of these settings, only like_published may change when a run is resumed.
     preset: str = flag("demo", "model preset: a name in fusedit.PRESETS", group="model")
+    init: str = flag("", "model to start from instead of random weights, as --model of sample.py: "
+                     "a run, a checkpoint (its EMA), a model folder or a hub id. The config is "
+                     "that of the model, changed by --set, --base and --image-size; a resumed run "
+                     "remembers it")
+    init_raw: bool = flag(False, "with --init, start from a checkpoint's raw weights instead of "
+                          "their EMA")
     like_published: bool = flag(False, "settings that are not given are those of the preset's "
                                 "published run: steps, EMA, resizing, checkpoints and so on "
                                 "(docs/glossary.md lists them); --data must be given; a resumed "
@@ -187,133 +190,11 @@ class RunConfig:
                      "their peak FLOP/s instead of the default of 0.4", True, group="planning")
 
 
-# ------------------------------------------------------------------------------ command line
+# ------------------------------------------------------------------------------ before the start
 
-def flag_name(name):
-    return "--" + name.replace("_", "-")
-
-
-def default_text(default):
-    """The default as --help shows it. An empty default gives an empty string."""
-    if default == "" or default == ():
-        return ""
-    if isinstance(default, bool):
-        return " (default: on)" if default else " (default: off)"
-    if isinstance(default, tuple):
-        return f" (default: {len(default)} built-in ones)"
-    return f" (default: {default})"
-
-
-def add_flag(parser, setting):
-    """Add the flag of a field of RunConfig to a parser or argument group.
-
-    Its value is None if the flag is not given.
-    """
-    kind = type(setting.default)
-    choices = setting.metadata["choices"]
-    if kind is bool:
-        options = dict(action=argparse.BooleanOptionalAction)
-    elif kind is tuple:
-        options = dict(nargs="+", action="extend", metavar="TEXT")
-    elif choices:
-        options = dict(type=kind, choices=choices)
-    else:
-        options = dict(type=kind, metavar=kind.__name__.upper())
-    about = setting.metadata["about"] + default_text(setting.default)
-    parser.add_argument(flag_name(setting.name), default=None, help=about, **options)
-
-
-def make_parser(description, engine):
-    """The argument parser of a training program; engine: "gpu" or "tpu"."""
-    parser = argparse.ArgumentParser(
-        description=description, formatter_class=argparse.RawDescriptionHelpFormatter,
-        usage="%(prog)s [--flag value ...]; --help lists the flags")
-    for setting in fields(RunConfig):
-        title = setting.metadata["group"]
-        if title:
-            group = parser.add_argument_group(title)
-        if setting.metadata["only"] in ("", engine):
-            add_flag(group, setting)
-
-    # DeepSpeed's launcher adds this flag. It is ignored: LOCAL_RANK has the same value.
-    parser.add_argument("--local_rank", "--local-rank", help=argparse.SUPPRESS)
-    return parser
-
-
-def join_mesh(words):
-    """Replaces "--mesh -1,2" with "--mesh=-1,2", because argparse would take -1,2 for a flag."""
-    joined = []
-    words = iter(words)
-    for word in words:
-        if word == "--mesh":
-            word = f"--mesh={next(words, '')}"
-        joined.append(word)
-    return joined
-
-
-def check_range(parser, setting, value):
-    """Exit with a usage error if a value is outside the setting's limits."""
-    low = setting.metadata["low"]
-    high = setting.metadata["high"]
-    if low is None:
-        return
-    if high is None:
-        inside = low <= value <= math.inf   # False for NaN
-        allowed = f"at least {low}"
-    else:
-        inside = low <= value <= high
-        allowed = f"from {low} to {high}"
-    if not inside:
-        parser.error(f"{flag_name(setting.name)} is {value}; it must be {allowed}")
-
-
-def read_weights(parser, words):
-    """The numbers of --data-weights. Exits with a usage error if one is not positive."""
-    try:
-        weights = [float(word) for word in words]
-    except ValueError:
-        weights = [-1]
-    if not all(0 < weight < math.inf for weight in weights):
-        parser.error("--data-weights must be positive numbers, one for each --data pattern")
-    return weights
-
-
-def parse_run(argv, description, engine="gpu"):
-    """RunConfig from the command line.
-
-    argv: the arguments after the program's name; None: those of this process.
-    description: the training program's docstring, for --help. engine: "gpu" or "tpu".
-    Exits with code 2 on a usage error; raises FuseDiTError if a prompt file cannot be read or, with
-    --like-published, if the preset has no published run.
-    """
-    parser = make_parser(description, engine)
-    if argv is None:
-        argv = sys.argv[1:]
-    args = vars(parser.parse_args(join_mesh(argv)))
-    del args["local_rank"]
-    provided = {name: value for name, value in args.items() if value is not None}
-
-    # checks that argparse does not do
-    for setting in fields(RunConfig):
-        if setting.name in provided:
-            check_range(parser, setting, provided[setting.name])
-    provided["data_weights"] = read_weights(parser, provided.get("data_weights", ()))
-    run = RunConfig(**provided)
-    run = replace(run, out=run.out or f"runs/{run.preset}")
-    if "caption_pick" not in provided and predates_caption_pick(run):
-        run = replace(run, caption_pick="whole")
-    if provided.get("like_published", was_like_published(run)):
-        run = like_published(run, provided)
-
-    # prompts from files, and the default run folder
-    prompts = []
-    for prompt in run.prompts:
-        if prompt.endswith(".txt"):
-            prompts += cli.read_prompts(Path(prompt))
-        else:
-            prompts.append(prompt)
-    cli.check_text(prompts)
-    return replace(run, prompts=prompts)
+def is_resumed(out):
+    """True if a folder holds a run with checkpoints."""
+    return bool(stored_settings(out)) and any(Path(out).glob("step-*"))
 
 
 def stored_settings(out):
@@ -322,43 +203,6 @@ def stored_settings(out):
     if not path.exists():
         return {}
     return read_json(path).get("run", {})
-
-
-def was_like_published(run):
-    """True if --out holds a run of the same preset that was started with --like-published."""
-    stored = stored_settings(run.out)
-    return stored.get("like_published", False) and stored.get("preset") == run.preset
-
-
-def predates_caption_pick(run):
-    """True if --out holds a run from before --caption-pick, which read caption files whole."""
-    stored = stored_settings(run.out)
-    return bool(stored) and "caption_pick" not in stored
-
-
-def like_published(run, provided):
-    """The run with the settings of its preset's published run, except those in `provided`.
-
-    Rank 0 prints the flags of the settings that this changes.
-    """
-    settings = published_settings(run.preset)
-    changes = {}
-    for name, value in settings.items():
-        if name not in provided and getattr(run, name) != value:
-            changes[name] = value
-    if os.environ.get("RANK", "0") == "0":
-        flags = " ".join(flag_text(name, value) for name, value in changes.items())
-        print(f"--like-published sets {flags or 'nothing'}", file=sys.stderr, flush=True)
-    return replace(run, like_published=True, **changes)
-
-
-def flag_text(name, value):
-    """A setting as a flag of the command line: --steps 500000, --no-ema-warmup."""
-    if value is True:
-        return flag_name(name)
-    if value is False:
-        return flag_name("no_" + name)
-    return f"{flag_name(name)} {value}"
 
 
 def check_run(run):
@@ -416,8 +260,19 @@ def lasting_name(name):
     return name
 
 
+def initial_config(run, changes):
+    """FuseDiTConfig of the model that --init names, with some fields changed.
+
+    A run that is resumed has stored it, and no longer needs the model.
+    """
+    if is_resumed(run.out):
+        stored = read_json(Path(run.out) / "config.json")["model"]
+        return FuseDiTConfig.from_dict(stored | changes)
+    return open_config(model_folder(run.init), changes)
+
+
 def model_config(run):
-    """FuseDiTConfig of the run: its preset with the overrides from the flags.
+    """FuseDiTConfig of the run: that of its preset or of --init, with overrides from the flags.
 
     Model folders are named such that the run folder can be used from anywhere (lasting_name).
     Raises FuseDiTError for an unknown preset or field, or an image size that is not a multiple of
@@ -428,7 +283,11 @@ def model_config(run):
         changes["base"] = run.base
     if run.image_size:
         changes["image_size"] = run.image_size
-    config = fusedit.preset(run.preset, **changes | cli.parse_overrides(run.set))
+    changes |= cli.parse_overrides(run.set)
+    if run.init:
+        config = initial_config(run, changes)
+    else:
+        config = fusedit.preset(run.preset, **changes)
 
     patch = config.patch_size               # in pixels
     if config.vae:

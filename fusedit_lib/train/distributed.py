@@ -25,6 +25,11 @@ def catch_signals():
     return caught
 
 
+def rank_and_world():
+    """(the rank of this process, the number of processes). Call it after they are connected."""
+    return dist.get_rank(), dist.get_world_size()
+
+
 def several_ranks():
     return dist.is_initialized() and dist.get_world_size() > 1
 

@@ -114,7 +114,8 @@ LATE_STEP = """
 import resource, sys, time
 from fusedit_lib import pretrained
 from fusedit_lib.data import batches
-from fusedit_lib.train.config import model_config, parse_run
+from fusedit_lib.train.config import model_config
+from fusedit_lib.train.flags import parse_run
 
 batches.decode = lambda *_: (batches.torch.zeros(3, 16, 16).byte(), "a")
 begin = time.time()

@@ -26,7 +26,8 @@ from fusedit_lib.data.shards import (
     read_sample,
     sample_offsets,
 )
-from fusedit_lib.train.config import RunConfig, parse_run
+from fusedit_lib.train.config import RunConfig
+from fusedit_lib.train.flags import parse_run
 
 VAE = REFERENCE / "released_layout" / "pipeline" / "vae"
 

@@ -28,7 +28,8 @@ import fusedit
 from fusedit import PRESETS, FuseDiT, FuseDiTConfig, FuseDiTError, GemmaConfig
 from fusedit_lib import cli
 from fusedit_lib.train import plan
-from fusedit_lib.train.config import join_mesh, model_config, parse_run
+from fusedit_lib.train.config import model_config
+from fusedit_lib.train.flags import join_mesh, parse_run
 
 README_LINES = range(180, 231)
 

@@ -12,7 +12,8 @@ from tiny_shards import SHAPE
 from fusedit import FuseDiTError
 from fusedit_lib import pretrained
 from fusedit_lib.train import checkpoints, resuming
-from fusedit_lib.train.config import model_config, parse_run
+from fusedit_lib.train.config import model_config
+from fusedit_lib.train.flags import parse_run
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -152,7 +153,8 @@ DIES = """
 import os, sys, torch
 import test_checkpoints
 from fusedit_lib.train import checkpoints
-from fusedit_lib.train.config import model_config, parse_run
+from fusedit_lib.train.config import model_config
+from fusedit_lib.train.flags import parse_run
 store, point, *argv = sys.argv[1:]
 run = parse_run(argv, "")
 torch.distributed.init_process_group("gloo", init_method=f"file://{store}", rank=0, world_size=1)

@@ -17,9 +17,9 @@ from fusedit_lib.train.config import (
     data_workers,
     lasting_name,
     model_config,
-    parse_run,
     split_batch,
 )
+from fusedit_lib.train.flags import parse_run
 
 
 def squeeze(text):

@@ -9,7 +9,8 @@ from safetensors.torch import load_file
 from fusedit_lib import pretrained
 from fusedit_lib.train import plot, validation
 from fusedit_lib.train.build import build_models, trainable
-from fusedit_lib.train.config import model_config, parse_run
+from fusedit_lib.train.config import model_config
+from fusedit_lib.train.flags import parse_run
 
 EXTRAS = ("--save-every", "20", "--sample-every", "20", "--ema-every", "5", "--workers", "1",
           "--val-every", "20", "--val-samples", "20", "--tensorboard")

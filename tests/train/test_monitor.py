@@ -12,7 +12,8 @@ from tiny_shards import index, numbered, sample_names, scene, write_shard
 from fusedit_lib import pretrained
 from fusedit_lib.data.batches import Batches
 from fusedit_lib.train import costs
-from fusedit_lib.train.config import model_config, parse_run
+from fusedit_lib.train.config import model_config
+from fusedit_lib.train.flags import parse_run
 
 # Makes the noise levels, and therefore the loss, of the steps BAD NaN.
 POISON = """

@@ -9,7 +9,8 @@ from safetensors.torch import load_file
 
 from fusedit import FuseDiTConfig, FuseDiTError, preset
 from fusedit_lib.train import costs, plan
-from fusedit_lib.train.config import model_config, parse_run
+from fusedit_lib.train.config import model_config
+from fusedit_lib.train.flags import parse_run
 
 # ------------------------------------------------------------------------------ measured memory
 

@@ -10,7 +10,8 @@ from launching import flags, launch
 
 import fusedit
 from fusedit import FuseDiTError
-from fusedit_lib.train.config import RunConfig, parse_run
+from fusedit_lib.train.config import RunConfig
+from fusedit_lib.train.flags import parse_run
 from fusedit_lib.train.published_runs import HOSTS, published_settings
 
 CONFIGS = json.loads((REFERENCE / "published_configs.json").read_text())

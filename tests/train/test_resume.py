@@ -17,7 +17,8 @@ from launching import (
 )
 
 from fusedit_lib.train import checkpoints, resuming
-from fusedit_lib.train.config import model_config, parse_run
+from fusedit_lib.train.config import model_config
+from fusedit_lib.train.flags import parse_run
 
 
 @pytest.mark.parametrize("stages, dtype", [

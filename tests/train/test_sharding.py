@@ -325,7 +325,8 @@ def test_a_missing_piece_is_named(tmp_path):
 TWO_HOSTS = """
 import sys, torch, torch.distributed as dist
 from fusedit_lib.train import checkpoints, sharding
-from fusedit_lib.train.config import model_config, parse_run
+from fusedit_lib.train.config import model_config
+from fusedit_lib.train.flags import parse_run
 from test_sharding import shards_of
 
 dist.init_process_group("gloo")

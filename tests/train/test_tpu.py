@@ -18,7 +18,8 @@ from PIL import Image
 from tiny_shards import numbered
 
 from fusedit_lib.train import checkpoints, costs
-from fusedit_lib.train.config import model_config, parse_run
+from fusedit_lib.train.config import model_config
+from fusedit_lib.train.flags import parse_run
 
 pytestmark = [
     pytest.mark.timeout(3000),              # each process compiles for half a minute on two cores

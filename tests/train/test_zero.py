@@ -12,7 +12,8 @@ from fusedit_lib import pretrained
 from fusedit_lib.export import export
 from fusedit_lib.data.batches import Batches
 from fusedit_lib.train import zero
-from fusedit_lib.train.config import model_config, parse_run
+from fusedit_lib.train.config import model_config
+from fusedit_lib.train.flags import parse_run
 
 # ------------------------------------------------------------------------------ EMA, sharded
 

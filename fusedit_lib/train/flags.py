@@ -1,0 +1,214 @@
+"""The command line flags of the training programs: one for each field of RunConfig."""
+import argparse
+import math
+import os
+import sys
+from dataclasses import fields, replace
+from pathlib import Path
+
+from fusedit_lib import cli
+from fusedit_lib.pretrained import last_checkpoint
+from fusedit_lib.train.config import RunConfig, is_resumed, lasting_name, stored_settings
+from fusedit_lib.train.published_runs import published_settings
+
+# ------------------------------------------------------------------------------ the parser
+
+def flag_name(name):
+    return "--" + name.replace("_", "-")
+
+
+def default_text(default):
+    """The default as --help shows it. An empty default gives an empty string."""
+    if default == "" or default == ():
+        return ""
+    if isinstance(default, bool):
+        return " (default: on)" if default else " (default: off)"
+    if isinstance(default, tuple):
+        return f" (default: {len(default)} built-in ones)"
+    return f" (default: {default})"
+
+
+def add_flag(parser, setting):
+    """Add the flag of a field of RunConfig to a parser or argument group.
+
+    Its value is None if the flag is not given.
+    """
+    kind = type(setting.default)
+    choices = setting.metadata["choices"]
+    if kind is bool:
+        options = dict(action=argparse.BooleanOptionalAction)
+    elif kind is tuple:
+        options = dict(nargs="+", action="extend", metavar="TEXT")
+    elif choices:
+        options = dict(type=kind, choices=choices)
+    else:
+        options = dict(type=kind, metavar=kind.__name__.upper())
+    about = setting.metadata["about"] + default_text(setting.default)
+    parser.add_argument(flag_name(setting.name), default=None, help=about, **options)
+
+
+def make_parser(description, engine):
+    """The argument parser of a training program; engine: "gpu" or "tpu"."""
+    parser = argparse.ArgumentParser(
+        description=description, formatter_class=argparse.RawDescriptionHelpFormatter,
+        usage="%(prog)s [--flag value ...]; --help lists the flags")
+    for setting in fields(RunConfig):
+        title = setting.metadata["group"]
+        if title:
+            group = parser.add_argument_group(title)
+        if setting.metadata["only"] in ("", engine):
+            add_flag(group, setting)
+
+    # DeepSpeed's launcher adds this flag. It is ignored: LOCAL_RANK has the same value.
+    parser.add_argument("--local_rank", "--local-rank", help=argparse.SUPPRESS)
+    return parser
+
+
+def join_mesh(words):
+    """Replaces "--mesh -1,2" with "--mesh=-1,2", because argparse would take -1,2 for a flag."""
+    joined = []
+    words = iter(words)
+    for word in words:
+        if word == "--mesh":
+            word = f"--mesh={next(words, '')}"
+        joined.append(word)
+    return joined
+
+
+def check_range(parser, setting, value):
+    """Exit with a usage error if a value is outside the setting's limits."""
+    low = setting.metadata["low"]
+    high = setting.metadata["high"]
+    if low is None:
+        return
+    if high is None:
+        inside = low <= value <= math.inf   # False for NaN
+        allowed = f"at least {low}"
+    else:
+        inside = low <= value <= high
+        allowed = f"from {low} to {high}"
+    if not inside:
+        parser.error(f"{flag_name(setting.name)} is {value}; it must be {allowed}")
+
+
+def read_weights(parser, words):
+    """The numbers of --data-weights. Exits with a usage error if one is not positive."""
+    try:
+        weights = [float(word) for word in words]
+    except ValueError:
+        weights = [-1]
+    if not all(0 < weight < math.inf for weight in weights):
+        parser.error("--data-weights must be positive numbers, one for each --data pattern")
+    return weights
+
+
+# ------------------------------------------------------------------------------ parsing
+
+def parse_run(argv, description, engine="gpu"):
+    """RunConfig from the command line.
+
+    argv: the arguments after the program's name; None: those of this process.
+    description: the training program's docstring, for --help. engine: "gpu" or "tpu".
+    Exits with code 2 on a usage error; raises FuseDiTError if a prompt file cannot be read or, with
+    --like-published, if the preset has no published run.
+    """
+    parser = make_parser(description, engine)
+    if argv is None:
+        argv = sys.argv[1:]
+    args = vars(parser.parse_args(join_mesh(argv)))
+    del args["local_rank"]
+    provided = {name: value for name, value in args.items() if value is not None}
+
+    # checks that argparse does not do
+    for setting in fields(RunConfig):
+        if setting.name in provided:
+            check_range(parser, setting, provided[setting.name])
+    provided["data_weights"] = read_weights(parser, provided.get("data_weights", ()))
+    run = RunConfig(**provided)
+    if run.init and "preset" in provided and not run.like_published:
+        parser.error("--init has the config of its model: leave out --preset, and change fields "
+                     "with --set (with --like-published, --preset chooses the run settings)")
+    run = settle_init(replace(run, out=run.out or default_folder(run)))
+    if "caption_pick" not in provided and predates_caption_pick(run):
+        run = replace(run, caption_pick="whole")
+    if provided.get("like_published", was_like_published(run)):
+        run = like_published(run, provided)
+
+    # prompts from files, and the default run folder
+    prompts = []
+    for prompt in run.prompts:
+        if prompt.endswith(".txt"):
+            prompts += cli.read_prompts(Path(prompt))
+        else:
+            prompts.append(prompt)
+    cli.check_text(prompts)
+    return replace(run, prompts=prompts)
+
+
+def default_folder(run):
+    """The run folder if --out is not given: runs/PRESET or, with --init, runs/NAME-finetuned."""
+    if not run.init:
+        return f"runs/{run.preset}"
+    path = Path(run.init)
+    if path.name.startswith("step-"):       # a checkpoint: use the name of its run
+        path = path.parent
+    return f"runs/{path.resolve().name}-finetuned"
+
+
+def settle_init(run):
+    """The run with the model of --init as config.json names it, or that of a resumed run.
+
+    For a run folder it is the checkpoint that is its last one now. The name lasts: see
+    lasting_name.
+    """
+    stored = ""
+    if is_resumed(run.out):
+        stored = stored_settings(run.out).get("init", "")
+    init = ""
+    if run.init:
+        init = lasting_name(run.init)
+    if stored and init in ("", stored, str(Path(stored).parent)):
+        init = stored
+    elif init and Path(init).exists():
+        init = lasting_name(last_checkpoint(init))
+    preset = run.preset
+    if init and not run.like_published:
+        preset = ""                         # the config is that of the model
+    return replace(run, init=init, preset=preset)
+
+
+def was_like_published(run):
+    """True if --out holds a run of the same preset that was started with --like-published."""
+    stored = stored_settings(run.out)
+    return stored.get("like_published", False) and stored.get("preset") == run.preset
+
+
+def predates_caption_pick(run):
+    """True if --out holds a run from before --caption-pick, which read caption files whole."""
+    stored = stored_settings(run.out)
+    return bool(stored) and "caption_pick" not in stored
+
+
+def like_published(run, provided):
+    """The run with the settings of its preset's published run, except those in `provided`.
+
+    Rank 0 prints the flags of the settings that this changes.
+    """
+    settings = published_settings(run.preset)
+    changes = {}
+    for name, value in settings.items():
+        if name not in provided and getattr(run, name) != value:
+            changes[name] = value
+    if os.environ.get("RANK", "0") == "0":
+        flags = " ".join(flag_text(name, value) for name, value in changes.items())
+        print(f"--like-published sets {flags or 'nothing'}", file=sys.stderr, flush=True)
+    return replace(run, like_published=True, **changes)
+
+
+def flag_text(name, value):
+    """A setting as a flag of the command line: --steps 500000, --no-ema-warmup."""
+    if value is True:
+        return flag_name(name)
+    if value is False:
+        return flag_name("no_" + name)
+    return f"{flag_name(name)} {value}"
