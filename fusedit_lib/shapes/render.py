@@ -38,7 +38,7 @@ def _cross_outline(long=0.93, wide=0.34):
     return outline
 
 
-def _moon_outline(outer=0.98, inner=0.78, right=0.48, steps=24):
+def _moon_outline(outer=0.98, inner=0.66, right=0.54, steps=24):
     """A crescent: a circle without the part that a smaller one, moved to the right, covers."""
     x = (right ** 2 + outer ** 2 - inner ** 2) / (2 * right)     # where the two circles meet
     start = math.acos(x / outer)
