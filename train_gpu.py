@@ -21,7 +21,7 @@ import torch.distributed as dist
 import fusedit
 from fusedit_lib import backend, cli
 from fusedit_lib.data.batches import Batches, load_batches, to_device
-from fusedit_lib.train import checkpoints, distributed, metrics_log, plan, resuming, zero
+from fusedit_lib.train import checkpoints, distributed, plan, resuming, zero
 from fusedit_lib.train.config import check_run, data_workers, model_config, split_batch
 from fusedit_lib.train.flags import parse_run
 from fusedit_lib.train.build import adam_steps, build_models
@@ -115,13 +115,13 @@ def train(run, config):
     rank, world = distributed.rank_and_world()
     micro_batch, accumulation = split_batch(run, world)
 
-    checkpoint = checkpoints.load_checkpoint(resuming.open_run(run, config))
-    run = metrics_log.settle_boards(run, checkpoint)
+    run, checkpoint = resuming.resume(run, config)
     step = first_step = checkpoint.step if checkpoint else 0
+    seen = checkpoint.seen if checkpoint else 0             # samples so far
     model, vae = build_models(run, config, device, checkpoint)
-    dataset = Batches(run, config, model.tokenizer, micro_batch, accumulation, rank, world)
+    dataset = Batches(run, config, model.tokenizer, micro_batch, accumulation, rank, world, seen)
     writer = checkpoints.CheckpointWriter(run, config, checkpoint, dataset.digest)
-    micro_batches = range(first_step * accumulation, run.steps * accumulation)
+    micro_batches = range((run.steps - first_step) * accumulation)
     batches = load_batches(dataset, micro_batches, data_workers(run), device)
     # The monitor counts the weights, so it is created before ZeRO 3 shards them.
     monitor = Monitor(run, config, model, vae, checkpoint, micro_batch, dataset)

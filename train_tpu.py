@@ -19,7 +19,7 @@ import torch.distributed as dist
 import fusedit
 from fusedit_lib import cli
 from fusedit_lib.data.batches import Batches, load_batches, to_device
-from fusedit_lib.train import checkpoints, distributed, metrics_log, plan, resuming, xla
+from fusedit_lib.train import checkpoints, distributed, plan, resuming, xla
 from fusedit_lib.train.config import check_run, data_workers, model_config, split_batch
 from fusedit_lib.train.flags import parse_run
 from fusedit_lib.train.build import adam_steps, build_models
@@ -57,13 +57,13 @@ def train(run, config):
     micro_batch, accumulation = split_batch(run, mesh.size())
     micro_batch *= mesh.size() // world     # per host: all of its devices together
 
-    checkpoint = checkpoints.load_checkpoint(resuming.open_run(run, config))
-    run = metrics_log.settle_boards(run, checkpoint)
+    run, checkpoint = resuming.resume(run, config)
     step = first_step = checkpoint.step if checkpoint else 0
+    seen = checkpoint.seen if checkpoint else 0             # samples so far
     model, vae = build_models(run, config, "cpu", checkpoint)
-    dataset = Batches(run, config, model.tokenizer, micro_batch, accumulation, rank, world)
+    dataset = Batches(run, config, model.tokenizer, micro_batch, accumulation, rank, world, seen)
     writer = checkpoints.CheckpointWriter(run, config, checkpoint, dataset.digest)
-    micro_batches = range(first_step * accumulation, run.steps * accumulation)
+    micro_batches = range((run.steps - first_step) * accumulation)
     place = partial(xla.place_batches, mesh=mesh)
     batches = place(load_batches(dataset, micro_batches, data_workers(run)))
     engine = build_engine(run, model, vae, checkpoint, accumulation, mesh)

@@ -62,7 +62,8 @@ def resolve(name, patterns=MODEL_FILES):
     if path is not None:
         return path
     if not is_hub_id(name):
-        raise FuseDiTError(f"no such model folder: {name}")
+        raise FuseDiTError(f"no such model folder: {name}. Check the path, or give a hub id, "
+                           "OWNER/NAME")
     from huggingface_hub import snapshot_download
     try:
         return Path(snapshot_download(str(name), allow_patterns=list(patterns)))
@@ -433,7 +434,7 @@ def open_weights(folder, ema):
     train_state = folder / "train_state"
     if not ema and not train_state.exists():
         raise FuseDiTError(f"{folder} has one set of weights, and no raw ones as the checkpoints "
-                           "of a run have: leave out --no-ema")
+                           "of a run have: leave out --no-ema or --init-raw")
     if published.is_pipeline(folder):
         return published.open_pipeline(folder)
     tensors = open_tensors(folder)
@@ -458,8 +459,8 @@ def with_absolute_paths(config, folder, changes):
             continue
         roots = (folder, repository(), ".")         # stored: a run of the demo has "demo/gemma"
         problem = (f"{folder} needs {name}, its {field}, which does not exist. If it has been "
-                   f"moved or renamed, use sample.py --set {field}=FOLDER; add --export DIR to "
-                   "write a complete folder")
+                   f"moved or renamed, use --set {field}=FOLDER (sample.py --export DIR then "
+                   "writes a complete folder)")
         if field in changes:
             roots = (".", repository())
             problem = f"{field}={name}: there is no such folder"

@@ -216,7 +216,7 @@ def read_state_dict(folder, ema):
         print(f"{folder} has no EMA: using its raw weights", file=sys.stderr)
         return read_state_dict(folder, ema=False)
     if not ema:
-        raise FuseDiTError(f"{folder} has only EMA weights: leave out --no-ema")
+        raise FuseDiTError(f"{folder} has only EMA weights: leave out --no-ema or --init-raw")
     raise FuseDiTError(f"{folder} has only shards of its weights: the published TPU trainer writes "
                        "whole weights, ema.pt.zst, every consolidation_steps steps")
 

@@ -380,8 +380,10 @@ def load_vae(path_or_id, device="cpu", dtype=torch.float32, channels=None):
     tensors = {current_name(name): tensor for name, tensor in stored.items()}
     check_tensors(vae, tensors, folder)
     if channels not in (None, vae.config.latent_channels):
-        raise FuseDiTError(f"the VAE {path_or_id} has {vae.config.latent_channels} channels, but "
-                           f"the model's config.json has in_channels {channels}")
+        found = vae.config.latent_channels
+        raise FuseDiTError(f"the VAE {path_or_id} has {found} channels, but config field "
+                           f"in_channels of the model is {channels}: use the model's own VAE or, "
+                           f"to train a model for this one, --set in_channels={found} as well")
     assign_tensors(vae, tensors, device, dtype)
     layout = torch.contiguous_format
     if dtype == torch.bfloat16:

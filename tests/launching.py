@@ -112,10 +112,10 @@ def read_until(process, begin):
     raise AssertionError(process.communicate())
 
 
-# Code that writes checkpoint files slowly and prints when it does, and prints the samples of each
-# micro-batch. If AFTER is in the environment, the process kills its process group: a moment after
-# the AFTER-th micro-batch from now or, with WRITING, when a checkpoint file is half written after
-# that.
+# Code that writes checkpoint files slowly and prints when it does, and prints the keys of each
+# micro-batch's samples after the position of the first. If AFTER is in the environment, the process
+# kills its process group: a moment after the AFTER-th micro-batch from now or, with WRITING, when a
+# checkpoint file is half written after that.
 WATCHED = """
 import random, signal, threading
 save_file = checkpoints.save_file
@@ -134,24 +134,35 @@ def save_slowly(tensors, path, metadata):
         kill()
     time.sleep(0.1)
 
-def print_keys(which, batches):
+def print_keys(source, which, batches):
     global steps_left
     for m, batch in zip(which, batches):
         keys = []
         for caption in batch["captions"]:
             keys += caption.split()[-1:]
-        os.write(1, f"KEYS {m} {' '.join(keys)}\\n".encode())
+        os.write(1, f"KEYS {source.first_position(m)} {' '.join(keys)}\\n".encode())
         steps_left -= 1
         if steps_left == 0 and not while_writing:
             threading.Timer(random.random() * 0.02, kill).start()
         yield batch
 
 def load_and_print(batches, which, *args, **kwargs):
-    return print_keys(which, load_batches(batches, which, *args, **kwargs))
+    return print_keys(batches, which, load_batches(batches, which, *args, **kwargs))
 
 checkpoints.save_file = save_slowly
 launcher.load_batches = load_and_print
 """
+
+
+def keys_by_position(stdout):
+    """{position of a micro-batch: keys of its samples}, from the output of a launcher with WATCHED.
+    """
+    found = {}
+    for line in stdout.splitlines():
+        if line.startswith("KEYS"):
+            _, position, *keys = line.split()
+            found[int(position)] = keys
+    return found
 
 
 # ------------------------------------------------------------------------------ what a run leaves

@@ -325,7 +325,7 @@ def test_broken_folders(folder, case, message):
 def test_a_gemma_that_has_moved_is_named_and_can_be_replaced(folder):
     moved = (folder / "gemma").rename(folder.parent / "elsewhere")
     edit_json(folder / "config.json", base=str(folder / "gemma"))
-    with pytest.raises(FuseDiTError, match="gemma, its base, .* use sample.py --set base=FOLDER"):
+    with pytest.raises(FuseDiTError, match="gemma, its base, .* use --set base=FOLDER"):
         load_model(folder)
     model = load_model(folder, base=str(moved))
     assert model.config.base == str(moved)

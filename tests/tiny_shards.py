@@ -2,6 +2,7 @@
 import io
 import tarfile
 from argparse import Namespace
+from dataclasses import replace
 from pathlib import Path
 
 from PIL import Image
@@ -93,18 +94,20 @@ def numbered(folder, shards=3, samples=8, colour=None):
 
 # ------------------------------------------------------------------------------ batches
 
-def tiny_batches(gemma, data, *flags, micro_batch=4, accumulation=1, rank=0, world=1):
-    """Batches from a folder or pattern, or from a list of them."""
+def tiny_batches(gemma, data, *flags, micro_batch=4, accumulation=1, rank=0, world=1, start=0,
+                 changes=()):
+    """Batches from a folder or pattern, or from a list of them. changes: of a RunConfig."""
     if isinstance(data, str | Path):
         data = [data]
     batch = micro_batch * accumulation * world
     argv = ["--base", str(gemma), "--batch", str(batch), "--set", *SHAPE, *flags]
     if data:
         argv += ["--data", *map(str, data)]
-    run = parse_run(argv, "")
+    run = replace(parse_run(argv, ""), changes=changes)
     files = pretrained.open_gemma(gemma)
     tokenizer = pretrained.load_tokenizer(files.tokenizer, files.config["vocab_size"])
-    return Batches(run, model_config(run), tokenizer, micro_batch, accumulation, rank, world)
+    return Batches(run, model_config(run), tokenizer, micro_batch, accumulation, rank, world,
+                   start)
 
 
 def batch_keys(batch):

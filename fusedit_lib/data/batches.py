@@ -71,6 +71,8 @@ def decode(files, run, size, rng):
 class Batches(Dataset):
     """The micro-batches of one rank. self[m] is a dict for any m >= 0; no state is kept.
 
+    Micro-batch 0 is the first one after the run was started or resumed.
+
         pixels     uint8 [B,3,H,W]; or latents [B,2*C,h,w]: a VAE's mean and log variance
         ids, mask  [B,T] tokens of the captions, padded to self.pad_to
         captions   the text of the captions
@@ -84,11 +86,13 @@ class Batches(Dataset):
     would arrive with the worker's traceback.
     """
 
-    def __init__(self, run, config, tokenizer, micro_batch, accumulation=1, rank=0, world=1):
+    def __init__(self, run, config, tokenizer, micro_batch, accumulation=1, rank=0, world=1,
+                 start=0):
         """micro_batch: samples per micro-batch; accumulation: micro-batches per training step.
 
-        Both numbers are per rank. Raises FuseDiTError if --data is missing or matches nothing, or
-        if --data-weights does not match it.
+        Both numbers are per rank. start: the position of the first sample, which is the number of
+        samples that the run has had so far. Raises FuseDiTError if --data is missing or matches
+        nothing, or if --data-weights does not match it.
         """
         self.run = run
         self.config = config
@@ -98,6 +102,7 @@ class Batches(Dataset):
         self.accumulation = accumulation
         self.rank = rank
         self.world = world
+        self.start = start
 
         if not run.data:
             raise FuseDiTError("--data is missing: give the shards to train on, such as "
@@ -107,12 +112,10 @@ class Batches(Dataset):
             raise FuseDiTError(f"--data-weights has {len(run.data_weights)} numbers, but --data "
                                f"has {len(sets)} data sets")
         self.shards = sum(sets, [])
-        weights = run.data_weights
-        if not weights:                     # one data set: an epoch contains every sample once
+        if not run.data_weights:            # one data set: an epoch contains every sample once
             sets = [self.shards]
-            weights = [1]
         self.digest = digest(self.shards)
-        self.order = Mixture(sets, weights, run.seed, run.mix_shards)
+        self.order = mixture(run, sets)
 
         self.latents = can_read_latents(self.shards, run, config, rank)
         self.reader = ShardReader(self.shards, run.mix_shards * len(sets), run.cache, self.latents)
@@ -181,10 +184,15 @@ class Batches(Dataset):
         raise FuseDiTError(f"{MAX_ATTEMPTS} samples in a row cannot be read; the last is {problem}"
                            f"{remedy}")
 
+    def first_position(self, m):
+        """The position of the first sample of micro-batch m."""
+        step, i = divmod(m, self.accumulation)
+        in_step = (i * self.world + self.rank) * self.micro_batch
+        return self.start + step * self.run.batch + in_step
+
     def make_batch(self, m):
         """Micro-batch m, without a time limit."""
-        step, i = divmod(m, self.accumulation)
-        first = step * self.run.batch + (i * self.world + self.rank) * self.micro_batch
+        first = self.first_position(m)
         bad = []
         samples = []
         notes = []
@@ -224,6 +232,29 @@ class Batches(Dataset):
             return self.make_batch(m)
         finally:
             signal.alarm(0)
+
+
+def mixture(run, sets):
+    """The order of the run's samples, as a Mixture of its data sets.
+
+    Where the run has changed --data-weights, each data set continues where it was. It cannot if the
+    number of data sets has changed; then the order is as if the new weights had always held.
+    """
+    order = None
+    for change in run.changes:
+        if "data_weights" not in change:
+            continue
+        old, new = change["data_weights"]
+        if not len(old) == len(new) == len(sets):
+            order = None
+            continue
+        if order is None:
+            order = Mixture(sets, old, run.seed, run.mix_shards)
+        taken = order.taken_before(change["seen"])
+        order = Mixture(sets, new, run.seed, run.mix_shards, change["seen"], taken)
+    if order is None:
+        order = Mixture(sets, run.data_weights or [1], run.seed, run.mix_shards)
+    return order
 
 
 def digest(shards):

@@ -75,11 +75,15 @@ class Mixture:
     the pattern repeats. Each data set keeps its own order and epochs.
     """
 
-    def __init__(self, sets, weights, seed, pool):
+    def __init__(self, sets, weights, seed, pool, start=0, taken=0):
         """sets: the shards of each data set, as from expand_shards; weights: one for each set.
 
+        start: the first position that has these weights. taken: the number of samples that each
+        data set has given before it, from taken_before of the Mixture with the earlier weights.
         Raises FuseDiTError if a weight is too small for one position in CYCLE.
         """
+        self.start = start
+        self.taken = np.zeros(len(sets), int) + taken
         self.orders = []
         for shards in sets:
             counts = [shard.samples for shard in shards]
@@ -102,8 +106,15 @@ class Mixture:
 
     def __getitem__(self, position):
         """(shard, index of the sample in it) at a position; shards are numbered over all sets."""
-        cycle, slot = divmod(position, CYCLE)
+        cycle, slot = divmod(position - self.start, CYCLE)
         chosen = self.slots[slot]
         position_in_set = cycle * int(self.per_cycle[chosen]) + int(self.earlier[slot])
+        position_in_set += int(self.taken[chosen])
         shard, sample = self.orders[chosen][position_in_set]
         return self.first_shard[chosen] + shard, sample
+
+    def taken_before(self, position):
+        """The number of samples that each data set gives before a position, as int [sets]."""
+        cycle, slot = divmod(position - self.start, CYCLE)
+        in_cycle = np.bincount(self.slots[:slot], minlength=len(self.per_cycle))
+        return self.taken + cycle * self.per_cycle + in_cycle

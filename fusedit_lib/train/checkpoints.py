@@ -372,8 +372,8 @@ class CheckpointWriter:
 def resume_command(world):
     """The command with which the user can resume this run.
 
-    It omits --local_rank, which launchers add, and --resume, which would return to the same
-    checkpoint again.
+    It omits --local_rank, which launchers add, --resume, which would return to the same checkpoint
+    again, and --resume-with, whose changes are made.
     """
     if world == 1:
         launcher = "python"
@@ -384,10 +384,10 @@ def resume_command(world):
     else:
         launcher = "on every host: python"
     words = []
-    before = None
+    flag = ""
     for word in sys.argv:
-        left_out = word.startswith(("--local_rank", "--resume")) or before == "--resume"
-        if not left_out:
+        if word.startswith("--"):
+            flag = word
+        if not flag.startswith(("--local_rank", "--resume")):
             words.append(word)
-        before = word
     return f"{launcher} {shlex.join(words)}"

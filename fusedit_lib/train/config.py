@@ -16,7 +16,13 @@ from fusedit_lib import backend, cli, seeds
 from fusedit_lib.data.layout import MAX_SKIPPED
 from fusedit_lib.data.shards import expand_shards
 from fusedit_lib.files import read_json
-from fusedit_lib.pretrained import model_folder, open_config, repository
+from fusedit_lib.pretrained import (
+    find_local,
+    is_hub_id,
+    model_folder,
+    open_config,
+    repository,
+)
 from fusedit_lib.vae import vae_config
 
 PROMPTS = (
@@ -30,6 +36,9 @@ PROMPTS = (
     "a small cyan cross on a white background",
 )
 ZERO_STAGES = ("0", "1", "2", "3", "1-offload", "2-offload", "3-offload")
+# What --resume-with may change in a run; naming one of SCHEDULE also starts the schedule anew.
+SCHEDULE = ("lr_schedule", "warmup_steps")
+CHANGEABLE = ("batch", "lr", *SCHEDULE, "weight_decay", "ema_decay", "data_weights")
 
 
 # ------------------------------------------------------------------------------ settings
@@ -37,7 +46,7 @@ ZERO_STAGES = ("0", "1", "2", "3", "1-offload", "2-offload", "3-offload")
 def flag(default, about, free=False, low=None, high=None, choices=None, only="", group=""):
     """A field of RunConfig, with the description of its command line flag.
 
-    about: the flag's text in --help.
+    about: the flag's text in --help. A field without one has no flag.
     free: True if the value may change when a run is resumed.
     low, high: the smallest and the largest allowed value.
     only: "gpu" or "tpu" if only one of the training programs has this flag.
@@ -50,7 +59,7 @@ def flag(default, about, free=False, low=None, high=None, choices=None, only="",
 
 @dataclass
 class RunConfig:
-    """The settings of a training run. Every field is a flag: image_size is --image-size."""
+    """The settings of a training run. Each field but `changes` is a flag, such as --image-size."""
 
     # The model to train. Of these settings, only like_published may change when a run is resumed.
     preset: str = flag("demo", "model preset: a name in fusedit.PRESETS", group="model")
@@ -159,11 +168,18 @@ class RunConfig:
                      "heads and the MLP width; -1: all remaining devices", True, only="tpu")
 
     # The run folder and its checkpoints.
-    out: str = flag("", "run folder (default: runs/PRESET); if it holds a run, that run is resumed",
-                    True, group="run folder and checkpoints")
+    out: str = flag("", "run folder (default: runs/PRESET or, with --init, runs/NAME-finetuned); "
+                    "if it holds a run, that run is resumed", True,
+                    group="run folder and checkpoints")
     resume: str = flag("auto", "auto: resume from the newest undamaged checkpoint; a step number: "
                        "resume from that checkpoint; none: start a new run, and refuse a folder "
                        "that has checkpoints", True)
+    resume_with: tuple = flag((), "settings that a resumed run changes to the values given now, "
+                              "such as lr,batch. Of those that decide what the weights become, "
+                              f"these may change: {', '.join(CHANGEABLE)}. The schedule of the "
+                              "learning rate starts anew, with its warmup, if lr_schedule or "
+                              "warmup_steps is named", True)
+    changes: tuple = flag((), "", True)     # made by --resume-with so far: see changes.py
     save_every: int = flag(1000, "steps between checkpoints", True, low=1)
     save_minutes: float = flag(0.0, "also save once this many minutes have passed since the last "
                                "checkpoint; 0: save by steps only", True, low=0)
@@ -205,12 +221,28 @@ def stored_settings(out):
     return read_json(path).get("run", {})
 
 
+def run_of(path):
+    """The Path of the run that a checkpoint belongs to; that of any other model as it is.
+
+    The run may also be one of the published code, whose checkpoints are named by their step alone.
+    """
+    path = Path(path)
+    if path.name.startswith("step-") or path.name.isdigit():
+        return path.parent
+    return path
+
+
 def check_run(run):
     """Raise FuseDiTError for mistakes that can be found before the model is loaded."""
     for pattern in (*run.data, *run.val_data):
         expand_shards(pattern)
     if Path(run.out).is_file():
         raise FuseDiTError(f"--out {run.out} is a file; it must be a folder")
+    source = None
+    if run.init:
+        source = find_local(run.init, (".", repository()))
+    if source is not None and Path(run.out).resolve() in (source, run_of(source)):
+        raise FuseDiTError(f"--out {run.out} is what --init starts from: choose another --out")
     if run.memory_budget < 1 and not run.compile:
         raise FuseDiTError("--memory-budget has no effect without --compile: add --compile, or use "
                            "--remat instead")
@@ -263,12 +295,16 @@ def lasting_name(name):
 def initial_config(run, changes):
     """FuseDiTConfig of the model that --init names, with some fields changed.
 
-    A run that is resumed has stored it, and no longer needs the model.
+    A run that is resumed has stored it, and no longer needs the model, except for a Gemma in it.
     """
-    if is_resumed(run.out):
-        stored = read_json(Path(run.out) / "config.json")["model"]
-        return FuseDiTConfig.from_dict(stored | changes)
-    return open_config(model_folder(run.init), changes)
+    if not is_resumed(run.out):
+        return open_config(model_folder(run.init), changes)
+    stored = read_json(Path(run.out) / "config.json")["model"]
+    config = FuseDiTConfig.from_dict(stored | changes)
+    if not is_hub_id(config.base) and find_local(config.base, (".", repository())) is None:
+        raise FuseDiTError(f"{run.out} needs {config.base}, its Gemma, which does not exist. If "
+                           "it has been moved, use --base FOLDER")
+    return config
 
 
 def model_config(run):

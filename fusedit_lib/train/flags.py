@@ -7,8 +7,15 @@ from dataclasses import fields, replace
 from pathlib import Path
 
 from fusedit_lib import cli
-from fusedit_lib.pretrained import last_checkpoint
-from fusedit_lib.train.config import RunConfig, is_resumed, lasting_name, stored_settings
+from fusedit_lib.pretrained import find_local, last_checkpoint, repository
+from fusedit_lib.train.config import (
+    CHANGEABLE,
+    RunConfig,
+    is_resumed,
+    lasting_name,
+    run_of,
+    stored_settings,
+)
 from fusedit_lib.train.published_runs import published_settings
 
 # ------------------------------------------------------------------------------ the parser
@@ -56,7 +63,7 @@ def make_parser(description, engine):
         title = setting.metadata["group"]
         if title:
             group = parser.add_argument_group(title)
-        if setting.metadata["only"] in ("", engine):
+        if setting.metadata["about"] and setting.metadata["only"] in ("", engine):
             add_flag(group, setting)
 
     # DeepSpeed's launcher adds this flag. It is ignored: LOCAL_RANK has the same value.
@@ -102,6 +109,23 @@ def read_weights(parser, words):
     return weights
 
 
+def read_names(parser, words, provided):
+    """The settings that --resume-with names, separated by commas or spaces.
+
+    provided: the settings that are given; data_weights always is. Exits with a usage error if a
+    named one must not change, or is not given: its default would be a surprise.
+    """
+    names = " ".join(words).replace(",", " ").replace("-", "_").split()
+    for name in names:
+        if name not in CHANGEABLE:
+            parser.error(f"--resume-with {name}: only {', '.join(CHANGEABLE)} can change in this "
+                         "way")
+        if name not in provided:
+            parser.error(f"--resume-with {name}: give its new value as well, with "
+                         f"{flag_name(name)}")
+    return names
+
+
 # ------------------------------------------------------------------------------ parsing
 
 def parse_run(argv, description, engine="gpu"):
@@ -124,57 +148,68 @@ def parse_run(argv, description, engine="gpu"):
         if setting.name in provided:
             check_range(parser, setting, provided[setting.name])
     provided["data_weights"] = read_weights(parser, provided.get("data_weights", ()))
+    provided["resume_with"] = read_names(parser, provided.get("resume_with", ()), provided)
     run = RunConfig(**provided)
-    if run.init and "preset" in provided and not run.like_published:
-        parser.error("--init has the config of its model: leave out --preset, and change fields "
-                     "with --set (with --like-published, --preset chooses the run settings)")
     run = settle_init(replace(run, out=run.out or default_folder(run)))
+    is_like_published = provided.get("like_published", was_like_published(run))
+    if run.init and not is_like_published:
+        if "preset" in provided:
+            parser.error(f"the config is that of --init {run.init}: leave out --preset, and change "
+                         "fields with --set (with --like-published, --preset chooses the run "
+                         "settings)")
+        run = replace(run, preset="")
+    if run.init_raw and not run.init:
+        parser.error("--init-raw chooses among the weights of --init MODEL: add --init")
     if "caption_pick" not in provided and predates_caption_pick(run):
         run = replace(run, caption_pick="whole")
-    if provided.get("like_published", was_like_published(run)):
+    if is_like_published:
         run = like_published(run, provided)
 
-    # prompts from files, and the default run folder
+    return replace(run, prompts=read_prompts(run.prompts))
+
+
+def read_prompts(words):
+    """The prompts that --prompts gives: words, where the name of a .txt file stands for its lines.
+
+    Raises FuseDiTError if a file cannot be read.
+    """
     prompts = []
-    for prompt in run.prompts:
-        if prompt.endswith(".txt"):
-            prompts += cli.read_prompts(Path(prompt))
+    for word in words:
+        if word.endswith(".txt"):
+            prompts += cli.read_prompts(Path(word))
         else:
-            prompts.append(prompt)
+            prompts.append(word)
     cli.check_text(prompts)
-    return replace(run, prompts=prompts)
+    return prompts
 
 
 def default_folder(run):
     """The run folder if --out is not given: runs/PRESET or, with --init, runs/NAME-finetuned."""
     if not run.init:
         return f"runs/{run.preset}"
-    path = Path(run.init)
-    if path.name.startswith("step-"):       # a checkpoint: use the name of its run
-        path = path.parent
-    return f"runs/{path.resolve().name}-finetuned"
+    return f"runs/{run_of(Path(run.init).resolve()).name}-finetuned"
 
 
 def settle_init(run):
-    """The run with the model of --init as config.json names it, or that of a resumed run.
+    """The run with a lasting name for the model of --init (see lasting_name).
 
-    For a run folder it is the checkpoint that is its last one now. The name lasts: see
-    lasting_name.
+    A run that is resumed keeps the model that it was started from, which need no longer exist.
+    Otherwise, if --init names a run, it is the checkpoint that is its last one now.
     """
-    stored = ""
+    stored = {}
     if is_resumed(run.out):
-        stored = stored_settings(run.out).get("init", "")
-    init = ""
-    if run.init:
-        init = lasting_name(run.init)
-    if stored and init in ("", stored, str(Path(stored).parent)):
-        init = stored
-    elif init and Path(init).exists():
-        init = lasting_name(last_checkpoint(init))
-    preset = run.preset
-    if init and not run.like_published:
-        preset = ""                         # the config is that of the model
-    return replace(run, init=init, preset=preset)
+        stored = stored_settings(run.out)
+    first = stored.get("init", "")          # the model that a resumed run was started from
+    if not run.init:
+        return replace(run, init=first, init_raw=run.init_raw or stored.get("init_raw", False))
+
+    names = (run.init, os.path.abspath(run.init), lasting_name(run.init))
+    if first and (first in names or str(run_of(first)) in names):
+        return replace(run, init=first)
+    path = find_local(run.init, (".", repository()))
+    if path is None:                        # a hub id
+        return run
+    return replace(run, init=lasting_name(last_checkpoint(path)))
 
 
 def was_like_published(run):

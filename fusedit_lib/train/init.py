@@ -2,80 +2,103 @@
 import re
 import sys
 from dataclasses import asdict
+from pathlib import Path
 
 import torch
 
-from fusedit import FuseDiTError
+from fusedit import DiT, FuseDiTError
 from fusedit_lib.files import check_tensors
-from fusedit_lib.pretrained import gemma_tensors, model_folder, open_config, open_weights
+from fusedit_lib.pretrained import (
+    config_hint,
+    gemma_tensors,
+    model_folder,
+    open_weights,
+    stored_config,
+)
+from fusedit_lib.train import distributed
 from fusedit_lib.train.checkpoints import is_first_rank
 
 # Layers whose shape depends on the number of channels and on the patch size alone. If these change,
 # as with another VAE, the layers start fresh.
 INPUT_AND_OUTPUT = ("patch_embed.proj.", "proj_out.")
+# Fields of the config on which neither the shape nor the place of any weight depends.
+WITHOUT_WEIGHTS = ("base", "vae", "clip", "text_hidden_states_index", "max_text_tokens",
+                   "instruction", "apply_chat_template", "pos_embed", "image_size", "shift",
+                   "guidance")
 
 
 @torch.no_grad()
 def load_initial_weights(run, model):
-    """Copies the weights of run.init into a newly initialised FuseDiT, and prints which it lacks.
+    """Copies the weights of run.init into a newly initialised FuseDiT, on all ranks.
 
-    The copied weights are those of the DiT and, with --train-llm, of a Gemma that was trained as
-    well. A field of the config that adds weights, such as text_modulation_embeds_dim, leaves these
-    at their initial values. Raises FuseDiTError if the weights do not fit.
+    These are the weights of its DiT and, with --train-llm, of a Gemma that was trained as well.
+    What the config adds to the DiT keeps its fresh weights; rank 0 prints its names. Raises
+    FuseDiTError if the weights are incomplete or do not fit.
     """
-    folder = model_folder(run.init)
+    # The ranks may have found different last checkpoints in the folder of a run in progress.
+    name = distributed.gather_from_all_ranks(run.init)[0]
+    folder = model_folder(name)
     stored = open_weights(folder, ema=not run.init_raw)
-    changed = changed_fields(open_config(folder), model.config)
-    fresh = missing_weights(model.dit, stored.dit, changed, run.init)
+    fresh = fresh_weights(model, stored.dit, folder)
     copy_weights(model.dit, stored.dit, fresh)
     load_text_tower(run, model, stored)
     if is_first_rank():
         print(describe(run, folder, model.dit, fresh), file=sys.stderr, flush=True)
 
 
-def changed_fields(stored, config):
-    """{field: (its value in the stored FuseDiTConfig, its value in the run's)}, where they differ.
+def fresh_weights(model, tensors, folder):
+    """The names of the DiT's weights that the stored DiT lacks.
 
-    Fields that do not affect the weights are left out.
+    tensors: those of the DiT stored in `folder`, in the form of open_tensors. Raises FuseDiTError
+    if they are not the ones that its own config calls for, if one of them has no place in the new
+    DiT, or if it has another shape there that does not follow from the number of channels.
     """
-    old = asdict(stored)
-    new = asdict(config)
-    ignored = ("base", "vae", "clip", "guidance")
-    return {name: (old[name], new[name]) for name in new
-            if old[name] != new[name] and name not in ignored}
+    config = stored_config(folder)
+    with torch.device("meta"):
+        stored = DiT(config, model.llm.config)
+    check_tensors(stored, tensors, folder, hint(config, model.config, tensors))
 
-
-def missing_weights(dit, tensors, changed, name):
-    """The names of the DiT's weights that cannot be taken from tensors and start fresh.
-
-    tensors: the stored weights, in the form of open_tensors. changed: see changed_fields; if it is
-    empty, every weight must be stored. Raises FuseDiTError if a stored weight has no place in the
-    DiT, or another shape that does not follow from the number of channels.
-    """
-    shapes = {key: tuple(weight.shape) for key, weight in dit.state_dict().items()}
+    old = {name: tuple(weight.shape) for name, weight in stored.state_dict().items()}
+    new = {name: tuple(weight.shape) for name, weight in model.dit.state_dict().items()}
+    changed = changed_fields(config, model.config)
+    misfits = [f"{name} has no place" for name in old if name not in new]
+    if "sandwich_norm" in changed:          # same name and shape, but applied elsewhere
+        misfits.append("post_attention_layernorm has another place")
     fresh = []
-    misfits = [f"{key} has no place" for key in tensors if key not in shapes]
-    for key, shape in shapes.items():
-        if key not in tensors:
-            fresh.append(key)
+    for name, shape in new.items():
+        if old.get(name) == shape:
             continue
-        file, stored_name = tensors[key]
-        stored_shape = tuple(file.get_slice(stored_name).get_shape())
-        if stored_shape == shape:
-            continue
-        if key.startswith(INPUT_AND_OUTPUT):
-            fresh.append(key)
+        if name not in old or name.startswith(INPUT_AND_OUTPUT):
+            fresh.append(name)
         else:
-            misfits.append(f"{key} is {stored_shape}, not {shape}")
+            misfits.append(f"{name} is {old[name]}, not {shape}")
 
-    if fresh and not changed:               # a damaged model: says what is wrong with it
-        check_tensors(dit, tensors, name)
     if misfits:
-        fields = "; ".join(f"{key} is {new!r}, in the model {old!r}"
-                           for key, (old, new) in changed.items())
-        raise FuseDiTError(f"the weights of --init {name} do not fit this config ({misfits[0]}, "
-                           f"{len(misfits)} in all): {fields}. Leave these fields out of --set")
+        fields = "; ".join(f"{name} was {before!r}, is now {after!r}"
+                           for name, (before, after) in changed.items())
+        raise FuseDiTError(f"the weights of --init {folder} do not fit fields that --set changes: "
+                           f"{fields}. Leave out what does not fit ({misfits[0]}; {len(misfits)} "
+                           "in all)")
     return fresh
+
+
+def hint(config, new, tensors):
+    """For an error message: why stored tensors might not fit their own config.
+
+    config, new: FuseDiTConfig of the stored model and of the run.
+    """
+    text = config_hint(config, tensors)
+    if config.base and Path(config.base).name != Path(new.base).name:
+        text += (f"; they were trained with the Gemma {config.base}, and this run has {new.base}, "
+                 "whose shape must be the same")
+    return text
+
+
+def changed_fields(config, new):
+    """{field: (value in config, value in new)} where two configs differ and weights depend on it"""
+    old = asdict(config)
+    return {name: (old[name], value) for name, value in asdict(new).items()
+            if old[name] != value and name not in WITHOUT_WEIGHTS}
 
 
 def copy_weights(module, tensors, fresh=()):
@@ -92,31 +115,60 @@ def load_text_tower(run, model, stored):
     A run stores only what it trains, so a frozen Gemma must be the one that config.base names.
     """
     if stored.trained_llm and run.train_llm:
-        check_tensors(model.llm, stored.trained_llm, run.init)
+        check_tensors(model.llm, stored.trained_llm, stored.folder)
         copy_weights(model.llm, stored.trained_llm)
         return
-    trained = bool(stored.trained_llm)
-    if stored.gemma is not None:            # a published training checkpoint
-        inside = gemma_tensors(stored.gemma)
-        for name, weight in model.llm.state_dict().items():
-            file, stored_name = inside[name]
-            if not torch.equal(weight.bfloat16(), file.get_tensor(stored_name).bfloat16()):
-                trained = True
-    if trained:
-        raise FuseDiTError(f"the Gemma of --init {run.init} was trained as well, and is not that "
-                           f"of {model.config.base}. Write a complete model first, with sample.py "
-                           f"--model {run.init} --export DIR, and start from DIR")
+    if not stored.trained_llm and is_gemma_of(stored, model.llm):
+        return
+    remedy = "Write a complete model first, with sample.py --export DIR, and start from DIR"
+    if stored.trained_llm:
+        remedy += ", or go on training it, with --train-llm"
+    raise FuseDiTError(f"the Gemma of --init {stored.folder} was trained as well, and differs from "
+                       f"{model.config.base}, which this run has. {remedy}")
+
+
+def is_gemma_of(stored, llm):
+    """True if the text tower has the weights of the Gemma that a StoredModel contains, if any."""
+    if stored.gemma is None:
+        return True
+    tensors = gemma_tensors(stored.gemma)   # of a published training checkpoint
+    for name, weight in llm.state_dict().items():
+        if name not in tensors:
+            return False
+        file, stored_name = tensors[name]
+        value = file.get_tensor(stored_name).to(weight.device, torch.bfloat16)
+        if not weight.bfloat16().equal(value):
+            return False
+    return True
 
 
 def describe(run, folder, dit, fresh):
-    """A line for the log about the initial weights."""
-    kind = "raw weights" if run.init_raw else "EMA weights"
-    if not (folder / "train_state").exists():
-        kind = "weights"
-    text = f"starting from the {kind} of {folder}"
+    """A line for the log about the initial weights. fresh: the names of those that start fresh."""
+    kind = ""
+    if run.init_raw:
+        kind = " (its raw weights)"
+    elif (folder / "train_state").exists():
+        kind = " (its EMA weights)"
+    text = f"starting from {folder}{kind}"
     if fresh:
         state = dit.state_dict()
         count = sum(state[name].numel() for name in fresh)
-        names = dict.fromkeys(re.sub(r"\.\d+\.", ".*.", name) for name in fresh)
-        text += f"; {count:,} weights start fresh: {', '.join(names)}"
+        text += f"; {count:,} weights start fresh: {', '.join(modules_of(fresh, state))}"
     return text
+
+
+def modules_of(names, state):
+    """The names of weights, in short: a module stands for its weights if all of them are listed.
+
+    state: the names of all weights. Layers that have the same ones are layers.*
+    """
+    others = [name for name in state if name not in names]
+    short = []
+    for name in names:
+        parts = name.split(".")
+        for i in range(len(parts)):
+            module = ".".join(parts[:i + 1])
+            if not any(f"{other}.".startswith(f"{module}.") for other in others):
+                break
+        short.append(re.sub(r"\.\d+\.", ".*.", module))
+    return list(dict.fromkeys(short))

@@ -12,6 +12,7 @@ from fusedit_lib import cli
 from fusedit_lib.backend import first_line
 from fusedit_lib.files import atomic_write, read_jsonl
 from fusedit_lib.train import checkpoints, distributed
+from fusedit_lib.train.changes import changed_at
 
 
 @contextlib.contextmanager
@@ -24,7 +25,7 @@ def warn_if_unwritable():
 
 
 class MetricsLog:
-    """The metrics that rank 0 writes: one row per log line and per validation."""
+    """The metrics that rank 0 writes: one row per log line, validation and change of settings."""
 
     def __init__(self, run, config, first):
         """first: the step at which the run starts or resumes."""
@@ -35,6 +36,9 @@ class MetricsLog:
         with atomic_write(self.out / "config.json") as tmp:
             tmp.write_text(settings)
         self.set_aside_after(first)
+        changed = changed_at(run, first)
+        if changed:
+            self.append(json_lines([dict(step=first, changed=changed)]).encode())
 
         self.boards = {}                    # {name: function that logs a row of numbers}
         if run.tensorboard:
@@ -60,8 +64,11 @@ class MetricsLog:
         stored = []
         if self.path.exists():
             stored = read_jsonl(self.path)
-        kept = [row for row in stored if row["step"] <= first]
-        later = [row for row in stored if row["step"] > first]
+        last = first or -1                  # a run that starts anew also repeats its step 0
+        kept = [row for row in stored if row["step"] <= last]
+        later = [row for row in stored if row["step"] > last]
+        # changes at this very step are written again as well, perhaps with others
+        kept = [row for row in kept if "changed" not in row or row["step"] < first]
         with atomic_write(self.path) as tmp:
             tmp.write_text(json_lines(kept))
         if later:

@@ -5,6 +5,7 @@ from pathlib import Path
 from fusedit import FuseDiTError
 from fusedit_lib import cli
 from fusedit_lib.files import atomic_write, read_jsonl
+from fusedit_lib.train.changes import describe_change
 from fusedit_lib.train.validation import VALIDATION_SIGMAS
 
 
@@ -25,6 +26,18 @@ def draw_curve(axis, table, name, **style):
     if points:
         steps, values = zip(*points, strict=True)
         axis.plot(steps, values, **style)
+
+
+def draw_changes(axes, table):
+    """Draw a labelled line where --resume-with has changed settings. The first axis has labels."""
+    for row in table:
+        if "changed" not in row:
+            continue
+        for axis in axes:
+            axis.axvline(row["step"], color="gray", ls="--", lw=0.8)
+        axes[0].annotate(describe_change(row["changed"]), (row["step"], 1), xytext=(3, -3),
+                         xycoords=("data", "axes fraction"), textcoords="offset points",
+                         rotation=90, va="top", fontsize="x-small", color="gray")
 
 
 def log_tick(value, _):
@@ -74,6 +87,7 @@ def plot(folder):
     speed.set_xlabel("step")
     speed.set_ylim(0, None)
 
+    draw_changes((loss, val, speed), table)
     for axis in (loss, val, speed):
         axis.grid(alpha=0.3)
     path = Path(folder) / "plot.png"

@@ -2,6 +2,7 @@
 import json
 from dataclasses import fields, replace
 from pathlib import Path
+from typing import NamedTuple
 
 import torch.distributed as dist
 
@@ -9,6 +10,21 @@ from fusedit import FuseDiTError
 from fusedit_lib import backend, seeds
 from fusedit_lib.files import read_json
 from fusedit_lib.train import checkpoints, distributed
+from fusedit_lib.train.changes import settings_at, settle_changes
+from fusedit_lib.train.config import CHANGEABLE
+from fusedit_lib.train.metrics_log import settle_boards
+
+# ------------------------------------------------------------------------------ settings
+
+class Difference(NamedTuple):
+    """A setting that differs from the run's config.json."""
+    part: str                               # "run" or "model"
+    name: str
+    old: object
+    new: object
+
+    def __str__(self):
+        return f"{self.part}.{self.name} was {self.old!r}, is now {self.new!r}"
 
 
 def is_moved(name, old, new):
@@ -19,7 +35,7 @@ def is_moved(name, old, new):
 
 
 def changed_settings(stored, run, config):
-    """Describes the settings that differ from the run's config.json although they must not.
+    """The settings that differ from the run's config.json although they must not, as Differences.
 
     stored: the content of that config.json. If a setting is missing there, it was introduced after
     the run was started, so the run used its default.
@@ -27,7 +43,9 @@ def changed_settings(stored, run, config):
     current = json.loads(checkpoints.run_settings_json(run, config))
     defaults = json.loads(checkpoints.run_settings_json(type(run)(), type(config)()))
     free = {f"run.{f.name}" for f in fields(run) if f.metadata["free"]}
+    free |= {f"run.{name}" for name in run.resume_with}
     free.add("model.guidance")              # only used for sampling
+    free.add("run.base")                    # model.base has the Gemma, which may have moved
     if "caption_pick" not in stored["run"]:                # such runs had no choice to make
         free.add("run.caption_pick")
 
@@ -37,8 +55,36 @@ def changed_settings(stored, run, config):
             old = stored[part].get(name, defaults[part][name])
             if old == new or f"{part}.{name}" in free or is_moved(name, old, new):
                 continue
-            changed.append(f"{part}.{name} was {old!r}, is now {new!r}")
+            changed.append(Difference(part, name, old, new))
     return changed
+
+
+def refuse_changed(stored, run, config):
+    """Raise FuseDiTError if a setting differs from the run's config.json although it must not."""
+    changed = changed_settings(stored, run, config)
+    if not changed:
+        return
+    remedy = "Resume it with its original settings"
+    names = [setting.name for setting in changed]
+    if set(names) <= set(CHANGEABLE):
+        remedy += f", continue it with these by adding --resume-with {','.join(names)}"
+    described = "; ".join(map(str, changed))
+    raise FuseDiTError(f"{run.out} holds another run: {described}. {remedy}, or choose another "
+                       "--out for this run")
+
+
+# ------------------------------------------------------------------------------ the checkpoint
+
+def resume(run, config):
+    """(the run, the Checkpoint to resume from); the Checkpoint is None for a new run.
+
+    The run is returned with the changes of --resume-with, and without boards that cannot be used.
+    Call it on all ranks, before the model is loaded and anything is written to the run folder.
+    Raises FuseDiTError, as open_run, settle_changes and settle_boards do.
+    """
+    checkpoint = checkpoints.load_checkpoint(open_run(run, config))
+    run = settle_changes(run, checkpoint)
+    return settle_boards(run, checkpoint), checkpoint
 
 
 def requested_checkpoints(run, available):
@@ -78,12 +124,13 @@ def open_run(run, config):
         raise FuseDiTError(f"{out} holds a model, not a run: choose another --out")
     if not available:
         return None
-    changed = changed_settings(stored, run, config)
-    if changed:
-        raise FuseDiTError(f"{out} holds another run: {'; '.join(changed)}. Resume it with its "
-                           "original settings, or choose another --out for this run")
+    folder = undamaged_checkpoint(run, available)
+    refuse_changed(settings_at(stored, checkpoints.step_of(folder)), run, config)
+    return folder
 
-    # the newest undamaged checkpoint
+
+def undamaged_checkpoint(run, available):
+    """The newest undamaged checkpoint that --resume allows. Raises FuseDiTError if none is."""
     requested = requested_checkpoints(run, available)
     for folder in reversed(requested):
         problem = checkpoints.damage(folder)
@@ -94,8 +141,8 @@ def open_run(run, config):
     others = [folder.name for folder in available if folder not in requested]
     if others:
         raise FuseDiTError(f"the checkpoint selected by --resume {run.resume} is damaged (see "
-                           f"above); {out} also has " + ", ".join(others))
-    raise FuseDiTError(f"every checkpoint in {out} is damaged (see above). To start a new run, "
+                           f"above); {run.out} also has " + ", ".join(others))
+    raise FuseDiTError(f"every checkpoint in {run.out} is damaged (see above). To start a new run, "
                        "choose another --out")
 
 

@@ -3,13 +3,30 @@ import math
 from typing import NamedTuple
 
 
+def schedule_start(run):
+    """The step at which the learning rate schedule starts.
+
+    It is 0, or the step of the last change that named the schedule or its warmup (--resume-with).
+    """
+    start = 0
+    for change in run.changes:
+        if change.keys() & {"lr_schedule", "warmup_steps"}:
+            start = change["step"]
+    return start
+
+
 def learning_rate(run, step):
-    """Learning rate of a step, counted from 0: linear warmup, then constant or a cosine decay."""
+    """Learning rate of a step, counted from 0: linear warmup, then constant or a cosine decay.
+
+    The cosine ends at run.steps. A change of run.lr alone scales the rest of the schedule.
+    """
+    start = schedule_start(run)
+    step -= start                           # now counted from the start of the schedule
     if step < run.warmup_steps:
         return run.lr * (step + 1) / run.warmup_steps
     if run.lr_schedule == "constant":
         return run.lr
-    progress = (step - run.warmup_steps) / max(run.steps - run.warmup_steps, 1)
+    progress = (step - run.warmup_steps) / max(run.steps - start - run.warmup_steps, 1)
     return run.lr * 0.5 * (1 + math.cos(math.pi * progress))
 
 

@@ -57,7 +57,8 @@ def held_out_batches(run, config, model, micro_batch, rank, world):
     batch["counts"] [B] is 1 for samples that count, and 0 for those that only fill the last batch.
     """
     held_out = replace(run, data=run.val_data, data_weights=[], caption_drop=0.0, seed=0,
-                       original_caption_rate=0.0, crop="center", batch=micro_batch * world)
+                       original_caption_rate=0.0, crop="center", batch=micro_batch * world,
+                       changes=())
     source = Batches(held_out, config, model.tokenizer, micro_batch, 1, rank, world)
     samples = min(run.val_samples, len(source))
     batches = []

@@ -1,9 +1,10 @@
-"""A Gemma and a data set for the training tests.
+"""A Gemma, a data set and trained models for the training tests.
 
 The __init__.py in this folder keeps this module from having the same name as ../conftest.py.
 """
 import pytest
 from conftest import tiny_gemma
+from starting import write_models
 from tiny_shards import numbered
 
 
@@ -19,3 +20,11 @@ def gemma(tmp_path_factory):
 def data(tmp_path_factory):
     """A folder with 3 shards of 8 numbered samples."""
     return numbered(tmp_path_factory.mktemp("data"))
+
+
+@pytest.fixture(scope="session")
+def models(gemma, data, tmp_path_factory):
+    """A folder with run/, a run of 4 steps, and released/, its export."""
+    folder = tmp_path_factory.mktemp("models")
+    write_models(folder, gemma, data)
+    return folder

@@ -10,6 +10,7 @@ from launching import (
     WATCHED,
     assert_equal,
     flags,
+    keys_by_position,
     launch,
     launch_all,
     losses,
@@ -93,16 +94,6 @@ def test_the_number_of_ranks_may_change(gemma, data, tmp_path, stages, more_rank
 
 # ------------------------------------------------------------------------------ kills
 
-def keys_of_steps(stdout):
-    """{micro-batch: keys of its samples} from the output of a launcher with WATCHED."""
-    found = {}
-    for line in stdout.splitlines():
-        if line.startswith("KEYS"):
-            _, m, *keys = line.split()
-            found[int(m)] = keys
-    return found
-
-
 @pytest.mark.parametrize("kills, steps", [(3, 30), pytest.param(12, 90, marks=pytest.mark.slow)])
 def test_killed_again_and_again_equals_never_killed(gemma, data, tmp_path, kills, steps):
     """SIGKILL at random moments, every third time while a checkpoint is being written."""
@@ -123,15 +114,15 @@ def test_killed_again_and_again_equals_never_killed(gemma, data, tmp_path, kills
             env["WRITING"] = "1"
         done = run("killed", **env)
         codes.append(done.returncode)
-        keys |= keys_of_steps(done.stdout)
+        keys |= keys_by_position(done.stdout)
     assert codes == [-signal.SIGKILL] * kills + [0]
     assert_equal(state(tmp_path / "killed", steps), state(tmp_path / "whole", steps))
     assert losses(tmp_path / "killed") == losses(tmp_path / "whole")
 
     # an epoch is 3 steps of 8 samples, and has each of the 24 samples once
-    assert sorted(keys) == list(range(steps))
-    for first in range(0, steps, 3):
-        epoch = keys[first] + keys[first + 1] + keys[first + 2]
+    assert sorted(keys) == list(range(0, 8 * steps, 8))
+    for first in range(0, 8 * steps, 24):
+        epoch = keys[first] + keys[first + 8] + keys[first + 16]
         assert sorted(epoch) == [f"n{i:02d}" for i in range(24)]
 
 

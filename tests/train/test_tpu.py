@@ -15,6 +15,7 @@ import warm
 from conftest import REFERENCE, ROOT, tiny_clip, tiny_gemma
 from launching import ENV, assert_equal, command, flags, launch, launch_all, losses, metrics, state
 from PIL import Image
+from starting import STARTS, first_losses, own_losses, start_flags, write_models
 from tiny_shards import numbered
 
 from fusedit_lib.train import checkpoints, costs
@@ -430,6 +431,22 @@ def validations(out):
     return [row for row in metrics(out) if "val_loss" in row]
 
 
+def test_changed_settings_match_train_gpu(gemma, data, tmp_path):
+    """Batch size, learning rate, its schedule and weight decay, changed by --resume-with."""
+    def jobs(name):
+        new = ["--batch", "4", "--lr", "1e-2", "--warmup-steps", "2", "--weight-decay", "20",
+               "--resume-with", "batch,lr,warmup_steps,weight_decay"]
+        return [comparable(gemma, data, tmp_path / name, 2),
+                comparable(gemma, data, tmp_path / name, 6, *new)]
+    launch_all(jobs("gpu"))
+    on_devices(2, jobs("tpu"))
+    assert losses(tmp_path / "tpu") == pytest.approx(losses(tmp_path / "gpu"), rel=1e-4)
+    rates = [[row["lr"] for row in metrics(tmp_path / name) if "lr" in row]
+             for name in ("gpu", "tpu")]
+    assert rates[0] == rates[1]
+    assert rates[0][2:4] == [5e-3, 1e-2]
+
+
 def test_validation_matches_train_gpu(gemma, data, tmp_path):
     """Validation loss and image grids of the EMA weights, in float32 and in bf16."""
     def job(name, *more):
@@ -448,6 +465,18 @@ def test_validation_matches_train_gpu(gemma, data, tmp_path):
         assert losses(tpu) == pytest.approx(losses(gpu), rel=near)
         grids = [pixels(out / "samples" / "step-0000006.png") for out in (gpu, tpu)]
         assert np.abs(grids[0] - grids[1]).max() <= levels
+
+
+@pytest.mark.parametrize("devices, mesh", [(2, "2,1"), (4, "2,2")])
+def test_a_run_starts_with_the_losses_of_its_model(gemma, data, tmp_path, devices, mesh):
+    """A run of train_gpu.py, a checkpoint's EMA and raw weights, and the released layout."""
+    write_models(tmp_path, gemma, data)
+    for name, (folder, more) in STARTS.items():
+        out = tmp_path / name / "out"
+        argv = start_flags(tmp_path / folder, data, out, *more)
+        own = own_losses(argv)
+        on_devices(devices, [[*argv, "--mesh", mesh]])
+        assert first_losses(out) == pytest.approx(own, rel=1e-5), name
 
 
 def fails(argv, env):
