@@ -23,7 +23,7 @@ from fusedit_lib import backend, cli, offload, seeds
 from fusedit_lib.cli import positive
 from fusedit_lib.export import check_new, export
 from fusedit_lib.files import atomic_write, file_stem, unused_path
-from fusedit_lib.pretrained import base_model, load_model, model_folder
+from fusedit_lib.pretrained import adapter_folder, base_model, load_model
 from fusedit_lib.sampling import (
     batches_of,
     check_guidance_span,
@@ -67,6 +67,9 @@ def parse_args():
     args = parser.parse_args()
     if args.model is None and not args.lora:
         args.model = str(cli.DEMO)
+    if args.lora and args.no_ema:
+        parser.error("--no-ema has no meaning with --lora: adapters are trained on a model's EMA, "
+                     "and a run stores the EMA of its adapters alone: leave it out")
     if args.offload and args.compile:
         parser.error("--offload loads the parts of the model again and again, so that --compile "
                      "would not pay off: leave out one of them")
@@ -211,9 +214,7 @@ def main():
         prompts = prompts + cli.read_prompts(args.prompts)
     changes = cli.parse_overrides(args.set)
     if args.lora:
-        folder = model_folder(args.lora)
-        if (folder / "lora").is_dir():      # of a run of --lora
-            folder = folder / "lora"
+        folder = adapter_folder(args.lora)
         args.model = args.model or base_model(folder)
         changes["lora"] = folder            # also an argument of load_model
     if args.export:

@@ -43,24 +43,28 @@ def write_adapter(checkpoint, rank, base):
 def merge(dit, folder):
     """Adds an adapter in a folder of peft to the weights of a DiT: W + B A replaces W.
 
-    Raises FuseDiTError if the adapter is not a plain LoRA or does not fit this DiT.
+    The sum is computed in float32. On the meta device, the files are only checked. Raises
+    FuseDiTError if the adapter is not a plain LoRA, is incomplete or does not fit this DiT.
     """
     config = read_json(folder / "adapter_config.json")
-    plain = config.get("init_lora_weights") in (True, False, "gaussian")   # others also change W
+    adapter = open_tensors(folder, "adapter_model")
+    plain = config.get("init_lora_weights", True) in (True, False, "gaussian")
+    plain = plain and all(".lora_A." in name or ".lora_B." in name for name in adapter)
     if not plain or config.get("use_rslora") or config.get("alpha_pattern"):
         raise FuseDiTError(f"the adapter in {folder} is not a plain LoRA (see init_lora_weights, "
-                           "use_rslora and alpha_pattern in its adapter_config.json): merge it "
-                           "with peft's merge_and_unload")
-    adapter = open_tensors(folder, "adapter_model")
+                           "use_rslora, alpha_pattern, use_dora, bias and modules_to_save in its "
+                           "adapter_config.json): merge it with peft's merge_and_unload")
     weights = dict(dit.named_parameters())
-    for name in adapter:
-        if ".lora_B." in name:
-            continue
-        try:
-            W = weights[name.removeprefix(PREFIX).replace(".lora_A.", ".")].data
-            A = read_tensor(adapter, name).to(W.device, torch.float32)
-            B = read_tensor(adapter, name.replace(".lora_A.", ".lora_B.")).to(A)
-            W.copy_(W + config["lora_alpha"] / len(A) * B @ A)
-        except (KeyError, RuntimeError):
+    for A_name in dict.fromkeys(name.replace(".lora_B.", ".lora_A.") for name in adapter):
+        B_name = A_name.replace(".lora_A.", ".lora_B.")
+        if A_name not in adapter or B_name not in adapter:
+            raise FuseDiTError(f"the adapter in {folder} is incomplete: it has only one of "
+                               f"{A_name} and {B_name}. Copy or download it again")
+        W = weights.get(A_name.removeprefix(PREFIX).replace(".lora_A.", "."))
+        A = read_tensor(adapter, A_name).float()
+        B = read_tensor(adapter, B_name).float()
+        if W is None or W.shape != (len(B), *A.shape[1:]):
             raise FuseDiTError(f"the adapter in {folder} is for another model than this one, which "
-                               f"has no weight of the shape of {name}") from None
+                               f"has no weight of the shape of {A_name}")
+        update = config["lora_alpha"] / len(A) * B.to(W.device) @ A.to(W.device)
+        W.data.copy_(W.data + update)

@@ -314,9 +314,8 @@ def load_model(path, device="cpu", dtype=torch.float32, ema=True, parts=PARTS, l
     adapters = stored.adapters
     if lora:
         adapters += (lora,)
-    if "dit" in parts:
-        for adapter in adapters:
-            merge(model.dit, adapter)
+    for adapter in adapters:
+        merge(model.dit, adapter)
     return model.eval()
 
 
@@ -388,12 +387,27 @@ def open_weights(folder, ema):
     return StoredModel(folder, dit_tensors(tensors), tensors_below("llm.", tensors))
 
 
+def adapter_folder(name):
+    """The folder of an adapter in the format of peft, or of the one of a run or checkpoint.
+
+    name: a path or a hub id. Raises FuseDiTError.
+    """
+    folder = model_folder(name)
+    if (folder / "lora").is_dir():
+        folder = folder / "lora"
+    if not (folder / "adapter_config.json").exists():
+        raise FuseDiTError(f"{name} has no adapter_config.json, so it is no LoRA adapter and no "
+                           "run of --lora; a whole model is given to --model")
+    return folder
+
+
 def base_model(adapter):
     """The name of the model that an adapter is for. adapter: a folder in the format of peft."""
     name = read_json(adapter / "adapter_config.json").get("base_model_name_or_path")
     if not name or (find_local(name, (".", repository())) is None and not is_hub_id(name)):
-        raise FuseDiTError(f"the adapter in {adapter} is for {name}, which does not exist: use "
-                           f"sample.py --model MODEL --lora {adapter}")
+        raise FuseDiTError(f"the adapter in {adapter} is for {name}, which does not exist. If "
+                           f"it has been moved, use sample.py --model MODEL --lora {adapter} "
+                           "(--export DIR then writes a complete model)")
     return name
 
 

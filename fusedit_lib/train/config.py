@@ -298,7 +298,8 @@ def lasting_name(name):
 def initial_config(run, changes):
     """FuseDiTConfig of the model that --init names, with some fields changed.
 
-    A run that is resumed has stored it, and no longer needs the model, except for a Gemma in it.
+    A run that is resumed has stored it, and no longer needs the model, except for a Gemma in it,
+    or if it trains adapters.
     """
     if not is_resumed(run.out):
         return open_config(model_folder(run.init), changes)
@@ -307,6 +308,9 @@ def initial_config(run, changes):
     if not is_hub_id(config.base) and find_local(config.base, (".", repository())) is None:
         raise FuseDiTError(f"{run.out} needs {config.base}, its Gemma, which does not exist. If "
                            "it has been moved, use --base FOLDER")
+    if run.lora and not is_hub_id(run.init) and find_local(run.init, (".", repository())) is None:
+        raise FuseDiTError(f"{run.out} needs {run.init}, the model that its adapters are for, which "
+                           "does not exist: put it back, or a link to where it is now")
     return config
 
 
