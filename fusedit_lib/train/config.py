@@ -308,9 +308,10 @@ def initial_config(run, changes):
     if not is_hub_id(config.base) and find_local(config.base, (".", repository())) is None:
         raise FuseDiTError(f"{run.out} needs {config.base}, its Gemma, which does not exist. If "
                            "it has been moved, use --base FOLDER")
-    if run.lora and not is_hub_id(run.init) and find_local(run.init, (".", repository())) is None:
-        raise FuseDiTError(f"{run.out} needs {run.init}, the model that its adapters are for, which "
-                           "does not exist: put it back, or a link to where it is now")
+    is_here = is_hub_id(run.init) or find_local(run.init, (".", repository())) is not None
+    if run.lora and not is_here:
+        raise FuseDiTError(f"{run.out} needs {run.init}, the model that its adapters are for, "
+                           "which does not exist: put it back, or a link to where it is now")
     return config
 
 
