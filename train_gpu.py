@@ -21,7 +21,7 @@ import torch.distributed as dist
 import fusedit
 from fusedit_lib import backend, cli
 from fusedit_lib.data.batches import Batches, load_batches, to_device
-from fusedit_lib.train import checkpoints, distributed, plan, resuming, zero
+from fusedit_lib.train import checkpoints, distributed, memory, plan, resuming, zero
 from fusedit_lib.train.config import check_run, data_workers, model_config, split_batch
 from fusedit_lib.train.flags import parse_run
 from fusedit_lib.train.build import adam_steps, build_models
@@ -56,7 +56,8 @@ def build_engine(run, model, vae, checkpoint, micro_batch, accumulation):
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch")
     import deepspeed
 
-    ema = zero.shard_ema(model, checkpoint, dist.get_rank(), dist.get_world_size(), run.ema_offload)
+    ema_offload = run.ema_offload or run.zero.endswith("offload")
+    ema = zero.shard_ema(model, checkpoint, dist.get_rank(), dist.get_world_size(), ema_offload)
     zero.prepare_layers(run, model, vae)
     adam = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], run.lr,
                              betas=(run.beta1, run.beta2), weight_decay=run.weight_decay,
@@ -97,8 +98,8 @@ def deepspeed_config(run, model, micro_batch, accumulation):
 
     weights = sum(p.numel() for p in model.parameters() if p.requires_grad)
     defaults = {
-        "zero_optimization": {"reduce_bucket_size": min(plan.BUCKET, weights),
-                              "stage3_max_live_parameters": plan.BUCKET},
+        "zero_optimization": {"reduce_bucket_size": min(memory.BUCKET, weights),
+                              "stage3_max_live_parameters": memory.BUCKET},
         "timers": {"throughput": {"enabled": False}},       # would wait for the device
     }
     config = zero.merge_config(config, run.deepspeed_config, defaults)

@@ -2,7 +2,8 @@
 import torch
 
 from fusedit_lib import backend
-from fusedit_lib.pretrained import build_model
+from fusedit_lib.lora import add_adapters
+from fusedit_lib.pretrained import build_model, load_model
 from fusedit_lib.sampling import latent_size
 from fusedit_lib.seeds import torch_seed
 from fusedit_lib.train.init import load_initial_weights
@@ -12,14 +13,18 @@ from fusedit_lib.vae import load_vae
 def build_models(run, config, device, checkpoint):
     """(FuseDiT, VAE or None) on a device.
 
-    Trained weights are float32. The VAE and, if it is frozen, Gemma have the dtype of the run.
+    Trained weights are float32. Frozen ones, such as the VAE, have the dtype of the run.
     checkpoint: the Checkpoint to take the trained weights from; if None, they are initialised with
     run.seed, and those that the model of --init has are copied from it. Raises FuseDiTError, for
     example if the VAE does not fit the image size.
     """
     dtype = backend.torch_dtype(run.dtype)
     torch.manual_seed(torch_seed(run.seed))
-    model = build_model(config, device, dtype)
+    if run.lora:                            # the weights of --init remain frozen
+        model = load_model(run.init, device, dtype, **vars(config))
+        add_adapters(model.dit, run.lora)
+    else:
+        model = build_model(config, device, dtype)
     vae = None
     if config.vae:
         vae = load_vae(config.vae, device, dtype, config.in_channels)
@@ -27,7 +32,7 @@ def build_models(run, config, device, checkpoint):
     if run.train_llm:
         model.llm.float().requires_grad_(True)
 
-    if run.init and checkpoint is None:
+    if run.init and not run.lora and checkpoint is None:
         load_initial_weights(run, model)
     if checkpoint is not None:
         for name, parameter in trainable(model):

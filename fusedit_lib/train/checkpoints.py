@@ -26,6 +26,7 @@ from safetensors import SafetensorError, safe_open
 
 from fusedit import FuseDiTError
 from fusedit_lib.files import atomic_write, fsync, open_tensors, read_json, save_file
+from fusedit_lib.lora import write_adapter
 from fusedit_lib.train import distributed
 
 
@@ -300,14 +301,16 @@ class CheckpointWriter:
         """Rank 0: complete the folder, rename it, record it in `latest`, delete old checkpoints."""
         for stem in ("model", "train_state/state"):
             self.write_index(tmp, stem)
+        if self.run.lora:
+            write_adapter(tmp, self.run.lora, self.run.init)
         sizes = {}
         for path in tmp.rglob("*"):
             if path.is_file():
                 sizes[str(path.relative_to(tmp))] = path.stat().st_size
         with atomic_write(tmp / "train_state" / "state.json") as state:
             state.write_text(json.dumps(self.state | {"files": sizes}, indent=2) + "\n")
-        fsync(tmp / "train_state")
-        fsync(tmp)
+        for path in [*tmp.rglob("*"), tmp]:
+            fsync(path)
 
         folder = self.out / checkpoint_name(step)
         shutil.rmtree(folder, ignore_errors=True)

@@ -16,13 +16,8 @@ from fusedit_lib import backend, cli, seeds
 from fusedit_lib.data.layout import MAX_SKIPPED
 from fusedit_lib.data.shards import expand_shards
 from fusedit_lib.files import read_json
-from fusedit_lib.pretrained import (
-    find_local,
-    is_hub_id,
-    model_folder,
-    open_config,
-    repository,
-)
+from fusedit_lib.folders import find_local, is_hub_id, repository
+from fusedit_lib.pretrained import model_folder, open_config
 from fusedit_lib.vae import vae_config
 
 PROMPTS = (
@@ -69,6 +64,9 @@ class RunConfig:
                      "remembers it")
     init_raw: bool = flag(False, "with --init, start from a checkpoint's raw weights instead of "
                           "their EMA")
+    lora: int = flag(0, "with --init, train LoRA adapters of this rank, which peft adds to the "
+                     "attention and the MLP of each block, instead of the DiT's weights: less "
+                     "memory and small checkpoints; 0: none", low=0, only="gpu")
     like_published: bool = flag(False, "settings that are not given are those of the preset's "
                                 "published run: steps, EMA, resizing, checkpoints and so on "
                                 "(docs/glossary.md lists them); --data must be given; a resumed "
@@ -153,15 +151,17 @@ class RunConfig:
                                 True, low=0, high=1, only="gpu")
     remat: bool = flag(False, "recompute all activations of each block in the backward pass: "
                        "less memory, slower steps", True)
-    ema_offload: bool = flag(False, "keep the EMA in CPU memory, which saves 4 bytes per weight, "
-                             "divided among the GPUs", True, only="gpu")
+    ema_offload: bool = flag(False, "keep the EMA in CPU memory, as --zero with -offload always "
+                             "does, which saves 4 bytes per weight, divided among the GPUs", True,
+                             only="gpu")
 
     # The devices, and how they share the work.
     device: str = flag("auto", "device to train on", True, choices=("auto", "cuda", "cpu"),
                        only="gpu", group="devices")
     zero: str = flag("1", "ZeRO stage: 1 shards Adam's state across the GPUs, 2 also the "
-                     "gradients, 3 also the weights; -offload keeps Adam's state and runs its "
-                     "step on the CPU", True, only="gpu", choices=ZERO_STAGES)
+                     "gradients, 3 also the weights; -offload keeps Adam's state and the "
+                     "EMA in CPU memory and runs Adam's step there", True, only="gpu",
+                     choices=ZERO_STAGES)
     deepspeed_config: str = flag("", "JSON file with more DeepSpeed settings", True, only="gpu")
     mesh: str = flag("-1,1", "device mesh, as the number of devices along two axes: fsdp, which "
                      "shards the batch and all large tensors, and tensor, which shards attention "
@@ -246,6 +246,9 @@ def check_run(run):
     if run.memory_budget < 1 and not run.compile:
         raise FuseDiTError("--memory-budget has no effect without --compile: add --compile, or use "
                            "--remat instead")
+    if run.lora and (not run.init or run.init_raw or run.float8 or run.train_llm):
+        raise FuseDiTError("--lora needs a model to adapt, which --init names, and does not work "
+                           "with --init-raw, --float8 or --train-llm")
     if run.deepspeed_config:
         check_json(run.deepspeed_config)
 

@@ -1,18 +1,22 @@
-"""FLOPs and activation memory of a model, counted on the meta device, where tensors have no data.
+"""FLOPs and memory of a model, counted on the meta device, where tensors have no data.
 
-Both are counted while the model runs, because formulas could diverge from the code.
+They are counted while the model runs, because formulas could diverge from the code.
 """
+import weakref
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch.overrides import TorchFunctionMode
-from torch.utils._pytree import tree_flatten, tree_unflatten
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 from torch.utils.flop_counter import FlopCounterMode
 
 from fusedit import FuseDiT
 from fusedit_lib.files import read_json
-from fusedit_lib.pretrained import gemma_config, resolve
+from fusedit_lib.lora import add_adapters
+from fusedit_lib.folders import resolve
+from fusedit_lib.pretrained import gemma_config
 from fusedit_lib.vae import VAE, latent_side, vae_config
 
 # Shapes of the Gemma models in the paper, so that none has to be downloaded.
@@ -37,6 +41,15 @@ def abstract_model(config):
     with torch.device("meta"):
         model = FuseDiT(config, gemma_config(shape))
     model.llm.keep_layers(model.last_layer)
+    return model
+
+
+def training_model(run, config):
+    """An abstract_model with the adapters of --lora, whose trained parameters require gradients."""
+    model = abstract_model(config)
+    if run.lora:
+        add_adapters(model.dit, run.lora)
+    model.llm.requires_grad_(run.train_llm)
     return model
 
 
@@ -94,14 +107,17 @@ def flops(model, config, text_tokens=None):
     return ForwardFlops(gemma, dit, encoder)
 
 
-def step_flops(forward, train_llm=False):
+def step_flops(forward, train_llm=False, lora=False):
     """FLOPs of training on one image, from its ForwardFlops.
 
-    A backward pass costs twice as much as the forward pass.
+    A backward pass costs twice as much as the forward pass: once for the gradients of the inputs,
+    and once for those of the weights, of which there are nearly none with lora.
     """
     gemma, dit, vae = forward
     if train_llm:
         gemma *= 3
+    if lora:
+        return gemma + 2 * dit + vae
     return gemma + 3 * dit + vae
 
 
@@ -111,7 +127,7 @@ class UsefulFlops(NamedTuple):
     per_token: float                        # for each text token
 
 
-def useful_flops(config, latents, train_llm):
+def useful_flops(config, latents, train_llm, lora=False):
     """UsefulFlops of a FuseDiTConfig, for the model FLOPs utilization (MFU).
 
     Padding is not counted, and neither is the VAE if latents are read. Attention in Gemma, which is
@@ -124,7 +140,7 @@ def useful_flops(config, latents, train_llm):
         forward = flops(model, config, text_tokens)
         if latents:
             forward = forward._replace(vae=0)
-        return step_flops(forward, train_llm)
+        return step_flops(forward, train_llm, lora)
     per_token = (cost(longest) - cost(1)) / (longest - 1)
     return UsefulFlops(cost(1) - per_token, per_token)
 
@@ -255,6 +271,41 @@ def activations(model, config, batch, dtype, train_llm=False, attention=FusedAtt
     block_input = batch * tokens * model.dit.width * dtype.itemsize
     return Activations(kept=outside + sum(inside),
                        remat=outside + len(inside) * block_input + max(inside))
+
+
+# ------------------------------------------------------------------------------ without gradients
+
+class PeakBytes(TorchDispatchMode):
+    """A context that records the most bytes that tensors created in it take at any moment.
+
+    known: tensors that are not counted, such as weights.
+    """
+    def __init__(self, known):
+        super().__init__()
+        self.storages = {storage_id(tensor) for tensor in known}
+        self.bytes = 0
+        self.peak = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        for value in tree_leaves(result):
+            if isinstance(value, torch.Tensor):
+                self.add(value.untyped_storage())
+        return result
+
+    def add(self, storage):
+        """Count a storage until it is freed. A view has the storage of another tensor."""
+        key = storage._cdata
+        if key in self.storages:
+            return
+        self.storages.add(key)
+        self.bytes += storage.nbytes()
+        self.peak = max(self.peak, self.bytes)
+        weakref.finalize(storage, self.remove, key, storage.nbytes())
+
+    def remove(self, key, size):
+        self.storages.discard(key)
+        self.bytes -= size
 
 
 # ------------------------------------------------------------------------------ compiled blocks

@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 from fusedit import FuseDiTError
 from fusedit_lib.files import atomic_write
-from fusedit_lib.train import costs, distributed, plan
+from fusedit_lib.train import costs, distributed, hardware
 from fusedit_lib.train.metrics_log import MetricsLog, warn_if_unwritable
 from fusedit_lib.train.schedule import sample_grid_is_due, validation_is_due
 from fusedit_lib.train.validation import (
@@ -59,6 +59,8 @@ class Monitor:
         self.config = config
         self.model = model
         self.vae = vae
+        if source.latents and host is None:
+            vae.to("cpu")                   # training does not need it; validate() moves it back
         self.micro_batch = micro_batch
         self.out = Path(run.out)
         self.rank = dist.get_rank()
@@ -88,9 +90,10 @@ class Monitor:
             self.step = checkpoint.step
             self.counts = {name: getattr(checkpoint, name) for name in self.counts}
 
-        self.peak_flops = plan.peak_flops(self.device, self.world)
+        self.peak_flops = hardware.peak_flops(self.device, self.world)
         if self.peak_flops:
-            self.useful_flops = costs.useful_flops(config, source.latents, run.train_llm)
+            self.useful_flops = costs.useful_flops(config, source.latents, run.train_llm,
+                                                   run.lora > 0)
         if self.rank == 0:
             self.open_log()
         self.restart_clock(True)
@@ -297,10 +300,15 @@ class Monitor:
 
     def validate(self, step, model):
         """Write the image grid and the validation loss of a model, if they are due."""
+        if self.vae is not None:
+            vae_device = next(self.vae.parameters()).device
+            self.vae.to(self.device)
         if sample_grid_is_due(self.run, step):
             self.write_grid(step, model)
         if validation_is_due(self.run, step):
             self.write_validation(step, model)
+        if self.vae is not None:
+            self.vae.to(vae_device)
 
     def write_grid(self, step, model):
         grid = sample_grid(self.run, model, self.vae, self.host.sync,

@@ -1,284 +1,135 @@
-"""Estimates the parameters, FLOPs, memory and time of a run without access to its devices.
+"""Prints the parameters, FLOPs, memory and time of a run without access to its devices.
 
     python train_gpu.py --preset fusedit/large-scale --plan 64xH100@0.4
 """
 import math
-import re
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
 
 from fusedit import FuseDiTConfig, FuseDiTError
+from fusedit_lib.backend import TILE
+from fusedit_lib.data.shards import expand_shards
 from fusedit_lib.train import sharding
-from fusedit_lib.train.config import split_batch
+from fusedit_lib.train.config import ZERO_STAGES, split_batch
 from fusedit_lib.train.costs import (
     FusedAttention,
     UnfusedAttention,
-    abstract_model,
     activations,
     flops,
     step_flops,
+    training_model,
+)
+from fusedit_lib.train.flags import flag_text
+from fusedit_lib.train.hardware import TPUS, parse
+from fusedit_lib.train.memory import (
+    ZeroMemory,
+    chip,
+    count_parameters,
+    drawing_memory,
+    elements,
+    tensor_kinds,
+    tpu_memory,
+    vae_memory,
+    zero_memory,
 )
 from fusedit_lib.vae import VAE, config_on_disk, latent_side, vae_config
 
 
-class Hardware(NamedTuple):
-    """The specification of a device, from its data sheet."""
-    flops: float                            # dense bf16 FLOP/s
-    memory: float                           # bytes
-
-
-GPUS = {
-    "B200": Hardware(2250e12, 180e9),
-    "H200": Hardware(989e12, 141e9),
-    "H100 PCIe": Hardware(756e12, 80e9),
-    "H100 NVL": Hardware(835e12, 94e9),
-    "H100": Hardware(989e12, 80e9),
-    "A100": Hardware(312e12, 80e9),
-    "L40S": Hardware(362e12, 48e9),
-    "L4": Hardware(121e12, 24e9),
-    "A10": Hardware(125e12, 24e9),
-    "4090": Hardware(165e12, 24e9),
-}
-TPUS = {
-    "v4": Hardware(275e12, 32e9),
-    "v5e": Hardware(197e12, 16e9),
-    "v5p": Hardware(459e12, 95e9),
-    "v6e": Hardware(918e12, 32e9),
-}
-NAMED_BY_CORES = ("v4", "v5p")              # slice names count cores, two per chip
-
-BUCKET = 200_000_000                        # gradients or weights that ZeRO communicates at a time
-WHOLE = 100_000                             # ZeRO 3 does not shard tensors up to this size
 PAPER_IMAGES = 800_000 * 512                # total images of the paper's large run
 
 
-def peak_flops(device, world):
-    """Total FLOP/s of `world` GPUs of this kind, or None if its FLOP/s are not known."""
-    if device.type != "cuda":
-        return None
-    name = torch.cuda.get_device_name(device)
-    for kind, hardware in GPUS.items():
-        if re.search(rf"\b{kind}\b", name):
-            return world * hardware.flops
-    return None
-
-
-class Devices(NamedTuple):
-    """The devices of a plan."""
-    count: int                              # of GPUs or TPU chips
-    kind: str                               # a name in GPUS or TPUS
-    utilization: float                      # assumed fraction of the peak FLOP/s
-
-    @property
-    def hardware(self):
-        return (GPUS | TPUS)[self.kind]
-
-
-def find_kind(name, known):
-    """The name in `known` that matches, ignoring case, or None."""
-    for kind in known:
-        if kind.upper() == name.upper():
-            return kind
-    return None
-
-
-def parse(text):
-    """Parses "64xH100@0.4" or "v4-256" (128 chips) into Devices. Raises FuseDiTError."""
-    text, _, share = text.strip().partition("@")
-    utilization = 0.0                       # refused below
-    if not share:
-        utilization = 0.4
-    elif re.fullmatch(r"[01]?(\.\d+)?", share):
-        utilization = float(share)
-
-    count = 0
-    kind = None
-    gpus = re.fullmatch(r"(\d+) *[xX*] *([\w ]+)", text)
-    tpus = re.fullmatch(r"([vV]\w+)-(\d+)", text.replace("v5litepod", "v5e"))
-    if gpus:
-        count = int(gpus[1])
-        kind = find_kind(gpus[2], GPUS)
-    elif tpus:
-        count = int(tpus[2])
-        kind = find_kind(tpus[1], TPUS)
-    if kind in NAMED_BY_CORES:
-        count //= 2
-    if kind is None or count < 1 or not 0 < utilization <= 1:
-        raise FuseDiTError(f"--plan {text}: give a number and a kind of GPU, such as 8xH100 or "
-                           "8xH100@0.4, or a TPU slice, such as v4-256; known: "
-                           + ", ".join([*GPUS, *TPUS]))
-    return Devices(count, kind, utilization)
-
-
-# ------------------------------------------------------------------------------ memory on GPUs
-
-class ZeroMemory(NamedTuple):
-    """Bytes on one GPU, without activations."""
-    weights: float                          # trained weights, in the dtype of the computation
-    gradients: float
-    adam: float                             # moments and float32 master weights
-    ema: float
-    gemma: float                            # if frozen, otherwise 0
-    buffers: float                          # for weights and gradients that ZeRO gathers
-
-
-def count_parameters(module, at_most=math.inf):
-    """Number of parameters of a module, counting only tensors of up to `at_most` elements."""
-    return sum(p.numel() for p in module.parameters() if p.numel() <= at_most)
-
-
-def zero_memory(model, train_llm, stage, world, dtype):
-    """ZeroMemory of an abstract_model.
-
-    ZeRO stage 1 shards Adam's moments and the float32 master weights, stage 2 also the gradients,
-    and stage 3 also the weights and Gemma, except for tensors of up to WHOLE elements. This was
-    measured with DeepSpeed 0.19.
-    """
-    low = dtype.itemsize
-    adam_share = 1 / world if stage >= 1 else 1
-    gradient_share = 1 / world if stage >= 2 else 1
-    total = count_parameters(model)
-
-    def weight_bytes(module):
-        if stage < 3:
-            return count_parameters(module) * low
-        return (count_parameters(module) / world + count_parameters(module, WHOLE)) * low
-
-    # trained and frozen weights
-    trained = count_parameters(model.dit)
-    weights = weight_bytes(model.dit)
-    gemma = weight_bytes(model.llm)
-    if train_llm:
-        trained += count_parameters(model.llm)
-        weights += gemma
-        gemma = 0
-
-    # bytes per gradient, including its accumulator
-    gradient_bytes = {0: low, 1: 4 + low, 2: 4, 3: 4}[stage]
-    adam_tensors = 3                        # two moments and the master weights
-    if stage == 0 and low == 4:             # plain float32 has no separate master weights
-        adam_tensors = 2
-    buffers = 0
-    if stage >= 2:
-        buffers += min(BUCKET, trained) * low
-    if stage == 3:                          # weights that are gathered temporarily
-        buffers += min(BUCKET, total) * low
-    return ZeroMemory(weights=weights, gradients=trained * gradient_bytes * gradient_share,
-                      adam=trained * 4 * adam_tensors * adam_share, ema=trained * 4 / world,
-                      gemma=gemma, buffers=buffers)
-
-
-# ------------------------------------------------------------------------------ memory on TPUs
-
-def chip(name, shape, sizes):
-    """The number of a tensor's elements on one chip of a mesh. sizes: {axis: devices}."""
-    cuts = [sizes[axis] for axis in sharding.partition_spec(name, shape, sizes) if axis]
-    return math.prod(shape) // math.prod(cuts)
-
-
-class TensorKind(NamedTuple):
-    """Tensors with the same name and shape in each layer of a stack, or a single tensor."""
-    name: str                               # without the layer number
-    shape: tuple
-    count: int                              # number of layers, or 1
-
-
-def tensor_kinds(model):
-    """The parameters of a model, as [TensorKind]."""
-    counts = {}
-    for name, parameter in model.named_parameters():
-        key = re.sub(r"layers\.\d+", "layers", name), tuple(parameter.shape)
-        counts[key] = counts.get(key, 0) + 1
-    return [TensorKind(name, shape, count) for (name, shape), count in counts.items()]
-
-
-def tpu_memory(run, model, sizes, dtype, vae):
-    """{item: bytes on one chip}, without activations.
-
-    The item "gathered" is the complete weights of the current block and of the next one.
-    vae: the number of the VAE's parameters.
-    """
-    low = dtype.itemsize
-    dit = 0                                 # elements per chip
-    gemma = 0
-    for kind in tensor_kinds(model):
-        elements = kind.count * chip(kind.name, kind.shape, sizes)
-        if kind.name.startswith("dit."):
-            dit += elements
-        else:
-            gemma += elements
-    trained = dit
-    frozen = gemma
-    if run.train_llm:
-        trained = dit + gemma
-        frozen = 0
-    cast = 0                                # the weights in the dtype of the computation
-    if low < 4:
-        cast = low * trained
-    block = count_parameters(model.dit.layers[0])
-    return dict(weights=4 * trained, gradients=4 * trained, Adam=8 * trained, EMA=4 * trained,
-                cast=cast, Gemma=low * frozen, gathered=2 * low * block // sizes["tensor"],
-                VAE=vae * low)
-
-
-# ------------------------------------------------------------------------------ printing
+# ------------------------------------------------------------------------------ the plan
 
 def show(run, config):
     """Print the plan of a run. Returns the exit code, 0.
 
-    Raises FuseDiTError if --plan cannot be parsed or the batch is not divisible by the number of
-    devices.
+    Raises FuseDiTError if --plan cannot be parsed, the batch is not divisible by the number of
+    devices, or --lora is given without peft.
     """
     devices = parse(run.plan)
     micro_batch, accumulation = split_batch(run, devices.count)
-    model = abstract_model(config)
+    model = training_model(run, config)
     vae = 0
     if config.vae:
         with torch.device("meta"):
             vae = count_parameters(VAE(vae_config(config.vae)))
-    print(f"{run.preset} at {config.image_size} pixels, batch {run.batch} = {devices.count} "
+    name = run.init or run.preset
+    if run.lora:
+        name += f" with --lora {run.lora}"
+    print(f"{name} at {config.image_size} pixels, batch {run.batch} = {devices.count} "
           f"{devices.kind} x {accumulation} x {micro_batch} (accumulation x micro-batch)\n")
     if config.vae and config.vae != FuseDiTConfig.vae and config_on_disk(config.vae) is None:
         print(f"  {config.vae} has not been downloaded, so its VAE is assumed to have the shape of "
               "Stable Diffusion 3's, with 8 x 8 pixels per latent\n")
-    per_image = print_model(run, config, model, vae)
+    latents = has_latents(run, config)
+    per_image = print_model(run, config, model, vae, latents)
     if devices.kind in TPUS:
         print_tpu_memory(run, config, devices, micro_batch, vae)
     else:
-        print_gpu_memory(run, config, devices, micro_batch, vae)
-
-    # time
-    hardware = devices.hardware
-    speed = devices.count * hardware.flops * devices.utilization / per_image   # images/s
-    days = run.steps * run.batch / speed / 86400
-    paper_days = math.ceil(PAPER_IMAGES / speed / 86400 * 10) / 10
-    print(f"\n  at {devices.utilization:.0%} of {hardware.flops / 1e12:,.0f} TFLOP/s per device: "
-          f"{speed:,.0f} images/s, {speed * image_tokens(config):,.0f} image tokens/s; "
-          f"{run.steps:,} steps in {days:,.1f} days, the paper's 800,000 x 512 images in "
-          f"{paper_days:,.1f} days")
+        print_gpu_memory(run, config, devices, micro_batch, latents)
+    print_time(run, config, devices, per_image)
     return 0
+
+
+def has_latents(run, config):
+    """True if --data names shards with latents that fit the run."""
+    if not (config.vae and run.latents and run.data) or run.crop == "random":
+        return False
+    try:
+        shards = sum([expand_shards(pattern) for pattern in run.data], [])
+    except FuseDiTError as e:
+        print(f"  No latents are counted, because --data cannot be read here: {e}\n")
+        return False
+    known = [shard.latents for shard in shards if shard.samples]
+    return all(latents and latents["image_size"] == config.image_size for latents in known)
 
 
 def image_tokens(config):
     return (latent_side(config) // config.patch_size) ** 2
 
 
-def print_model(run, config, model, vae):
+def print_model(run, config, model, vae, latents):
     """Print parameters, tokens and FLOPs. Returns the FLOPs of training on one image."""
     forward = flops(model, config)
-    per_image = step_flops(forward, run.train_llm)
+    per_image = step_flops(forward, run.train_llm, run.lora > 0)
+    others = f"{(per_image - forward.vae) / 1e12:.3g} with precomputed latents"
+    if latents:
+        others = f"{per_image / 1e12:.3g} without the latents of --data"
+        per_image -= forward.vae
     state = "trained" if run.train_llm else "frozen"
-    print(f"  DiT {count_parameters(model.dit):,}, {state} Gemma {count_parameters(model.llm):,}, "
-          f"VAE {vae:,} parameters")
+    dit = f"DiT {count_parameters(model.dit):,}"
+    if run.lora:
+        adapters = elements(p for p in model.dit.parameters() if p.requires_grad)
+        dit = f"adapters {adapters:,}, frozen DiT {count_parameters(model.dit) - adapters:,}"
+    print(f"  {dit}, {state} Gemma {count_parameters(model.llm):,}, VAE {vae:,} parameters")
     print(f"  {image_tokens(config):,} image tokens, {config.max_text_tokens} text tokens at most")
     line = (f"  forward pass of an image: DiT {forward.dit / 1e12:.3g} TFLOP, "
             f"Gemma {forward.gemma / 1e12:.3g}, VAE {forward.vae / 1e12:.3g}; "
             f"training on an image: {per_image / 1e12:.3g} TFLOP")
     if vae:
-        line += f" ({(per_image - forward.vae) / 1e12:.3g} with precomputed latents)"
+        line += f" ({others})"
     print(line + "\n")
     return per_image
+
+
+def print_time(run, config, devices, per_image):
+    """Print the speed and the duration of the run. per_image: FLOPs of training on one image."""
+    hardware = devices.hardware
+    speed = devices.count * hardware.flops * devices.utilization / per_image   # images/s
+    days = run.steps * run.batch / speed / 86400
+    duration = f"{days:,.1f} days"
+    if days < 1:
+        duration = f"{24 * days:.1f} hours"
+    digits = 0 if speed >= 10 else 1
+    line = (f"\n  at {devices.utilization:.0%} of {hardware.flops / 1e12:,.0f} TFLOP/s per device: "
+            f"{speed:,.{digits}f} images/s, {speed * image_tokens(config):,.0f} image tokens/s; "
+            f"{run.steps:,} steps in {duration}")
+    if not run.init:
+        paper_days = math.ceil(PAPER_IMAGES / speed / 86400 * 10) / 10
+        line += f", the paper's 800,000 x 512 images in {paper_days:,.1f} days"
+    print(line)
 
 
 def compute_dtype(run):
@@ -297,42 +148,189 @@ def verdict(memory, kept, remat):
     return "fits"
 
 
-def table_row(values):
-    """A row of a table, in GB."""
-    return "  " + "".join(f"{value / 1e9:12.2f}" for value in values)
+def table_row(titles, cells):
+    """A row of a table with these titles. cells: text, or bytes, which are shown in GB."""
+    row = ""
+    for title, cell in zip(titles, cells, strict=True):
+        if not isinstance(cell, str):
+            cell = f"{cell / 1e9:.2f}"
+        row += cell.rjust(max(8, len(title) + 2))
+    return row
 
 
-def print_gpu_memory(run, config, devices, micro_batch, vae):
-    """Print the memory of a GPU, with a row for each ZeRO stage."""
+# ------------------------------------------------------------------------------ GPUs
+
+class Working(NamedTuple):
+    """Bytes that a GPU needs at different times, in addition to those of ZeroMemory."""
+    kept: float                             # in a training step
+    remat: float                            # in a training step with --remat
+    grid: float                             # for an image grid; 0 without one
+    vae: float                              # the VAE's weights, if they are on the GPU
+
+    def needed(self, remat):
+        step = self.remat if remat else self.kept
+        return self.vae + max(step, self.grid)
+
+
+def working_memory(run, config, devices, micro_batch, latents):
+    """Working of a run. latents: False if images are encoded at each step."""
     dtype = compute_dtype(run)
-    model = abstract_model(config)
-    blocks = "not compiled"
     budget = None
     if run.compile:
-        blocks = f"compiled, --memory-budget {run.memory_budget:g}"
         budget = run.memory_budget
+    kept, remat = activations(training_model(run, config), config, micro_batch, dtype,
+                              run.train_llm, FusedAttention, budget)
+    drawing = drawing_memory(config, math.ceil(len(run.prompts) / devices.count), dtype,
+                             text_tokens(run, config))
+    grid = drawing.working
+    vae = drawing.vae.weights
+    if latents:                             # the VAE is on the CPU, except to decode images
+        grid += vae
+        vae = 0
+    elif config.vae:                        # the images are encoded before the forward pass
+        pixels = torch.empty(micro_batch, 3, config.image_size, config.image_size, device="meta")
+        encoder = vae_memory(config, VAE.moments, pixels, dtype).working
+        kept = max(kept, encoder)
+        remat = max(remat, encoder)
+    if run.sample_every == 0:
+        grid = 0
+    return Working(kept, remat, grid, vae)
+
+
+def text_tokens(run, config):
+    """The number of tokens to which the prompts of an image grid are padded on a GPU, estimated."""
+    longest = max(len(prompt) for prompt in run.prompts) / 3       # characters in a token
+    return min(config.max_text_tokens, TILE * math.ceil(longest / TILE))
+
+
+def start_memory(model, held, vae, dtype):
+    """Bytes on a GPU before DeepSpeed shards and converts the float32 weights.
+
+    model: from training_model. held: its ZeroMemory. vae: bytes of its VAE.
+    """
+    trained = elements(p for p in model.parameters() if p.requires_grad)
+    frozen = count_parameters(model) - trained
+    return 4 * trained + frozen * dtype.itemsize + held.ema + vae
+
+
+class Need(NamedTuple):
+    """Bytes that a GPU needs."""
+    held: ZeroMemory
+    kept: float                             # at most, without --remat
+    remat: float                            # at most, with --remat
+
+
+def gpu_need(run, devices, model, working):
+    """Need of a run. model: from training_model; working: Working."""
+    dtype = compute_dtype(run)
+    held = zero_memory(model, run.zero, devices.count, dtype, run.ema_offload)
+    start = start_memory(model, held, working.vae, dtype)
+    base = held.gpu + working.vae
+    return Need(held, kept=max(start, base + max(working.kept, working.grid)),
+                remat=max(start, base + max(working.remat, working.grid)))
+
+
+def print_gpu_memory(run, config, devices, micro_batch, latents):
+    """Print the memory of a GPU, with a row for each ZeRO stage, and notes on it."""
+    model = training_model(run, config)
+    blocks = "not compiled"
+    if run.compile:
+        blocks = f"compiled, --memory-budget {run.memory_budget:g}"
     memory = devices.hardware.memory
     print(f"  GB per GPU (of {memory / 1e9:.0f}), micro-batch {micro_batch}, blocks {blocks}:")
-    titles = ("--zero", "weights", "gradients", "Adam", "EMA", "Gemma", "buffers", "VAE",
-              "activations", "sum", "--remat", "sum")
-    print("  " + "".join(f"{title:>12}" for title in titles))
+    titles = ("   --zero", "weights", "gradients", "Adam", "EMA", "frozen", "buffers", "VAE",
+              "activations", "sum", "--remat", "sum", "CPU")
+    print(table_row(titles, titles))
 
-    kept, remat = activations(abstract_model(config), config, micro_batch, dtype, run.train_llm,
-                              FusedAttention, budget)
-    for stage in range(4):
-        parts = zero_memory(model, run.train_llm, stage, devices.count, dtype)
-        if run.ema_offload:
-            parts = parts._replace(ema=0)
-        parts = [*parts, vae * dtype.itemsize]
-        base = sum(parts)
-        numbers = table_row([*parts, kept, base + kept, remat, base + remat]).removeprefix("  ")
-        line = f"  {stage:>12}{numbers}   {verdict(memory, base + kept, base + remat)}"
-        if stage == int(run.zero[0]):
-            line += f"   <- --zero {run.zero}"
+    working = working_memory(run, config, devices, micro_batch, latents)
+    for zero in ZERO_STAGES:
+        held, kept, remat = gpu_need(replace(run, zero=zero), devices, model, working)
+        base = held.gpu + working.vae
+        line = table_row(titles, [zero, *held[:-1], working.vae, working.kept, base + working.kept,
+                                  working.remat, base + working.remat, held.cpu])
+        line += f"   {verdict(memory, kept, remat)}"
+        if zero == run.zero:
+            line += f"   <- --zero {zero}"
         print(line)
-    print("  1-offload, 2-offload, 3-offload: as 1, 2, 3, with Adam's state in CPU memory; --remat "
-          "costs a second forward pass of the DiT")
+    print("  CPU: in CPU memory, for each GPU: the EMA and, with -offload, Adam's state; the time "
+          "that Adam's step takes there is not counted below\n"
+          "  --remat costs a second forward pass of the DiT")
+    print_notes(run, config, devices, model, working)
+    print_remedy(run, config, devices, micro_batch, working, latents)
 
+
+def print_notes(run, config, devices, model, working):
+    """Print what can take more memory than a training step, and the memory of sample.py."""
+    held = gpu_need(run, devices, model, working).held
+    step = working.remat if run.remat else working.kept
+    if working.grid > step:
+        print(f"  an image grid takes {working.grid / 1e9:.2f} GB instead of the activations: "
+              "fewer --prompts take less, --sample-every 0 none")
+    start = start_memory(model, held, working.vae, compute_dtype(run))
+    if start > held.gpu + working.vae + max(step, working.grid):
+        print(f"  the start takes {start / 1e9:.2f} GB, more than a training step, because the "
+              "weights are still in float32 and not yet sharded")
+    drawing = drawing_memory(config, 1, compute_dtype(run))
+    parts = f"Gemma {drawing.gemma.sum / 1e9:.2f}, DiT {drawing.dit.sum / 1e9:.2f}"
+    if config.vae:
+        parts += f", VAE {drawing.vae.sum / 1e9:.2f}"
+    print(f"  sample.py takes {drawing.all / 1e9:.2f} GB for an image, and with --offload "
+          f"{drawing.largest / 1e9:.2f}, as much as the largest part ({parts})")
+
+
+# ------------------------------------------------------------------------------ what would fit
+
+def levels(run):
+    """Settings that save more and more memory, starting with those of the run, as [dict]."""
+    order = ("0", "1-offload", "1", "2", "3", "2-offload", "3-offload")
+    changes = [{}, dict(zero="2", ema_offload=True), dict(zero="3", ema_offload=True),
+               dict(zero="2-offload"), dict(zero="3-offload")]
+    higher = [change for change in changes
+              if order.index(change.get("zero", run.zero)) > order.index(run.zero)]
+    found = [{}, *higher]
+    if run.init and not run.lora and not run.train_llm:
+        found.append(dict(lora=16))
+    return found
+
+
+def print_remedy(run, config, devices, micro_batch, working, latents):
+    """If the run does not fit, print the first of `levels` that does, with a smaller micro-batch.
+
+    Without --remat before with it.
+    """
+    memory = devices.hardware.memory
+    for change in levels(run):
+        changed = replace(run, **change)
+        if changed.lora != run.lora:
+            working = working_memory(changed, config, devices, micro_batch, latents)
+        model = training_model(changed, config)
+        for remat in sorted({run.remat, True}):
+            for size in halvings(micro_batch):
+                part = size / micro_batch
+                smaller = working._replace(kept=working.kept * part, remat=working.remat * part)
+                need = gpu_need(changed, devices, model, smaller)
+                if (need.remat if remat else need.kept) > memory:
+                    continue
+                flags = dict(change)
+                if size < micro_batch:
+                    flags["micro_batch"] = size
+                if remat and not run.remat:
+                    flags["remat"] = True
+                if flags:
+                    print("  it fits with " + " ".join(flag_text(*flag) for flag in flags.items()))
+                return
+    print("  no --micro-batch, --zero, --remat or --lora makes it fit")
+
+
+def halvings(number):
+    """number, number / 2, ... as long as they are whole numbers."""
+    sizes = [number]
+    while sizes[-1] % 2 == 0:
+        sizes.append(sizes[-1] // 2)
+    return sizes
+
+
+# ------------------------------------------------------------------------------ TPUs
 
 def print_mesh(run, model, sizes):
     """Print how the large tensors are sharded on --mesh. sizes: {axis: devices}."""
@@ -342,14 +340,14 @@ def print_mesh(run, model, sizes):
           f"{'layers':>8}{'dimensions':>16}  {'axes':16}{'total':>8}{'on chip':>8}")
     total = count_parameters(model)
     for kind in tensor_kinds(model):
-        elements = kind.count * math.prod(kind.shape)
-        if elements <= total / 1000:
+        size = kind.count * math.prod(kind.shape)
+        if size <= total / 1000:
             continue
         dimensions = " x ".join(str(size) for size in kind.shape)
         spec = sharding.partition_spec(kind.name, kind.shape, sizes)
         axes = ", ".join(axis or "-" for axis in spec)
         on_chip = kind.count * chip(kind.name, kind.shape, sizes)
-        print(f"{kind.count:>8}{dimensions:>16}  {axes:16}{elements / 1e6:8.1f}"
+        print(f"{kind.count:>8}{dimensions:>16}  {axes:16}{size / 1e6:8.1f}"
               f"{on_chip / 1e6:8.2f}  {kind.name}")
 
 
@@ -358,13 +356,13 @@ def print_tpu_memory(run, config, devices, micro_batch, vae):
     mesh = sharding.mesh_shape(run.mesh, devices.count)
     sizes = dict(zip(sharding.AXES, mesh, strict=True))
     dtype = compute_dtype(run)
-    model = abstract_model(config)
+    model = training_model(run, config)
     print_mesh(run, model, sizes)
 
     # chips along the tensor axis share a micro-batch and its activations
     tensor = sizes["tensor"]
     batch = max(1, micro_batch * tensor)
-    saved = activations(abstract_model(config), config, batch, dtype, run.train_llm,
+    saved = activations(training_model(run, config), config, batch, dtype, run.train_llm,
                         UnfusedAttention)
     kept = saved.kept // tensor
     remat = saved.remat // tensor
@@ -373,7 +371,7 @@ def print_tpu_memory(run, config, devices, micro_batch, vae):
     base = sum(parts.values())
     titles = [*parts, "activations", "sum", "--remat", "sum"]
     memory = devices.hardware.memory
-    print(f"\n  GB per chip (of {memory / 1e9:.0f}), micro-batch {micro_batch}:\n  "
-          + "".join(f"{title:>12}" for title in titles))
-    print(table_row([*parts.values(), kept, base + kept, remat, base + remat]) + "   "
+    print(f"\n  GB per chip (of {memory / 1e9:.0f}), micro-batch {micro_batch}:\n"
+          + table_row(titles, titles))
+    print(table_row(titles, [*parts.values(), kept, base + kept, remat, base + remat]) + "   "
           + verdict(memory, base + kept, base + remat))

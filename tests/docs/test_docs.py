@@ -27,7 +27,7 @@ from conftest import ROOT
 import fusedit
 from fusedit import PRESETS, FuseDiT, FuseDiTConfig, FuseDiTError, GemmaConfig
 from fusedit_lib import cli
-from fusedit_lib.train import plan
+from fusedit_lib.train import hardware
 from fusedit_lib.train.config import model_config
 from fusedit_lib.train.flags import join_mesh, parse_run
 
@@ -351,7 +351,7 @@ def check_run_settings(words, engine):
     run = parse_run(words, "", engine)
     model_config(run)
     if run.plan:
-        plan.parse(run.plan)
+        hardware.parse(run.plan)
 
 
 def usage_error(command):

@@ -157,8 +157,8 @@ def test_too_many_bad_samples_stop_the_run_and_are_named(gemma, tmp_path):
 
 # Pretends that the peak FLOP/s of this machine are known.
 PEAK = """
-from fusedit_lib.train import plan
-plan.peak_flops = lambda device, world: 1e6
+from fusedit_lib.train import hardware
+hardware.peak_flops = lambda device, world: 1e6
 """
 
 

@@ -1,14 +1,20 @@
 """Compares the FLOPs and memory of --plan with formulas and with actual allocations."""
 import json
+import re
+from dataclasses import asdict, replace
 
 import pytest
 import torch
 from conftest import REFERENCE, tiny_gemma, tiny_vae
 from launching import flags, launch
 from safetensors.torch import load_file
+from tiny_shards import numbered
 
 from fusedit import FuseDiTConfig, FuseDiTError, preset
-from fusedit_lib.train import costs, plan
+from fusedit_lib import pretrained, sampling
+from fusedit_lib.data.shards import read_index
+from fusedit_lib.train import costs, hardware, memory, plan
+from fusedit_lib.vae import VAE, load_vae
 from fusedit_lib.train.config import model_config
 from fusedit_lib.train.flags import parse_run
 
@@ -16,7 +22,9 @@ from fusedit_lib.train.flags import parse_run
 
 # Measures the bytes of all storages that tensors hold, including those of autograd and ZeRO's
 # buffers, in the last micro-batch of step 2, when gradients and moments exist. It does so at the
-# beginning and the end of the forward pass, and when the backward pass reaches a block.
+# beginning and the end of the forward pass, and when the backward pass reaches a block. The bytes
+# that would be in CPU memory if there were a GPU, because of "-offload" or --ema-offload, are those
+# of the tensors that DeepSpeed keeps on its optimizer's own device and of the EMA.
 MEASURE = """
 import gc
 from torch._subclasses.fake_tensor import is_fake
@@ -32,6 +40,25 @@ def live_bytes():
     storages = [t.untyped_storage() for t in tensors]
     return sum({s.data_ptr(): s.nbytes() for s in storages}.values())
 
+def offloaded_bytes(engine):
+    optimizer = engine.deepspeed.optimizer
+    tensors = []
+    if EMA_ON_CPU:
+        tensors += engine.ema.tensors.values()
+    if getattr(optimizer, "cpu_offload", False) or getattr(optimizer, "offload_optimizer", False):
+        for names in ("single_partition_of_fp32_groups", "fp32_partitioned_groups_flat",
+                      "param_buffer_of_bit16_for_cpu_offload_groups"):
+            tensors += getattr(optimizer, names, [])
+        tensors += [t.grad for t in tensors if t.grad is not None]
+        for state in engine.adam.state.values():
+            tensors += state.values()
+        tensors += getattr(optimizer, "accumulated_grads_in_cpu", {}).values()
+        for name in ("temp_grad_buffer_for_cpu_offload", "grad_partitions_flat_buffer"):
+            if hasattr(optimizer, name):
+                tensors.append(getattr(optimizer, name))
+    storages = [t.untyped_storage() for t in tensors]
+    return sum({s.data_ptr(): s.nbytes() for s in storages}.values())
+
 def measured(engine, x, text, sigma, eps):
     global calls
     calls += 1
@@ -44,7 +71,7 @@ def measured(engine, x, text, sigma, eps):
     def backward(*_):
         seen.append(live_bytes() - batch)
         with open(OUT + str(dist.get_rank()), "w") as file:
-            json.dump(seen, file)
+            json.dump(dict(all=max(seen), cpu=offloaded_bytes(engine)), file)
     for layer in engine.module.dit.layers:
         layer.register_full_backward_pre_hook(backward)
     with torch.autograd.graph.saved_tensors_hooks(lambda t: t, lambda t: t):
@@ -63,53 +90,116 @@ def three_layers(tmp_path_factory):
 
 
 def measure(argv, folder, ranks):
-    """The peak memory of each rank of a run, in bytes."""
-    launch(argv, f"OUT = {str(folder / 'rank')!r}\n" + MEASURE, n=ranks)
-    return [max(json.loads((folder / f"rank{rank}").read_text())) for rank in range(ranks)]
+    """[{"all": peak memory, "cpu": bytes of it in CPU memory}] of the ranks of a run."""
+    run = parse_run(argv, "")
+    ema_on_cpu = run.ema_offload or run.zero.endswith("offload")
+    launch(argv, f"OUT = {str(folder / 'rank')!r}\nEMA_ON_CPU = {ema_on_cpu}\n" + MEASURE, n=ranks)
+    return [json.loads((folder / f"rank{rank}").read_text()) for rank in range(ranks)]
+
+
+def check_plan(argv, folder, ranks):
+    """Compare the memory of a run with its plan: on the GPU and, with offloading, on the CPU."""
+    run = parse_run(argv, "")
+    dtype = plan.compute_dtype(run)
+    model = costs.training_model(run, model_config(run))
+    devices = hardware.Devices(ranks, "H100", 1)
+    held = memory.zero_memory(model, run.zero, ranks, dtype, run.ema_offload)
+    working = plan.working_memory(run, model_config(run), devices, run.micro_batch, False)
+    for found in measure(argv, folder, ranks):
+        on_gpu = found["all"] - found["cpu"]
+        assert held.gpu + working.kept == pytest.approx(on_gpu, rel=0.1), (held, working, found)
+        assert held.cpu == pytest.approx(found["cpu"], rel=0.1), (held, found)
 
 
 LARGE_WEIGHTS = "image_size=16 dit_hidden_size=2048"
 LARGE_ACTIVATIONS = "image_size=64 dit_hidden_size=256"
 
 
-@pytest.mark.parametrize("stage, shape", [
-    (1, LARGE_WEIGHTS),
-    (0, LARGE_ACTIVATIONS),
-    pytest.param(0, LARGE_WEIGHTS, marks=pytest.mark.slow),
-    pytest.param(2, LARGE_WEIGHTS, marks=pytest.mark.slow),
-    pytest.param(3, LARGE_WEIGHTS, marks=pytest.mark.slow),
-    pytest.param(3, LARGE_ACTIVATIONS, marks=pytest.mark.slow)])
-def test_planned_memory_matches_allocations(three_layers, data, tmp_path, stage, shape):
-    argv = flags(three_layers, data, tmp_path / "run", "--set", *shape.split(),
-                 "--zero", str(stage), "--batch", "16", "--micro-batch", "4", "--steps", "2",
-                 "--dtype", "bf16", "--sample-every", "9")
-    measured = measure(argv, tmp_path, ranks=2)
-    config = model_config(parse_run(argv, ""))
-    model = costs.abstract_model(config)
-    held = plan.zero_memory(model, False, stage, 2, torch.bfloat16)
-    saved = costs.activations(model, config, 4, torch.bfloat16)
-    for most in measured:
-        assert sum(held) + saved.kept == pytest.approx(most, rel=0.1)
+def small_run(gemma, data, out, shape, *more, ranks=2):
+    """The flags of a bf16 run of two steps with two micro-batches of 4 images on each rank."""
+    return flags(gemma, data, out, "--set", *shape.split(), "--batch", str(8 * ranks),
+                 "--micro-batch", "4", "--steps", "2", "--dtype", "bf16", "--sample-every", "0",
+                 *more)
+
+
+@pytest.mark.parametrize("zero, shape", [
+    ("1", LARGE_WEIGHTS),
+    ("0", LARGE_ACTIVATIONS),
+    ("2-offload", LARGE_WEIGHTS),
+    pytest.param("0", LARGE_WEIGHTS, marks=pytest.mark.slow),
+    pytest.param("2", LARGE_WEIGHTS, marks=pytest.mark.slow),
+    pytest.param("3", LARGE_WEIGHTS, marks=pytest.mark.slow),
+    pytest.param("3", LARGE_ACTIVATIONS, marks=pytest.mark.slow),
+    pytest.param("1-offload", LARGE_WEIGHTS, marks=pytest.mark.slow),
+    pytest.param("3-offload", LARGE_WEIGHTS, marks=pytest.mark.slow)])
+def test_planned_memory_matches_allocations(three_layers, data, tmp_path, zero, shape):
+    check_plan(small_run(three_layers, data, tmp_path / "run", shape, "--zero", zero), tmp_path, 2)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("more", [["--compile"], ["--compile", "--memory-budget", "0.5"],
-                                  ["--ema-offload"]])
-def test_planned_memory_with_other_flags_matches_allocations(three_layers, data, tmp_path, more):
+@pytest.mark.parametrize("more", [
+    ["--compile"], ["--compile", "--memory-budget", "0.5"], ["--ema-offload"],
+    ["--zero", "3"], ["--zero", "2-offload", "--dtype", "float32"], ["--zero", "3-offload"]])
+def test_planned_memory_on_one_gpu_matches_allocations(three_layers, data, tmp_path, more):
     """Compiled blocks, without and with a memory budget, and an EMA in CPU memory."""
-    argv = flags(three_layers, data, tmp_path / "run", "--set", *LARGE_ACTIVATIONS.split(),
-                 "--zero", "1", "--batch", "8", "--micro-batch", "4", "--steps", "2",
-                 "--dtype", "bf16", "--sample-every", "9", *more)
-    (most,) = measure(argv, tmp_path, ranks=1)
-    run = parse_run(argv, "")
-    config = model_config(run)
-    budget = None
-    if run.compile:
-        budget = run.memory_budget
-    model = costs.abstract_model(config)
-    held = plan.zero_memory(model, False, 1, 1, torch.bfloat16)
-    saved = costs.activations(model, config, 4, torch.bfloat16, budget=budget)
-    assert sum(held) + saved.kept == pytest.approx(most, rel=0.1), (held, saved)
+    shape = LARGE_WEIGHTS if "--zero" in more else LARGE_ACTIVATIONS
+    argv = small_run(three_layers, data, tmp_path / "run", shape, *more, ranks=1)
+    check_plan(argv, tmp_path, 1)
+
+
+@pytest.mark.parametrize("shape, more", [
+    (LARGE_ACTIVATIONS, ["--zero", "1"]),
+    pytest.param(LARGE_ACTIVATIONS, ["--zero", "1", "--compile"], marks=pytest.mark.slow),
+    pytest.param(LARGE_WEIGHTS, ["--zero", "1"], marks=pytest.mark.slow),
+    pytest.param(LARGE_WEIGHTS, ["--zero", "3"], marks=pytest.mark.slow),
+    pytest.param(LARGE_WEIGHTS, ["--zero", "2-offload"], marks=pytest.mark.slow)])
+def test_planned_memory_of_lora_matches_allocations(three_layers, data, tmp_path, shape, more):
+    """The frozen weights of a trained model in bf16, and adapters."""
+    start = tmp_path / "start"
+    launch(small_run(three_layers, data, start, shape, "--steps", "1", ranks=1))
+    argv = ["--data", str(data), "--init", str(start), "--lora", "8", "--workers", "0",
+            "--batch", "8", "--micro-batch", "4", "--steps", "2", "--dtype", "bf16",
+            "--sample-every", "0", "--out", str(tmp_path / "run"), *more]
+    check_plan(argv, tmp_path, 1)
+
+
+def allocated(function):
+    """The most bytes that PyTorch's allocator has given out at any time while a function runs."""
+    with torch.no_grad(), torch.profiler.profile(profile_memory=True) as profile:
+        function()
+    now = 0
+    peak = 0
+    events = profile.profiler.kineto_results.events()
+    for event in sorted(events, key=lambda event: event.start_ns()):
+        if event.name() == "[memory]":
+            now += event.nbytes()
+            peak = max(peak, now)
+    return peak
+
+
+def test_planned_memory_of_drawing_matches_allocations(three_layers):
+    shape = LARGE_ACTIVATIONS.split()
+    config = model_config(parse_run(flags(three_layers, "x", "y", "--set", *shape), ""))
+    model = pretrained.build_model(config)
+    prompts = ["a red circle above the small blue square and star"] * 2     # the longest text
+    found = allocated(lambda: sampling.generate(model, prompts, steps=2))
+    planned = memory.drawing_memory(config, 2, torch.float32)
+    assert planned.working == pytest.approx(found, rel=0.1)
+    weights = sum(p.numel() * 4 for p in model.parameters())
+    assert planned.all == pytest.approx(weights + found, rel=0.1)
+    assert planned.largest == planned.dit.sum < planned.all
+
+
+@pytest.mark.parametrize("method, shape", [
+    (VAE.moments, (2, 3, 64, 64)), (VAE.decode, (1, 4, 32, 32))])
+def test_planned_memory_of_the_vae_matches_allocations(tmp_path, method, shape):
+    config = FuseDiTConfig(vae=str(tiny_vae(tmp_path / "vae", block_out_channels=[32, 32, 32])))
+    vae = load_vae(config.vae).to(memory_format=torch.channels_last)
+    x = torch.zeros(shape).to(memory_format=torch.channels_last)
+    method(vae, x)                          # the first call allocates more
+    planned = memory.vae_memory(config, method, torch.empty(shape, device="meta"), torch.float32)
+    assert planned.weights == sum(p.numel() * 4 for p in vae.parameters())
+    assert planned.working == pytest.approx(allocated(lambda: method(vae, x.clone())), rel=0.1)
 
 
 def test_activations_grow_with_the_batch_and_shrink_with_remat(gemma_folder):
@@ -167,7 +257,7 @@ def test_useful_flops_depend_on_captions_and_latents():
 def test_the_plan_of_every_paper_run_needs_no_download():
     for name, run in json.loads((REFERENCE / "paper_runs.json").read_text()).items():
         model = costs.abstract_model(preset(name))
-        assert plan.count_parameters(model.dit) == run["dit_parameters"], name
+        assert memory.count_parameters(model.dit) == run["dit_parameters"], name
 
 
 def show(argv, capsys, engine="gpu"):
@@ -227,6 +317,84 @@ def test_the_printed_plan(capsys):
         assert sum(numbers[:8]) == pytest.approx(numbers[8], abs=0.05)
 
 
+def test_latents_of_the_data_are_used(tmp_path, gemma_folder, capsys):
+    """Nothing is encoded, so neither the encoder's FLOPs nor its memory are counted."""
+    vae = tiny_vae(tmp_path / "vae")
+    argv = ["--plan", "8xH100", "--steps", "8", "--batch", "512", "--sample-every", "0", "--set",
+            f"vae={vae}", "in_channels=4", "image_size=64", "patch_size=2"]
+    data = numbered(tmp_path / "data")
+    images = "\n".join(show(flags(gemma_folder, data, "y", *argv), capsys))
+    index = json.loads((data / "index.json").read_text())
+    for shard in index["shards"]:
+        shard["latents"] = dict(image_size=64)
+    (data / "index.json").write_text(json.dumps(index))
+    read_index.cache_clear()
+    latents = "\n".join(show(flags(gemma_folder, data, "y", *argv), capsys))
+    both, without = re.search(r"an image: (\S+) TFLOP \((\S+) with precomp", images).groups()
+    assert f"an image: {without} TFLOP ({both} without the latents of --data)" in latents
+
+    run = parse_run(flags(gemma_folder, data, "y", *argv), "")
+    config = model_config(run)
+    devices = hardware.parse(run.plan)
+    encodes = plan.working_memory(run, config, devices, 64, False)
+    reads = plan.working_memory(run, config, devices, 64, True)
+    assert encodes.vae > 0 == reads.vae
+    assert encodes.remat > reads.remat      # the encoder needs more than a step with --remat
+    draws = plan.working_memory(replace(run, sample_every=1), config, devices, 64, True)
+    assert draws.grid > encodes.vae         # to which the VAE is moved
+
+    missing = "\n".join(show(flags(gemma_folder, tmp_path / "no", "y", *argv), capsys))
+    assert "No latents are counted, because --data cannot be read here: no file matches" in missing
+
+
+def test_the_plan_of_init_is_that_of_its_model(tmp_path, gemma_folder, capsys):
+    folder = tmp_path / "model"
+    folder.mkdir()
+    config = model_config(parse_run(flags(gemma_folder, "x", "y"), ""))
+    (folder / "config.json").write_text(json.dumps(asdict(config)))
+    argv = ["--init", str(folder), "--plan", "1xH100", "--batch", "8", "--steps", "100"]
+    lines = show(argv, capsys)
+    whole = costs.abstract_model(config)
+    count = memory.count_parameters(whole.dit)
+    assert lines[0].startswith(f"{folder} at 16 pixels, batch 8 = 1 H100")
+    assert f"  DiT {count:,}, frozen Gemma" in lines[2]
+    assert "paper" not in lines[-1] and "100 steps in 0.0 hours" in lines[-1]
+
+    # with --lora: a backward pass without gradients of the weights
+    lines = show([*argv, "--lora", "4"], capsys)
+    run = parse_run([*argv, "--lora", "4"], "")
+    model = costs.training_model(run, config)
+    adapters = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    assert 0 < adapters < count / 2
+    assert f"  adapters {adapters:,}, frozen DiT {count:,}, frozen Gemma" in lines[2]
+    forward = costs.flops(model, config)
+    with_lora = costs.step_flops(forward, lora=True)
+    assert costs.step_flops(forward) - with_lora == forward.dit > costs.flops(whole, config).dit
+
+
+def test_the_plan_says_what_fits(gemma_folder, capsys, monkeypatch):
+    """The plan names flags if the run does not fit; with these it fits."""
+    argv = flags(gemma_folder, "x", "y", "--plan", "1x4080", "--batch", "4", "--sample-every", "0")
+    run = parse_run([*argv, "--zero", "2-offload"], "")
+    devices = hardware.parse(run.plan)
+    model = costs.training_model(run, model_config(run))
+    working = plan.working_memory(run, model_config(run), devices, 2, False)
+    enough = plan.gpu_need(run, devices, model, working).kept
+
+    def remedies(size, *more):
+        monkeypatch.setitem(hardware.GPUS, "4080", hardware.Hardware(1e12, size))
+        lines = show([*argv, *more], capsys)
+        return [line for line in lines if re.search("it fits with|makes it fit", line)]
+
+    (remedy,) = remedies(enough)
+    found = remedy.split("with ")[1].split()
+    assert "--zero" in found and "--micro-batch" in found
+    assert remedies(enough, *found) == []
+    assert remedies(0.9 * enough, *found) != []
+    (none,) = remedies(1e5)
+    assert none == "  no --micro-batch, --zero, --remat or --lora makes it fit"
+
+
 EMA, ACTIVATIONS, SUM = 3, 7, 8             # columns of the plan's table
 
 
@@ -278,8 +446,9 @@ def test_the_numbers_of_a_tpu_plan_add_up(capsys, name, chips, tensor):
     # single numbers
     gb = dict(zip(titles[:-4], numbers, strict=False))
     sizes = dict(fsdp=chips // tensor, tensor=tensor)
-    trained = sum(plan.chip(name, p.shape, sizes) for name, p in model.dit.named_parameters("dit"))
-    block = plan.count_parameters(model.dit.layers[0])
+    tensors = model.dit.named_parameters("dit")
+    trained = sum(memory.chip(name, p.shape, sizes) for name, p in tensors)
+    block = memory.count_parameters(model.dit.layers[0])
     assert trained < 1.1 * 2_024_828_480 / chips
     assert gb["Adam"] == pytest.approx(8 * trained / 1e9, abs=0.006)
     assert gb["weights"] == pytest.approx(4 * trained / 1e9, abs=0.006)
@@ -303,7 +472,7 @@ def check_sharding(lines, model, chips):
         assert elements == pytest.approx(float(million) * 1e6, abs=0.06e6)
         assert float(million) / float(on_chip) == pytest.approx(chips, rel=0.02)
         shown += float(million)
-    assert shown * 1e6 == pytest.approx(plan.count_parameters(model), rel=0.002)
+    assert shown * 1e6 == pytest.approx(memory.count_parameters(model), rel=0.002)
 
 
 # ------------------------------------------------------------------------------ devices
@@ -312,7 +481,7 @@ def check_sharding(lines, model, chips):
                                   "v9-8", "v4-1", "v5e-0", "8xv4"])
 def test_invalid_devices_are_refused(text):
     with pytest.raises(FuseDiTError, match="known: B200.* v4, v5e"):
-        plan.parse(text)
+        hardware.parse(text)
 
 
 @pytest.mark.parametrize("text, devices", [
@@ -322,4 +491,4 @@ def test_invalid_devices_are_refused(text):
     ("8 x a100", (8, "A100", 0.4)),
     ("2xH100 PCIe@0.5", (2, "H100 PCIe", 0.5))])
 def test_valid_devices(text, devices):
-    assert plan.parse(text) == devices
+    assert hardware.parse(text) == devices

@@ -9,7 +9,7 @@ from torch.utils._pytree import tree_map
 
 from fusedit import FuseDiTConfig, FuseDiTError, LayerStack, preset
 from fusedit_lib import files, pretrained
-from fusedit_lib.train import checkpoints, costs, plan, sharding, xla
+from fusedit_lib.train import checkpoints, costs, memory, sharding, xla
 from fusedit_lib.train.sharding import ParameterState
 
 SIZES = {"fsdp": 4, "tensor": 2}
@@ -55,7 +55,7 @@ def test_only_small_tensors_are_replicated(name):
     total = 0
     for key, parameter in costs.abstract_model(preset(name)).named_parameters():
         total += parameter.numel()
-        if plan.chip(key, parameter.shape, sizes) * 256 != parameter.numel():
+        if memory.chip(key, parameter.shape, sizes) * 256 != parameter.numel():
             whole += parameter.numel()
             small = parameter.dim() == 1 or "patch_embed" in key or "proj_out" in key
             assert small, key

@@ -1,0 +1,66 @@
+"""LoRA: small matrices that are trained in place of a model's weights (arXiv 2106.09685).
+
+Every linear layer of the DiT's blocks computes W x + B A x. W is frozen, and only A [rank, in] and
+B [out, rank] are trained. B starts at 0, so the model starts unchanged. All A and B together are an
+adapter. It is stored in the format of peft, which also adds it to a DiT for training. Loading a
+model with an adapter needs no peft, because the adapter is merged: W + B A replaces W.
+"""
+import torch
+
+from fusedit import FuseDiTError
+from fusedit_lib.files import open_tensors, read_json, read_tensor, save_file, tensors_below
+
+TARGETS = r"layers\..*proj"                 # the linear layers of attention and MLP in each block
+PREFIX = "base_model.model."                # of the names in peft's files
+
+
+def adapter_config(rank, base=None):
+    """peft's config of an adapter. base: the name of the model that it is for."""
+    from peft import LoraConfig
+    # peft multiplies B A by lora_alpha / rank, here 1.
+    return LoraConfig(r=rank, lora_alpha=rank, target_modules=TARGETS, base_model_name_or_path=base)
+
+
+def add_adapters(dit, rank):
+    """Freezes a DiT, which may be on the meta device, and adds adapters in float32."""
+    from peft import get_peft_model
+    get_peft_model(dit, adapter_config(rank))              # changes dit; the wrapper is not needed
+    # ZeRO 3 frees the weights of a block too early if no input of the block has a gradient.
+    dit.patch_embed["proj"].register_forward_hook(lambda module, args, x: x.requires_grad_())
+
+
+def write_adapter(checkpoint, rank, base):
+    """Writes lora/ in the folder of a checkpoint, from the EMA in its model.safetensors."""
+    tensors = {}
+    trained = tensors_below("dit.", open_tensors(checkpoint))
+    for name in trained:
+        # "default" is peft's name of a model's only adapter.
+        tensors[PREFIX + name.replace(".default.", ".")] = read_tensor(trained, name)
+    adapter_config(rank, base).save_pretrained(checkpoint / "lora")
+    save_file(tensors, checkpoint / "lora" / "adapter_model.safetensors", {"format": "pt"})
+
+
+def merge(dit, folder):
+    """Adds an adapter in a folder of peft to the weights of a DiT: W + B A replaces W.
+
+    Raises FuseDiTError if the adapter is not a plain LoRA or does not fit this DiT.
+    """
+    config = read_json(folder / "adapter_config.json")
+    plain = config.get("init_lora_weights") in (True, False, "gaussian")   # others also change W
+    if not plain or config.get("use_rslora") or config.get("alpha_pattern"):
+        raise FuseDiTError(f"the adapter in {folder} is not a plain LoRA (see init_lora_weights, "
+                           "use_rslora and alpha_pattern in its adapter_config.json): merge it "
+                           "with peft's merge_and_unload")
+    adapter = open_tensors(folder, "adapter_model")
+    weights = dict(dit.named_parameters())
+    for name in adapter:
+        if ".lora_B." in name:
+            continue
+        try:
+            W = weights[name.removeprefix(PREFIX).replace(".lora_A.", ".")].data
+            A = read_tensor(adapter, name).to(W.device, torch.float32)
+            B = read_tensor(adapter, name.replace(".lora_A.", ".lora_B.")).to(A)
+            W.copy_(W + config["lora_alpha"] / len(A) * B @ A)
+        except (KeyError, RuntimeError):
+            raise FuseDiTError(f"the adapter in {folder} is for another model than this one, which "
+                               f"has no weight of the shape of {name}") from None
