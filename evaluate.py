@@ -35,7 +35,7 @@ from fusedit_lib.evaluation.drawing import (
     started_dtype,
 )
 from fusedit_lib.evaluation.report import report
-from fusedit_lib.pretrained import last_checkpoint
+from fusedit_lib.folders import last_checkpoint
 from fusedit_lib.sampling import check_guidance_span, latent_size
 
 # Commands that score the images of benchmarks with external scorers (see docs/evaluation.md).

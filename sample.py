@@ -19,7 +19,7 @@ threads.limit_spinning()                    # before torch is imported
 
 from tqdm import tqdm
 
-from fusedit_lib import backend, cli, seeds
+from fusedit_lib import backend, cli, offload, seeds
 from fusedit_lib.cli import positive
 from fusedit_lib.export import check_new, export
 from fusedit_lib.files import atomic_write, file_stem, unused_path
@@ -27,12 +27,12 @@ from fusedit_lib.pretrained import base_model, load_model, model_folder
 from fusedit_lib.sampling import (
     batches_of,
     check_guidance_span,
+    decode_latents,
     generate,
     image_grid,
     latent_size,
     png_info,
     progress_bar,
-    to_images,
 )
 
 
@@ -48,6 +48,10 @@ def parse_args():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=cli.HelpFormatter)
     add_prompt_flags(parser)
     model = cli.add_model_flags(parser)
+    model.add_argument("--offload", action="store_true",
+                       help="keep one part of the model in memory at a time: Gemma encodes all "
+                            "prompts, the DiT draws, the VAE decodes; takes a few seconds more "
+                            "and draws the same images")
     model.add_argument("--set", nargs="+", action="extend", default=[],
                        metavar="FIELD=VALUE",
                        help="override fields of the model's config: base=FOLDER or vae=FOLDER if "
@@ -63,6 +67,9 @@ def parse_args():
     args = parser.parse_args()
     if args.model is None and not args.lora:
         args.model = str(cli.DEMO)
+    if args.offload and args.compile:
+        parser.error("--offload loads the parts of the model again and again, so that --compile "
+                     "would not pay off: leave out one of them")
     if not (args.prompt or args.prompts or args.export):
         parser.error('nothing to draw: give --prompt "a large red circle", or --prompts FILE')
     return args
@@ -116,29 +123,42 @@ def add_output_flags(parser):
 
 def draw(loaded, jobs, args):
     """Draw and save the image of each job and, with --gif, its animation. Returns the images."""
-    frames = []                             # one list of images per step of the current batch
+    batches = batches_of(jobs, args.batch_size)
     images = []
-
     with progress_bar(len(jobs)) as bar:
-        def after_step(step, x):
-            bar.update(len(x) / args.steps)
-            if args.gif:
-                frames.append(to_images(x, loaded.vae))
-
-        for batch in batches_of(jobs, args.batch_size):
-            frames.clear()
-            drawn = generate(
-                loaded.model, [job.prompt for job in batch], [job.seed for job in batch],
-                vae=loaded.vae, height=args.height, width=args.width, steps=args.steps,
-                guidance=args.guidance, guidance_span=args.guidance_span, negative=args.negative,
-                callback=after_step)
+        if args.offload:
+            settings = offload.Settings(args.height, args.width, args.steps, args.guidance,
+                                        args.guidance_span, args.negative, args.gif)
+            drawn = offload.generate_batches(loaded, batches, settings, bar)
+        else:
+            drawn = generate_batches(loaded, batches, args, bar)
+        for batch, frames in zip(batches, drawn, strict=True):
             for i, job in enumerate(batch):
-                path = save_png(job, drawn[i], loaded.path, args)
+                path = save_png(job, frames[-1][i], loaded.path, args)
                 if args.gif:
                     save_gif([step[i] for step in frames], path.with_suffix(".gif"))
                 tqdm.write(str(path))
-            images += drawn
+            images += frames[-1]
     return images
+
+
+def generate_batches(loaded, batches, args, bar):
+    """Yield the images of each batch of jobs after each step or, without --gif, after the last."""
+    frames = []                             # of the current batch
+
+    def after_step(step, x):
+        bar.update(len(x) / args.steps)
+        if args.gif and step < args.steps - 1:
+            frames.append(decode_latents(x, loaded.vae))
+
+    for batch in batches:
+        frames.clear()
+        images = generate(
+            loaded.model, [job.prompt for job in batch], [job.seed for job in batch],
+            vae=loaded.vae, height=args.height, width=args.width, steps=args.steps,
+            guidance=args.guidance, guidance_span=args.guidance_span, negative=args.negative,
+            callback=after_step)
+        yield [*frames, images]
 
 
 def save_png(job, image, model_path, args):
@@ -202,7 +222,7 @@ def main():
         return
 
     loaded = cli.open_model(args.model, args.device, args.dtype, not args.no_ema, args.compile,
-                            changes)
+                            changes, args.offload)
     config = loaded.model.config
     if args.guidance is None:
         args.guidance = config.guidance
@@ -223,4 +243,4 @@ def main():
 
 
 if __name__ == "__main__":
-    cli.run(main, "--batch-size, or --height and --width")
+    cli.run(main, "--batch-size, or --height and --width, or use --offload")

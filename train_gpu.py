@@ -56,7 +56,8 @@ def build_engine(run, model, vae, checkpoint, micro_batch, accumulation):
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch")
     import deepspeed
 
-    ema = zero.shard_ema(model, checkpoint, dist.get_rank(), dist.get_world_size(), run.ema_offload)
+    ema_offload = run.ema_offload or run.zero.endswith("offload")
+    ema = zero.shard_ema(model, checkpoint, dist.get_rank(), dist.get_world_size(), ema_offload)
     zero.prepare_layers(run, model, vae)
     adam = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], run.lr,
                              betas=(run.beta1, run.beta2), weight_decay=run.weight_decay,

@@ -88,6 +88,15 @@ def keep_freed_memory():
         mallopt(M_MMAP_THRESHOLD, 2**30)
 
 
+def release_memory():
+    """Return freed memory, which malloc and PyTorch would keep for later, to the system."""
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)          # None: another C library
+    if trim is not None:
+        trim(0)
+
+
 def warm_up_mkl():
     """Call MKL's vector functions once on one thread.
 
@@ -229,15 +238,14 @@ def round_up_to_tile(tokens, limit, device):
     return min(limit, -(-tokens // TILE) * TILE)
 
 
-def check_attention(model, vae, dtype):
+def check_attention(model, vae, device, dtype):
     """Try the attention kernel that the DiT will use on a GPU. Returns a line for the log.
 
     The kernel runs once, forward and backward, with a mask as in training. cuDNN, PyTorch's first
     choice on an H100, raises an error for shapes that it does not support, and some versions return
     NaN (pytorch#196678). In either case cuDNN is switched off and PyTorch uses its next choice.
-    vae: the model's VAE or None. Returns "" on other devices.
+    model, vae: only their shapes matter; vae may be None. Returns "" on other devices.
     """
-    device = model.dit.proj_out.weight.device
     if device.type != "cuda":
         return ""
     config = model.config

@@ -5,6 +5,8 @@ import json
 import os
 import re
 import sys
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -16,7 +18,8 @@ import fusedit
 from fusedit import FuseDiTError
 from fusedit_lib import backend, seeds
 from fusedit_lib.backend import pick_device
-from fusedit_lib.pretrained import last_checkpoint, load_model
+from fusedit_lib.folders import last_checkpoint
+from fusedit_lib.pretrained import PARTS, load_model
 from fusedit_lib.vae import VAE, load_vae
 
 # Optional packages -> the extra in pyproject.toml that installs them.
@@ -204,13 +207,16 @@ class LoadedModel(NamedTuple):
                                             # without the path of the repository, if it is inside
     device: torch.device
     dtype: str                              # "bf16" or "float32"
+    load: Callable                          # parts, as load_model takes them -> the model with them
 
 
-def open_model(path, device="auto", dtype="auto", ema=True, compile=False, changes=None):
+def open_model(path, device="auto", dtype="auto", ema=True, compile=False, changes=None,
+               offload=False):
     """Load a model and its VAE for sampling, and configure this process. See add_model_flags.
 
-    changes: {config field: value}, as load_model takes them. On a GPU, prints the attention kernel
-    on stderr. Raises FuseDiTError.
+    changes: {config field: value}, as load_model takes them. offload: load only the tokenizer, and
+    leave the weights to offload.py; all files are checked. On a GPU, prints the attention kernel on
+    stderr. Raises FuseDiTError.
     """
     device = pick_device(device)
     dtype_name = backend.dtype_name(dtype, device)
@@ -220,20 +226,26 @@ def open_model(path, device="auto", dtype="auto", ema=True, compile=False, chang
     path = str(last_checkpoint(path))       # a run's last checkpoint changes as it trains
     backend.configure(device, torch_dtype)
 
-    model = load_model(path, device, torch_dtype, ema, **(changes or {}))
+    load = partial(load_model, path, device, torch_dtype, ema, **(changes or {}))
+    parts = PARTS
+    vae_device = device
+    if offload:
+        parts = ("tokenizer",)
+        vae_device = "meta"
+    model = load(parts=parts)
     config = model.config
     vae = None
     if config.vae:
-        vae = load_vae(config.vae, device, torch_dtype, config.in_channels)
+        vae = load_vae(config.vae, vae_device, torch_dtype, config.in_channels)
 
-    kernel = backend.check_attention(model, vae, torch_dtype)
+    kernel = backend.check_attention(model, vae, device, torch_dtype)
     if kernel:
         print(kernel, file=sys.stderr)
     if compile:
         backend.compile_model(model, vae)
     # PNGs and results contain it, and are shared: the bundled demo is "demo", wherever it lies.
     path = path.removeprefix(f"{DEMO.parent}{os.sep}")
-    return LoadedModel(model, vae, path, device, dtype_name)
+    return LoadedModel(model, vae, path, device, dtype_name, load)
 
 
 def announce(loaded, prompts, negative=""):

@@ -19,14 +19,8 @@ from fusedit_lib.files import (
     save_file,
     stored_variant,
 )
-from fusedit_lib.pretrained import (
-    clip_folders,
-    find_local,
-    gemma_tensors,
-    is_hub_id,
-    repository,
-    resolve_vae,
-)
+from fusedit_lib.folders import find_local, is_hub_id, repository, resolve_vae
+from fusedit_lib.pretrained import clip_folders, gemma_tensors
 from fusedit_lib.vae import vae_config
 
 TOKENIZER_FILES = ("tokenizer.model", "tokenizer.json", "tokenizer_config.json",

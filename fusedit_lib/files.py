@@ -258,6 +258,12 @@ def tensors_below(prefix, tensors):
             if name.startswith(prefix)}
 
 
+def read_tensor(tensors, name):
+    """One of the tensors that open_tensors has found."""
+    file, stored_name = tensors[name]
+    return file.get_tensor(stored_name)
+
+
 # ---- loading into a module -----------------------------------------------------------------------
 
 def check_tensors(module, tensors, source, hint=""):
@@ -279,9 +285,13 @@ def check_tensors(module, tensors, source, hint=""):
 
 
 def assign_tensors(module, tensors, device, dtype):
-    """Replace a module's tensors, which may be on the meta device, with the stored ones."""
+    """Replace a module's tensors, which may be on the meta device, with the stored ones.
+
+    With device "meta" nothing is read.
+    """
+    if device == "meta":
+        return
     state = {}
     for name in module.state_dict():
-        file, stored_name = tensors[name]
-        state[name] = file.get_tensor(stored_name).to(device, dtype)
+        state[name] = read_tensor(tensors, name).to(device, dtype)
     module.load_state_dict(state, assign=True)

@@ -5,10 +5,13 @@ B [out, rank] are trained. B starts at 0, so the model starts unchanged. All A a
 adapter. It is stored in the format of peft, which also adds it to a DiT for training. Loading a
 model with an adapter needs no peft, because the adapter is merged: W + B A replaces W.
 """
+import torch
+
 from fusedit import FuseDiTError
-from fusedit_lib.files import InMemoryTensor, open_tensors, read_json, save_file, tensors_below
+from fusedit_lib.files import open_tensors, read_json, read_tensor, save_file, tensors_below
 
 TARGETS = r"layers\..*proj"                 # the linear layers of attention and MLP in each block
+PREFIX = "base_model.model."                # of the names in peft's files
 
 
 def adapter_config(rank, base=None):
@@ -29,36 +32,35 @@ def add_adapters(dit, rank):
 def write_adapter(checkpoint, rank, base):
     """Writes lora/ in the folder of a checkpoint, from the EMA in its model.safetensors."""
     tensors = {}
-    for name, (file, stored_name) in tensors_below("dit.", open_tensors(checkpoint)).items():
-        # "default" is the adapter's name. It and the prefix are those of peft.
-        tensors[f"base_model.model.{name}".replace(".default.", ".")] = file.get_tensor(stored_name)
+    trained = tensors_below("dit.", open_tensors(checkpoint))
+    for name in trained:
+        # "default" is peft's name of a model's only adapter.
+        tensors[PREFIX + name.replace(".default.", ".")] = read_tensor(trained, name)
     adapter_config(rank, base).save_pretrained(checkpoint / "lora")
     save_file(tensors, checkpoint / "lora" / "adapter_model.safetensors", {"format": "pt"})
 
 
 def merge(dit, folder):
-    """The tensors of a DiT, with an adapter in a folder of peft merged into them.
+    """Adds an adapter in a folder of peft to the weights of a DiT: W + B A replaces W.
 
-    dit: in the form of files.open_tensors. Raises FuseDiTError if the adapter is not a plain LoRA
-    or does not fit this DiT.
+    Raises FuseDiTError if the adapter is not a plain LoRA or does not fit this DiT.
     """
     config = read_json(folder / "adapter_config.json")
-    if config.get("use_rslora") or config.get("alpha_pattern"):
-        raise FuseDiTError(f"the adapter in {folder} has use_rslora or alpha_pattern, which only "
-                           "peft can merge (merge_and_unload)")
+    plain = config.get("init_lora_weights") in (True, False, "gaussian")   # others also change W
+    if not plain or config.get("use_rslora") or config.get("alpha_pattern"):
+        raise FuseDiTError(f"the adapter in {folder} is not a plain LoRA (see init_lora_weights, "
+                           "use_rslora and alpha_pattern in its adapter_config.json): merge it "
+                           "with peft's merge_and_unload")
     adapter = open_tensors(folder, "adapter_model")
-    merged = dict(dit)
-    for name in [name for name in adapter if ".lora_B." not in name]:
-        target = name.removeprefix("base_model.model.").replace(".lora_A.", ".")
+    weights = dict(dit.named_parameters())
+    for name in adapter:
+        if ".lora_B." in name:
+            continue
         try:
-            file, stored_name = dit[target]
-            W = file.get_tensor(stored_name)
-            file, _ = adapter[name.replace(".lora_A.", ".lora_B.")]
-            A = file.get_tensor(name)
-            B = file.get_tensor(name.replace(".lora_A.", ".lora_B."))
-            update = config["lora_alpha"] / len(A) * B.float() @ A.float()
-            merged[target] = InMemoryTensor((W + update).to(W.dtype)), target
+            W = weights[name.removeprefix(PREFIX).replace(".lora_A.", ".")].data
+            A = read_tensor(adapter, name).to(W.device, torch.float32)
+            B = read_tensor(adapter, name.replace(".lora_A.", ".lora_B.")).to(A)
+            W.copy_(W + config["lora_alpha"] / len(A) * B @ A)
         except (KeyError, RuntimeError):
             raise FuseDiTError(f"the adapter in {folder} is for another model than this one, which "
                                f"has no weight of the shape of {name}") from None
-    return merged

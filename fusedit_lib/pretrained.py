@@ -11,7 +11,6 @@ A model is loaded from
 Loading is strict: a missing or unexpected tensor means that this is another model, and raises an
 error that names it. Models are built on the meta device, and only the tensors needed are read.
 """
-import hashlib
 import json
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -20,7 +19,6 @@ from typing import NamedTuple
 import torch
 from safetensors import SafetensorError
 
-import fusedit
 from fusedit import FuseDiT, FuseDiTConfig, FuseDiTError, GemmaConfig
 from fusedit_lib import published
 from fusedit_lib.backend import first_line, warm_up_mkl
@@ -30,18 +28,21 @@ from fusedit_lib.files import (
     check_tensors,
     open_tensors,
     read_json,
-    safetensors_paths,
     save_file,
     stored_variant,
     tensors_below,
 )
+from fusedit_lib.folders import (
+    TOKENIZER_FILES,
+    find_local,
+    is_hub_id,
+    last_checkpoint,
+    repository,
+    resolve,
+)
 from fusedit_lib.lora import merge
 from fusedit_lib.published import GemmaFiles, StoredModel, dit_tensors
 
-# Files to download from the hub, as glob patterns.
-MODEL_FILES = ("*.json", "*.safetensors", "*.model", "*.jinja", "*merges.txt")
-TOKENIZER_FILES = ("*.json", "*.model", "*.jinja")
-VAE_FILES = ("vae/*", "config.json", "diffusion_pytorch_model*.safetensors*")
 # A CLIP text model with its tokenizer: in one folder, in two as in SD 3 and similar models, or in
 # two as in the released layout.
 CLIP_FOLDERS = (("text_encoder", "tokenizer"), ("clip", "clip_tokenizer"))
@@ -50,86 +51,8 @@ CLIP_FILES = ("config.json", "model.safetensors", "vocab.json", "merges.txt", "t
               "text_encoder/model.safetensors", "tokenizer/*", "clip/config.json",
               "clip/model.safetensors", "clip_tokenizer/*")
 
-# ---- finding a folder ----------------------------------------------------------------------------
-
-def resolve(name, patterns=MODEL_FILES):
-    """The folder of a model, from a path or a hub id; raises FuseDiTError.
-
-    A relative path is looked up in the working directory and next to fusedit.py. patterns: the
-    files to download from the hub.
-    """
-    path = find_local(name, (".", repository()))
-    if path is not None:
-        return path
-    if not is_hub_id(name):
-        raise FuseDiTError(f"no such model folder: {name}. Check the path, or give a hub id, "
-                           "OWNER/NAME")
-    from huggingface_hub import snapshot_download
-    try:
-        return Path(snapshot_download(str(name), allow_patterns=list(patterns)))
-    except Exception as e:                  # any of a dozen network, login and name errors
-        raise FuseDiTError(f"{name} is not a local folder and cannot be downloaded from the hub ("
-                           f"{type(e).__name__}). Check the name and the network; for Gemma and "
-                           "Stable Diffusion 3, also accept the licence on the hub and run `hf "
-                           "auth login`; or use a local folder") from e
-
-
-def repository():
-    """The folder of fusedit.py, which also has demo/."""
-    return Path(fusedit.__file__).parent
-
-
-def find_local(name, roots):
-    """The absolute path of a folder that may be in any of roots; None if it does not exist."""
-    for root in roots:
-        if (Path(root) / name).exists():
-            return (Path(root) / name).resolve()
-    return None
-
-
-def is_hub_id(name):
-    """True if a name has the form OWNER/NAME of a hub id; it may also be a relative path."""
-    return str(name).count("/") == 1 and not str(name).startswith((".", "/", "~"))
-
-
-def resolve_vae(name):
-    """The folder with a VAE's config.json and weights: `name` itself, or its subfolder vae/."""
-    folder = resolve(name, patterns=VAE_FILES)
-    if folder.is_file():
-        raise FuseDiTError(f"the VAE {name} is a file: give its folder, which also has config.json")
-    if (folder / "vae").is_dir():
-        return folder / "vae"
-    return folder
-
-
-def vae_fingerprint(vae):
-    """A short hash of a VAE's weights. Stored with latents, it identifies the VAE they are from."""
-    whole = hashlib.sha256()
-    for path in safetensors_paths(resolve_vae(vae), "diffusion_pytorch_model"):
-        with open(path, "rb") as file:
-            whole.update(hashlib.file_digest(file, "sha256").digest())
-    return whole.hexdigest()[:16]
-
-
-def last_checkpoint(path):
-    """The last checkpoint of a run's folder; any other path or hub id is returned unchanged.
-
-    The run may also be one of the published code.
-    """
-    latest = Path(path) / "latest"
-    if latest.exists():
-        folder = Path(path) / latest.read_text().strip()
-        if not folder.exists():
-            raise FuseDiTError(f"{latest} names {folder.name}, which does not exist: give one of "
-                               f"the other checkpoints in {path}")
-        return folder
-    if not (Path(path) / "config.json").exists():
-        path = published.last_checkpoint(path) or path
-    if (Path(path) / "metrics.jsonl").exists():
-        raise FuseDiTError(f"{path} is a training run that has no checkpoint yet: the first is "
-                           "saved after --save-every steps")
-    return path
-
+# The parts of a model that load_model can load separately. CLIP belongs to llm.
+PARTS = ("tokenizer", "llm", "dit")
 
 # ---- the text tower ------------------------------------------------------------------------------
 
@@ -277,13 +200,13 @@ class ClipEncoder:
 # ---- building a model ----------------------------------------------------------------------------
 
 def build_model(config, device="cpu", dtype=torch.float32, dit_tensors=None, source=None,
-                llm_tensors=None, gemma=None):
+                llm_tensors=None, gemma=None, parts=PARTS):
     """A FuseDiT with the Gemma of config.base and a DiT, either stored or newly initialised.
 
     dit_tensors: open_tensors of a DiT in the folder source, loaded in dtype, as Gemma is; None: new
     weights in float32. llm_tensors: the weights of a Gemma that was trained as well, which
     replace base's; they include at least the layers that are read. gemma: GemmaFiles to use
-    instead of config.base. Raises FuseDiTError.
+    instead of config.base. parts: see load_model. Raises FuseDiTError.
     """
     check_build(config)
     warm_up_mkl()
@@ -292,14 +215,26 @@ def build_model(config, device="cpu", dtype=torch.float32, dit_tensors=None, sou
     with torch.device("meta"):
         model = FuseDiT(config, GemmaConfig.from_dict(gemma.config))
     model.gemma_files = gemma
-    load_llm(model, gemma, llm_tensors, source, device, dtype)
+    llm_device = device if "llm" in parts else "meta"
+    dit_device = device if "dit" in parts else "meta"
+    load_llm(model, gemma, llm_tensors, source, llm_device, dtype)
 
     if dit_tensors is None:
         model.dit.to_empty(device=device).init_weights()
     else:
         check_tensors(model.dit, dit_tensors, source, config_hint(config, dit_tensors))
-        assign_tensors(model.dit, dit_tensors, device, dtype)
+        assign_tensors(model.dit, dit_tensors, dit_device, dtype)
 
+    if "tokenizer" in parts:
+        attach_tokenizer(model, gemma, config)
+    if config.clip and "llm" in parts:
+        model.clip_encoder = ClipEncoder(config.clip, config.text_modulation_embeds_dim, device,
+                                         dtype)
+    return model
+
+
+def attach_tokenizer(model, gemma, config):
+    """Load the tokenizer of the text tower. gemma: GemmaFiles. Raises FuseDiTError."""
     model.tokenizer = load_tokenizer(gemma.tokenizer, model.llm.config.vocab_size)
     if model.tokenizer.bos_token_id is None:
         raise FuseDiTError(f"the tokenizer in {gemma.tokenizer} has no <bos> token, so it is not "
@@ -307,10 +242,6 @@ def build_model(config, device="cpu", dtype=torch.float32, dit_tensors=None, sou
     if config.apply_chat_template and not model.tokenizer.chat_template:
         raise FuseDiTError(f"{gemma.tokenizer} has no chat template, so apply_chat_template "
                            "cannot be true: use an instruction-tuned Gemma")
-    if config.clip:
-        model.clip_encoder = ClipEncoder(config.clip, config.text_modulation_embeds_dim, device,
-                                         dtype)
-    return model
 
 
 def check_build(config):
@@ -361,23 +292,31 @@ def config_hint(config, dit_tensors):
 
 # ---- loading -------------------------------------------------------------------------------------
 
-def load_model(path, device="cpu", dtype=torch.float32, ema=True, lora=None, **changes):
+def load_model(path, device="cpu", dtype=torch.float32, ema=True, parts=PARTS, lora=None,
+               **changes):
     """A trained model from any of the folders listed at the top, or a hub id.
 
     dtype: of the weights; None: as they are stored. ema=False: a checkpoint's raw weights instead
-    of their exponential moving average. lora: folder of an adapter of peft, which is merged.
-    changes: config fields that replace stored ones, such as base. Raises FuseDiTError.
+    of their exponential moving average. parts: those of PARTS to load; the tensors of the others
+    are checked but stay on the meta device, where they take no memory. lora: folder of an adapter
+    of peft, which is merged. changes: config fields that replace stored ones, such as base, if the
+    Gemma has moved. Raises FuseDiTError.
     """
     folder = model_folder(path)
     config = open_config(folder, changes)
     stored = open_weights(folder, ema)
-    if lora:
-        stored = stored._replace(dit=merge(stored.dit, lora))
     gemma = stored.gemma
     if gemma is not None:                   # config.base has its tokenizer
         tokenizer = tokenizer_folder(resolve(config.base, patterns=TOKENIZER_FILES))
         gemma = gemma._replace(tokenizer=tokenizer)
-    model = build_model(config, device, dtype, stored.dit, stored.folder, stored.trained_llm, gemma)
+    model = build_model(config, device, dtype, stored.dit, stored.folder, stored.trained_llm, gemma,
+                        parts)
+    adapters = stored.adapters
+    if lora:
+        adapters += (lora,)
+    if "dit" in parts:
+        for adapter in adapters:
+            merge(model.dit, adapter)
     return model.eval()
 
 
@@ -442,7 +381,7 @@ def open_weights(folder, ema):
         return published.open_pipeline(folder)
     if adapter.is_dir():                    # all that was trained; the other weights are its base's
         base = open_weights(model_folder(base_model(adapter)), ema=True)
-        return base._replace(dit=merge(base.dit, adapter))
+        return base._replace(adapters=(*base.adapters, adapter))
     tensors = open_tensors(folder)
     if not ema:
         tensors = tensors_below("weight.", open_tensors(train_state, "state"))

@@ -58,6 +58,7 @@ class StoredModel(NamedTuple):
     dit: dict                               # tensors of the DiT
     trained_llm: dict | None = None         # of the layers of config.base that were trained as well
     gemma: GemmaFiles | None = None         # the whole text tower, if it is not that of config.base
+    adapters: tuple = ()                    # folders of LoRA adapters to merge into the DiT
 
 
 # ---- the configuration ---------------------------------------------------------------------------

@@ -8,9 +8,14 @@ In a notebook:
 
 sample.py, evaluate.py and the image grids of a training run all draw with generate(). A model that
 works on the latents of a VAE also needs vae=load_vae(model.config.vae, ...).
+
+generate() has three phases, and each needs one part of the model: encode_prompts() Gemma,
+draw_latents() the DiT, decode_latents() the VAE. With `sample.py --offload` only one part is in
+memory at a time: see offload.py.
 """
 import math
 import shlex
+from typing import NamedTuple
 
 import torch
 from PIL import Image
@@ -41,34 +46,69 @@ def generate(model, prompts, seeds=None, *, vae=None, height=None, width=None, s
 
     A seed gives the same noise regardless of what else is in the batch. Raises FuseDiTError.
     """
-    config = model.config
     seeds = check_seeds(prompts, seeds)
-    if config.vae and vae is None:
-        raise FuseDiTError(f"this model draws latents of the VAE {config.vae}: pass it as "
+    if model.config.vae and vae is None:
+        raise FuseDiTError(f"this model draws latents of the VAE {model.config.vae}: pass it as "
                            "vae=load_vae(model.config.vae, ...)")
     check_guidance_span(guidance_span)
-    if guidance is None:
-        guidance = config.guidance
+    size = latent_size(model.config, vae, height, width)
+    encoded = encode_prompts(model, prompts, negative, text_length)
+    x = draw_latents(model, encoded, seeds, size, steps, guidance, guidance_span, callback)
+    return decode_latents(x, vae)
 
-    # Text: each distinct prompt is encoded once.
+
+class EncodedPrompts(NamedTuple):
+    """The text features of a batch of images."""
+    text: fusedit.TextFeatures              # of each distinct prompt
+    uncond: fusedit.TextFeatures            # of the negative prompt, padded to the same length
+    rows: list                              # image i has the prompt text[rows[i]]
+
+    def to(self, device):
+        """A copy on another device."""
+        text = self.text.map(lambda t: t.to(device))
+        uncond = self.uncond.map(lambda t: t.to(device))
+        return EncodedPrompts(text, uncond, self.rows)
+
+
+@torch.no_grad()
+def encode_prompts(model, prompts, negative="", text_length=None):
+    """EncodedPrompts of the prompts of a batch. Each distinct prompt is encoded once."""
     distinct = list(dict.fromkeys(prompts))
     rows = [distinct.index(prompt) for prompt in prompts]
     if text_length is None:
         text_length = padded_text_length(model, distinct, negative)
-    text = model.encode(distinct, text_length).map(lambda t: t[rows])
+    text = model.encode(distinct, text_length)
     uncond = model.encode([negative], text_length, instruction="")
-    uncond = uncond.map(lambda t: t[[0] * len(prompts)])
+    return EncodedPrompts(text, uncond, rows)
+
+
+@torch.no_grad()
+def draw_latents(model, encoded, seeds, size, steps=25, guidance=None, guidance_span=(0, 1),
+                 callback=None):
+    """The latents (without a VAE, the pixels) x [B,C,h,w] of a batch.
+
+    encoded: EncodedPrompts on the device of the DiT. size: (h, w), from latent_size(). The other
+    arguments are those of generate().
+    """
+    config = model.config
+    if guidance is None:
+        guidance = config.guidance
+    text = encoded.text.map(lambda t: t[encoded.rows])
+    uncond = encoded.uncond.map(lambda t: t[[0] * len(seeds)])
 
     # Noise is drawn on the CPU, where a seed gives the same numbers on every machine.
-    shape = (config.in_channels, *latent_size(config, vae, height, width))
     generators = [torch.Generator().manual_seed(torch_seed(seed)) for seed in seeds]
+    shape = (config.in_channels, *size)
     noise = [torch.randn(shape, generator=generator) for generator in generators]
     noise = torch.stack(noise).to(text.mask.device)                    # [B,C,h,w]
+    return fusedit.sample(model.dit, noise, text, uncond, steps, guidance, config.shift,
+                          guidance_span, callback)
 
-    x = fusedit.sample(model.dit, noise, text, uncond, steps, guidance, config.shift,
-                       guidance_span, callback)
+
+def decode_latents(x, vae):
+    """PIL images of x [B,C,h,w], decoded one at a time, because decoding takes a lot of memory."""
     images = []
-    for latents in x.split(1):              # one at a time: decoding takes a lot of memory
+    for latents in x.split(1):
         images += to_images(latents, vae)
     return images
 

@@ -25,7 +25,7 @@ import torch.nn.functional as F
 
 from fusedit import FuseDiTError
 from fusedit_lib.files import assign_tensors, check_tensors, open_tensors, read_json
-from fusedit_lib.pretrained import find_local, is_hub_id, repository, resolve_vae
+from fusedit_lib.folders import find_local, is_hub_id, repository, resolve_vae
 
 # ---- config.json ---------------------------------------------------------------------------------
 

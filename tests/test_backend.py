@@ -288,7 +288,7 @@ def test_a_trimmed_model_with_a_vae_compiles(gemma_folder):
     backend.compile_model(model, vae)
     assert torch._functorch.config.activation_memory_budget == 1
     assert vae.encoder._compiled_call_impl is None
-    assert backend.check_attention(model, None, torch.float32) == ""
+    assert backend.check_attention(model, None, torch.device("cpu"), torch.float32) == ""
 
 
 # ---- cuDNN's attention ---------------------------------------------------------------------------

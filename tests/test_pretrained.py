@@ -16,7 +16,8 @@ from transformers import Gemma2ForCausalLM
 from fusedit import FuseDiTConfig, FuseDiTError, load_gemma
 from fusedit_lib import files, pretrained
 from fusedit_lib.export import export
-from fusedit_lib.pretrained import MODEL_FILES, build_model, load_model, save_model
+from fusedit_lib.folders import MODEL_FILES
+from fusedit_lib.pretrained import build_model, load_model, save_model
 
 PIPELINE = REFERENCE / "released_layout" / "pipeline"
 

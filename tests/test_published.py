@@ -22,10 +22,9 @@ from fusedit import FuseDiTConfig, FuseDiTError
 from fusedit_lib import cli, published
 from fusedit_lib import export as export_module
 from fusedit_lib.export import export
+from fusedit_lib.folders import MODEL_FILES, TOKENIZER_FILES
 from fusedit_lib.pretrained import (
     CLIP_FILES,
-    MODEL_FILES,
-    TOKENIZER_FILES,
     ClipEncoder,
     ClipTokenizer,
     build_model,

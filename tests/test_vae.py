@@ -9,7 +9,7 @@ from safetensors.torch import load_file, save_file
 
 from fusedit import FuseDiTError, preset
 from fusedit_lib.export import copy_weights
-from fusedit_lib.pretrained import vae_fingerprint
+from fusedit_lib.folders import vae_fingerprint
 from fusedit_lib.vae import VAE, VAEConfig, config_on_disk, latent_side, load_vae, vae_config
 
 RELEASED = REFERENCE / "released_layout"

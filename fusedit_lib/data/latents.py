@@ -29,7 +29,7 @@ from fusedit_lib.data.index import list_tars
 from fusedit_lib.data.layout import find_image
 from fusedit_lib.data.shards import LATENTS_SUFFIX, read_index, read_sample
 from fusedit_lib.files import atomic_write, save_file
-from fusedit_lib.pretrained import vae_fingerprint
+from fusedit_lib.folders import vae_fingerprint
 from fusedit_lib.vae import load_vae
 
 

@@ -33,7 +33,7 @@ from webdataset.gopen import gopen
 
 from fusedit import FuseDiTError
 from fusedit_lib.files import atomic_write
-from fusedit_lib.pretrained import vae_fingerprint
+from fusedit_lib.folders import vae_fingerprint
 
 LATENTS_SUFFIX = ".latents.safetensors"     # replaces .tar in the name of a shard's latents
 RETRY_SECONDS = 600                         # time after which an unreadable shard is tried again

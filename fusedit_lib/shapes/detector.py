@@ -68,8 +68,8 @@ class Fit(NamedTuple):
 
 
 # ---------------------------------------------------------------------------- from image to scene
-def detect(image: Image.Image) -> Detection:
-    """The objects and the background of an image of any size."""
+def detect(image: Image.Image, shapes: tuple[str, ...] = SHAPES) -> Detection:
+    """The objects and the background of an image of any size. shapes: those to tell apart."""
     if image.size != (PIXELS, PIXELS):
         image = image.resize((PIXELS, PIXELS), Image.Resampling.BICUBIC)
     pixels = np.asarray(image.convert("RGB"), np.float32)                # [64, 64, 3]
@@ -82,7 +82,7 @@ def detect(image: Image.Image) -> Detection:
 
     distance = np.linalg.norm(pixels - tint, axis=-1)                    # [64, 64]
     regions = connected_regions(distance > FOREGROUND_DISTANCE)
-    objects = [detect_object(pixels, region, tint, distance) for region in regions]
+    objects = [detect_object(pixels, region, tint, distance, shapes) for region in regions]
     return Detection(tuple(objects), COLOUR_NAMES[background])
 
 
@@ -130,7 +130,7 @@ def dilate(mask: np.ndarray) -> np.ndarray:
 
 
 def detect_object(pixels: np.ndarray, region: np.ndarray, tint: np.ndarray,
-                  distance: np.ndarray) -> DetectedObject:
+                  distance: np.ndarray, shapes: tuple[str, ...] = SHAPES) -> DetectedObject:
     """Determine the colour, shape and size of one region.
 
     pixels: the image [64, 64, 3]. region: bool [64, 64]. tint: the background's colour [3].
@@ -151,7 +151,7 @@ def detect_object(pixels: np.ndarray, region: np.ndarray, tint: np.ndarray,
     coverage = ((pixels - tint) @ direction / length).clip(0, 1)
     coverage = np.where(dilate(region), coverage, 0)
 
-    fit = best_silhouette(coverage)
+    fit = best_silhouette(coverage, shapes)
     size = "small"
     if fit.disc.r >= LARGE_RADIUS:
         size = "large"
@@ -160,13 +160,13 @@ def detect_object(pixels: np.ndarray, region: np.ndarray, tint: np.ndarray,
 
 # ---------------------------------------------------------------------------- shapes
 @functools.cache
-def silhouettes() -> tuple[Silhouette, ...]:
-    """The silhouette of every shape, in the order of SHAPES."""
+def silhouettes(shapes: tuple[str, ...] = SHAPES) -> tuple[Silhouette, ...]:
+    """The silhouettes of the shapes, in their order."""
     half = TEMPLATE / 2
     centre = SIDE / 2
     coordinates = (np.arange(TEMPLATE) + 0.5) / half - 1                 # of the pixel centres
     found = []
-    for shape in SHAPES:
+    for shape in shapes:
         image = Image.new("L", (TEMPLATE, TEMPLATE))
         disc = Disc(centre, centre, centre)
         draw_shape(ImageDraw.Draw(image), shape, disc, TEMPLATE / SIDE, 1)
@@ -178,7 +178,7 @@ def silhouettes() -> tuple[Silhouette, ...]:
     return tuple(found)
 
 
-def best_silhouette(coverage: np.ndarray) -> Fit:
+def best_silhouette(coverage: np.ndarray, shapes: tuple[str, ...] = SHAPES) -> Fit:
     """The silhouette that best overlaps a coverage map [64, 64] with values from 0 to 1."""
     centres = np.arange(PIXELS) + 0.5
     area = coverage.sum()
@@ -186,7 +186,7 @@ def best_silhouette(coverage: np.ndarray) -> Fit:
     centroid_y = coverage.sum(1) @ centres / area
     disc = Disc(float(centroid_x), float(centroid_y), float(np.sqrt(area / 2)))
     best = Fit(UNKNOWN, disc, 0.0)
-    for silhouette in silhouettes():
+    for silhouette in silhouettes(shapes):
         for factor in RADIUS_FACTORS:
             r = np.sqrt(area / silhouette.area) * factor
             x = centroid_x - silhouette.x * r

@@ -38,13 +38,30 @@ def _cross_outline(long=0.93, wide=0.34):
     return outline
 
 
-# Polygons around (0, 0), about the size of a disc of radius 1; y points down.
+def _moon_outline(outer=0.98, inner=0.66, right=0.54, steps=24):
+    """A crescent: a circle without the part that a smaller one, moved to the right, covers."""
+    x = (right ** 2 + outer ** 2 - inner ** 2) / (2 * right)     # where the two circles meet
+    start = math.acos(x / outer)
+    end = math.acos((x - right) / inner)
+    outline = []
+    for k in range(steps + 1):                                   # the outer arc, round the left
+        a = start + (2 * math.pi - 2 * start) * k / steps
+        outline.append((outer * math.cos(a) + 0.1, outer * math.sin(a)))
+    for k in range(1, steps):                                    # and back along the inner one
+        a = 2 * math.pi - end - (2 * math.pi - 2 * end) * k / steps
+        outline.append((inner * math.cos(a) + right + 0.1, inner * math.sin(a)))
+    return outline
+
+
+# Polygons around (0, 0), about the size of a disc of radius 1; y points down. The moon is not one
+# of the demo's shapes: examples/finetune_demo.py teaches it.
 OUTLINES = {
     "square": [(-0.8, -0.8), (0.8, -0.8), (0.8, 0.8), (-0.8, 0.8)],
     "triangle": [(0, -0.9), (0.98, 0.75), (-0.98, 0.75)],
     "star": _star_outline(),
     "heart": _heart_outline(),
     "cross": _cross_outline(),
+    "moon": _moon_outline(),
 }
 CIRCLE_RADIUS = 0.92                    # in the same units; a circle is drawn as an ellipse
 

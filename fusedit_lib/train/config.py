@@ -16,13 +16,8 @@ from fusedit_lib import backend, cli, seeds
 from fusedit_lib.data.layout import MAX_SKIPPED
 from fusedit_lib.data.shards import expand_shards
 from fusedit_lib.files import read_json
-from fusedit_lib.pretrained import (
-    find_local,
-    is_hub_id,
-    model_folder,
-    open_config,
-    repository,
-)
+from fusedit_lib.folders import find_local, is_hub_id, repository
+from fusedit_lib.pretrained import model_folder, open_config
 from fusedit_lib.vae import vae_config
 
 PROMPTS = (
@@ -156,15 +151,17 @@ class RunConfig:
                                 True, low=0, high=1, only="gpu")
     remat: bool = flag(False, "recompute all activations of each block in the backward pass: "
                        "less memory, slower steps", True)
-    ema_offload: bool = flag(False, "keep the EMA in CPU memory, which saves 4 bytes per weight, "
-                             "divided among the GPUs", True, only="gpu")
+    ema_offload: bool = flag(False, "keep the EMA in CPU memory, as --zero with -offload always "
+                             "does, which saves 4 bytes per weight, divided among the GPUs", True,
+                             only="gpu")
 
     # The devices, and how they share the work.
     device: str = flag("auto", "device to train on", True, choices=("auto", "cuda", "cpu"),
                        only="gpu", group="devices")
     zero: str = flag("1", "ZeRO stage: 1 shards Adam's state across the GPUs, 2 also the "
-                     "gradients, 3 also the weights; -offload keeps Adam's state and runs its "
-                     "step on the CPU", True, only="gpu", choices=ZERO_STAGES)
+                     "gradients, 3 also the weights; -offload keeps Adam's state and the "
+                     "EMA in CPU memory and runs Adam's step there", True, only="gpu",
+                     choices=ZERO_STAGES)
     deepspeed_config: str = flag("", "JSON file with more DeepSpeed settings", True, only="gpu")
     mesh: str = flag("-1,1", "device mesh, as the number of devices along two axes: fsdp, which "
                      "shards the batch and all large tensors, and tensor, which shards attention "

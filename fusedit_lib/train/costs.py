@@ -15,7 +15,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from fusedit import FuseDiT
 from fusedit_lib.files import read_json
 from fusedit_lib.lora import add_adapters
-from fusedit_lib.pretrained import gemma_config, resolve
+from fusedit_lib.folders import resolve
+from fusedit_lib.pretrained import gemma_config
 from fusedit_lib.vae import VAE, latent_side, vae_config
 
 # Shapes of the Gemma models in the paper, so that none has to be downloaded.

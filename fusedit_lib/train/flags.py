@@ -7,7 +7,7 @@ from dataclasses import fields, replace
 from pathlib import Path
 
 from fusedit_lib import cli
-from fusedit_lib.pretrained import find_local, last_checkpoint, repository
+from fusedit_lib.folders import find_local, last_checkpoint, repository
 from fusedit_lib.train.config import (
     CHANGEABLE,
     RunConfig,

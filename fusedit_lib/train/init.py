@@ -7,7 +7,8 @@ from pathlib import Path
 import torch
 
 from fusedit import DiT, FuseDiTError
-from fusedit_lib.files import check_tensors
+from fusedit_lib.files import check_tensors, read_tensor
+from fusedit_lib.lora import merge
 from fusedit_lib.pretrained import (
     config_hint,
     gemma_tensors,
@@ -41,6 +42,8 @@ def load_initial_weights(run, model):
     stored = open_weights(folder, ema=not run.init_raw)
     fresh = fresh_weights(model, stored.dit, folder)
     copy_weights(model.dit, stored.dit, fresh)
+    for adapter in stored.adapters:
+        merge(model.dit, adapter)
     load_text_tower(run, model, stored)
     if is_first_rank():
         print(describe(run, folder, model.dit, fresh), file=sys.stderr, flush=True)
@@ -105,8 +108,7 @@ def copy_weights(module, tensors, fresh=()):
     """Copies the stored tensors into a module, except the names in fresh."""
     for name, weight in module.state_dict().items():
         if name not in fresh:
-            file, stored_name = tensors[name]
-            weight.copy_(file.get_tensor(stored_name))
+            weight.copy_(read_tensor(tensors, name))
 
 
 def load_text_tower(run, model, stored):
@@ -135,8 +137,7 @@ def is_gemma_of(stored, llm):
     for name, weight in llm.state_dict().items():
         if name not in tensors:
             return False
-        file, stored_name = tensors[name]
-        value = file.get_tensor(stored_name).to(weight.device, torch.bfloat16)
+        value = read_tensor(tensors, name).to(weight.device, torch.bfloat16)
         if not weight.bfloat16().equal(value):
             return False
     return True

@@ -59,6 +59,8 @@ class Monitor:
         self.config = config
         self.model = model
         self.vae = vae
+        if source.latents and host is None:
+            vae.to("cpu")                   # training does not need it; validate() moves it back
         self.micro_batch = micro_batch
         self.out = Path(run.out)
         self.rank = dist.get_rank()
@@ -298,10 +300,15 @@ class Monitor:
 
     def validate(self, step, model):
         """Write the image grid and the validation loss of a model, if they are due."""
+        if self.vae is not None:
+            vae_device = next(self.vae.parameters()).device
+            self.vae.to(self.device)
         if sample_grid_is_due(self.run, step):
             self.write_grid(step, model)
         if validation_is_due(self.run, step):
             self.write_validation(step, model)
+        if self.vae is not None:
+            self.vae.to(vae_device)
 
     def write_grid(self, step, model):
         grid = sample_grid(self.run, model, self.vae, self.host.sync,

@@ -72,7 +72,8 @@ def start(device):
 
 def prepare_layers(run, model, vae):
     """Checks the attention kernel. Applies --float8, --compile and --remat."""
-    kernel = backend.check_attention(model, vae, backend.torch_dtype(run.dtype))
+    kernel = backend.check_attention(model, vae, model.dit.proj_out.weight.device,
+                                     backend.torch_dtype(run.dtype))
     if kernel and dist.get_rank() == 0:
         print(kernel, flush=True)
     if run.float8:

@@ -18,7 +18,8 @@ from fusedit import FuseDiTError
 from fusedit_lib import backend
 from fusedit_lib.data import images
 from fusedit_lib.data.shards import ShardReader, can_read_latents, expand_shards, read_index
-from fusedit_lib.pretrained import load_model, vae_fingerprint
+from fusedit_lib.folders import vae_fingerprint
+from fusedit_lib.pretrained import load_model
 from fusedit_lib.sampling import generate
 from fusedit_lib.train.config import RunConfig
 from fusedit_lib.vae import load_vae
@@ -152,6 +153,26 @@ def test_latents_of_an_earlier_version_are_bicubic(shards):
 
 # ------------------------------------------------------------------------------ training on them
 
+WATCH_VAE = """
+from fusedit_lib.vae import VAE
+move = VAE.to
+def watched(vae, *args, **kwargs):
+    if args:
+        print("VAE to", args[0])
+    return move(vae, *args, **kwargs)
+VAE.to = watched
+"""
+
+
+def test_stored_latents_need_no_weights_of_the_vae():
+    """So that the VAE may stay on the CPU while a GPU trains on them."""
+    torch.manual_seed(0)
+    moments = torch.randn(2, 32, 4, 4)
+    noise = torch.randn(2, 16, 4, 4)
+    wanted = load_vae(VAE).encode(moments, noise)
+    assert load_vae(VAE, "meta").encode(moments, noise).equal(wanted)
+
+
 def test_training_from_latents_matches_training_from_pixels(shards, gemma_folder, tmp_path):
     encode(shards)
     shape = [f"vae={VAE}", "in_channels=16", "image_size=32", "patch_size=2"]
@@ -159,7 +180,10 @@ def test_training_from_latents_matches_training_from_pixels(shards, gemma_folder
             "--set", *shape, "--max-skipped", "0.2"]
     from_latents = flags(gemma_folder, shards, tmp_path / "latents", *more)
     from_pixels = flags(gemma_folder, shards, tmp_path / "pixels", *more, "--no-latents")
-    latents, pixels = launch_all([from_latents, from_pixels])
+    latents, pixels = launch_all([(from_latents, WATCH_VAE), (from_pixels, WATCH_VAE)])
+    # moved for each of the two validations and back; to read latents, it stays on the CPU
+    assert latents.stdout.count("VAE to cpu") == 1 + 2 * 2
+    assert pixels.stdout.count("VAE to cpu") == 2 * 2
     # once for training and once for validation
     assert latents.stderr.count("reading the latents beside the shards") == 2
     assert "reading the latents" not in pixels.stderr

@@ -10,7 +10,7 @@ from launching import flags, launch
 
 import fusedit
 from fusedit import FuseDiTError
-from fusedit_lib import pretrained
+from fusedit_lib import folders
 from fusedit_lib.train.build import build_models
 from fusedit_lib.train.config import (
     RunConfig,
@@ -137,7 +137,7 @@ def test_a_moved_repository_finds_its_own_models(clone, monkeypatch):
     assert model_config(parse_run([], "")).base == "demo/gemma"
     moved = clone.rename(clone.with_name("moved"))
     monkeypatch.setattr(fusedit, "__file__", str(moved / "fusedit.py"))
-    assert pretrained.resolve("demo/gemma") == moved / "demo" / "gemma"
+    assert folders.resolve("demo/gemma") == moved / "demo" / "gemma"
     monkeypatch.chdir(moved / "demo")
     assert lasting_name("gemma") == "demo/gemma"
     assert lasting_name("google/gemma-2b") == "google/gemma-2b"        # a hub id
@@ -149,7 +149,7 @@ def test_of_two_folders_of_the_same_name_the_meant_one_is_found(clone, tmp_path)
     other.mkdir(parents=True)
     for meant in (other, clone / "demo" / "gemma"):
         assert lasting_name(str(meant)) == str(meant)
-        assert pretrained.resolve(lasting_name(str(meant))) == meant
+        assert folders.resolve(lasting_name(str(meant))) == meant
     assert lasting_name("demo/gemma") == str(other)
 
 

@@ -6,7 +6,7 @@ from launching import assert_equal, launch, losses, metrics, state
 from starting import start_flags
 
 from fusedit import FuseDiTError
-from fusedit_lib import pretrained
+from fusedit_lib import folders, pretrained
 from fusedit_lib.files import read_json
 from fusedit_lib.train import checkpoints, resuming
 from fusedit_lib.train.config import check_run, lasting_name, model_config
@@ -28,7 +28,7 @@ def test_like_published_takes_the_run_settings_of_the_preset(capsys):
     run = parse_run(["--init", "demo", "--like-published", "--preset", "fusedit/2d-rope"], "")
     assert run.caption_pick == "whole"
     assert run.preset == "fusedit/2d-rope"
-    demo = pretrained.stored_config(pretrained.repository() / "demo")
+    demo = pretrained.stored_config(folders.repository() / "demo")
     assert model_config(run).dit_hidden_size == demo.dit_hidden_size != 2048
 
 
@@ -46,7 +46,7 @@ def test_a_model_is_remembered_by_a_lasting_name(models, tmp_path, monkeypatch):
     monkeypatch.chdir(models.parent)
     for init, want in ((f"{models.name}/run", models / "run" / "step-0000004"),
                        (f"{models.name}/released", models / "released"), ("demo", "demo"),
-                       (pretrained.repository() / "demo", "demo")):
+                       (folders.repository() / "demo", "demo")):
         run = parse_run(["--init", str(init)], "")
         assert run.init == str(want)
         monkeypatch.chdir(tmp_path)

@@ -281,10 +281,11 @@ def changed_adapter(run, folder, **changes):
     return folder
 
 
-@pytest.mark.parametrize("changes", [{"use_rslora": True}, {"alpha_pattern": {"q_proj": 32}}])
+@pytest.mark.parametrize("changes", [
+    {"use_rslora": True}, {"alpha_pattern": {"q_proj": 32}}, {"init_lora_weights": "pissa"}])
 def test_adapters_that_only_peft_can_merge(run, base, tmp_path, changes):
     folder = changed_adapter(run, tmp_path / "lora", **changes)
-    with pytest.raises(FuseDiTError, match="has use_rslora or alpha_pattern, which only peft"):
+    with pytest.raises(FuseDiTError, match="is not a plain LoRA .*: merge it with peft"):
         pretrained.load_model(base, lora=folder)
 
 

@@ -62,6 +62,23 @@ def test_an_offloaded_ema_is_the_same(gemma, data, tmp_path):
     assert_equal(state(tmp_path / "on", 4), state(tmp_path / "off", 4))
 
 
+WATCH_EMA = """
+from fusedit_lib.train import zero
+shard = zero.shard_ema
+def watched(*args):
+    print("EMA in CPU memory:", args[-1])
+    return shard(*args)
+zero.shard_ema = watched
+"""
+
+
+def test_zero_with_offload_keeps_the_ema_in_cpu_memory(gemma, data, tmp_path):
+    for zero, offloaded in (("1", False), ("1-offload", True)):
+        done = launch(flags(gemma, data, tmp_path / zero, "--steps", "1", "--zero", zero,
+                            "--dtype", "bf16", "--sample-every", "9"), WATCH_EMA)
+        assert f"EMA in CPU memory: {offloaded}" in done.stdout
+
+
 # ------------------------------------------------------------------------------ plain torch
 
 STEPS = 30
