@@ -108,15 +108,16 @@ def test_a_resumed_run_keeps_its_model(models, tmp_path, monkeypatch):
     assert first.init == str(source / "step-0000002")
     (source / "latest").write_text("step-0000004\n")
     monkeypatch.chdir(tmp_path)
-    for words in (["--init", str(source), "--init-raw"], ["--init", "source", "--init-raw"],
-                  ["--init", "source/step-0000002", "--init-raw"], []):
-        for _ in range(2):                  # the second time, without the model
+    ways = (["--init", str(source), "--init-raw"], ["--init", "source", "--init-raw"],
+            ["--init", "source/step-0000002", "--init-raw"], [])
+    for exists in (True, False):
+        if not exists:
+            shutil.rmtree(source)
+        for words in ways:
             run = parse_run([*words, "--out", str(out)], "")
-            assert (run.init, run.init_raw, run.preset) == (first.init, True, "")
+            assert (run.init, run.init_raw, run.preset) == (first.init, True, ""), words
             assert resuming.changed_settings(read_json(out / "config.json"), run,
                                              model_config(run)) == []
-            if source.exists() and words == []:
-                shutil.rmtree(source)
 
 
 @pytest.mark.parametrize("words, message", [

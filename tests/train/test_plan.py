@@ -381,17 +381,18 @@ def test_the_plan_says_what_fits(gemma_folder, capsys, monkeypatch):
     working = plan.working_memory(run, model_config(run), devices, 2, False)
     enough = plan.gpu_need(run, devices, model, working).kept
 
-    def remedies(size, *more):
+    def lines_on(size, words, *more):
         monkeypatch.setitem(hardware.GPUS, "4080", hardware.Hardware(1e12, size))
-        lines = show([*argv, *more], capsys)
-        return [line for line in lines if re.search("it fits with|makes it fit", line)]
+        return [line for line in show([*argv, *more], capsys) if re.search(words, line)]
 
-    (remedy,) = remedies(enough)
+    remedies = "it fits with|makes it fit"
+    (remedy,) = lines_on(enough, remedies)
     found = remedy.split("with ")[1].split()
-    assert "--zero" in found and "--micro-batch" in found
-    assert remedies(enough, *found) == []
-    assert remedies(0.9 * enough, *found) != []
-    (none,) = remedies(1e5)
+    assert "--zero" in found and "--micro-batch" in found and "--remat" not in found
+    (row,) = lines_on(enough, "<- --zero", *found)
+    assert row.split()[13] == "fits"
+    assert lines_on(enough, remedies, *found) == []
+    (none,) = lines_on(1e5, remedies)
     assert none == "  no --micro-batch, --zero, --remat or --lora makes it fit"
 
 
