@@ -19,11 +19,12 @@ threads.limit_spinning()                    # before torch is imported
 
 from tqdm import tqdm
 
+from fusedit import FuseDiTError
 from fusedit_lib import backend, cli, offload, seeds
 from fusedit_lib.cli import positive
 from fusedit_lib.export import check_new, export
 from fusedit_lib.files import atomic_write, file_stem, unused_path
-from fusedit_lib.pretrained import adapter_folder, base_model, load_model
+from fusedit_lib.pretrained import base_model, load_model, model_folder
 from fusedit_lib.sampling import (
     batches_of,
     check_guidance_span,
@@ -196,6 +197,20 @@ def save_grid(images, args):
     print(path)
 
 
+def adapter_folder(name):
+    """The folder of an adapter in peft's format, or of that in a run or checkpoint of --lora.
+
+    name: a path or a hub id. Raises FuseDiTError.
+    """
+    folder = model_folder(name)
+    if (folder / "lora").is_dir():
+        folder = folder / "lora"
+    if not (folder / "adapter_config.json").exists():
+        raise FuseDiTError(f"{name} has no adapter_config.json, so it is no LoRA adapter and no "
+                           "run of --lora; a whole model is given to --model")
+    return folder
+
+
 def export_model(args, changes):
     """Write the model to the folder --export. changes: as load_model takes them."""
     check_new(args.export)                  # before minutes of loading
@@ -216,7 +231,7 @@ def main():
     if args.lora:
         folder = adapter_folder(args.lora)
         args.model = args.model or base_model(folder)
-        changes["lora"] = folder            # also an argument of load_model
+        changes["lora"] = (folder,)         # also an argument of load_model
     if args.export:
         export_model(args, changes)
     if not prompts:

@@ -31,11 +31,10 @@ def add_adapters(dit, rank):
 
 def write_adapter(checkpoint, rank, base):
     """Writes lora/ in the folder of a checkpoint, from the EMA in its model.safetensors."""
-    tensors = {}
     trained = tensors_below("dit.", open_tensors(checkpoint))
-    for name in trained:
-        # "default" is peft's name of a model's only adapter.
-        tensors[PREFIX + name.replace(".default.", ".")] = read_tensor(trained, name)
+    # "default" is peft's name of a model's only adapter.
+    tensors = {PREFIX + name.replace(".default.", "."): read_tensor(trained, name)
+               for name in trained}
     adapter_config(rank, base).save_pretrained(checkpoint / "lora")
     save_file(tensors, checkpoint / "lora" / "adapter_model.safetensors", {"format": "pt"})
 
@@ -47,24 +46,21 @@ def merge(dit, folder):
     FuseDiTError if the adapter is not a plain LoRA, is incomplete or does not fit this DiT.
     """
     config = read_json(folder / "adapter_config.json")
-    adapter = open_tensors(folder, "adapter_model")
     plain = config.get("init_lora_weights", True) in (True, False, "gaussian")
-    plain = plain and all(".lora_A." in name or ".lora_B." in name for name in adapter)
     if not plain or config.get("use_rslora") or config.get("alpha_pattern"):
-        raise FuseDiTError(f"the adapter in {folder} is not a plain LoRA (see init_lora_weights, "
-                           "use_rslora, alpha_pattern, use_dora, bias and modules_to_save in its "
-                           "adapter_config.json): merge it with peft's merge_and_unload")
-    weights = dict(dit.named_parameters())
-    for A_name in dict.fromkeys(name.replace(".lora_B.", ".lora_A.") for name in adapter):
-        B_name = A_name.replace(".lora_A.", ".lora_B.")
+        raise FuseDiTError(f"the adapter in {folder} has init_lora_weights, use_rslora or "
+                           "alpha_pattern, so only peft can merge it: use its merge_and_unload")
+    adapter = open_tensors(folder, "adapter_model")
+    for name, W in dit.named_parameters():
+        A_name = PREFIX + name.replace("weight", "lora_A.weight")
+        B_name = PREFIX + name.replace("weight", "lora_B.weight")
         if A_name not in adapter or B_name not in adapter:
-            raise FuseDiTError(f"the adapter in {folder} is incomplete: it has only one of "
-                               f"{A_name} and {B_name}. Copy or download it again")
-        W = weights.get(A_name.removeprefix(PREFIX).replace(".lora_A.", "."))
-        A = read_tensor(adapter, A_name).float()
-        B = read_tensor(adapter, B_name).float()
-        if W is None or W.shape != (len(B), *A.shape[1:]):
-            raise FuseDiTError(f"the adapter in {folder} is for another model than this one, which "
-                               f"has no weight of the shape of {A_name}")
-        update = config["lora_alpha"] / len(A) * B.to(W.device) @ A.to(W.device)
-        W.data.copy_(W.data + update)
+            continue
+        A = read_tensor(adapter, A_name).to(W.device, torch.float32)
+        B = read_tensor(adapter, B_name).to(A)
+        if W.shape == (len(B), A.shape[-1]):
+            W.data.copy_(W.data + config["lora_alpha"] / len(A) * B @ A)
+            del adapter[A_name], adapter[B_name]
+    if adapter:                             # what has not been merged
+        raise FuseDiTError(f"the adapter in {folder} is for another model, incomplete or no plain "
+                           f"LoRA: this model has no place for its {next(iter(adapter))}")

@@ -64,9 +64,8 @@ class RunConfig:
                      "remembers it")
     init_raw: bool = flag(False, "with --init, start from a checkpoint's raw weights instead of "
                           "their EMA")
-    lora: int = flag(0, "with --init, train LoRA adapters of this rank, which peft adds to the "
-                     "attention and the MLP of each block, instead of the DiT's weights: less "
-                     "memory and small checkpoints; 0: none", low=0, only="gpu")
+    lora: int = flag(0, "with --init, train LoRA adapters of this rank instead of the DiT's weights: "
+                     "less memory and small checkpoints; 0: none", low=0, only="gpu")
     like_published: bool = flag(False, "settings that are not given are those of the preset's "
                                 "published run: steps, EMA, resizing, checkpoints and so on "
                                 "(docs/glossary.md lists them); --data must be given; a resumed "
@@ -308,10 +307,6 @@ def initial_config(run, changes):
     if not is_hub_id(config.base) and find_local(config.base, (".", repository())) is None:
         raise FuseDiTError(f"{run.out} needs {config.base}, its Gemma, which does not exist. If "
                            "it has been moved, use --base FOLDER")
-    is_here = is_hub_id(run.init) or find_local(run.init, (".", repository())) is not None
-    if run.lora and not is_here:
-        raise FuseDiTError(f"{run.out} needs {run.init}, the model that its adapters are for, "
-                           "which does not exist: put it back, or a link to where it is now")
     return config
 
 

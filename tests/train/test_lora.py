@@ -24,6 +24,7 @@ from fusedit_lib.train.build import build_models
 from fusedit_lib.train.checkpoints import damage
 from fusedit_lib.train.config import check_run, model_config
 from fusedit_lib.train.flags import parse_run
+from sample import adapter_folder
 
 peft = pytest.importorskip("peft")
 
@@ -189,7 +190,7 @@ def test_peft_reads_the_adapter_and_merging_gives_the_same_model(run, base, tmp_
     # the run, its checkpoint, and the base with the adapter
     assert_near(velocity(pretrained.load_model(run)), expected, 1e-5)
     assert_near(velocity(pretrained.load_model(checkpoint)), expected, 1e-5)
-    merged = pretrained.load_model(base, lora=tmp_path / "lora")
+    merged = pretrained.load_model(base, lora=[tmp_path / "lora"])
     assert_near(velocity(merged), expected, 1e-5)
 
     # it has no raw weights
@@ -225,7 +226,7 @@ def test_samples_and_the_export_of_a_merged_model(run, base, tmp_path):
 
 def test_merging_in_bf16(run, base):
     """The sum is rounded, not the adapter: it is off by half a unit for the base and for itself."""
-    kwargs = dict(dtype=torch.bfloat16, lora=adapter_of(run))
+    kwargs = dict(dtype=torch.bfloat16, lora=[adapter_of(run)])
     merged = pretrained.load_model(base, **kwargs).dit.state_dict()
     before = pretrained.load_model(base).dit.state_dict()
     changed = 0
@@ -272,8 +273,8 @@ def test_training_goes_further_from_a_lora_run(gemma, data, run, tmp_path):
     config = read_json(tmp_path / "second" / "step-0000002" / "lora" / "adapter_config.json")
     assert config["base_model_name_or_path"] == str(run / "step-0000004")
     twice = pretrained.load_model(tmp_path / "second").dit
-    adapter = pretrained.adapter_folder(tmp_path / "second")
-    alone = pretrained.load_model(pretrained.base_model(adapter), lora=adapter).dit
+    adapter = adapter_folder(tmp_path / "second")
+    alone = pretrained.load_model(pretrained.base_model(adapter), lora=[adapter]).dit
     assert_equal(alone.state_dict(), twice.state_dict())
     wrapped = peft.PeftModel.from_pretrained(
         pretrained.load_model(run).dit, tmp_path / "second" / "step-0000002" / "lora")
@@ -308,11 +309,11 @@ def test_without_peft_one_line_says_how_to_install_it(gemma, data, base, tmp_pat
 def test_an_adapter_of_another_model(gemma, run, base, tmp_path, changes):
     model = random_model(tmp_path / "model", gemma, **cli.parse_overrides([changes]))
     with pytest.raises(FuseDiTError) as problem:
-        pretrained.load_model(model, lora=adapter_of(run))
+        pretrained.load_model(model, lora=[adapter_of(run)])
     text = str(problem.value)
     with pytest.raises(FuseDiTError, match="is for another model"):    # --offload: before drawing
-        pretrained.load_model(model, parts=("tokenizer",), lora=adapter_of(run))
-    assert "is for another model than this one, which has no weight of the shape of" in text
+        pretrained.load_model(model, parts=("tokenizer",), lora=[adapter_of(run)])
+    assert "is for another model, incomplete or no plain LoRA: this model has no place" in text
     assert "lora_A" in text
     assert "\n" not in text
 
@@ -333,8 +334,8 @@ def changed_adapter(run, folder, **changes):
     {"use_rslora": True}, {"alpha_pattern": {"q_proj": 32}}, {"init_lora_weights": "pissa"}])
 def test_adapters_that_only_peft_can_merge(run, base, tmp_path, changes):
     folder = changed_adapter(run, tmp_path / "lora", **changes)
-    with pytest.raises(FuseDiTError, match="is not a plain LoRA .*: merge it with peft"):
-        pretrained.load_model(base, lora=folder)
+    with pytest.raises(FuseDiTError, match="only peft can merge it: use its merge_and_unload"):
+        pretrained.load_model(base, lora=[folder])
 
 
 @pytest.mark.parametrize("name", ["layers.0.mlp.up_proj.lora_magnitude_vector", "proj_out.weight"])
@@ -342,8 +343,8 @@ def test_adapters_with_other_tensors(run, base, tmp_path, name):
     """DoRA, and weights that peft has trained as a whole."""
     folder = changed_adapter(run, tmp_path / "lora")
     change_tensors(folder, lambda tensors: tensors | {f"base_model.model.{name}": torch.ones(4, 4)})
-    with pytest.raises(FuseDiTError, match="is not a plain LoRA .*use_dora.* and modules_to_save"):
-        pretrained.load_model(base, lora=folder)
+    with pytest.raises(FuseDiTError, match=f"no plain LoRA: .* no place for its .*{name}"):
+        pretrained.load_model(base, lora=[folder])
 
 
 def change_tensors(folder, change):
@@ -359,39 +360,39 @@ def test_an_incomplete_adapter(run, base, tmp_path, half):
     def drop(tensors):
         return {name: tensor for name, tensor in tensors.items() if name != lost}
     change_tensors(folder, drop)
-    with pytest.raises(FuseDiTError, match=f"is incomplete: it has only one of .*{lost}"):
-        pretrained.load_model(base, lora=folder)
+    with pytest.raises(FuseDiTError, match="incomplete .* no place for its .*layers.1.*q_proj"):
+        pretrained.load_model(base, lora=[folder])
 
 
 def test_lora_alpha_scales_the_update(run, base, tmp_path):
     folder = changed_adapter(run, tmp_path / "lora", lora_alpha=12)
     dit = pretrained.load_model(base).dit
     expected = peft.PeftModel.from_pretrained(dit, folder).merge_and_unload().state_dict()
-    merged = pretrained.load_model(base, lora=folder).dit.state_dict()
+    merged = pretrained.load_model(base, lora=[folder]).dit.state_dict()
     assert_equal(merged, expected, atol=1e-5)
 
 
 def test_folders_without_an_adapter_or_its_model(run, base, tmp_path):
     with pytest.raises(FuseDiTError, match="cannot read .*adapter_config.json"):
-        pretrained.load_model(base, lora=base)
+        pretrained.load_model(base, lora=[base])
     folder = changed_adapter(run, tmp_path / "lora", base_model_name_or_path="moved/far/away")
     with pytest.raises(FuseDiTError, match="is for moved/far/away, which does not exist.*--model "):
         pretrained.base_model(folder)
     (folder / "adapter_model.safetensors").unlink()
     with pytest.raises(FuseDiTError, match="adapter_model.safetensors is missing"):
-        pretrained.load_model(base, lora=folder)
+        pretrained.load_model(base, lora=[folder])
 
 
 def test_the_wrong_folder_for_lora(run, base, tmp_path):
     """A whole model, a run without a checkpoint, and a run whose raw weights are asked for."""
     with pytest.raises(FuseDiTError, match="no LoRA adapter .* a whole model is given to --model"):
-        pretrained.adapter_folder(base)
+        adapter_folder(base)
     empty = tmp_path / "run"
     empty.mkdir()
     shutil.copy(run / "config.json", empty)
     shutil.copy(run / "metrics.jsonl", empty)
     with pytest.raises(FuseDiTError, match="is a training run that has no checkpoint yet"):
-        pretrained.adapter_folder(empty)
+        adapter_folder(empty)
     done = warm.run([ROOT / "sample.py", "--prompt", "a star", "--lora", run, "--no-ema"])
     assert done.returncode == 2
     assert "--no-ema has no meaning with --lora" in done.stderr
@@ -404,15 +405,14 @@ def test_raw_weights_of_a_lora_run(gemma, data, run, tmp_path):
 
 
 def test_a_run_whose_base_is_gone(gemma, data, run, tmp_path):
-    """It cannot be resumed. Its adapter can still be merged into a copy of its base."""
+    """It cannot be resumed until the base is back."""
     out = shutil.copytree(run, tmp_path / "run")
     text = (out / "config.json").read_text()
     (out / "config.json").write_text(text.replace(read_json(out / "config.json")["run"]["init"],
                                                   "gone/with/it"))
     settings = parse_run(flags(gemma, data, out, "--lora", "4"), "")
-    with pytest.raises(FuseDiTError, match="needs gone/with/it, the model that its adapters are "
-                                           "for, which does not exist: put it back, or a link"):
-        model_config(settings)
+    with pytest.raises(FuseDiTError, match="no such model folder: gone/with/it.* put it back"):
+        build_models(settings, model_config(settings), "cpu", None)
 
 
 def test_an_adapter_of_the_hub(run, base, monkeypatch):
@@ -423,8 +423,8 @@ def test_an_adapter_of_the_hub(run, base, monkeypatch):
         asked.append((name, allow_patterns))
         return str(adapter_of(run))
     monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
-    folder = pretrained.adapter_folder("someone/an-adapter")
-    assert_equal(pretrained.load_model(base, lora=folder).dit.state_dict(),
+    folder = adapter_folder("someone/an-adapter")
+    assert_equal(pretrained.load_model(base, lora=[folder]).dit.state_dict(),
                  pretrained.load_model(run).dit.state_dict())
     (name, patterns), = asked
     assert name == "someone/an-adapter"
