@@ -54,13 +54,12 @@ def merge(dit, folder):
     for name, W in dit.named_parameters():
         A_name = PREFIX + name.replace("weight", "lora_A.weight")
         B_name = PREFIX + name.replace("weight", "lora_B.weight")
-        if A_name not in adapter or B_name not in adapter:
-            continue
-        A = read_tensor(adapter, A_name).to(W.device, torch.float32)
-        B = read_tensor(adapter, B_name).to(A)
-        if W.shape == (len(B), A.shape[-1]):
-            W.data.copy_(W.data + config["lora_alpha"] / len(A) * B @ A)
-            del adapter[A_name], adapter[B_name]
+        if A_name in adapter and B_name in adapter:
+            A = read_tensor(adapter, A_name).to(W.device, torch.float32)
+            B = read_tensor(adapter, B_name).to(A)
+            if W.shape == (len(B), A.shape[-1]):
+                W.data.copy_(W.data + config["lora_alpha"] / len(A) * B @ A)
+                del adapter[A_name], adapter[B_name]
     if adapter:                             # what has not been merged
         raise FuseDiTError(f"the adapter in {folder} is for another model, incomplete or no plain "
                            f"LoRA: this model has no place for its {next(iter(adapter))}")

@@ -6,7 +6,6 @@ from fusedit_lib.lora import add_adapters
 from fusedit_lib.pretrained import build_model, load_model
 from fusedit_lib.sampling import latent_size
 from fusedit_lib.seeds import torch_seed
-from fusedit_lib.train import distributed
 from fusedit_lib.train.init import load_initial_weights
 from fusedit_lib.vae import load_vae
 
@@ -22,8 +21,7 @@ def build_models(run, config, device, checkpoint):
     dtype = backend.torch_dtype(run.dtype)
     torch.manual_seed(torch_seed(run.seed))
     if run.lora:                            # the weights of --init remain frozen
-        name = distributed.gather_from_all_ranks(run.init)[0]      # see load_initial_weights
-        model = load_model(name, device, dtype, **vars(config))
+        model = load_model(run.init, device, dtype, **vars(config))
         add_adapters(model.dit, run.lora)
     else:
         model = build_model(config, device, dtype)

@@ -64,8 +64,8 @@ class RunConfig:
                      "remembers it")
     init_raw: bool = flag(False, "with --init, start from a checkpoint's raw weights instead of "
                           "their EMA")
-    lora: int = flag(0, "with --init, train LoRA adapters of this rank instead of the DiT's weights: "
-                     "less memory and small checkpoints; 0: none", low=0, only="gpu")
+    lora: int = flag(0, "with --init, train LoRA adapters of this rank instead of the DiT's "
+                     "weights: less memory and small checkpoints; 0: none", low=0, only="gpu")
     like_published: bool = flag(False, "settings that are not given are those of the preset's "
                                 "published run: steps, EMA, resizing, checkpoints and so on "
                                 "(docs/glossary.md lists them); --data must be given; a resumed "
