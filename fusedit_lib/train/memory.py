@@ -74,7 +74,8 @@ def zero_memory(model, zero, world, dtype, ema_offload=False):
     if stage >= 2:
         buffers += bucket * low
     if stage == 3 and world > 1:            # weights that are gathered temporarily
-        buffers += min(BUCKET, count_parameters(model)) * low
+        sharded = elements(model.parameters()) - elements(model.parameters(), WHOLE)
+        buffers += min(BUCKET, sharded) * low
     memory = ZeroMemory(weights=weight_bytes(trained), frozen=weight_bytes(frozen),
                         gradients=count * gradient_bytes * gradient_share,
                         adam=count * 4 * adam_tensors * adam_share, ema=count * 4 / world,
