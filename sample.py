@@ -211,6 +211,21 @@ def adapter_folder(name):
     return folder
 
 
+def settle_adapter(args):
+    """Replace --lora by the folder of the adapter, and set --model if it is not given.
+
+    Returns the further arguments of load_model.
+    """
+    folder = adapter_folder(args.lora)
+    args.lora = str(folder)
+    checkpoint = folder.parent
+    if args.model is None and (checkpoint / "train_state").is_dir():
+        args.model = str(checkpoint)        # of a run of --lora: it has a config, and the adapter
+        return {}
+    args.model = args.model or base_model(folder)
+    return {"lora": (folder,)}
+
+
 def export_model(args, changes):
     """Write the model to the folder --export. changes: as load_model takes them."""
     check_new(args.export)                  # before minutes of loading
@@ -229,9 +244,7 @@ def main():
         prompts = prompts + cli.read_prompts(args.prompts)
     changes = cli.parse_overrides(args.set)
     if args.lora:
-        folder = adapter_folder(args.lora)
-        args.model = args.model or base_model(folder)
-        changes["lora"] = (folder,)         # also an argument of load_model
+        changes |= settle_adapter(args)
     if args.export:
         export_model(args, changes)
     if not prompts:

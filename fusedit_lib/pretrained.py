@@ -311,7 +311,7 @@ def load_model(path, device="cpu", dtype=torch.float32, ema=True, parts=PARTS, l
         gemma = gemma._replace(tokenizer=tokenizer)
     model = build_model(config, device, dtype, stored.dit, stored.folder, stored.trained_llm, gemma,
                         parts)
-    for adapter in (*stored.adapters, *lora):
+    for adapter in dict.fromkeys((*stored.adapters, *lora)):           # each of them once
         merge(model.dit, adapter)
     return model.eval()
 

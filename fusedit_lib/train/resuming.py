@@ -29,7 +29,7 @@ class Difference(NamedTuple):
 
 def is_moved(name, old, new):
     """Returns True if a setting names a model folder that has moved but kept its name."""
-    if name not in ("base", "vae", "clip") or not old or not new:
+    if name not in ("base", "vae", "clip", "init") or not old or not new:
         return False
     return Path(old).name == Path(new).name
 

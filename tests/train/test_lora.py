@@ -215,13 +215,25 @@ def test_samples_and_the_export_of_a_merged_model(run, base, tmp_path):
     assert abs(pixels(whole) - pixels(original)).max() > 10
     for path in (alone, both, after):
         assert abs(pixels(path) - pixels(whole)).max() <= 1
-    text = Image.open(alone).text
+    text = Image.open(both).text            # enough to draw it again when the run has trained on
     assert text["model"] == str(base) and text["lora"] == str(adapter)
+    once = draw("once", "--lora", adapter, "--model", run)             # which has it already
+    assert abs(pixels(once) - pixels(whole)).max() == 0
     assert offloaded.read_bytes() == alone.read_bytes()
 
     merged = pretrained.load_model(run).dit.state_dict()
     for name in ("exported", "merged"):
         assert_equal(pretrained.load_model(tmp_path / name).dit.state_dict(), merged)
+
+
+def test_a_run_of_adapters_has_a_config_of_its_own(gemma, data, base, tmp_path):
+    """sample.py --lora RUN draws as RUN was trained, here at another size than its base."""
+    out = tmp_path / "run"
+    launch(lora_flags(gemma, data, out, base, 1, "--set", "image_size=24"))
+    done = warm.run([ROOT / "sample.py", "--lora", out, "--prompt", "a star", "--steps", 1,
+                     "--out", tmp_path / "images"])
+    assert done.returncode == 0, done.stderr
+    assert Image.open(tmp_path / "images" / "a-star-0.png").size == (24, 24)
 
 
 def test_merging_in_bf16(run, base):
