@@ -6,6 +6,7 @@ import sys
 from dataclasses import fields, replace
 from pathlib import Path
 
+from fusedit import FuseDiTError
 from fusedit_lib import cli
 from fusedit_lib.folders import find_local, last_checkpoint, repository
 from fusedit_lib.train.config import (
@@ -133,8 +134,9 @@ def parse_run(argv, description, engine="gpu"):
 
     argv: the arguments after the program's name; None: those of this process.
     description: the training program's docstring, for --help. engine: "gpu" or "tpu".
-    Exits with code 2 on a usage error; raises FuseDiTError if a prompt file cannot be read or, with
-    --like-published, if the preset has no published run.
+    Exits with code 2 on a usage error. Raises FuseDiTError if a prompt file cannot be read, if the
+    default run folder holds a run on other data, or, with --like-published, if the preset has no
+    published run.
     """
     parser = make_parser(description, engine)
     if argv is None:
@@ -151,6 +153,8 @@ def parse_run(argv, description, engine="gpu"):
     provided["resume_with"] = read_names(parser, provided.get("resume_with", ()), provided)
     run = RunConfig(**provided)
     run = settle_init(replace(run, out=run.out or default_folder(run)))
+    if "out" not in provided:
+        check_default_folder(run)
     is_like_published = provided.get("like_published", was_like_published(run))
     if run.init and not is_like_published:
         if "preset" in provided:
@@ -188,6 +192,19 @@ def default_folder(run):
     if not run.init:
         return f"runs/{run.preset}"
     return f"runs/{run_of(Path(run.init).resolve()).name}-finetuned"
+
+
+def check_default_folder(run):
+    """Raise FuseDiTError if --init without --out would resume a run on other --data.
+
+    A second fine-tuning of a model has the same default folder as the first.
+    """
+    if not run.init or not run.data or run.plan or not is_resumed(run.out):
+        return
+    stored = stored_settings(run.out)["data"]
+    if list(run.data) != stored:
+        raise FuseDiTError(f"{run.out} holds a run on {' '.join(stored)}: to continue it, give "
+                           f"--out {run.out}; to start another, give another --out")
 
 
 def settle_init(run):

@@ -146,6 +146,23 @@ def test_a_run_without_a_model_is_not_resumed_with_one(models, tmp_path, capsys)
     assert "leave out --preset" in capsys.readouterr().err
 
 
+def test_a_second_run_does_not_land_in_the_first(tmp_path, monkeypatch):
+    """Its default folder is the same, but other data would continue the first run."""
+    monkeypatch.chdir(tmp_path)
+    out = "runs/demo-finetuned"
+    words = ["--init", "demo", "--data", "one", "two"]
+    begun(tmp_path / out, *words)
+    assert parse_run(words, "").out == out
+    other = [*words[:2], "--data", "three"]
+    with pytest.raises(FuseDiTError, match=f"^{out} holds a run on one two: to continue it, give "
+                                           f"--out {out}; to start another, give another --out$"):
+        parse_run(other, "")
+    assert parse_run([*other, "--out", out], "").data == ["three"]
+    assert parse_run([*other, "--plan", "8xH100"], "").out == out
+    shutil.rmtree(tmp_path / out / "step-0000001")         # nothing of it could be continued
+    assert parse_run(other, "").out == out
+
+
 def test_like_published_is_remembered(tmp_path, capsys):
     words = ["--preset", "fusedit/2d-rope", "--init", "demo"]
     begun(tmp_path, *words, "--like-published")
