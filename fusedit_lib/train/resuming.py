@@ -59,10 +59,14 @@ def changed_settings(stored, run, config):
     return changed
 
 
-def refuse_changed(stored, run, config):
-    """Raise FuseDiTError if a setting differs from the run's config.json although it must not."""
-    changed = changed_settings(stored, run, config)
-    if not changed:
+def refuse_changed(stored, step, run, config):
+    """Raise FuseDiTError if a setting differs from the run's config.json although it must not.
+
+    stored: the content of that config.json. step: that of the checkpoint to resume from. The
+    settings may also be those before a change at this step, with which nothing has been trained.
+    """
+    changed = changed_settings(settings_at(stored, step), run, config)
+    if not changed or not changed_settings(settings_at(stored, step - 1), run, config):
         return
     remedy = "Resume it with its original settings"
     names = [setting.name for setting in changed]
@@ -125,7 +129,7 @@ def open_run(run, config):
     if not available:
         return None
     folder = undamaged_checkpoint(run, available)
-    refuse_changed(settings_at(stored, checkpoints.step_of(folder)), run, config)
+    refuse_changed(stored, checkpoints.step_of(folder), run, config)
     return folder
 
 
