@@ -99,6 +99,16 @@ def check_range(parser, setting, value):
         parser.error(f"{flag_name(setting.name)} is {value}; it must be {allowed}")
 
 
+def check_not_empty(parser, setting, value):
+    """Exit with a usage error if a text is empty, as a shell variable that has not been set is.
+
+    It would stand for the default. But a prompt may be empty.
+    """
+    texts = value if isinstance(value, list) else [value]
+    if setting.name != "prompts" and "" in texts:
+        parser.error(f"{flag_name(setting.name)} is empty: give a value, or leave it out")
+
+
 def read_weights(parser, words):
     """The numbers of --data-weights. Exits with a usage error if one is not positive."""
     try:
@@ -149,6 +159,7 @@ def parse_run(argv, description, engine="gpu"):
     for setting in fields(RunConfig):
         if setting.name in provided:
             check_range(parser, setting, provided[setting.name])
+            check_not_empty(parser, setting, provided[setting.name])
     provided["data_weights"] = read_weights(parser, provided.get("data_weights", ()))
     provided["resume_with"] = read_names(parser, provided.get("resume_with", ()), provided)
     run = RunConfig(**provided)
