@@ -167,14 +167,9 @@ def parse_run(argv, description, engine="gpu"):
     if "out" not in provided:
         check_default_folder(run)
     is_like_published = provided.get("like_published", was_like_published(run))
+    check_init(parser, run, "preset" in provided, is_like_published)
     if run.init and not is_like_published:
-        if "preset" in provided:
-            parser.error(f"the config is that of --init {run.init}: leave out --preset, and change "
-                         "fields with --set (with --like-published, --preset chooses the run "
-                         "settings)")
         run = replace(run, preset="")
-    if run.init_raw and not run.init:
-        parser.error("--init-raw chooses among the weights of --init MODEL: add --init")
     if "caption_pick" not in provided and predates_caption_pick(run):
         run = replace(run, caption_pick="whole")
     if is_like_published:
@@ -203,6 +198,22 @@ def default_folder(run):
     if not run.init:
         return f"runs/{run.preset}"
     return f"runs/{run_of(Path(run.init).resolve()).name}-finetuned"
+
+
+def check_init(parser, run, has_preset, is_like_published):
+    """Exit with a usage error if --init does not go with the other flags for the model.
+
+    has_preset: True if --preset is given.
+    """
+    if run.init and is_like_published and not has_preset:
+        parser.error("--like-published with --init needs --preset, which chooses the published run "
+                     "whose settings are taken; the config remains that of --init")
+    if run.init and has_preset and not is_like_published:
+        parser.error(f"the config is that of --init {run.init}: leave out --preset, and change "
+                     "fields with --set (with --like-published, --preset chooses the run "
+                     "settings)")
+    if run.init_raw and not run.init:
+        parser.error("--init-raw chooses among the weights of --init MODEL: add --init")
 
 
 def check_default_folder(run):

@@ -16,6 +16,7 @@ from fusedit_lib.train.metrics_log import MetricsLog
 
 @pytest.mark.parametrize("argv, message", [
     (["--init", "demo", "--preset", "demo"], "leave out --preset"),
+    (["--init", "demo", "--like-published"], "--like-published with --init needs --preset"),
     (["--init-raw"], "add --init")])
 def test_usage_errors(argv, message, capsys):
     with pytest.raises(SystemExit) as stop:
