@@ -82,7 +82,8 @@ class RunConfig:
                        "'a-{000..031}.tar', local or at http(s):// or gs://; several of them are "
                        "combined into one data set", True, group="data")
     data_weights: tuple = flag((), "sample from the --data patterns in these proportions, for "
-                               "example 3 1, instead of combining them into one data set")
+                               "example 3 1, instead of combining them into one data set; none: "
+                               "combine them, as without this flag")
     cache: str = flag("", "folder in which remote shards are cached (default: a temporary folder)",
                       True)
     latents: bool = flag(True, "train on the latents that `prepare_data.py encode` has written "

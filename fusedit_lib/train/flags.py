@@ -110,21 +110,24 @@ def check_not_empty(parser, setting, value):
 
 
 def read_weights(parser, words):
-    """The numbers of --data-weights. Exits with a usage error if one is not positive."""
+    """The numbers of --data-weights; [] for "none". Exits with a usage error for other words."""
+    if words == ["none"]:
+        return []
     try:
         weights = [float(word) for word in words]
     except ValueError:
         weights = [-1]
     if not all(0 < weight < math.inf for weight in weights):
-        parser.error("--data-weights must be positive numbers, one for each --data pattern")
+        parser.error("--data-weights must be positive numbers, one for each --data pattern, or "
+                     "none")
     return weights
 
 
 def read_names(parser, words, provided):
     """The settings that --resume-with names, separated by commas or spaces.
 
-    provided: the settings that are given; data_weights always is. Exits with a usage error if a
-    named one must not change, or is not given: its default would be a surprise.
+    provided: the settings that are given. Exits with a usage error if a named one must not change,
+    or is not given: its default would be a surprise.
     """
     names = " ".join(words).replace(",", " ").replace("-", "_").split()
     for name in names:
@@ -160,8 +163,8 @@ def parse_run(argv, description, engine="gpu"):
         if setting.name in provided:
             check_range(parser, setting, provided[setting.name])
             check_not_empty(parser, setting, provided[setting.name])
-    provided["data_weights"] = read_weights(parser, provided.get("data_weights", ()))
     provided["resume_with"] = read_names(parser, provided.get("resume_with", ()), provided)
+    provided["data_weights"] = read_weights(parser, provided.get("data_weights", ()))
     run = RunConfig(**provided)
     run = settle_init(replace(run, out=run.out or default_folder(run)))
     if "out" not in provided:

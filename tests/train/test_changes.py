@@ -126,12 +126,22 @@ def usage_error(capsys, words):
 def test_only_some_settings_may_change(capsys):
     """And their new values must be given, which a default would not be."""
     new = "--lr 1 --batch 8 --ema-decay 0 --resume-with "
-    run = parse_run([*new.split(), "lr, batch", "ema-decay", "data_weights"], "")
-    assert run.resume_with == ["lr", "batch", "ema_decay", "data_weights"]
+    run = parse_run([*new.split(), "lr, batch", "ema-decay"], "")
+    assert run.resume_with == ["lr", "batch", "ema_decay"]
     message = usage_error(capsys, "--seed 1 " + new + "lr,seed")
     assert "--resume-with seed: only batch, lr, lr_schedule" in message
     message = usage_error(capsys, new + "warmup-steps")
     assert "warmup_steps: give its new value as well, with --warmup-steps" in message
+    message = usage_error(capsys, "--data a b --resume-with data-weights")
+    assert "data_weights: give its new value as well, with --data-weights" in message
+
+
+def test_data_weights_are_left_out_by_name(resume):
+    resume(0, "--data s t --data-weights 3 1")
+    run = resume(200, "--data s t --data-weights none --resume-with data_weights")
+    assert run.data_weights == []
+    assert run.changes == (dict(step=200, seen=6400, data_weights=[[3, 1], []]),)
+    assert resume(300, "--data s t").changes == run.changes
 
 
 def test_a_new_run_has_nothing_to_change(tmp_path):
