@@ -296,18 +296,27 @@ def lasting_name(name):
     return name
 
 
+# Fields of the config that name a folder: the part of the model in it, and the flag to change it.
+MODEL_PARTS = {"base": ("Gemma", "--base FOLDER"), "vae": ("VAE", "--set vae=FOLDER"),
+               "clip": ("CLIP", "--set clip=FOLDER")}
+
+
 def initial_config(run, changes):
     """FuseDiTConfig of the model that --init names, with some fields changed.
 
-    A run that is resumed has stored it, and no longer needs the model, except for a Gemma in it.
+    A run that is resumed has stored it, and no longer needs the model, except for the parts of
+    MODEL_PARTS that lie in it. Raises FuseDiTError if one of them is missing.
     """
     if not is_resumed(run.out):
         return open_config(model_folder(run.init), changes)
     stored = read_json(Path(run.out) / "config.json")["model"]
     config = FuseDiTConfig.from_dict(stored | changes)
-    if not is_hub_id(config.base) and find_local(config.base, (".", repository())) is None:
-        raise FuseDiTError(f"{run.out} needs {config.base}, its Gemma, which does not exist. If "
-                           "it has been moved, use --base FOLDER")
+    for name, (part, remedy) in MODEL_PARTS.items():
+        folder = getattr(config, name)
+        if not folder or is_hub_id(folder) or find_local(folder, (".", repository())):
+            continue
+        raise FuseDiTError(f"{run.out} needs {folder}, its {part}, which does not exist. If it "
+                           f"has been moved, use {remedy}")
     return config
 
 
@@ -337,7 +346,7 @@ def model_config(run):
                            f"{patch} pixels; nearest: {multiples_around(config.image_size, patch)}")
 
     paths = {}
-    for name in ("base", "vae", "clip"):
+    for name in MODEL_PARTS:
         value = getattr(config, name)
         if value:
             paths[name] = lasting_name(value)

@@ -11,7 +11,7 @@ from fusedit_lib import backend, seeds
 from fusedit_lib.files import read_json
 from fusedit_lib.train import checkpoints, distributed
 from fusedit_lib.train.changes import settings_at, settle_changes
-from fusedit_lib.train.config import CHANGEABLE
+from fusedit_lib.train.config import CHANGEABLE, MODEL_PARTS
 from fusedit_lib.train.metrics_log import settle_boards
 
 # ------------------------------------------------------------------------------ settings
@@ -29,7 +29,7 @@ class Difference(NamedTuple):
 
 def is_moved(name, old, new):
     """Returns True if a setting names a model folder that has moved but kept its name."""
-    if name not in ("base", "vae", "clip") or not old or not new:
+    if name not in MODEL_PARTS or not old or not new:
         return False
     return Path(old).name == Path(new).name
 
@@ -45,7 +45,7 @@ def changed_settings(stored, run, config):
     free = {f"run.{f.name}" for f in fields(run) if f.metadata["free"]}
     free |= {f"run.{name}" for name in run.resume_with}
     free.add("model.guidance")              # only used for sampling
-    free.add("run.base")                    # model.base has the Gemma, which may have moved
+    free |= {"run.set", "run.base"}         # model has their values; its folders may have moved
     if "caption_pick" not in stored["run"]:                # such runs had no choice to make
         free.add("run.caption_pick")
 

@@ -2,6 +2,7 @@
 import shutil
 
 import pytest
+from conftest import tiny_clip, tiny_vae
 from launching import assert_equal, launch, losses, metrics, state
 from starting import start_flags
 
@@ -183,6 +184,31 @@ def test_a_gemma_inside_the_model_is_named_if_it_is_gone(models, tmp_path):
         model_config(run)
     run = parse_run(["--out", str(out), "--base", str(moved / "transformer")], "")
     assert resuming.changed_settings(read_json(out / "config.json"), run, model_config(run)) == []
+
+
+@pytest.mark.parametrize("name, part", [("vae", "VAE"), ("clip", "CLIP")])
+def test_a_vae_or_clip_is_named_if_it_is_gone(tmp_path, name, part):
+    """And can be given in its new place."""
+    old = tmp_path / "source" / name
+    new = tmp_path / "moved" / name
+    if name == "vae":
+        tiny_vae(old)
+        words = [f"vae={old}", "in_channels=4", "patch_size=1"]
+    else:
+        tiny_clip(old)
+        words = [f"clip={old}", "text_modulation_embeds_dim=24"]
+        words += ["timestep_conditioning=adaln-zero"]
+    out = tmp_path / "out"
+    begun(out, "--init", "demo", "--set", *words)
+    old.parent.rename(new.parent)
+    for more in ([], ["--set", *words]):
+        with pytest.raises(FuseDiTError, match=f"out needs {old}, its {part}, which does not exist. "
+                                               f"If it has been moved, use --set {name}=FOLDER"):
+            model_config(parse_run(["--out", str(out), *more], ""))
+        run = parse_run(["--out", str(out), *more, "--set", f"{name}={new}"], "")
+        config = model_config(run)
+        assert getattr(config, name) == str(new)
+        assert resuming.changed_settings(read_json(out / "config.json"), run, config) == []
 
 
 def test_a_run_that_starts_again_keeps_one_row_of_step_0(models, tmp_path):
