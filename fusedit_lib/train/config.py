@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 import fusedit
 from fusedit import FuseDiTConfig, FuseDiTError
-from fusedit_lib import backend, cli, seeds
+from fusedit_lib import backend, cli, published, seeds
 from fusedit_lib.data.layout import MAX_SKIPPED
 from fusedit_lib.data.shards import expand_shards
 from fusedit_lib.files import read_json
@@ -225,10 +225,13 @@ def stored_settings(out):
 def run_of(path):
     """The Path of the run that a checkpoint belongs to; that of any other model as it is.
 
-    The run may also be one of the published code, whose checkpoints are named by their step alone.
+    The run may also be one of the published code, whose checkpoints are named by their step alone,
+    as DIR/2024 is; but that may be a model as well.
     """
     path = Path(path)
-    if path.name.startswith("step-") or path.name.isdigit():
+    if path.name.startswith("step-"):
+        return path.parent
+    if path.name.isdigit() and (published.is_checkpoint(path) or not path.exists()):
         return path.parent
     return path
 

@@ -1,5 +1,6 @@
 """Settings of runs that start from a trained model: names, refusals, and what is remembered."""
 import shutil
+from pathlib import Path
 
 import pytest
 from conftest import tiny_clip, tiny_vae
@@ -10,7 +11,7 @@ from fusedit import FuseDiTError
 from fusedit_lib import folders, pretrained
 from fusedit_lib.files import read_json
 from fusedit_lib.train import checkpoints, resuming
-from fusedit_lib.train.config import check_run, lasting_name, model_config
+from fusedit_lib.train.config import check_run, lasting_name, model_config, run_of
 from fusedit_lib.train.flags import parse_run
 from fusedit_lib.train.metrics_log import MetricsLog
 
@@ -65,6 +66,19 @@ def test_the_folder_that_a_run_starts_from_is_not_written_to(models, tmp_path, m
         with pytest.raises(FuseDiTError, match="--out .* is what --init starts from: choose"):
             check_run(parse_run(["--init", str(init), "--out", out], ""))
     check_run(parse_run(["--init", "run", "--out", "run/finetuned"], ""))
+
+
+def test_a_model_whose_name_is_a_number(models, tmp_path, monkeypatch):
+    """It is no checkpoint of the published code, and its parent folder no run."""
+    shutil.copytree(models / "released", tmp_path / "2024")
+    monkeypatch.chdir(tmp_path)
+    assert parse_run(["--init", "2024"], "").out == "runs/2024-finetuned"
+    check_run(parse_run(["--init", "2024", "--out", "."], ""))
+    (tmp_path / "50").mkdir()
+    (tmp_path / "50" / "ema.pt").touch()
+    with pytest.raises(FuseDiTError, match="--out . is what --init starts from"):
+        check_run(parse_run(["--init", "50", "--out", "."], ""))
+    assert run_of("gone/50") == Path("gone")               # a resumed run may have started from it
 
 
 # ------------------------------------------------------------------------------ resuming
@@ -202,8 +216,8 @@ def test_a_vae_or_clip_is_named_if_it_is_gone(tmp_path, name, part):
     begun(out, "--init", "demo", "--set", *words)
     old.parent.rename(new.parent)
     for more in ([], ["--set", *words]):
-        with pytest.raises(FuseDiTError, match=f"out needs {old}, its {part}, which does not exist. "
-                                               f"If it has been moved, use --set {name}=FOLDER"):
+        with pytest.raises(FuseDiTError, match=f"out needs {old}, its {part}, which does not "
+                                               f"exist. If it .*moved, use --set {name}=FOLDER"):
             model_config(parse_run(["--out", str(out), *more], ""))
         run = parse_run(["--out", str(out), *more, "--set", f"{name}={new}"], "")
         config = model_config(run)
