@@ -64,9 +64,8 @@ class RunConfig:
                      "remembers it")
     init_raw: bool = flag(False, "with --init, start from a checkpoint's raw weights instead of "
                           "their EMA")
-    lora: int = flag(0, "with --init, train LoRA adapters of this rank, which peft adds to the "
-                     "attention and the MLP of each block, instead of the DiT's weights: less "
-                     "memory and small checkpoints; 0: none", low=0, only="gpu")
+    lora: int = flag(0, "with --init, train LoRA adapters of this rank instead of the DiT's "
+                     "weights: less memory and small checkpoints; 0: none", low=0, only="gpu")
     like_published: bool = flag(False, "settings that are not given are those of the preset's "
                                 "published run: steps, EMA, resizing, checkpoints and so on "
                                 "(docs/glossary.md lists them); --data must be given; a resumed "
@@ -308,7 +307,8 @@ def initial_config(run, changes):
     """FuseDiTConfig of the model that --init names, with some fields changed.
 
     A run that is resumed has stored it, and no longer needs the model, except for the parts of
-    MODEL_PARTS that lie in it. Raises FuseDiTError if one of them is missing.
+    MODEL_PARTS that lie in it, or if it trains adapters. Raises FuseDiTError if one of those parts
+    is missing.
     """
     if not is_resumed(run.out):
         return open_config(model_folder(run.init), changes)
