@@ -239,6 +239,11 @@ def check_run(run):
     """Raise FuseDiTError for mistakes that can be found before the model is loaded."""
     for pattern in (*run.data, *run.val_data):
         expand_shards(pattern)
+    check_settings(run)
+
+
+def check_settings(run):
+    """Raise FuseDiTError for mistakes that can be found without the data, as --plan does."""
     if Path(run.out).is_file():
         raise FuseDiTError(f"--out {run.out} is a file; it must be a folder")
     source = None

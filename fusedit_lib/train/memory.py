@@ -165,8 +165,6 @@ def tpu_memory(run, model, sizes, dtype, vae):
                 VAE=vae * low)
 
 
-
-
 # ------------------------------------------------------------------------------ sampling
 
 class Part(NamedTuple):

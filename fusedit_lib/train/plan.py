@@ -12,7 +12,7 @@ from fusedit import FuseDiTConfig, FuseDiTError
 from fusedit_lib.backend import TILE
 from fusedit_lib.data.shards import expand_shards
 from fusedit_lib.train import sharding
-from fusedit_lib.train.config import ZERO_STAGES, split_batch
+from fusedit_lib.train.config import ZERO_STAGES, check_settings, split_batch
 from fusedit_lib.train.costs import (
     FusedAttention,
     UnfusedAttention,
@@ -45,9 +45,10 @@ PAPER_IMAGES = 800_000 * 512                # total images of the paper's large 
 def show(run, config):
     """Print the plan of a run. Returns the exit code, 0.
 
-    Raises FuseDiTError if --plan cannot be parsed, the batch is not divisible by the number of
-    devices, or --lora is given without peft.
+    Raises FuseDiTError if --plan cannot be parsed, if the batch is not divisible by the number of
+    devices, and for settings that training refuses.
     """
+    check_settings(run)
     devices = parse(run.plan)
     micro_batch, accumulation = split_batch(run, devices.count)
     model = training_model(run, config)
@@ -288,7 +289,7 @@ def levels(run):
     higher = [change for change in changes
               if order.index(change.get("zero", run.zero)) > order.index(run.zero)]
     found = [{}, *higher]
-    if run.init and not run.lora and not run.train_llm:
+    if run.init and not (run.lora or run.init_raw or run.float8 or run.train_llm):
         found.append(dict(lora=16))
     return found
 
