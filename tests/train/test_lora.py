@@ -76,7 +76,7 @@ def pixels(path):
 
 def test_only_adapters_are_trained_and_the_first_loss_is_that_of_the_model(
         gemma, data, base, run):
-    settings = parse_run(lora_flags(gemma, data, "", base, 4), "")
+    settings = parse_run(lora_flags(gemma, data, "nowhere", base, 4), "")
     model = pretrained.load_model(base)
     batch = Batches(settings, model.config, model.tokenizer, settings.batch)[0]
     x = batch["pixels"] / 127.5 - 1

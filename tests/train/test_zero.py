@@ -130,7 +130,7 @@ def plain_torch(argv):
 
 @pytest.fixture(scope="module")
 def plain(gemma, data):
-    return plain_torch(flags(gemma, data, "", *PARITY))
+    return plain_torch(flags(gemma, data, "nowhere", *PARITY))
 
 
 def check_parity(tmp_path, gemma, data, plain, single, pairs):
