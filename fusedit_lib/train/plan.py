@@ -300,19 +300,29 @@ def levels(run, count):
     compiled = dict(compile=True)
     if count == 1:                          # ZeRO 2 sends nothing, and ZeRO 3 saves nothing more
         sharded = compiled | higher(run, "2")
-        groups = [[{}, compiled, sharded]]
+        cheap = [[{}, compiled, sharded]]
     else:
         sharded = compiled | higher(run, "3")
-        groups = [[{}, compiled], [compiled | higher(run, "2")], [sharded]]
+        cheap = [[{}, compiled], [compiled | higher(run, "2")], [sharded]]
     ema_offload = run.ema_offload or not run.zero.endswith("offload")   # which includes it
-    offloads = [sharded | dict(ema_offload=ema_offload), compiled | higher(run, "2-offload"),
-                compiled | higher(run, "3-offload")]
-    for change in offloads:
-        budget = dict(memory_budget=min(0.5, run.memory_budget))
-        groups += [[change], [change | budget], [change | dict(remat=True)]]
+    sharded = sharded | dict(ema_offload=ema_offload)
+    cheap.append([sharded])
+
+    budget = dict(memory_budget=min(0.5, run.memory_budget))
+    remat = dict(remat=True)
+    costly = [[sharded | budget], [sharded | remat]]
+    for zero in ("2-offload", "3-offload"):
+        offloaded = compiled | higher(run, zero)
+        costly += [[offloaded], [offloaded | budget], [offloaded | remat]]
     if run.init and not (run.lora or run.init_raw or run.float8 or run.train_llm):
-        groups += [[compiled | dict(lora=16)], [compiled | dict(lora=16, remat=True)]]
-    return groups
+        lora = compiled | dict(lora=16)
+        costly += [[lora], [lora | remat]]
+    return cheap + without_grids(cheap) + costly + without_grids(costly)
+
+
+def without_grids(groups):
+    """The same levels without image grids."""
+    return [[change | dict(sample_every=0) for change in group] for group in groups]
 
 
 def higher(run, zero):
@@ -337,6 +347,8 @@ def print_remedy(run, config, devices, micro_batch, latents):
                 working = working_memory(changed, config, devices, micro_batch, latents)
                 known[settings] = training_model(changed, config), working
             model, working = known[settings]
+            if changed.sample_every == 0:
+                working = working._replace(grid=0)
             if fits(changed, devices, model, working.scaled(size / micro_batch)):
                 print_flags(run, changed)
                 return

@@ -110,6 +110,18 @@ def test_the_first_flags_that_suffice_are_advised(small_run, capsys, monkeypatch
     assert plan_on(size, follow, capsys, monkeypatch) == ("fits", "")
 
 
+def test_image_grids_are_left_out_if_only_they_do_not_fit(small_run, capsys, monkeypatch):
+    """Costly flags are not tried before that."""
+    with_grids = replace(small_run, sample_every=1, remat=True, zero="3-offload", micro_batch=4,
+                         set=(*small_run.set, "image_size=64"), prompts=("a star",) * 8)
+    size = 1.07 * need(with_grids, 4, sample_every=0)
+    assert need(with_grids, 4) > 1.2 * size
+    verdict, advice = plan_on(size, with_grids, capsys, monkeypatch)
+    assert (verdict, advice) == ("too much", "--sample-every 0")
+    without = replace(with_grids, sample_every=0)
+    assert plan_on(size, without, capsys, monkeypatch) == ("with --remat", "")
+
+
 def test_nothing_fits(small_run, capsys, monkeypatch):
     verdict, advice = plan_on(1e5, small_run, capsys, monkeypatch)
     assert (verdict, advice) == ("too much", "none of the flags that save memory makes it fit")
