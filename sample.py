@@ -19,6 +19,7 @@ threads.limit_spinning()                    # before torch is imported
 
 from tqdm import tqdm
 
+from fusedit import FuseDiTError
 from fusedit_lib import backend, cli, offload, seeds
 from fusedit_lib.cli import positive
 from fusedit_lib.export import check_new, export
@@ -67,6 +68,9 @@ def parse_args():
     args = parser.parse_args()
     if args.model is None and not args.lora:
         args.model = str(cli.DEMO)
+    if args.lora and args.no_ema:
+        parser.error("--no-ema has no meaning with --lora: adapters are trained on a model's EMA, "
+                     "and a run stores the EMA of its adapters alone: leave it out")
     if args.offload and args.compile:
         parser.error("--offload loads the parts of the model again and again, so that --compile "
                      "would not pay off: leave out one of them")
@@ -193,6 +197,35 @@ def save_grid(images, args):
     print(path)
 
 
+def adapter_folder(name):
+    """The folder of an adapter in peft's format, or of that in a run or checkpoint of --lora.
+
+    name: a path or a hub id. Raises FuseDiTError.
+    """
+    folder = model_folder(name)
+    if (folder / "lora").is_dir():
+        folder = folder / "lora"
+    if not (folder / "adapter_config.json").exists():
+        raise FuseDiTError(f"{name} has no adapter_config.json, so it is no LoRA adapter and no "
+                           "run of --lora; a whole model is given to --model")
+    return folder
+
+
+def settle_adapter(args):
+    """Replace --lora by the folder of the adapter, and set --model if it is not given.
+
+    Returns the further arguments of load_model.
+    """
+    folder = adapter_folder(args.lora)
+    args.lora = str(folder)
+    checkpoint = folder.parent
+    if args.model is None and (checkpoint / "train_state").is_dir():
+        args.model = str(checkpoint)        # of a run of --lora: it has a config, and the adapter
+        return {}
+    args.model = args.model or base_model(folder)
+    return {"lora": (folder,)}
+
+
 def export_model(args, changes):
     """Write the model to the folder --export. changes: as load_model takes them."""
     check_new(args.export)                  # before minutes of loading
@@ -211,11 +244,7 @@ def main():
         prompts = prompts + cli.read_prompts(args.prompts)
     changes = cli.parse_overrides(args.set)
     if args.lora:
-        folder = model_folder(args.lora)
-        if (folder / "lora").is_dir():      # of a run of --lora
-            folder = folder / "lora"
-        args.model = args.model or base_model(folder)
-        changes["lora"] = folder            # also an argument of load_model
+        changes |= settle_adapter(args)
     if args.export:
         export_model(args, changes)
     if not prompts:

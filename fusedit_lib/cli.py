@@ -267,7 +267,8 @@ def announce(loaded, prompts, negative=""):
     token_ids += fusedit.token_ids(tokenizer, [negative], config, instruction="")[0]
     unknown = unknown_words(tokenizer, [*prompts, negative], token_ids)
     if unknown:
-        print("warning: the model does not know:", ", ".join(unknown), file=sys.stderr)
+        print(f"warning: the tokenizer does not know: {', '.join(unknown)}. To the model, all such "
+              "words are the same", file=sys.stderr)
     for ids in token_ids:
         if len(ids) > limit:
             end = tokenizer.decode(ids[:limit], skip_special_tokens=True)[-40:]

@@ -82,7 +82,8 @@ def export(model, folder, dtype=None):
     print(f"wrote {folder}")
     missing = needed_elsewhere(model)
     if missing:
-        print(f"The published classes cannot draw with it: they need {' and '.join(missing)}.")
+        print("fusedit draws with it. The published classes cannot: they need "
+              f"{' and '.join(missing)}.")
 
 
 def needed_elsewhere(model):

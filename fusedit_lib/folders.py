@@ -24,7 +24,7 @@ def resolve(name, patterns=MODEL_FILES):
         return path
     if not is_hub_id(name):
         raise FuseDiTError(f"no such model folder: {name}. Check the path, or give a hub id, "
-                           "OWNER/NAME")
+                           "OWNER/NAME. If a run needs it, put it back, or a link to it")
     from huggingface_hub import snapshot_download
     try:
         return Path(snapshot_download(str(name), allow_patterns=list(patterns)))

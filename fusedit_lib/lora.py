@@ -31,11 +31,10 @@ def add_adapters(dit, rank):
 
 def write_adapter(checkpoint, rank, base):
     """Writes lora/ in the folder of a checkpoint, from the EMA in its model.safetensors."""
-    tensors = {}
     trained = tensors_below("dit.", open_tensors(checkpoint))
-    for name in trained:
-        # "default" is peft's name of a model's only adapter.
-        tensors[PREFIX + name.replace(".default.", ".")] = read_tensor(trained, name)
+    # "default" is peft's name of a model's only adapter.
+    tensors = {PREFIX + name.replace(".default.", "."): read_tensor(trained, name)
+               for name in trained}
     adapter_config(rank, base).save_pretrained(checkpoint / "lora")
     save_file(tensors, checkpoint / "lora" / "adapter_model.safetensors", {"format": "pt"})
 
@@ -43,24 +42,24 @@ def write_adapter(checkpoint, rank, base):
 def merge(dit, folder):
     """Adds an adapter in a folder of peft to the weights of a DiT: W + B A replaces W.
 
-    Raises FuseDiTError if the adapter is not a plain LoRA or does not fit this DiT.
+    The sum is computed in float32. On the meta device, the files are only checked. Raises
+    FuseDiTError if the adapter is not a plain LoRA, is incomplete or does not fit this DiT.
     """
     config = read_json(folder / "adapter_config.json")
-    plain = config.get("init_lora_weights") in (True, False, "gaussian")   # others also change W
+    plain = config.get("init_lora_weights", True) in (True, False, "gaussian")
     if not plain or config.get("use_rslora") or config.get("alpha_pattern"):
-        raise FuseDiTError(f"the adapter in {folder} is not a plain LoRA (see init_lora_weights, "
-                           "use_rslora and alpha_pattern in its adapter_config.json): merge it "
-                           "with peft's merge_and_unload")
+        raise FuseDiTError(f"the adapter in {folder} has init_lora_weights, use_rslora or "
+                           "alpha_pattern, so only peft can merge it: use its merge_and_unload")
     adapter = open_tensors(folder, "adapter_model")
-    weights = dict(dit.named_parameters())
-    for name in adapter:
-        if ".lora_B." in name:
-            continue
-        try:
-            W = weights[name.removeprefix(PREFIX).replace(".lora_A.", ".")].data
-            A = read_tensor(adapter, name).to(W.device, torch.float32)
-            B = read_tensor(adapter, name.replace(".lora_A.", ".lora_B.")).to(A)
-            W.copy_(W + config["lora_alpha"] / len(A) * B @ A)
-        except (KeyError, RuntimeError):
-            raise FuseDiTError(f"the adapter in {folder} is for another model than this one, which "
-                               f"has no weight of the shape of {name}") from None
+    for name, W in dit.named_parameters():
+        A_name = PREFIX + name.replace("weight", "lora_A.weight")
+        B_name = PREFIX + name.replace("weight", "lora_B.weight")
+        if A_name in adapter and B_name in adapter:
+            A = read_tensor(adapter, A_name).to(W.device, torch.float32)
+            B = read_tensor(adapter, B_name).to(A)
+            if W.shape == (len(B), A.shape[-1]):
+                W.data.copy_(W.data + config["lora_alpha"] / len(A) * B @ A)
+                del adapter[A_name], adapter[B_name]
+    if adapter:                             # what has not been merged
+        raise FuseDiTError(f"the adapter in {folder} is for another model, incomplete or no plain "
+                           f"LoRA: this model has no place for its {next(iter(adapter))}")

@@ -292,14 +292,14 @@ def config_hint(config, dit_tensors):
 
 # ---- loading -------------------------------------------------------------------------------------
 
-def load_model(path, device="cpu", dtype=torch.float32, ema=True, parts=PARTS, lora=None,
+def load_model(path, device="cpu", dtype=torch.float32, ema=True, parts=PARTS, lora=(),
                **changes):
     """A trained model from any of the folders listed at the top, or a hub id.
 
     dtype: of the weights; None: as they are stored. ema=False: a checkpoint's raw weights instead
     of their exponential moving average. parts: those of PARTS to load; the tensors of the others
-    are checked but stay on the meta device, where they take no memory. lora: folder of an adapter
-    of peft, which is merged. changes: config fields that replace stored ones, such as base, if the
+    are checked but stay on the meta device, where they take no memory. lora: folders of adapters
+    of peft, which are merged. changes: config fields that replace stored ones, such as base, if the
     Gemma has moved. Raises FuseDiTError.
     """
     folder = model_folder(path)
@@ -311,12 +311,8 @@ def load_model(path, device="cpu", dtype=torch.float32, ema=True, parts=PARTS, l
         gemma = gemma._replace(tokenizer=tokenizer)
     model = build_model(config, device, dtype, stored.dit, stored.folder, stored.trained_llm, gemma,
                         parts)
-    adapters = stored.adapters
-    if lora:
-        adapters += (lora,)
-    if "dit" in parts:
-        for adapter in adapters:
-            merge(model.dit, adapter)
+    for adapter in dict.fromkeys((*stored.adapters, *lora)):           # each of them once
+        merge(model.dit, adapter)
     return model.eval()
 
 
@@ -392,8 +388,8 @@ def base_model(adapter):
     """The name of the model that an adapter is for. adapter: a folder in the format of peft."""
     name = read_json(adapter / "adapter_config.json").get("base_model_name_or_path")
     if not name or (find_local(name, (".", repository())) is None and not is_hub_id(name)):
-        raise FuseDiTError(f"the adapter in {adapter} is for {name}, which does not exist: use "
-                           f"sample.py --model MODEL --lora {adapter}")
+        raise FuseDiTError(f"the adapter in {adapter} is for {name}, which does not exist: name "
+                           f"its new place with sample.py --model MODEL --lora {adapter}")
     return name
 
 

@@ -2,6 +2,7 @@
 import torch
 
 from fusedit_lib import backend
+from fusedit_lib.files import say_once
 from fusedit_lib.lora import add_adapters
 from fusedit_lib.pretrained import build_model, load_model
 from fusedit_lib.sampling import latent_size
@@ -21,6 +22,8 @@ def build_models(run, config, device, checkpoint):
     dtype = backend.torch_dtype(run.dtype)
     torch.manual_seed(torch_seed(run.seed))
     if run.lora:                            # the weights of --init remain frozen
+        say_once(f"note: {run.out} needs {run.init} as long as it is used: keep it, or start from "
+                 "an export of it (sample.py --export DIR)")
         model = load_model(run.init, device, dtype, **vars(config))
         add_adapters(model.dit, run.lora)
     else:

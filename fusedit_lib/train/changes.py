@@ -43,6 +43,8 @@ def settle_changes(run, checkpoint):
         return run
     newest = read_json(Path(run.out) / "config.json")
     stored = settings_at(newest, checkpoint.step)["run"]
+    if is_undone(run, stored, checkpoint.step):
+        stored = settings_at(newest, checkpoint.step - 1)["run"]
     changes = stored["changes"]
     none_undone = changes == newest["run"].get("changes", [])
     if none_undone and is_repeated(run, stored):
@@ -78,6 +80,23 @@ def plain(value):
 def stored_value(stored, name):
     """A setting of config.json's "run", or the default if it was introduced later."""
     return stored.get(name, plain(getattr(RunConfig(), name)))
+
+
+def is_undone(run, stored, step):
+    """True if the settings are those before a change at this step, as after running out of memory.
+
+    Nothing has been trained with that change. Rank 0 prints a line.
+    """
+    changes = stored["changes"]
+    if not changes or changes[-1]["step"] != step:
+        return False
+    for name in changes[-1].keys() & set(CHANGEABLE):
+        if name not in run.resume_with and plain(getattr(run, name)) != stored[name]:
+            if checkpoints.is_first_rank():
+                print(f"{run.out}: the change at step {step} is undone, as these are the settings "
+                      "before it", flush=True)
+            return True
+    return False
 
 
 def is_repeated(run, stored):

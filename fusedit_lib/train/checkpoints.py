@@ -142,6 +142,7 @@ class CheckpointWriter:
         first = 0
         if checkpoint:
             first = checkpoint.step
+        self.first = first                  # step at which this process starts
         if first:
             self.last_saved = first
 
@@ -367,8 +368,11 @@ class CheckpointWriter:
             print(f"stopped by {signal.Signals(stopped).name}; step {step} is saved. To resume:\n"
                   f"  {resume_command(self.world)}", flush=True)
         elif self.rank == 0:
-            print(f"{self.out} is complete ({step} steps); to train further, raise --steps. To "
-                  f"generate images: python sample.py --model {self.out} --prompt ...", flush=True)
+            state = f"is complete ({step} steps)"
+            if step == self.first:
+                state = f"was complete already ({step} steps): nothing is left to do"
+            print(f"{self.out} {state}; to train further, raise --steps. To generate images: "
+                  f"python sample.py --model {self.out} --prompt ...", flush=True)
         return 0
 
 

@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 import fusedit
 from fusedit import FuseDiTConfig, FuseDiTError
-from fusedit_lib import backend, cli, seeds
+from fusedit_lib import backend, cli, published, seeds
 from fusedit_lib.data.layout import MAX_SKIPPED
 from fusedit_lib.data.shards import expand_shards
 from fusedit_lib.files import read_json
@@ -64,9 +64,8 @@ class RunConfig:
                      "remembers it")
     init_raw: bool = flag(False, "with --init, start from a checkpoint's raw weights instead of "
                           "their EMA")
-    lora: int = flag(0, "with --init, train LoRA adapters of this rank, which peft adds to the "
-                     "attention and the MLP of each block, instead of the DiT's weights: less "
-                     "memory and small checkpoints; 0: none", low=0, only="gpu")
+    lora: int = flag(0, "with --init, train LoRA adapters of this rank instead of the DiT's "
+                     "weights: less memory and small checkpoints; 0: none", low=0, only="gpu")
     like_published: bool = flag(False, "settings that are not given are those of the preset's "
                                 "published run: steps, EMA, resizing, checkpoints and so on "
                                 "(docs/glossary.md lists them); --data must be given; a resumed "
@@ -82,7 +81,8 @@ class RunConfig:
                        "'a-{000..031}.tar', local or at http(s):// or gs://; several of them are "
                        "combined into one data set", True, group="data")
     data_weights: tuple = flag((), "sample from the --data patterns in these proportions, for "
-                               "example 3 1, instead of combining them into one data set")
+                               "example 3 1, instead of combining them into one data set; none: "
+                               "combine them, as without this flag")
     cache: str = flag("", "folder in which remote shards are cached (default: a temporary folder)",
                       True)
     latents: bool = flag(True, "train on the latents that `prepare_data.py encode` has written "
@@ -224,10 +224,13 @@ def stored_settings(out):
 def run_of(path):
     """The Path of the run that a checkpoint belongs to; that of any other model as it is.
 
-    The run may also be one of the published code, whose checkpoints are named by their step alone.
+    The run may also be one of the published code, whose checkpoints are named by their step alone,
+    as DIR/2024 is; but that may be a model as well.
     """
     path = Path(path)
-    if path.name.startswith("step-") or path.name.isdigit():
+    if path.name.startswith("step-"):
+        return path.parent
+    if path.name.isdigit() and (published.is_checkpoint(path) or not path.exists()):
         return path.parent
     return path
 
@@ -300,18 +303,28 @@ def lasting_name(name):
     return name
 
 
+# Fields of the config that name a folder: the part of the model in it, and the flag to change it.
+MODEL_PARTS = {"base": ("Gemma", "--base FOLDER"), "vae": ("VAE", "--set vae=FOLDER"),
+               "clip": ("CLIP", "--set clip=FOLDER")}
+
+
 def initial_config(run, changes):
     """FuseDiTConfig of the model that --init names, with some fields changed.
 
-    A run that is resumed has stored it, and no longer needs the model, except for a Gemma in it.
+    A run that is resumed has stored it, and no longer needs the model, except for the parts of
+    MODEL_PARTS that lie in it, or if it trains adapters. Raises FuseDiTError if one of those parts
+    is missing.
     """
     if not is_resumed(run.out):
         return open_config(model_folder(run.init), changes)
     stored = read_json(Path(run.out) / "config.json")["model"]
     config = FuseDiTConfig.from_dict(stored | changes)
-    if not is_hub_id(config.base) and find_local(config.base, (".", repository())) is None:
-        raise FuseDiTError(f"{run.out} needs {config.base}, its Gemma, which does not exist. If "
-                           "it has been moved, use --base FOLDER")
+    for name, (part, remedy) in MODEL_PARTS.items():
+        folder = getattr(config, name)
+        if not folder or is_hub_id(folder) or find_local(folder, (".", repository())):
+            continue
+        raise FuseDiTError(f"{run.out} needs {folder}, its {part}, which does not exist. If it "
+                           f"has been moved, use {remedy}")
     return config
 
 
@@ -341,7 +354,7 @@ def model_config(run):
                            f"{patch} pixels; nearest: {multiples_around(config.image_size, patch)}")
 
     paths = {}
-    for name in ("base", "vae", "clip"):
+    for name in MODEL_PARTS:
         value = getattr(config, name)
         if value:
             paths[name] = lasting_name(value)

@@ -6,6 +6,7 @@ import sys
 from dataclasses import fields, replace
 from pathlib import Path
 
+from fusedit import FuseDiTError
 from fusedit_lib import cli
 from fusedit_lib.folders import find_local, last_checkpoint, repository
 from fusedit_lib.train.config import (
@@ -98,22 +99,35 @@ def check_range(parser, setting, value):
         parser.error(f"{flag_name(setting.name)} is {value}; it must be {allowed}")
 
 
+def check_not_empty(parser, setting, value):
+    """Exit with a usage error if a text is empty, as a shell variable that has not been set is.
+
+    It would stand for the default. But a prompt may be empty.
+    """
+    texts = value if isinstance(value, list) else [value]
+    if setting.name != "prompts" and "" in texts:
+        parser.error(f"{flag_name(setting.name)} is empty: give a value, or leave it out")
+
+
 def read_weights(parser, words):
-    """The numbers of --data-weights. Exits with a usage error if one is not positive."""
+    """The numbers of --data-weights; [] for "none". Exits with a usage error for other words."""
+    if words == ["none"]:
+        return []
     try:
         weights = [float(word) for word in words]
     except ValueError:
         weights = [-1]
     if not all(0 < weight < math.inf for weight in weights):
-        parser.error("--data-weights must be positive numbers, one for each --data pattern")
+        parser.error("--data-weights must be positive numbers, one for each --data pattern, or "
+                     "none")
     return weights
 
 
 def read_names(parser, words, provided):
     """The settings that --resume-with names, separated by commas or spaces.
 
-    provided: the settings that are given; data_weights always is. Exits with a usage error if a
-    named one must not change, or is not given: its default would be a surprise.
+    provided: the settings that are given. Exits with a usage error if a named one must not change,
+    or is not given: its default would be a surprise.
     """
     names = " ".join(words).replace(",", " ").replace("-", "_").split()
     for name in names:
@@ -133,8 +147,9 @@ def parse_run(argv, description, engine="gpu"):
 
     argv: the arguments after the program's name; None: those of this process.
     description: the training program's docstring, for --help. engine: "gpu" or "tpu".
-    Exits with code 2 on a usage error; raises FuseDiTError if a prompt file cannot be read or, with
-    --like-published, if the preset has no published run.
+    Exits with code 2 on a usage error. Raises FuseDiTError if a prompt file cannot be read, if the
+    default run folder holds a run on other data, or, with --like-published, if the preset has no
+    published run.
     """
     parser = make_parser(description, engine)
     if argv is None:
@@ -147,19 +162,17 @@ def parse_run(argv, description, engine="gpu"):
     for setting in fields(RunConfig):
         if setting.name in provided:
             check_range(parser, setting, provided[setting.name])
-    provided["data_weights"] = read_weights(parser, provided.get("data_weights", ()))
+            check_not_empty(parser, setting, provided[setting.name])
     provided["resume_with"] = read_names(parser, provided.get("resume_with", ()), provided)
+    provided["data_weights"] = read_weights(parser, provided.get("data_weights", ()))
     run = RunConfig(**provided)
     run = settle_init(replace(run, out=run.out or default_folder(run)))
+    if "out" not in provided:
+        check_default_folder(run)
     is_like_published = provided.get("like_published", was_like_published(run))
+    check_init(parser, run, "preset" in provided, is_like_published)
     if run.init and not is_like_published:
-        if "preset" in provided:
-            parser.error(f"the config is that of --init {run.init}: leave out --preset, and change "
-                         "fields with --set (with --like-published, --preset chooses the run "
-                         "settings)")
         run = replace(run, preset="")
-    if run.init_raw and not run.init:
-        parser.error("--init-raw chooses among the weights of --init MODEL: add --init")
     if "caption_pick" not in provided and predates_caption_pick(run):
         run = replace(run, caption_pick="whole")
     if is_like_published:
@@ -188,6 +201,35 @@ def default_folder(run):
     if not run.init:
         return f"runs/{run.preset}"
     return f"runs/{run_of(Path(run.init).resolve()).name}-finetuned"
+
+
+def check_init(parser, run, has_preset, is_like_published):
+    """Exit with a usage error if --init does not go with the other flags for the model.
+
+    has_preset: True if --preset is given.
+    """
+    if run.init and is_like_published and not has_preset:
+        parser.error("--like-published with --init needs --preset, which chooses the published run "
+                     "whose settings are taken; the config remains that of --init")
+    if run.init and has_preset and not is_like_published:
+        parser.error(f"the config is that of --init {run.init}: leave out --preset, and change "
+                     "fields with --set (with --like-published, --preset chooses the run "
+                     "settings)")
+    if run.init_raw and not run.init:
+        parser.error("--init-raw chooses among the weights of --init MODEL: add --init")
+
+
+def check_default_folder(run):
+    """Raise FuseDiTError if --init without --out would resume a run on other --data.
+
+    A second fine-tuning of a model has the same default folder as the first.
+    """
+    if not run.init or not run.data or run.plan or not is_resumed(run.out):
+        return
+    stored = stored_settings(run.out)["data"]
+    if list(run.data) != stored:
+        raise FuseDiTError(f"{run.out} holds a run on {' '.join(stored)}: to continue it, give "
+                           f"--out {run.out}; to start another, give another --out")
 
 
 def settle_init(run):

@@ -85,6 +85,7 @@ class Monitor:
         self.counts = dict(seen=0, skipped=0, skipped_steps=0)
         self.skipped_in_a_row = 0
         self.printed_notes = set()
+        self.has_logged = False
         self.least_samples = max(len(source), 1000)        # for --max-skipped
         if checkpoint is not None:
             self.step = checkpoint.step
@@ -232,7 +233,9 @@ class Monitor:
                  f"memory {row['memory_gb']:.1f} GB"]
         if "mfu" in row:
             parts.append(f"MFU {row['mfu']:.0%}")
-        parts.append(f"remaining {seconds // 3600}:{seconds // 60 % 60:02d}:{seconds % 60:02d}")
+        if self.has_logged:                 # the first step may include compiling
+            parts.append(f"remaining {seconds // 3600}:{seconds // 60 % 60:02d}:{seconds % 60:02d}")
+        self.has_logged = True
         if row["skipped"]:
             parts.append(f"skipped samples {row['skipped']}")
         if row["skipped_steps"]:

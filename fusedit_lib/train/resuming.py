@@ -11,7 +11,7 @@ from fusedit_lib import backend, seeds
 from fusedit_lib.files import read_json
 from fusedit_lib.train import checkpoints, distributed
 from fusedit_lib.train.changes import settings_at, settle_changes
-from fusedit_lib.train.config import CHANGEABLE
+from fusedit_lib.train.config import CHANGEABLE, MODEL_PARTS
 from fusedit_lib.train.metrics_log import settle_boards
 
 # ------------------------------------------------------------------------------ settings
@@ -29,7 +29,9 @@ class Difference(NamedTuple):
 
 def is_moved(name, old, new):
     """Returns True if a setting names a model folder that has moved but kept its name."""
-    if name not in ("base", "vae", "clip") or not old or not new:
+    if name == "init" and Path(old).exists():              # checkpoints of two runs share names
+        return False
+    if name not in (*MODEL_PARTS, "init") or not old or not new:
         return False
     return Path(old).name == Path(new).name
 
@@ -45,7 +47,7 @@ def changed_settings(stored, run, config):
     free = {f"run.{f.name}" for f in fields(run) if f.metadata["free"]}
     free |= {f"run.{name}" for name in run.resume_with}
     free.add("model.guidance")              # only used for sampling
-    free.add("run.base")                    # model.base has the Gemma, which may have moved
+    free |= {"run.set", "run.base"}         # model has their values; its folders may have moved
     if "caption_pick" not in stored["run"]:                # such runs had no choice to make
         free.add("run.caption_pick")
 
@@ -59,10 +61,14 @@ def changed_settings(stored, run, config):
     return changed
 
 
-def refuse_changed(stored, run, config):
-    """Raise FuseDiTError if a setting differs from the run's config.json although it must not."""
-    changed = changed_settings(stored, run, config)
-    if not changed:
+def refuse_changed(stored, step, run, config):
+    """Raise FuseDiTError if a setting differs from the run's config.json although it must not.
+
+    stored: the content of that config.json. step: that of the checkpoint to resume from. The
+    settings may also be those before a change at this step, with which nothing has been trained.
+    """
+    changed = changed_settings(settings_at(stored, step), run, config)
+    if not changed or not changed_settings(settings_at(stored, step - 1), run, config):
         return
     remedy = "Resume it with its original settings"
     names = [setting.name for setting in changed]
@@ -125,7 +131,7 @@ def open_run(run, config):
     if not available:
         return None
     folder = undamaged_checkpoint(run, available)
-    refuse_changed(settings_at(stored, checkpoints.step_of(folder)), run, config)
+    refuse_changed(stored, checkpoints.step_of(folder), run, config)
     return folder
 
 

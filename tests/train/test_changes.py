@@ -27,7 +27,7 @@ def resume(tmp_path, gemma):
         path = tmp_path / "config.json"
         if step:
             content = json.loads(path.read_text())
-            resuming.refuse_changed(changes.settings_at(content, step), run, config)
+            resuming.refuse_changed(content, step, run, config)
             run = changes.settle_changes(run, checkpoint_at(step, seen=32 * step))
         path.write_text(checkpoints.run_settings_json(run, config))
         return run
@@ -93,6 +93,29 @@ def test_changes_at_the_same_step_are_one(resume, capsys):
     assert resume(200, "--resume-with lr").changes == ()
 
 
+def test_the_settings_before_a_change_undo_it_at_the_same_step(resume, capsys):
+    """As when it ran out of memory: nothing has been trained with the change."""
+    first = resume(100, "--weight-decay 0 --resume-with weight_decay").changes
+    old = "--weight-decay 0 "
+    new = old + "--batch 96 --lr 0.5 --warmup-steps 10 --resume-with lr,batch,warmup_steps"
+    resume(200, new)
+    with pytest.raises(FuseDiTError, match="run.lr was 0.5, is now 0.0001"):       # half of it
+        resume(200, old + "--batch 96 --warmup-steps 10")
+    assert len(resume(200, old + "--batch 96 --lr 0.5 --warmup-steps 10").changes) == 2
+    capsys.readouterr()
+    assert resume(200, old).changes == first
+    assert "the change at step 200 is undone" in capsys.readouterr().out
+    assert resume(300, old).changes == first               # nor is it in config.json
+
+    # undone and replaced by another one
+    resume(300, new)
+    run = resume(300, old + "--ema-decay 0 --resume-with ema-decay")
+    assert run.changes == (*first, dict(step=300, seen=9600, ema_decay=[0.99, 0]))
+    resume(400, new + " --ema-decay 0")
+    with pytest.raises(FuseDiTError, match="run.batch was 96, is now 32"):  # trained with
+        resume(401, old + "--ema-decay 0")
+
+
 def usage_error(capsys, words):
     """The message with which parse_run refuses a command line."""
     with pytest.raises(SystemExit):
@@ -103,12 +126,22 @@ def usage_error(capsys, words):
 def test_only_some_settings_may_change(capsys):
     """And their new values must be given, which a default would not be."""
     new = "--lr 1 --batch 8 --ema-decay 0 --resume-with "
-    run = parse_run([*new.split(), "lr, batch", "ema-decay", "data_weights"], "")
-    assert run.resume_with == ["lr", "batch", "ema_decay", "data_weights"]
+    run = parse_run([*new.split(), "lr, batch", "ema-decay"], "")
+    assert run.resume_with == ["lr", "batch", "ema_decay"]
     message = usage_error(capsys, "--seed 1 " + new + "lr,seed")
     assert "--resume-with seed: only batch, lr, lr_schedule" in message
     message = usage_error(capsys, new + "warmup-steps")
     assert "warmup_steps: give its new value as well, with --warmup-steps" in message
+    message = usage_error(capsys, "--data a b --resume-with data-weights")
+    assert "data_weights: give its new value as well, with --data-weights" in message
+
+
+def test_data_weights_are_left_out_by_name(resume):
+    resume(0, "--data s t --data-weights 3 1")
+    run = resume(200, "--data s t --data-weights none --resume-with data_weights")
+    assert run.data_weights == []
+    assert run.changes == (dict(step=200, seen=6400, data_weights=[[3, 1], []]),)
+    assert resume(300, "--data s t").changes == run.changes
 
 
 def test_a_new_run_has_nothing_to_change(tmp_path):

@@ -230,6 +230,17 @@ def test_two_runs_do_not_share_a_folder(folder):
     resume(run, config, 0)
 
 
+def test_a_run_with_nothing_left_to_do_says_so(folder, capsys):
+    run, config = folder
+    save(run, config, 1, 2)
+    assert "run is complete (2 steps); to train further, raise --steps" in capsys.readouterr().out
+    writer = open_writer(run, config, first=2)
+    assert writer.close(2, 0) == 0
+    writer.lock.release()
+    assert ("run was complete already (2 steps): nothing is left to do; to train further, raise "
+            "--steps") in capsys.readouterr().out
+
+
 def test_keep_every_protects_checkpoints(folder):
     run, config = folder
     run.keep = 1

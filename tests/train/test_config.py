@@ -73,6 +73,14 @@ def test_bad_flags_are_usage_errors(argv, message, capsys):
     assert message in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("name", ["init", "base", "out", "plan", "cache", "resume-with", "set"])
+def test_an_empty_shell_variable_is_no_default(name, capsys):
+    with pytest.raises(SystemExit):
+        parse_run(["--steps", "2", f"--{name}", ""], "")
+    assert f"--{name} is empty: give a value, or leave it out" in capsys.readouterr().err
+    assert parse_run(["--prompts", ""], "").prompts == [""]
+
+
 @pytest.mark.parametrize("argv, message", [
     (["--preset", "fusedit/2d-ropes"], "2d-rope"),
     (["--set", "patch_size"], "field=value"),

@@ -1,7 +1,9 @@
 """Settings of runs that start from a trained model: names, refusals, and what is remembered."""
 import shutil
+from pathlib import Path
 
 import pytest
+from conftest import tiny_clip, tiny_vae
 from launching import assert_equal, launch, losses, metrics, state
 from starting import start_flags
 
@@ -9,13 +11,14 @@ from fusedit import FuseDiTError
 from fusedit_lib import folders, pretrained
 from fusedit_lib.files import read_json
 from fusedit_lib.train import checkpoints, resuming
-from fusedit_lib.train.config import check_run, lasting_name, model_config
+from fusedit_lib.train.config import check_run, lasting_name, model_config, run_of
 from fusedit_lib.train.flags import parse_run
 from fusedit_lib.train.metrics_log import MetricsLog
 
 
 @pytest.mark.parametrize("argv, message", [
     (["--init", "demo", "--preset", "demo"], "leave out --preset"),
+    (["--init", "demo", "--like-published"], "--like-published with --init needs --preset"),
     (["--init-raw"], "add --init")])
 def test_usage_errors(argv, message, capsys):
     with pytest.raises(SystemExit) as stop:
@@ -63,6 +66,19 @@ def test_the_folder_that_a_run_starts_from_is_not_written_to(models, tmp_path, m
         with pytest.raises(FuseDiTError, match="--out .* is what --init starts from: choose"):
             check_run(parse_run(["--init", str(init), "--out", out], ""))
     check_run(parse_run(["--init", "run", "--out", "run/finetuned"], ""))
+
+
+def test_a_model_whose_name_is_a_number(models, tmp_path, monkeypatch):
+    """It is no checkpoint of the published code, and its parent folder no run."""
+    shutil.copytree(models / "released", tmp_path / "2024")
+    monkeypatch.chdir(tmp_path)
+    assert parse_run(["--init", "2024"], "").out == "runs/2024-finetuned"
+    check_run(parse_run(["--init", "2024", "--out", "."], ""))
+    (tmp_path / "50").mkdir()
+    (tmp_path / "50" / "ema.pt").touch()
+    with pytest.raises(FuseDiTError, match="--out . is what --init starts from"):
+        check_run(parse_run(["--init", "50", "--out", "."], ""))
+    assert run_of("gone/50") == Path("gone")               # a resumed run may have started from it
 
 
 # ------------------------------------------------------------------------------ resuming
@@ -146,6 +162,23 @@ def test_a_run_without_a_model_is_not_resumed_with_one(models, tmp_path, capsys)
     assert "leave out --preset" in capsys.readouterr().err
 
 
+def test_a_second_run_does_not_land_in_the_first(tmp_path, monkeypatch):
+    """Its default folder is the same, but other data would continue the first run."""
+    monkeypatch.chdir(tmp_path)
+    out = "runs/demo-finetuned"
+    words = ["--init", "demo", "--data", "one", "two"]
+    begun(tmp_path / out, *words)
+    assert parse_run(words, "").out == out
+    other = [*words[:2], "--data", "three"]
+    with pytest.raises(FuseDiTError, match=f"^{out} holds a run on one two: to continue it, give "
+                                           f"--out {out}; to start another, give another --out$"):
+        parse_run(other, "")
+    assert parse_run([*other, "--out", out], "").data == ["three"]
+    assert parse_run([*other, "--plan", "8xH100"], "").out == out
+    shutil.rmtree(tmp_path / out / "step-0000001")         # nothing of it could be continued
+    assert parse_run(other, "").out == out
+
+
 def test_like_published_is_remembered(tmp_path, capsys):
     words = ["--preset", "fusedit/2d-rope", "--init", "demo"]
     begun(tmp_path, *words, "--like-published")
@@ -165,6 +198,31 @@ def test_a_gemma_inside_the_model_is_named_if_it_is_gone(models, tmp_path):
         model_config(run)
     run = parse_run(["--out", str(out), "--base", str(moved / "transformer")], "")
     assert resuming.changed_settings(read_json(out / "config.json"), run, model_config(run)) == []
+
+
+@pytest.mark.parametrize("name, part", [("vae", "VAE"), ("clip", "CLIP")])
+def test_a_vae_or_clip_is_named_if_it_is_gone(tmp_path, name, part):
+    """And can be given in its new place."""
+    old = tmp_path / "source" / name
+    new = tmp_path / "moved" / name
+    if name == "vae":
+        tiny_vae(old)
+        words = [f"vae={old}", "in_channels=4", "patch_size=1"]
+    else:
+        tiny_clip(old)
+        words = [f"clip={old}", "text_modulation_embeds_dim=24"]
+        words += ["timestep_conditioning=adaln-zero"]
+    out = tmp_path / "out"
+    begun(out, "--init", "demo", "--set", *words)
+    old.parent.rename(new.parent)
+    for more in ([], ["--set", *words]):
+        with pytest.raises(FuseDiTError, match=f"out needs {old}, its {part}, which does not "
+                                               f"exist. If it .*moved, use --set {name}=FOLDER"):
+            model_config(parse_run(["--out", str(out), *more], ""))
+        run = parse_run(["--out", str(out), *more, "--set", f"{name}={new}"], "")
+        config = model_config(run)
+        assert getattr(config, name) == str(new)
+        assert resuming.changed_settings(read_json(out / "config.json"), run, config) == []
 
 
 def test_a_run_that_starts_again_keeps_one_row_of_step_0(models, tmp_path):

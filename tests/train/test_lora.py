@@ -1,7 +1,9 @@
 """LoRA: training, resuming and merging adapters, and their files in peft's format."""
 import json
+import os
 import shutil
 
+import huggingface_hub
 import numpy as np
 import pytest
 import torch
@@ -9,7 +11,7 @@ import warm
 from PIL import Image
 from conftest import ROOT, assert_near, tiny_gemma
 from launching import assert_equal, flags, launch, launch_all, losses, metrics, state
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from test_zero import COUNTERS, counters
 from tiny_shards import SHAPE
 
@@ -18,8 +20,11 @@ from fusedit import FuseDiTError
 from fusedit_lib import cli, pretrained
 from fusedit_lib.data.batches import Batches
 from fusedit_lib.files import read_json
-from fusedit_lib.train.config import check_run
+from fusedit_lib.train.build import build_models
+from fusedit_lib.train.checkpoints import damage
+from fusedit_lib.train.config import check_run, model_config
 from fusedit_lib.train.flags import parse_run
+from sample import adapter_folder
 
 peft = pytest.importorskip("peft")
 
@@ -185,7 +190,7 @@ def test_peft_reads_the_adapter_and_merging_gives_the_same_model(run, base, tmp_
     # the run, its checkpoint, and the base with the adapter
     assert_near(velocity(pretrained.load_model(run)), expected, 1e-5)
     assert_near(velocity(pretrained.load_model(checkpoint)), expected, 1e-5)
-    merged = pretrained.load_model(base, lora=tmp_path / "lora")
+    merged = pretrained.load_model(base, lora=[tmp_path / "lora"])
     assert_near(velocity(merged), expected, 1e-5)
 
     # it has no raw weights
@@ -202,19 +207,70 @@ def test_samples_and_the_export_of_a_merged_model(run, base, tmp_path):
         return tmp_path / name / "a-red-circle-0.png"
     adapter = run / "step-0000004" / "lora"
     whole = draw("run", "--model", run, "--export", tmp_path / "exported")
-    alone = draw("lora", "--lora", adapter)
+    alone = draw("lora", "--lora", adapter, "--export", tmp_path / "merged")
+    offloaded = draw("offload", "--lora", adapter, "--offload")
     both = draw("both", "--lora", run, "--model", base)
     after = draw("after", "--model", tmp_path / "exported")
     original = draw("base", "--model", base)
     assert abs(pixels(whole) - pixels(original)).max() > 10
     for path in (alone, both, after):
         assert abs(pixels(path) - pixels(whole)).max() <= 1
-    text = Image.open(alone).text
+    text = Image.open(both).text            # enough to draw it again when the run has trained on
     assert text["model"] == str(base) and text["lora"] == str(adapter)
+    once = draw("once", "--lora", adapter, "--model", run)             # which has it already
+    assert abs(pixels(once) - pixels(whole)).max() == 0
+    assert offloaded.read_bytes() == alone.read_bytes()
 
-    exported = pretrained.load_model(tmp_path / "exported").dit.state_dict()
     merged = pretrained.load_model(run).dit.state_dict()
-    assert_equal(exported, merged)
+    for name in ("exported", "merged"):
+        assert_equal(pretrained.load_model(tmp_path / name).dit.state_dict(), merged)
+
+
+def test_a_run_of_adapters_has_a_config_of_its_own(gemma, data, base, tmp_path):
+    """sample.py --lora RUN draws as RUN was trained, here at another size than its base."""
+    out = tmp_path / "run"
+    launch(lora_flags(gemma, data, out, base, 1, "--set", "image_size=24"))
+    done = warm.run([ROOT / "sample.py", "--lora", out, "--prompt", "a star", "--steps", 1,
+                     "--out", tmp_path / "images"])
+    assert done.returncode == 0, done.stderr
+    assert Image.open(tmp_path / "images" / "a-star-0.png").size == (24, 24)
+
+
+def test_merging_in_bf16(run, base):
+    """The sum is rounded, not the adapter: it is off by half a unit for the base and for itself."""
+    kwargs = dict(dtype=torch.bfloat16, lora=[adapter_of(run)])
+    merged = pretrained.load_model(base, **kwargs).dit.state_dict()
+    before = pretrained.load_model(base).dit.state_dict()
+    changed = 0
+    for name, expected in pretrained.load_model(run).dit.state_dict().items():
+        W = merged[name]
+        assert W.dtype == torch.bfloat16
+        bound = 2 ** -8 * (before[name].abs() + expected.abs()) + 1e-6
+        assert ((W - expected).abs() <= bound).all(), name
+        changed += not W.equal(before[name].bfloat16())
+    assert changed == 14                    # 7 linear layers in each of 2 blocks
+
+
+def test_the_benchmark_of_a_lora_run(run, tmp_path):
+    done = warm.run([ROOT / "evaluate.py", "shapes", "--model", run, "-n", "6", "--steps", "2",
+                     "--dtype", "float32", "--out", tmp_path / "out"])
+    assert done.returncode == 0, done.stderr
+    (path,) = tmp_path.glob("out/*/run.json")
+    assert read_json(path)["model"] == str(run / "step-0000004")
+    image = next(path.parent.glob("images/**/*.*"))
+    assert pixels(image).shape == (16, 16, 3)
+
+
+def test_a_damaged_adapter_makes_the_checkpoint_damaged(run, tmp_path):
+    """Every file of the checkpoint, lora/ included, has its size in state.json."""
+    folder = shutil.copytree(run / "step-0000004", tmp_path / "step-0000004")
+    files = {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
+    listed = read_json(folder / "train_state" / "state.json")["files"]
+    assert files == {*listed, "train_state/state.json"}
+    assert {"lora/adapter_config.json", "lora/adapter_model.safetensors"} < files
+    assert damage(folder) is None
+    os.truncate(folder / "lora" / "adapter_model.safetensors", 100)
+    assert damage(folder).startswith("lora/adapter_model.safetensors has 100 of its")
 
 
 def test_training_goes_further_from_a_lora_run(gemma, data, run, tmp_path):
@@ -229,6 +285,9 @@ def test_training_goes_further_from_a_lora_run(gemma, data, run, tmp_path):
     config = read_json(tmp_path / "second" / "step-0000002" / "lora" / "adapter_config.json")
     assert config["base_model_name_or_path"] == str(run / "step-0000004")
     twice = pretrained.load_model(tmp_path / "second").dit
+    adapter = adapter_folder(tmp_path / "second")
+    alone = pretrained.load_model(pretrained.base_model(adapter), lora=[adapter]).dit
+    assert_equal(alone.state_dict(), twice.state_dict())
     wrapped = peft.PeftModel.from_pretrained(
         pretrained.load_model(run).dit, tmp_path / "second" / "step-0000002" / "lora")
     assert_equal(twice.state_dict(), wrapped.merge_and_unload().state_dict(), atol=1e-5)
@@ -262,9 +321,11 @@ def test_without_peft_one_line_says_how_to_install_it(gemma, data, base, tmp_pat
 def test_an_adapter_of_another_model(gemma, run, base, tmp_path, changes):
     model = random_model(tmp_path / "model", gemma, **cli.parse_overrides([changes]))
     with pytest.raises(FuseDiTError) as problem:
-        pretrained.load_model(model, lora=adapter_of(run))
+        pretrained.load_model(model, lora=[adapter_of(run)])
     text = str(problem.value)
-    assert "is for another model than this one, which has no weight of the shape of" in text
+    with pytest.raises(FuseDiTError, match="is for another model"):    # --offload: before drawing
+        pretrained.load_model(model, parts=("tokenizer",), lora=[adapter_of(run)])
+    assert "is for another model, incomplete or no plain LoRA: this model has no place" in text
     assert "lora_A" in text
     assert "\n" not in text
 
@@ -285,24 +346,99 @@ def changed_adapter(run, folder, **changes):
     {"use_rslora": True}, {"alpha_pattern": {"q_proj": 32}}, {"init_lora_weights": "pissa"}])
 def test_adapters_that_only_peft_can_merge(run, base, tmp_path, changes):
     folder = changed_adapter(run, tmp_path / "lora", **changes)
-    with pytest.raises(FuseDiTError, match="is not a plain LoRA .*: merge it with peft"):
-        pretrained.load_model(base, lora=folder)
+    with pytest.raises(FuseDiTError, match="only peft can merge it: use its merge_and_unload"):
+        pretrained.load_model(base, lora=[folder])
+
+
+@pytest.mark.parametrize("name", ["layers.0.mlp.up_proj.lora_magnitude_vector", "proj_out.weight"])
+def test_adapters_with_other_tensors(run, base, tmp_path, name):
+    """DoRA, and weights that peft has trained as a whole."""
+    folder = changed_adapter(run, tmp_path / "lora")
+    change_tensors(folder, lambda tensors: tensors | {f"base_model.model.{name}": torch.ones(4, 4)})
+    with pytest.raises(FuseDiTError, match=f"no plain LoRA: .* no place for its .*{name}"):
+        pretrained.load_model(base, lora=[folder])
+
+
+def change_tensors(folder, change):
+    path = folder / "adapter_model.safetensors"
+    save_file(change(load_file(path)), path)
+
+
+@pytest.mark.parametrize("half", ["lora_A", "lora_B"])
+def test_an_incomplete_adapter(run, base, tmp_path, half):
+    folder = changed_adapter(run, tmp_path / "lora")
+    lost = f"base_model.model.layers.1.self_attn.q_proj.{half}.weight"
+
+    def drop(tensors):
+        return {name: tensor for name, tensor in tensors.items() if name != lost}
+    change_tensors(folder, drop)
+    with pytest.raises(FuseDiTError, match="incomplete .* no place for its .*layers.1.*q_proj"):
+        pretrained.load_model(base, lora=[folder])
 
 
 def test_lora_alpha_scales_the_update(run, base, tmp_path):
     folder = changed_adapter(run, tmp_path / "lora", lora_alpha=12)
     dit = pretrained.load_model(base).dit
     expected = peft.PeftModel.from_pretrained(dit, folder).merge_and_unload().state_dict()
-    merged = pretrained.load_model(base, lora=folder).dit.state_dict()
+    merged = pretrained.load_model(base, lora=[folder]).dit.state_dict()
     assert_equal(merged, expected, atol=1e-5)
 
 
 def test_folders_without_an_adapter_or_its_model(run, base, tmp_path):
     with pytest.raises(FuseDiTError, match="cannot read .*adapter_config.json"):
-        pretrained.load_model(base, lora=base)
+        pretrained.load_model(base, lora=[base])
     folder = changed_adapter(run, tmp_path / "lora", base_model_name_or_path="moved/far/away")
-    with pytest.raises(FuseDiTError, match="is for moved/far/away, which does not exist"):
+    with pytest.raises(FuseDiTError, match="is for moved/far/away, which does not exist.*--model "):
         pretrained.base_model(folder)
     (folder / "adapter_model.safetensors").unlink()
     with pytest.raises(FuseDiTError, match="adapter_model.safetensors is missing"):
-        pretrained.load_model(base, lora=folder)
+        pretrained.load_model(base, lora=[folder])
+
+
+def test_the_wrong_folder_for_lora(run, base, tmp_path):
+    """A whole model, a run without a checkpoint, and a run whose raw weights are asked for."""
+    with pytest.raises(FuseDiTError, match="no LoRA adapter .* a whole model is given to --model"):
+        adapter_folder(base)
+    empty = tmp_path / "run"
+    empty.mkdir()
+    shutil.copy(run / "config.json", empty)
+    shutil.copy(run / "metrics.jsonl", empty)
+    with pytest.raises(FuseDiTError, match="is a training run that has no checkpoint yet"):
+        adapter_folder(empty)
+    done = warm.run([ROOT / "sample.py", "--prompt", "a star", "--lora", run, "--no-ema"])
+    assert done.returncode == 2
+    assert "--no-ema has no meaning with --lora" in done.stderr
+
+
+def test_raw_weights_of_a_lora_run(gemma, data, run, tmp_path):
+    settings = parse_run(flags(gemma, data, tmp_path, "--init", str(run), "--init-raw"), "")
+    with pytest.raises(FuseDiTError, match="has one set of weights, and no raw .* --init-raw"):
+        build_models(settings, model_config(settings), "cpu", None)
+
+
+def test_a_run_whose_base_is_gone(gemma, data, run, tmp_path):
+    """It cannot be resumed until the base is back."""
+    out = shutil.copytree(run, tmp_path / "run")
+    text = (out / "config.json").read_text()
+    (out / "config.json").write_text(text.replace(read_json(out / "config.json")["run"]["init"],
+                                                  "gone/with/it"))
+    settings = parse_run(flags(gemma, data, out, "--lora", "4"), "")
+    with pytest.raises(FuseDiTError, match="no such model folder: gone/with/it.* put it back"):
+        build_models(settings, model_config(settings), "cpu", None)
+
+
+def test_an_adapter_of_the_hub(run, base, monkeypatch):
+    """It is downloaded in the format of peft, which has no config.json."""
+    asked = []
+
+    def download(name, allow_patterns):
+        asked.append((name, allow_patterns))
+        return str(adapter_of(run))
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+    folder = adapter_folder("someone/an-adapter")
+    assert_equal(pretrained.load_model(base, lora=[folder]).dit.state_dict(),
+                 pretrained.load_model(run).dit.state_dict())
+    (name, patterns), = asked
+    assert name == "someone/an-adapter"
+    for file in folder.iterdir():
+        assert any(file.match(pattern) for pattern in patterns)
