@@ -1,4 +1,4 @@
-"""What --plan refuses, and the flags that it names if a run does not fit."""
+"""Tests what --plan refuses, and the flags that it names if a run does not fit."""
 import re
 from dataclasses import replace
 
