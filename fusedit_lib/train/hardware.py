@@ -7,10 +7,18 @@ import torch
 from fusedit import FuseDiTError
 
 
+RESERVE = 0.06                              # share of a device's memory that plans leave free
+
+
 class Hardware(NamedTuple):
     """The specification of a device, from its data sheet."""
     flops: float                            # dense bf16 FLOP/s
     memory: float                           # bytes
+
+    @property
+    def usable(self):
+        """The bytes that a plan may fill. The rest is for cuDNN and what the allocator wastes."""
+        return (1 - RESERVE) * self.memory
 
 
 GPUS = {

@@ -2,6 +2,7 @@
 
     python train_gpu.py --preset fusedit/large-scale --plan 64xH100@0.4
 """
+import itertools
 import math
 from dataclasses import replace
 from typing import NamedTuple
@@ -22,7 +23,7 @@ from fusedit_lib.train.costs import (
     training_model,
 )
 from fusedit_lib.train.flags import flag_text
-from fusedit_lib.train.hardware import TPUS, parse
+from fusedit_lib.train.hardware import RESERVE, TPUS, parse
 from fusedit_lib.train.memory import (
     ZeroMemory,
     chip,
@@ -140,13 +141,21 @@ def compute_dtype(run):
     return torch.bfloat16
 
 
-def verdict(memory, kept, remat):
-    """A verdict on whether a run fits. kept, remat: bytes needed without and with --remat."""
-    if remat > memory:
+def verdict(device, kept, remat):
+    """A verdict on whether a run fits a device, given as Hardware.
+
+    kept, remat: bytes needed without and with --remat.
+    """
+    if remat > device.usable:
         return "too much"
-    if kept > memory:
+    if kept > device.usable:
         return "with --remat"
     return "fits"
+
+
+def memory_text(devices):
+    """The memory of one of the devices in GB, and how much of it a plan leaves free."""
+    return f"of {devices.hardware.memory / 1e9:.0f}, of which {RESERVE:.0%} stay free"
 
 
 def table_row(titles, cells):
@@ -167,6 +176,10 @@ class Working(NamedTuple):
     remat: float                            # in a training step with --remat
     grid: float                             # for an image grid; 0 without one
     vae: float                              # the VAE's weights, if they are on the GPU
+
+    def scaled(self, part):
+        """The same for a part of the micro-batch."""
+        return self._replace(kept=self.kept * part, remat=self.remat * part)
 
     def needed(self, remat):
         step = self.remat if remat else self.kept
@@ -226,9 +239,8 @@ def gpu_need(run, devices, model, working):
     dtype = compute_dtype(run)
     held = zero_memory(model, run.zero, devices.count, dtype, run.ema_offload)
     start = start_memory(model, held, working.vae, dtype)
-    base = held.gpu + working.vae
-    return Need(held, kept=max(start, base + max(working.kept, working.grid)),
-                remat=max(start, base + max(working.remat, working.grid)))
+    return Need(held, kept=max(start, held.gpu + working.needed(False)),
+                remat=max(start, held.gpu + working.needed(True)))
 
 
 def print_gpu_memory(run, config, devices, micro_batch, latents):
@@ -237,8 +249,7 @@ def print_gpu_memory(run, config, devices, micro_batch, latents):
     blocks = "not compiled"
     if run.compile:
         blocks = f"compiled, --memory-budget {run.memory_budget:g}"
-    memory = devices.hardware.memory
-    print(f"  GB per GPU (of {memory / 1e9:.0f}), micro-batch {micro_batch}, blocks {blocks}:")
+    print(f"  GB per GPU ({memory_text(devices)}), micro-batch {micro_batch}, blocks {blocks}:")
     titles = ("   --zero", "weights", "gradients", "Adam", "EMA", "frozen", "buffers", "VAE",
               "activations", "sum", "--remat", "sum", "CPU")
     print(table_row(titles, titles))
@@ -249,7 +260,7 @@ def print_gpu_memory(run, config, devices, micro_batch, latents):
         base = held.gpu + working.vae
         line = table_row(titles, [zero, *held[:-1], working.vae, working.kept, base + working.kept,
                                   working.remat, base + working.remat, held.cpu])
-        line += f"   {verdict(memory, kept, remat)}"
+        line += f"   {verdict(devices.hardware, kept, remat)}"
         if zero == run.zero:
             line += f"   <- --zero {zero}"
         print(line)
@@ -257,7 +268,7 @@ def print_gpu_memory(run, config, devices, micro_batch, latents):
           "that Adam's step takes there is not counted below\n"
           "  --remat costs a second forward pass of the DiT")
     print_notes(run, config, devices, model, working)
-    print_remedy(run, config, devices, micro_batch, working, latents)
+    print_remedy(run, config, devices, micro_batch, latents)
 
 
 def print_notes(run, config, devices, model, working):
@@ -281,54 +292,86 @@ def print_notes(run, config, devices, model, working):
 
 # ------------------------------------------------------------------------------ what would fit
 
-def levels(run):
-    """Settings that save more and more memory, starting with those of the run, as [dict]."""
-    order = ("0", "1-offload", "1", "2", "3", "2-offload", "3-offload")
-    changes = [{}, dict(zero="2", ema_offload=True), dict(zero="3", ema_offload=True),
-               dict(zero="2-offload"), dict(zero="3-offload")]
-    higher = [change for change in changes
-              if order.index(change.get("zero", run.zero)) > order.index(run.zero)]
-    found = [{}, *higher]
-    if run.init and not (run.lora or run.init_raw or run.float8 or run.train_llm):
-        found.append(dict(lora=16))
-    return found
+def levels(run, count):
+    """Changes that save more and more memory, in the order of docs/training.md#saving-memory.
 
-
-def print_remedy(run, config, devices, micro_batch, working, latents):
-    """If the run does not fit, print the first of `levels` that does, with a smaller micro-batch.
-
-    Without --remat before with it.
+    They are grouped: those in a group cost equally little. count: the number of GPUs.
     """
-    memory = devices.hardware.memory
-    for change in levels(run):
-        changed = replace(run, **change)
-        if changed.lora != run.lora:
-            working = working_memory(changed, config, devices, micro_batch, latents)
-        model = training_model(changed, config)
-        for remat in sorted({run.remat, True}):
-            for size in halvings(micro_batch):
-                part = size / micro_batch
-                smaller = working._replace(kept=working.kept * part, remat=working.remat * part)
-                need = gpu_need(changed, devices, model, smaller)
-                if (need.remat if remat else need.kept) > memory:
-                    continue
-                flags = dict(change)
-                if size < micro_batch:
-                    flags["micro_batch"] = size
-                if remat and not run.remat:
-                    flags["remat"] = True
-                if flags:
-                    print("  it fits with " + " ".join(flag_text(*flag) for flag in flags.items()))
+    compiled = dict(compile=True)
+    if count == 1:                          # ZeRO 2 sends nothing, and ZeRO 3 saves nothing more
+        sharded = compiled | higher(run, "2")
+        cheap = [[{}, compiled, sharded]]
+    else:
+        sharded = compiled | higher(run, "3")
+        cheap = [[{}, compiled], [compiled | higher(run, "2")], [sharded]]
+    ema_offload = run.ema_offload or not run.zero.endswith("offload")   # which includes it
+    sharded = sharded | dict(ema_offload=ema_offload)
+    cheap.append([sharded])
+
+    budget = dict(memory_budget=min(0.5, run.memory_budget))
+    remat = dict(remat=True)
+    costly = [[sharded | budget], [sharded | remat]]
+    for zero in ("2-offload", "3-offload"):
+        offloaded = compiled | higher(run, zero)
+        costly += [[offloaded], [offloaded | budget], [offloaded | remat]]
+    if run.init and not (run.lora or run.init_raw or run.float8 or run.train_llm):
+        lora = compiled | dict(lora=16)
+        costly += [[lora], [lora | remat]]
+    return cheap + without_grids(cheap) + costly + without_grids(costly)
+
+
+def without_grids(groups):
+    """The same levels without image grids."""
+    return [[change | dict(sample_every=0) for change in group] for group in groups]
+
+
+def higher(run, zero):
+    """{"zero": zero} if that saves more memory than the run's --zero, otherwise {}."""
+    if ZERO_STAGES.index(zero) > ZERO_STAGES.index(run.zero):
+        return dict(zero=zero)
+    return {}
+
+
+def print_remedy(run, config, devices, micro_batch, latents):
+    """If the run does not fit, print the first change of `levels` with which it does.
+
+    In a group of levels, the largest micro-batch is preferred.
+    """
+    run = replace(run, micro_batch=micro_batch)
+    known = {}                              # settings -> the model and its Working
+    for group in levels(run, devices.count):
+        for size, change in itertools.product(divisors(micro_batch), group):
+            changed = replace(run, **change, micro_batch=size)
+            settings = changed.lora, changed.compile, changed.memory_budget
+            if settings not in known:
+                working = working_memory(changed, config, devices, micro_batch, latents)
+                known[settings] = training_model(changed, config), working
+            model, working = known[settings]
+            if changed.sample_every == 0:
+                working = working._replace(grid=0)
+            if fits(changed, devices, model, working.scaled(size / micro_batch)):
+                print_flags(run, changed)
                 return
-    print("  no --micro-batch, --zero, --remat or --lora makes it fit")
+    print("  none of the flags that save memory makes it fit")
 
 
-def halvings(number):
-    """number, number / 2, ... as long as they are whole numbers."""
-    sizes = [number]
-    while sizes[-1] % 2 == 0:
-        sizes.append(sizes[-1] // 2)
-    return sizes
+def fits(run, devices, model, working):
+    """True if a run fits its devices. model: from training_model; working: Working."""
+    need = gpu_need(run, devices, model, working)
+    return (need.remat if run.remat else need.kept) <= devices.hardware.usable
+
+
+def print_flags(run, changed):
+    """Print the flags in which the changed run differs, if any."""
+    flags = [flag_text(name, value) for name, value in vars(changed).items()
+             if value != getattr(run, name)]
+    if flags:
+        print("  it fits with " + " ".join(flags))
+
+
+def divisors(number):
+    """All divisors of a number, the largest first."""
+    return [size for size in range(number, 0, -1) if number % size == 0]
 
 
 # ------------------------------------------------------------------------------ TPUs
@@ -371,8 +414,7 @@ def print_tpu_memory(run, config, devices, micro_batch, vae):
     parts = tpu_memory(run, model, sizes, dtype, vae)
     base = sum(parts.values())
     titles = [*parts, "activations", "sum", "--remat", "sum"]
-    memory = devices.hardware.memory
-    print(f"\n  GB per chip (of {memory / 1e9:.0f}), micro-batch {micro_batch}:\n"
+    print(f"\n  GB per chip ({memory_text(devices)}), micro-batch {micro_batch}:\n"
           + table_row(titles, titles))
     print(table_row(titles, [*parts.values(), kept, base + kept, remat, base + remat]) + "   "
-          + verdict(memory, base + kept, base + remat))
+          + verdict(devices.hardware, base + kept, base + remat))

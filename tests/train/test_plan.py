@@ -372,30 +372,6 @@ def test_the_plan_of_init_is_that_of_its_model(tmp_path, gemma_folder, capsys):
     assert costs.step_flops(forward) - with_lora == forward.dit > costs.flops(whole, config).dit
 
 
-def test_the_plan_says_what_fits(gemma_folder, capsys, monkeypatch):
-    """The plan names flags if the run does not fit; with these it fits."""
-    argv = flags(gemma_folder, "x", "y", "--plan", "1x4080", "--batch", "4", "--sample-every", "0")
-    run = parse_run([*argv, "--zero", "2-offload"], "")
-    devices = hardware.parse(run.plan)
-    model = costs.training_model(run, model_config(run))
-    working = plan.working_memory(run, model_config(run), devices, 2, False)
-    enough = plan.gpu_need(run, devices, model, working).kept
-
-    def lines_on(size, words, *more):
-        monkeypatch.setitem(hardware.GPUS, "4080", hardware.Hardware(1e12, size))
-        return [line for line in show([*argv, *more], capsys) if re.search(words, line)]
-
-    remedies = "it fits with|makes it fit"
-    (remedy,) = lines_on(enough, remedies)
-    found = remedy.split("with ")[1].split()
-    assert "--zero" in found and "--micro-batch" in found and "--remat" not in found
-    (row,) = lines_on(enough, "<- --zero", *found)
-    assert row.split()[13] == "fits"
-    assert lines_on(enough, remedies, *found) == []
-    (none,) = lines_on(1e5, remedies)
-    assert none == "  no --micro-batch, --zero, --remat or --lora makes it fit"
-
-
 EMA, ACTIVATIONS, SUM = 3, 7, 8             # columns of the plan's table
 
 
