@@ -84,8 +84,10 @@ def draw(loaded, group, encoded, settings, bar):
 
     for batch, prompts in zip(group, encoded, strict=True):
         drawn.append([])
-        draw_latents(model, prompts.to(loaded.device), [job.seed for job in batch], size,
-                     settings.steps, settings.guidance, settings.guidance_span, after_step)
+        text, uncond = prompts.to(loaded.device).of_images()
+        seeds = [job.seed for job in batch]
+        draw_latents(model, text, uncond, seeds, size, settings.steps, settings.guidance,
+                     settings.guidance_span, after_step)
     return drawn
 
 

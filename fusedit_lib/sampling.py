@@ -52,8 +52,8 @@ def generate(model, prompts, seeds=None, *, vae=None, height=None, width=None, s
                            "vae=load_vae(model.config.vae, ...)")
     check_guidance_span(guidance_span)
     size = latent_size(model.config, vae, height, width)
-    encoded = encode_prompts(model, prompts, negative, text_length)
-    x = draw_latents(model, encoded, seeds, size, steps, guidance, guidance_span, callback)
+    text, uncond = encode_prompts(model, prompts, negative, text_length).of_images()
+    x = draw_latents(model, text, uncond, seeds, size, steps, guidance, guidance_span, callback)
     return decode_latents(x, vae)
 
 
@@ -69,6 +69,12 @@ class EncodedPrompts(NamedTuple):
         uncond = self.uncond.map(lambda t: t.to(device))
         return EncodedPrompts(text, uncond, self.rows)
 
+    def of_images(self):
+        """(text, uncond) with a row for each image."""
+        text = self.text.map(lambda t: t[self.rows])
+        uncond = self.uncond.map(lambda t: t[[0] * len(self.rows)])
+        return text, uncond
+
 
 @torch.no_grad()
 def encode_prompts(model, prompts, negative="", text_length=None):
@@ -83,18 +89,16 @@ def encode_prompts(model, prompts, negative="", text_length=None):
 
 
 @torch.no_grad()
-def draw_latents(model, encoded, seeds, size, steps=25, guidance=None, guidance_span=(0, 1),
+def draw_latents(model, text, uncond, seeds, size, steps=25, guidance=None, guidance_span=(0, 1),
                  callback=None):
     """The latents (without a VAE, the pixels) x [B,C,h,w] of a batch.
 
-    encoded: EncodedPrompts on the device of the DiT. size: (h, w), from latent_size(). The other
-    arguments are those of generate().
+    text, uncond: from EncodedPrompts.of_images(), on the device of the DiT. size: (h, w), from
+    latent_size(). The other arguments are those of generate().
     """
     config = model.config
     if guidance is None:
         guidance = config.guidance
-    text = encoded.text.map(lambda t: t[encoded.rows])
-    uncond = encoded.uncond.map(lambda t: t[[0] * len(seeds)])
 
     # Noise is drawn on the CPU, where a seed gives the same numbers on every machine.
     generators = [torch.Generator().manual_seed(torch_seed(seed)) for seed in seeds]
