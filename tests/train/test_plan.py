@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from tiny_shards import numbered
 
 from fusedit import FuseDiTConfig, FuseDiTError, preset
-from fusedit_lib import pretrained, sampling
+from fusedit_lib import backend, pretrained, sampling
 from fusedit_lib.data.shards import read_index
 from fusedit_lib.train import costs, hardware, memory, plan
 from fusedit_lib.vae import VAE, load_vae
@@ -165,6 +165,7 @@ def test_planned_memory_of_lora_matches_allocations(three_layers, data, tmp_path
 
 def allocated(function):
     """The most bytes that PyTorch's allocator has given out at any time while a function runs."""
+    backend.configure(torch.device("cpu"), torch.float32)          # as the programs do
     with torch.no_grad(), torch.profiler.profile(profile_memory=True) as profile:
         function()
     now = 0
