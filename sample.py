@@ -62,15 +62,15 @@ def parse_args():
     add_output_flags(parser)
     model.add_argument("--lora", metavar="PATH_OR_HUB_ID",
                        help="a LoRA adapter to merge into the model: a folder in peft's format, or "
-                            "a run or checkpoint of --lora; --model is then by default the model "
-                            "that the adapter was trained on")
+                            "a run of train_gpu.py --lora or one of its checkpoints; --model is "
+                            "then by default the model that the adapter was trained on")
     parser.set_defaults(model=None)
     args = parser.parse_args()
     if args.model is None and not args.lora:
         args.model = str(cli.DEMO)
     if args.lora and args.no_ema:
-        parser.error("--no-ema has no meaning with --lora: adapters are trained on a model's EMA, "
-                     "and a run stores the EMA of its adapters alone: leave it out")
+        parser.error("--no-ema has no effect with --lora, because a run stores only the EMA of its "
+                     "adapters: leave it out")
     if args.offload and args.compile:
         parser.error("--offload loads the parts of the model again and again, so that --compile "
                      "would not pay off: leave out one of them")
@@ -206,8 +206,8 @@ def adapter_folder(name):
     if (folder / "lora").is_dir():
         folder = folder / "lora"
     if not (folder / "adapter_config.json").exists():
-        raise FuseDiTError(f"{name} has no adapter_config.json, so it is no LoRA adapter and no "
-                           "run of --lora; a whole model is given to --model")
+        raise FuseDiTError(f"{name} has no adapter_config.json, so it is neither a LoRA adapter "
+                           "nor a run of train_gpu.py --lora; give a whole model to --model")
     return folder
 
 

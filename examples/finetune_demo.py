@@ -128,4 +128,4 @@ def main():
 
 
 if __name__ == "__main__":
-    cli.run(main, "--batch")
+    cli.run(main, "")

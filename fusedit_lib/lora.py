@@ -1,9 +1,10 @@
 """LoRA: small matrices that are trained in place of a model's weights (arXiv 2106.09685).
 
-Every linear layer of the DiT's blocks computes W x + B A x. W is frozen, and only A [rank, in] and
-B [out, rank] are trained. B starts at 0, so the model starts unchanged. All A and B together are an
-adapter. It is stored in the format of peft, which also adds it to a DiT for training. Loading a
-model with an adapter needs no peft, because the adapter is merged: W + B A replaces W.
+Every linear layer of attention and MLP in the DiT's blocks computes W x + B A x. W is frozen, and
+only A [rank, in] and B [out, rank] are trained. B starts at 0, so the model starts unchanged.
+Together, all A and B form an adapter. It is stored in the format of peft, which also adds it to a
+DiT for training. Loading a model with an adapter needs no peft, because the adapter is merged:
+W + B A replaces W.
 """
 import torch
 

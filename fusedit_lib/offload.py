@@ -88,6 +88,7 @@ def draw(loaded, group, encoded, settings, bar):
         seeds = [job.seed for job in batch]
         draw_latents(model, text, uncond, seeds, size, settings.steps, settings.guidance,
                      settings.guidance_span, after_step)
+        del text, uncond                    # before those of the next batch are made
     return drawn
 
 

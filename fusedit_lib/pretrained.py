@@ -371,8 +371,9 @@ def open_weights(folder, ema):
     train_state = folder / "train_state"
     adapter = folder / "lora"
     if not ema and (adapter.is_dir() or not train_state.exists()):
-        raise FuseDiTError(f"{folder} has one set of weights, and no raw ones as other checkpoints "
-                           "of a run have: leave out --no-ema or --init-raw")
+        raise FuseDiTError(f"{folder} has one set of weights, and no raw ones, which only the "
+                           "checkpoints of a run without --lora have: leave out --no-ema or "
+                           "--init-raw")
     if published.is_pipeline(folder):
         return published.open_pipeline(folder)
     if adapter.is_dir():                    # all that was trained; the other weights are its base's

@@ -22,8 +22,8 @@ def build_models(run, config, device, checkpoint):
     dtype = backend.torch_dtype(run.dtype)
     torch.manual_seed(torch_seed(run.seed))
     if run.lora:                            # the weights of --init remain frozen
-        say_once(f"note: {run.out} needs {run.init} as long as it is used: keep it, or start from "
-                 "an export of it (sample.py --export DIR)")
+        say_once(f"note: the adapters in {run.out} cannot be used without {run.init}: keep that "
+                 "model, or start from an export of it (sample.py --export DIR)")
         model = load_model(run.init, device, dtype, **vars(config))
         add_adapters(model.dit, run.lora)
     else:

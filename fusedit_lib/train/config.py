@@ -57,7 +57,8 @@ class RunConfig:
     """The settings of a training run. Each field but `changes` is a flag, such as --image-size."""
 
     # The model to train. Of these settings, only like_published may change when a run is resumed.
-    preset: str = flag("demo", "model preset: a name in fusedit.PRESETS", group="model")
+    preset: str = flag("demo", "model preset: a name in fusedit.PRESETS; leave it out with --init",
+                       group="model")
     init: str = flag("", "model to start from instead of random weights, as --model of sample.py: "
                      "a run, a checkpoint (its EMA), a model folder or a hub id. The config is "
                      "that of the model, changed by --set, --base and --image-size; a resumed run "
@@ -70,10 +71,12 @@ class RunConfig:
                                 "published run: steps, EMA, resizing, checkpoints and so on "
                                 "(docs/glossary.md lists them); --data must be given; a resumed "
                                 "run remembers this flag", True)
-    set: tuple = flag((), "override fields of the preset, for example --set patch_size=2 "
+    set: tuple = flag((), "override fields of the config, for example --set patch_size=2 "
                       "qk_norm=false")
-    base: str = flag("", "Gemma to use, as a folder or hub id (default: the preset's)")
-    image_size: int = flag(0, "width and height of the images in pixels; 0: the preset's", low=0)
+    base: str = flag("", "Gemma to use, as a folder or hub id (default: that of the preset or of "
+                     "--init)")
+    image_size: int = flag(0, "width and height of the images in pixels; 0: those of the preset or "
+                           "of --init", low=0)
     train_llm: bool = flag(False, "train Gemma as well as the DiT")
 
     # The training data, and how samples become batches.
@@ -151,8 +154,8 @@ class RunConfig:
                                 True, low=0, high=1, only="gpu")
     remat: bool = flag(False, "recompute all activations of each block in the backward pass: "
                        "less memory, slower steps", True)
-    ema_offload: bool = flag(False, "keep the EMA in CPU memory, as --zero with -offload always "
-                             "does, which saves 4 bytes per weight, divided among the GPUs", True,
+    ema_offload: bool = flag(False, "keep the EMA in CPU memory, which saves 4 bytes per weight, "
+                             "divided among the GPUs; --zero with -offload always does this", True,
                              only="gpu")
 
     # The devices, and how they share the work.
@@ -174,11 +177,10 @@ class RunConfig:
     resume: str = flag("auto", "auto: resume from the newest undamaged checkpoint; a step number: "
                        "resume from that checkpoint; none: start a new run, and refuse a folder "
                        "that has checkpoints", True)
-    resume_with: tuple = flag((), "settings that a resumed run changes to the values given now, "
-                              "such as lr,batch. Of those that decide what the weights become, "
-                              f"these may change: {', '.join(CHANGEABLE)}. The schedule of the "
-                              "learning rate starts anew, with its warmup, if lr_schedule or "
-                              "warmup_steps is named", True)
+    resume_with: tuple = flag((), "names of the settings to change on resume, such as lr,batch; "
+                              "their own flags give the new values. Allowed: "
+                              f"{', '.join(CHANGEABLE)}. Naming lr_schedule or warmup_steps also "
+                              "restarts the learning rate schedule, with its warmup", True)
     changes: tuple = flag((), "", True)     # made by --resume-with so far: see changes.py
     save_every: int = flag(1000, "steps between checkpoints", True, low=1)
     save_minutes: float = flag(0.0, "also save once this many minutes have passed since the last "

@@ -16,7 +16,6 @@ from fusedit_lib.pretrained import (
     open_weights,
     stored_config,
 )
-from fusedit_lib.train import distributed
 from fusedit_lib.train.checkpoints import is_first_rank
 
 # Layers whose shape depends on the number of channels and on the patch size alone. If these change,
@@ -36,9 +35,7 @@ def load_initial_weights(run, model):
     What the config adds to the DiT keeps its fresh weights; rank 0 prints its names. Raises
     FuseDiTError if the weights are incomplete or do not fit.
     """
-    # The ranks may have found different last checkpoints in the folder of a run in progress.
-    name = distributed.gather_from_all_ranks(run.init)[0]
-    folder = model_folder(name)
+    folder = model_folder(run.init)
     stored = open_weights(folder, ema=not run.init_raw)
     fresh = fresh_weights(model, stored.dit, folder)
     copy_weights(model.dit, stored.dit, fresh)

@@ -5,6 +5,7 @@
 import itertools
 import math
 from dataclasses import replace
+from importlib.util import find_spec
 from typing import NamedTuple
 
 import torch
@@ -85,7 +86,8 @@ def has_latents(run, config):
         print(f"  No latents are counted, because --data cannot be read here: {e}\n")
         return False
     known = [shard.latents for shard in shards if shard.samples]
-    return all(latents and latents["image_size"] == config.image_size for latents in known)
+    fit = [latents and latents["image_size"] == config.image_size for latents in known]
+    return bool(fit) and all(fit)
 
 
 def image_tokens(config):
@@ -155,7 +157,7 @@ def verdict(device, kept, remat):
 
 def memory_text(devices):
     """The memory of one of the devices in GB, and how much of it a plan leaves free."""
-    return f"of {devices.hardware.memory / 1e9:.0f}, of which {RESERVE:.0%} stay free"
+    return f"of {devices.hardware.memory / 1e9:.0f}, {RESERVE:.0%} kept free"
 
 
 def table_row(titles, cells):
@@ -276,8 +278,8 @@ def print_notes(run, config, devices, model, working):
     held = gpu_need(run, devices, model, working).held
     step = working.remat if run.remat else working.kept
     if working.grid > step:
-        print(f"  an image grid takes {working.grid / 1e9:.2f} GB instead of the activations: "
-              "fewer --prompts take less, --sample-every 0 none")
+        print(f"  an image grid takes {working.grid / 1e9:.2f} GB, more than the activations: use "
+              "fewer --prompts, or --sample-every 0 for none")
     start = start_memory(model, held, working.vae, compute_dtype(run))
     if start > held.gpu + working.vae + max(step, working.grid):
         print(f"  the start takes {start / 1e9:.2f} GB, more than a training step, because the "
@@ -314,7 +316,8 @@ def levels(run, count):
     for zero in ("2-offload", "3-offload"):
         offloaded = compiled | higher(run, zero)
         costly += [[offloaded], [offloaded | budget], [offloaded | remat]]
-    if run.init and not (run.lora or run.init_raw or run.float8 or run.train_llm):
+    can_adapt = run.init and find_spec("peft") is not None
+    if can_adapt and not (run.lora or run.init_raw or run.float8 or run.train_llm):
         lora = compiled | dict(lora=16)
         costly += [[lora], [lora | remat]]
     return cheap + without_grids(cheap) + costly + without_grids(costly)

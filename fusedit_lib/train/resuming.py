@@ -9,6 +9,7 @@ import torch.distributed as dist
 from fusedit import FuseDiTError
 from fusedit_lib import backend, seeds
 from fusedit_lib.files import read_json
+from fusedit_lib.folders import find_local, repository
 from fusedit_lib.train import checkpoints, distributed
 from fusedit_lib.train.changes import settings_at, settle_changes
 from fusedit_lib.train.config import CHANGEABLE, MODEL_PARTS
@@ -29,7 +30,7 @@ class Difference(NamedTuple):
 
 def is_moved(name, old, new):
     """Returns True if a setting names a model folder that has moved but kept its name."""
-    if name == "init" and Path(old).exists():              # checkpoints of two runs share names
+    if name == "init" and find_local(old, (".", repository())):        # two runs may share names
         return False
     if name not in (*MODEL_PARTS, "init") or not old or not new:
         return False
@@ -88,6 +89,8 @@ def resume(run, config):
     Call it on all ranks, before the model is loaded and anything is written to the run folder.
     Raises FuseDiTError, as open_run, settle_changes and settle_boards do.
     """
+    # The ranks may have found different last checkpoints in the folder of a run in progress.
+    run = replace(run, init=distributed.gather_from_all_ranks(run.init)[0])
     checkpoint = checkpoints.load_checkpoint(open_run(run, config))
     run = settle_changes(run, checkpoint)
     return settle_boards(run, checkpoint), checkpoint

@@ -2,6 +2,8 @@
 import math
 from typing import NamedTuple
 
+from fusedit_lib.train.config import SCHEDULE
+
 
 def schedule_start(run):
     """The step at which the learning rate schedule starts.
@@ -10,7 +12,7 @@ def schedule_start(run):
     """
     start = 0
     for change in run.changes:
-        if change.keys() & {"lr_schedule", "warmup_steps"}:
+        if change.keys() & set(SCHEDULE):
             start = change["step"]
     return start
 

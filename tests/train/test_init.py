@@ -409,7 +409,7 @@ def test_an_error_of_a_launcher_is_one_line(models, data, tmp_path):
 
 
 def test_raw_weights_that_a_folder_lacks(models, published, tmp_path):
-    with pytest.raises(FuseDiTError, match="no raw ones .*: leave out --no-ema or --init-raw"):
+    with pytest.raises(FuseDiTError, match="no raw ones, .*: leave out --no-ema or --init-raw"):
         started("--init", models / "released", "--init-raw")
 
 

@@ -35,6 +35,13 @@ def test_like_published_takes_the_run_settings_of_the_preset(capsys):
     assert model_config(run).dit_hidden_size == demo.dit_hidden_size != 2048
 
 
+def test_a_model_that_still_exists_has_not_moved(tmp_path, monkeypatch):
+    """Checkpoints of two runs have the same names, and "demo" is found from any folder."""
+    monkeypatch.chdir(tmp_path)
+    assert not resuming.is_moved("init", "demo", str(tmp_path / "demo"))
+    assert resuming.is_moved("init", "/gone/step-0000500", str(tmp_path / "step-0000500"))
+
+
 def test_the_default_run_folder(models, tmp_path, monkeypatch):
     monkeypatch.chdir(models)
     for init, name in (("run", "run"), ("run/step-0000002", "run"), ("released", "released"),

@@ -397,7 +397,7 @@ def test_folders_without_an_adapter_or_its_model(run, base, tmp_path):
 
 def test_the_wrong_folder_for_lora(run, base, tmp_path):
     """A whole model, a run without a checkpoint, and a run whose raw weights are asked for."""
-    with pytest.raises(FuseDiTError, match="no LoRA adapter .* a whole model is given to --model"):
+    with pytest.raises(FuseDiTError, match="neither a LoRA adapter .* a whole model to --model"):
         adapter_folder(base)
     empty = tmp_path / "run"
     empty.mkdir()
@@ -407,7 +407,7 @@ def test_the_wrong_folder_for_lora(run, base, tmp_path):
         adapter_folder(empty)
     done = warm.run([ROOT / "sample.py", "--prompt", "a star", "--lora", run, "--no-ema"])
     assert done.returncode == 2
-    assert "--no-ema has no meaning with --lora" in done.stderr
+    assert "--no-ema has no effect with --lora" in done.stderr
 
 
 def test_raw_weights_of_a_lora_run(gemma, data, run, tmp_path):

@@ -41,6 +41,12 @@ def test_lora_is_advised_where_training_accepts_it(words, offered):
     assert any("lora" in change for change in sum(plan.levels(run, 1), [])) == offered
 
 
+def test_lora_is_not_advised_without_peft(monkeypatch):
+    monkeypatch.setattr(plan, "find_spec", lambda name: None)
+    run = parse_run(["--init", "demo"], "")
+    assert not any("lora" in change for change in sum(plan.levels(run, 1), []))
+
+
 # ------------------------------------------------------------------------------ what fits
 
 @pytest.fixture
