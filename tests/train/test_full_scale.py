@@ -20,7 +20,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
 class Command(NamedTuple):
     """A command line in the documentation that trains a preset of full size, with a --batch."""
     ranks: str                              # "one", or "many" with a launcher before it
-    flags: str                              # without the paths, which are not here
+    flags: str                              # without paths, and without --resume-with
 
 
 DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -44,7 +44,7 @@ def commands(program, documents):
         match = re.search(rf"{program}\.py (--preset fusedit[^'>#]*)", line)
         if match is None or "--batch" not in line or "--plan" in line:
             continue                        # docs/data.md has lines that only show --data
-        words = re.sub(r"--(data|out|cache) \S+", "", match[1])
+        words = re.sub(r"--(data|out|cache|resume-with) \S+", "", match[1])
         ranks = "many"
         if line.startswith("python"):
             ranks = "one"
