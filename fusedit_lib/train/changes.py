@@ -44,16 +44,38 @@ def settle_changes(run, checkpoint):
     newest = read_json(Path(run.out) / "config.json")
     stored = settings_at(newest, checkpoint.step)["run"]
     if is_undone(run, stored, checkpoint.step):
+        if checkpoints.is_first_rank():
+            print(f"{run.out}: the change at step {checkpoint.step} is undone, as these are the "
+                  "settings before it", flush=True)
         stored = settings_at(newest, checkpoint.step - 1)["run"]
     changes = stored["changes"]
     none_undone = changes == newest["run"].get("changes", [])
     if none_undone and is_repeated(run, stored):
+        if checkpoints.is_first_rank():
+            checkpoints.print_warning(
+                f"note: --resume-with: the schedule has started anew at step "
+                f"{changes[-1]['step']}, with the same settings, and continues. To start it once "
+                "more, also change --steps or one of these settings")
         return replace(run, changes=tuple(changes))
 
     # a change at the same step, made earlier, becomes part of this one
     earlier = {}
     if changes and changes[-1]["step"] == checkpoint.step:
         *changes, earlier = changes
+    change = new_change(run, stored, earlier)
+    if change:
+        if checkpoints.is_first_rank():
+            print_change(run, stored, checkpoint.step, change)
+        changes = [*changes, dict(step=checkpoint.step, seen=checkpoint.seen) | change]
+    return replace(run, changes=tuple(changes))
+
+
+def new_change(run, stored, earlier):
+    """The settings that --resume-with changes, as {name: [old, new]}.
+
+    stored: the run's settings so far. earlier: the change that has been made at the same step, or
+    {}; its old values are kept.
+    """
     change = {}
     for name in CHANGEABLE:
         new = plain(getattr(run, name))
@@ -65,11 +87,7 @@ def settle_changes(run, checkpoint):
         restarts = name in SCHEDULE and (name in earlier or name in run.resume_with)
         if old != new or restarts:
             change[name] = [old, new]
-    if change:
-        if checkpoints.is_first_rank():
-            print_change(run, stored, checkpoint.step, change)
-        changes = [*changes, dict(step=checkpoint.step, seen=checkpoint.seen) | change]
-    return replace(run, changes=tuple(changes))
+    return change
 
 
 def plain(value):
@@ -85,16 +103,13 @@ def stored_value(stored, name):
 def is_undone(run, stored, step):
     """True if the settings are those before a change at this step, as after running out of memory.
 
-    Nothing has been trained with that change. Rank 0 prints a line.
+    Nothing has been trained with that change.
     """
     changes = stored["changes"]
     if not changes or changes[-1]["step"] != step:
         return False
     for name in changes[-1].keys() & set(CHANGEABLE):
         if name not in run.resume_with and plain(getattr(run, name)) != stored[name]:
-            if checkpoints.is_first_rank():
-                print(f"{run.out}: the change at step {step} is undone, as these are the settings "
-                      "before it", flush=True)
             return True
     return False
 
@@ -102,7 +117,7 @@ def is_undone(run, stored, step):
 def is_repeated(run, stored):
     """True if --resume-with is that of the newest change, as when a scheduler repeats a command.
 
-    The schedule is not started again then. Rank 0 prints a note.
+    The schedule is not started again then.
     """
     named = [name for name in SCHEDULE if name in run.resume_with]
     if not stored["changes"] or not named:
@@ -113,11 +128,6 @@ def is_repeated(run, stored):
     for name in ("steps", *run.resume_with):
         if plain(getattr(run, name)) != stored_value(stored, name):
             return False
-    if checkpoints.is_first_rank():
-        checkpoints.print_warning(
-            f"note: --resume-with {','.join(named)}: the schedule has started anew at step "
-            f"{last['step']}, with the same settings, and continues. To start it once more, also "
-            "change --steps or one of these settings")
     return True
 
 
