@@ -26,7 +26,7 @@ RULES = (
     (r"", ("fsdp", "tensor")),                                  # o_proj, down_proj and all others
 )
 
-# A scanned stack of layers (train/xla.py) keeps the weights of all its layers in one tensor. The
+# A scanned stack of layers (train/scan.py) keeps the weights of all its layers in one tensor. The
 # first dimension is the layer, and the name has this in place of the layer number.
 STACKED = ".block."
 

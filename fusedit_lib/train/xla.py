@@ -6,11 +6,10 @@ the rules in sharding.py). Operations on XLA tensors are recorded, not run. `syn
 operations recorded since the last call, and compiles their graph first if it is new.
 
 This is the only file of the library that imports torch_xla, and it does so inside functions, so
-that --help, --plan and the plain PyTorch code in this file work without it.
+that --help and --plan work without it. The scanned layers, in plain PyTorch, are in scan.py.
 """
 import atexit
 import contextlib
-import copy
 import os
 from collections import deque
 from datetime import timedelta
@@ -26,6 +25,7 @@ from torch.func import functional_call
 from fusedit import FuseDiTError
 from fusedit_lib import backend
 from fusedit_lib.train import sharding
+from fusedit_lib.train.scan import ScannedStack, set_parameter
 from fusedit_lib.train.sharding import ParameterState
 
 # ------------------------------------------------------------------------------ start
@@ -109,124 +109,6 @@ def mark_with_gradient(mesh, tensor, name=""):
     if name:
         spec = sharding.partition_spec(name, tensor.shape, mesh.shape())
     return xs.mark_sharding_with_gradients(tensor, mesh, spec)
-
-
-class ScannedStack(nn.ModuleDict):
-    """Replaces fusedit.LayerStack: one layer, compiled once and applied in a scan over the weights.
-
-    The weights of all layers are stacked in one layer called "block", with the layer as the first
-    dimension. Layers of another kind at the end, such as Gemma's last layer, which only computes
-    keys and values, keep their numbers as names and run after the scan.
-
-    scan(step, carry, rows) -> (carry, outputs) is that of torch_xla (and JAX). For each row of
-    rows, step(carry, row) returns (carry, output).
-    mark(tensor, name="") annotates the sharding of a tensor and its gradient, and returns it.
-    """
-
-    def __init__(self, layers, scan, mark):
-        super().__init__()
-        self.scan = scan
-        self.mark = mark
-        self.steps = {}                     # step functions; scan caches a graph for each
-        self.count = count_alike(layers)    # number of layers in the scan
-        self["block"] = stack_layers(layers[:self.count])
-        for i in range(self.count, len(layers)):
-            self[str(i)] = layers[i]
-
-    def forward(self, x, per_layer, common):
-        """The same as fusedit.LayerStack.forward. Returns (x, output of each layer).
-
-        A scan computes gradients of its carry and its rows only, so common inputs with a gradient
-        are carried from layer to layer. All other tensors are rows, one per layer.
-        """
-        inputs = stack_inputs(per_layer[:self.count]) + list(common)
-        rows, carried, constants = {}, {}, {}
-        for i, value in enumerate(inputs):
-            if not torch.is_tensor(value):
-                constants[i] = value
-            elif i < len(per_layer[0]):
-                rows[i] = value
-            elif value.requires_grad:
-                carried[i] = value
-            else:
-                rows[i] = value.expand(self.count, *value.shape)
-
-        weights = dict(self["block"].named_parameters())
-        step = self.step_function(weights, carried, constants)
-        (x, _), outputs = self.scan(step, (x, carried), (weights, rows))
-        outputs = unstack_outputs(outputs, self.count)
-
-        for i in range(self.count, min(len(per_layer), self.count + len(self) - 1)):
-            x, output = self[str(i)](x, *per_layer[i], *common)
-            outputs.append(output)
-        return x, outputs
-
-    def step_function(self, weights, carried, constants):
-        """The function that scan applies. It is the same object for calls of the same kind."""
-        trains = torch.is_grad_enabled() and any(w.requires_grad for w in weights.values())
-        key = (tuple(constants.items()), tuple(carried), trains)
-        if key not in self.steps:
-            self.steps[key] = partial(self.step, constants)
-        return self.steps[key]
-
-    def step(self, constants, carry, row):
-        """Applies one layer: ((x, carried), (weights, rows)) -> ((x, carried), output)."""
-        x, carried = carry
-        weights, rows = row
-        weights = {name: self.mark(weight, name) for name, weight in weights.items()}
-        inputs = constants | carried | rows
-        args = [inputs[i] for i in sorted(inputs)]
-        x, output = functional_call(self["block"], weights, (self.mark(x), *args))
-        return (self.mark(x), carried), output
-
-
-def count_alike(layers):
-    """The number of layers at the beginning that are of the same kind."""
-    kinds = [layer_kind(layer) for layer in layers]
-    count = 1
-    while count < len(kinds) and kinds[count] == kinds[0]:
-        count += 1
-    return count
-
-
-def layer_kind(layer):
-    """The properties that layers in a scan must share: names and shapes of weights, and options."""
-    shapes = [(name, weight.shape) for name, weight in layer.named_parameters()]
-    choices = [(key, value) for key, value in vars(layer).items() if isinstance(value, bool | str)]
-    return shapes + choices
-
-
-def stack_layers(layers):
-    """One layer that holds the weights of all layers, stacked along a new first dimension."""
-    stacked = copy.deepcopy(layers[0])
-    for name, weight in list(stacked.named_parameters()):
-        rows = [layer.get_parameter(name).detach() for layer in layers]
-        set_parameter(stacked, name, nn.Parameter(torch.stack(rows), weight.requires_grad))
-    return stacked
-
-
-def stack_inputs(per_layer):
-    """Stacks the inputs of each layer, a list of tuples, into one list of tensors or None."""
-    stacked = []
-    for values in zip(*per_layer, strict=True):
-        if values[0] is None:
-            stacked.append(None)
-        else:
-            stacked.append(torch.stack(values))
-    return stacked
-
-
-def unstack_outputs(outputs, count):
-    """Unstacks scan's outputs into a list with a tuple or None for each of `count` layers."""
-    if outputs is None:
-        return [None] * count
-    return list(zip(*(output.unbind() for output in outputs), strict=True))
-
-
-def set_parameter(model, name, parameter):
-    """Replaces the parameter with this dotted name in a module."""
-    owner, _, leaf = name.rpartition(".")
-    model.get_submodule(owner).register_parameter(leaf, parameter)
 
 
 # ------------------------------------------------------------------------------ step and EMA

@@ -9,7 +9,7 @@ from torch.utils._pytree import tree_map
 
 from fusedit import FuseDiTConfig, FuseDiTError, LayerStack, preset
 from fusedit_lib import files, pretrained
-from fusedit_lib.train import checkpoints, costs, memory, sharding, xla
+from fusedit_lib.train import checkpoints, costs, memory, scan, sharding, xla
 from fusedit_lib.train.sharding import ParameterState
 
 SIZES = {"fsdp": 4, "tensor": 2}
@@ -129,8 +129,8 @@ def test_a_scanned_stack_computes_the_same_as_its_layers(gemma_folder, changes, 
         marked.append(name)
         return tensor
 
-    model.dit.layers = xla.ScannedStack(model.dit.layers, plain_scan, mark)
-    model.llm.layers = xla.ScannedStack(model.llm.layers, plain_scan, mark)
+    model.dit.layers = scan.ScannedStack(model.dit.layers, plain_scan, mark)
+    model.llm.layers = scan.ScannedStack(model.llm.layers, plain_scan, mark)
     got, got_gradients = forward_and_backward()
     assert want.abs().max() > 0.1
     assert_near(got, want, 1e-9)
@@ -157,7 +157,7 @@ def test_only_layers_of_one_kind_are_scanned():
         return module
 
     def names(*layers):
-        stack = xla.ScannedStack(torch.nn.ModuleList(layers), None, None)
+        stack = scan.ScannedStack(torch.nn.ModuleList(layers), None, None)
         return list(stack), len(stack["block"].weight)
 
     assert names(layer(3), layer(3)) == (["block"], 2)
