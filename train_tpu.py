@@ -60,7 +60,7 @@ def train(run, config):
     run, checkpoint = resuming.resume(run, config)
     step = first_step = checkpoint.step if checkpoint else 0
     seen = checkpoint.seen if checkpoint else 0             # samples so far
-    model, vae, weights = open_models(run, config, checkpoint)
+    model, vae, weights = open_models(run, config, checkpoint, partial(xla.local_slices, mesh))
     dataset = Batches(run, config, model.tokenizer, micro_batch, accumulation, rank, world, seen)
     writer = checkpoints.CheckpointWriter(run, config, checkpoint, dataset.digest)
     micro_batches = range((run.steps - first_step) * accumulation)

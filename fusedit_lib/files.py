@@ -198,7 +198,9 @@ def open_tensors(folder, stem="model"):
                 continue
             if name not in tensors:
                 tensors[name] = SlicedTensor(name, file.metadata), name
-            tensors[name][0].add(ranges.rstrip("]"), file, stored_name)
+            bounds = [text.split(":") for text in ranges.rstrip("]").split(",")]
+            slices = tuple(slice(int(start), int(stop)) for start, stop in bounds)
+            tensors[name][0].add(slices, file, stored_name)
     return tensors
 
 
@@ -211,10 +213,9 @@ class SlicedTensor:
         self.slices = []                    # a tuple of slice objects for each part
         self.sources = []                   # (open file, name there), in the same order
 
-    def add(self, ranges, file, name):
-        """Add a slice. ranges: its position in the tensor, as "0:8,0:512"."""
-        bounds = [text.split(":") for text in ranges.split(",")]
-        self.slices.append(tuple(slice(int(start), int(stop)) for start, stop in bounds))
+    def add(self, slices, file, name):
+        """Add the part in `slices`, a tuple with a slice for each dimension."""
+        self.slices.append(slices)
         self.sources.append((file, name))
 
     def get_slice(self, _):
@@ -287,6 +288,11 @@ def tensors_below(prefix, tensors):
     """The tensors whose names start with a prefix, which is removed."""
     return {name.removeprefix(prefix): stored for name, stored in tensors.items()
             if name.startswith(prefix)}
+
+
+def tensors_within(prefix, tensors):
+    """The tensors with a prefix added to their names."""
+    return {prefix + name: stored for name, stored in tensors.items()}
 
 
 def read_tensor(tensors, name):

@@ -3,8 +3,9 @@ import copy
 
 import torch
 
+from fusedit import DiT
 from fusedit_lib import backend
-from fusedit_lib.files import InMemoryTensor, say_once
+from fusedit_lib.files import InMemoryTensor, SlicedTensor, say_once, tensors_within
 from fusedit_lib.lora import add_adapters
 from fusedit_lib.pretrained import attach_clip, build_model, gemma_tensors, load_model
 from fusedit_lib.sampling import latent_size
@@ -48,20 +49,20 @@ def build_models(run, config, device, checkpoint):
     return model, vae
 
 
-def open_models(run, config, checkpoint):
-    """(FuseDiT, VAE or None, weights): the same as build_models, but no weight is read yet.
+def open_models(run, config, checkpoint, local_slices):
+    """(FuseDiT, VAE or None, weights): the same as build_models, with the weights still on disk.
 
     The FuseDiT is on the meta device. weights has its weights by parameter name, in the form of
-    files.open_tensors, so that each host of a TPU run can read its own parts. Only the DiT of a new
-    run is in memory, because its weights are drawn in turn. The VAE and CLIP are small; they are on
-    the CPU.
+    files.open_tensors, so that a host of a TPU run can read its own parts. Those that are drawn are
+    in memory, and only the parts in local_slices(name, shape), a list of tuples of slices. The VAE
+    and CLIP are small, and whole on the CPU.
     """
     dtype = backend.torch_dtype(run.dtype)
     torch.manual_seed(torch_seed(run.seed))
     model = build_model(config, "cpu", dtype, parts=("tokenizer",))
-    weights = {f"llm.{name}": stored for name, stored in gemma_tensors(model.gemma_files).items()}
+    weights = tensors_within("llm.", gemma_tensors(model.gemma_files))
     if checkpoint is None:
-        weights |= initial_weights(run, model)
+        weights |= initial_weights(run, model, local_slices)
 
     attach_clip(model, config, "cpu", dtype)
     vae = build_vae(config, "cpu", dtype)
@@ -74,28 +75,44 @@ def open_models(run, config, checkpoint):
     return model, vae, weights
 
 
-def initial_weights(run, model):
-    """{parameter name: stored tensor} of a new run: of the DiT, and of Gemma if --init has it.
+def initial_weights(run, model, local_slices):
+    """The weights of a new run, as for open_models: the DiT's, and Gemma's if --init has them.
 
-    model: the FuseDiT of open_models. Weights that are drawn, or into which adapters are merged,
-    are in memory.
+    If the model of --init has adapters, each host reads the whole DiT and merges them.
     """
     initial = InitialWeights({}, {}, ())
     if run.init:
         initial = open_initial_weights(run, model)
-    stored = initial.dit
-    names = model.dit.state_dict().keys()
-    if initial.adapters or stored.keys() != names:
-        dit = copy.deepcopy(model.dit).to_empty(device="cpu")
-        dit.init_weights()
-        if initial.adapters:
-            load_initial_dit(dit, initial)
-            stored = {}
-        drawn = {name: (InMemoryTensor(weight), name) for name, weight in dit.state_dict().items()}
-        stored = drawn | stored
+    dit = initial.dit
+    if initial.adapters:
+        whole = copy.deepcopy(model.dit).to_empty(device="cpu")
+        load_initial_dit(whole, initial)
+        dit = {name: (InMemoryTensor(whole.get_parameter(name)), name) for name in dit}
 
-    weights = {f"dit.{name}": tensor for name, tensor in stored.items()}
-    return weights | {f"llm.{name}": tensor for name, tensor in initial.llm.items()}
+    if dit.keys() != model.dit.state_dict().keys():         # some weights start fresh, or all
+        dit = Drawing(model.dit, local_slices).kept | dit
+    return tensors_within("dit.", dit) | tensors_within("llm.", initial.llm)
+
+
+class Drawing:
+    """Takes the place of a DiT in its init_weights, with one whole weight in memory at a time."""
+
+    def __init__(self, dit, local_slices):
+        self.dit = dit
+        self.width = dit.width
+        self.local_slices = local_slices
+        self.kept = {}                      # {name: (SlicedTensor, name)}
+        DiT.init_weights(self)
+
+    def named_parameters(self):
+        for name, parameter in self.dit.named_parameters():
+            weight = torch.empty(parameter.shape)
+            yield name, weight              # init_weights fills it, then asks for the next one
+            parts = SlicedTensor(name, dict)
+            for slices in self.local_slices(f"dit.{name}", weight.shape):
+                if slices not in parts.slices:
+                    parts.add(slices, InMemoryTensor(weight[slices].clone()), name)
+            self.kept[name] = parts, name
 
 
 def build_vae(config, device, dtype):

@@ -206,10 +206,8 @@ class Engine:
         This host reads only what its own devices hold.
         """
         states = {}
-        sizes = self.mesh.shape()
         for name, parameter in list(self.model.named_parameters()):
-            places = [sharding.device_slices(name, parameter.shape, sizes, device)
-                      for device in local_devices().values()]
+            places = local_slices(self.mesh, name, parameter.shape)
             if not parameter.requires_grad:
                 shards = sharding.read_shards(weights, "", name, parameter, places)
                 weight = nn.Parameter(self.to_mesh(name, parameter, shards), False)
@@ -333,6 +331,12 @@ def local_devices():
     import torch_xla
     names = torch_xla._XLAC._xla_get_runtime_devices()
     return {name: int(name.partition(":")[2]) for name in names}
+
+
+def local_slices(mesh, name, shape):
+    """The part of a tensor that each device of this host holds: a list of tuples of slices."""
+    return [sharding.device_slices(name, shape, mesh.shape(), device)
+            for device in local_devices().values()]
 
 
 def local_shards(prefix, name, tensor):
