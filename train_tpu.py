@@ -22,7 +22,7 @@ from fusedit_lib.data.batches import Batches, load_batches, to_device
 from fusedit_lib.train import checkpoints, distributed, plan, resuming, xla
 from fusedit_lib.train.config import check_run, data_workers, model_config, split_batch
 from fusedit_lib.train.flags import parse_run
-from fusedit_lib.train.build import adam_steps, build_models
+from fusedit_lib.train.build import adam_steps, open_models
 from fusedit_lib.train.monitor import Monitor, SpmdHost
 from fusedit_lib.train.schedule import due_after, ema_decay, learning_rate
 
@@ -43,9 +43,9 @@ def start(run):
 
 # ------------------------------------------------------------------------------ build
 
-def build_engine(run, model, vae, checkpoint, accumulation, mesh):
+def build_engine(run, model, vae, weights, checkpoint, accumulation, mesh):
     """The XLA engine with an EMA. The mesh shards the training state across devices."""
-    return xla.Engine(run, model, vae, checkpoint, accumulation, mesh)
+    return xla.Engine(run, model, vae, weights, checkpoint, accumulation, mesh)
 
 
 # ------------------------------------------------------------------------------ train
@@ -60,16 +60,16 @@ def train(run, config):
     run, checkpoint = resuming.resume(run, config)
     step = first_step = checkpoint.step if checkpoint else 0
     seen = checkpoint.seen if checkpoint else 0             # samples so far
-    model, vae = build_models(run, config, "cpu", checkpoint)
+    model, vae, weights = open_models(run, config, checkpoint, partial(xla.local_slices, mesh))
     dataset = Batches(run, config, model.tokenizer, micro_batch, accumulation, rank, world, seen)
     writer = checkpoints.CheckpointWriter(run, config, checkpoint, dataset.digest)
     micro_batches = range((run.steps - first_step) * accumulation)
     place = partial(xla.place_batches, mesh=mesh)
     batches = place(load_batches(dataset, micro_batches, data_workers(run)))
-    engine = build_engine(run, model, vae, checkpoint, accumulation, mesh)
+    engine = build_engine(run, model, vae, weights, checkpoint, accumulation, mesh)
     host = SpmdHost(place, xla.sync, mesh.size())
     monitor = Monitor(run, config, model, vae, checkpoint, micro_batch, dataset, host)
-    del checkpoint                          # closes its files
+    del weights, checkpoint                 # closes their files
     signals = distributed.catch_signals()
     stop = 0
 

@@ -220,17 +220,25 @@ def build_model(config, device="cpu", dtype=torch.float32, dit_tensors=None, sou
     load_llm(model, gemma, llm_tensors, source, llm_device, dtype)
 
     if dit_tensors is None:
-        model.dit.to_empty(device=device).init_weights()
+        model.dit.to_empty(device=dit_device)
+        if dit_device != "meta":
+            model.dit.init_weights()
     else:
         check_tensors(model.dit, dit_tensors, source, config_hint(config, dit_tensors))
         assign_tensors(model.dit, dit_tensors, dit_device, dtype)
 
     if "tokenizer" in parts:
         attach_tokenizer(model, gemma, config)
-    if config.clip and "llm" in parts:
+    if "llm" in parts:
+        attach_clip(model, config, device, dtype)
+    return model
+
+
+def attach_clip(model, config, device, dtype):
+    """Load the CLIP text model, if the config names one. Raises FuseDiTError."""
+    if config.clip:
         model.clip_encoder = ClipEncoder(config.clip, config.text_modulation_embeds_dim, device,
                                          dtype)
-    return model
 
 
 def attach_tokenizer(model, gemma, config):

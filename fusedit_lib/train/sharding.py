@@ -14,6 +14,7 @@ from typing import NamedTuple
 import torch
 
 from fusedit import FuseDiTError
+from fusedit_lib.files import relative_to
 
 AXES = ("fsdp", "tensor")
 
@@ -77,11 +78,17 @@ def partition_spec(name, shape, sizes):
 # ------------------------------------------------------------------------------ checkpoints
 
 class ParameterState(NamedTuple):
-    """The float32 training state of one parameter."""
+    """The float32 training state of one parameter: tensors, or a list of Shards for each."""
     ema: torch.Tensor                       # exponential moving average of the weight
     weight: torch.Tensor
     exp_avg: torch.Tensor                   # AdamW's first moment
     exp_avg_sq: torch.Tensor                # AdamW's second moment
+
+
+class Shard(NamedTuple):
+    """A part of a tensor."""
+    slices: tuple                           # location: one slice per dimension
+    values: torch.Tensor
 
 
 def stored_names(name, tensor):
@@ -91,38 +98,68 @@ def stored_names(name, tensor):
     return [name.replace(STACKED, f".{layer}.") for layer in range(len(tensor))]
 
 
-def initial_state(checkpoint, name, parameter):
-    """The initial ParameterState of a parameter, on the CPU.
+def device_slices(name, shape, sizes, device):
+    """The part of a tensor that a device of the mesh holds, as one slice per dimension.
 
-    checkpoint: a Checkpoint, or None for a new run, whose EMA starts at the weight and whose
-    moments start at zero. The parameter must already have its initial or restored weight.
+    sizes: {axis: devices along it}. device: its number in the mesh, where the neighbour along the
+    last axis has the next number. The devices of a host need not have consecutive numbers.
     """
-    weight = parameter.detach().cpu()
+    place = {}                              # position along each axis
+    for axis in reversed(AXES):
+        device, place[axis] = divmod(device, sizes[axis])
+
+    slices = []
+    for size, axis in zip(shape, partition_spec(name, shape, sizes), strict=True):
+        start = 0
+        if axis is not None:
+            size //= sizes[axis]
+            start = place[axis] * size
+        slices.append(slice(start, start + size))
+    return tuple(slices)
+
+
+def read_shards(tensors, prefix, name, parameter, places):
+    """Reads parts of a parameter from disk. Returns a Shard for each of its places.
+
+    tensors: stored tensors, in the form of files.open_tensors, by the names in a checkpoint.
+    prefix: of these names, such as "exp_avg.".
+    places: the slices of each device; what several devices hold is read once.
+
+    Nothing else is read, except that the disk delivers whole pages: in a tensor whose columns are
+    cut, the rest of a row may come with its part.
+    """
+    stored = [tensors[prefix + stored_name] for stored_name in stored_names(name, parameter)]
+    read = {}                               # {location: values}
+    for slices in places:
+        where = location(slices, parameter.shape)
+        if where not in read:
+            read[where] = read_part(stored, slices, STACKED in name).to(parameter.dtype)
+    return [Shard(slices, read[location(slices, parameter.shape)]) for slices in places]
+
+
+def read_part(stored, slices, is_stacked):
+    """Reads a part of a tensor, or of the tensors of all layers, stacked."""
+    if not is_stacked:
+        file, key = stored[0]
+        return file.get_slice(key)[slices].contiguous()
+    return torch.stack([file.get_slice(key)[slices[1:]] for file, key in stored[slices[0]]])
+
+
+def initial_state(weights, checkpoint, name, parameter, places):
+    """The initial ParameterState of a parameter. Each field is a list of a Shard for each place.
+
+    weights: the stored tensors of all weights, in the form of files.open_tensors.
+    checkpoint: a Checkpoint, or None for a new run, whose EMA starts at the weight and whose
+    moments start at zero.
+    """
+    weight = read_shards(weights, "", name, parameter, places)
     if checkpoint is None:
-        return ParameterState(ema=weight, weight=weight, exp_avg=torch.zeros(weight.shape),
-                              exp_avg_sq=torch.zeros(weight.shape))
-
-    names = stored_names(name, parameter)
-    ema = read_layers(checkpoint.ema, names)
-    exp_avg = read_layers(checkpoint.state, [f"exp_avg.{n}" for n in names])
-    exp_avg_sq = read_layers(checkpoint.state, [f"exp_avg_sq.{n}" for n in names])
-    return ParameterState(ema.view(weight.shape), weight, exp_avg.view(weight.shape),
-                          exp_avg_sq.view(weight.shape))
-
-
-def read_layers(tensors, names):
-    """Reads and stacks the named tensors of a checkpoint. tensors: from files.open_tensors."""
-    layers = []
-    for name in names:
-        file, key = tensors[name]
-        layers.append(file.get_tensor(key))
-    return torch.stack(layers)
-
-
-class Shard(NamedTuple):
-    """A part of a tensor."""
-    slices: tuple                           # location: one slice per dimension
-    values: torch.Tensor
+        zeros = [Shard(shard.slices, torch.zeros(shard.values.shape)) for shard in weight]
+        return ParameterState(ema=weight, weight=weight, exp_avg=zeros, exp_avg_sq=zeros)
+    return ParameterState(
+        ema=read_shards(checkpoint.ema, "", name, parameter, places), weight=weight,
+        exp_avg=read_shards(checkpoint.state, "exp_avg.", name, parameter, places),
+        exp_avg_sq=read_shards(checkpoint.state, "exp_avg_sq.", name, parameter, places))
 
 
 def slices_to_store(prefix, name, shards, shape):
@@ -175,9 +212,7 @@ def join(shards):
 
     joined = shards[0].values.new_empty(sizes)
     for shard in shards:
-        inside = [slice(s.start - start, s.stop - start)
-                  for s, start in zip(shard.slices, starts, strict=True)]
-        joined[tuple(inside)] = shard.values
+        joined[relative_to(box, shard.slices)] = shard.values
     return [Shard(box, joined)]
 
 

@@ -173,7 +173,11 @@ class Engine:
     graph.
     """
 
-    def __init__(self, run, model, vae, checkpoint, accumulation, mesh):
+    def __init__(self, run, model, vae, weights, checkpoint, accumulation, mesh):
+        """model, vae and weights: as build.open_models returns them. The model is filled here.
+
+        checkpoint: the Checkpoint to resume from, or None.
+        """
         import torch_xla
         self.model = model
         self.mesh = mesh
@@ -195,21 +199,27 @@ class Engine:
         if model.clip_encoder:
             model.clip_encoder.model.to(self.device)
 
-        self.state = self.shard_parameters(checkpoint)      # {name: ParameterState}
+        self.state = self.load_parameters(weights, checkpoint)      # {name: ParameterState}
         self.adam = self.build_adam(run, checkpoint)
 
-    def shard_parameters(self, checkpoint):
-        """Moves the model's parameters to the mesh. Returns the states of the trained ones."""
+    def load_parameters(self, weights, checkpoint):
+        """Puts the parameters on the mesh. Returns the ParameterStates of the trained ones.
+
+        This host reads only what its own devices hold.
+        """
         states = {}
         for name, parameter in list(self.model.named_parameters()):
-            weight = self.to_mesh(name, parameter.detach())
-            weight = nn.Parameter(weight, parameter.requires_grad)
-            set_parameter(self.model, name, weight)
-            if parameter.requires_grad:
-                initial = sharding.initial_state(checkpoint, name, parameter)
-                states[name] = ParameterState(ema=self.to_mesh(name, initial.ema), weight=weight,
-                                              exp_avg=self.to_mesh(name, initial.exp_avg),
-                                              exp_avg_sq=self.to_mesh(name, initial.exp_avg_sq))
+            places = local_slices(self.mesh, name, parameter.shape)
+            if not parameter.requires_grad:
+                shards = sharding.read_shards(weights, "", name, parameter, places)
+                weight = nn.Parameter(self.to_mesh(name, parameter, shards), False)
+                set_parameter(self.model, name, weight)
+                continue
+            initial = sharding.initial_state(weights, checkpoint, name, parameter, places)
+            state = [self.to_mesh(name, parameter, shards) for shards in initial]
+            state = ParameterState(*state)
+            states[name] = state._replace(weight=nn.Parameter(state.weight))
+            set_parameter(self.model, name, states[name].weight)
         return states
 
     def build_adam(self, run, checkpoint):
@@ -224,13 +234,28 @@ class Engine:
                                         "exp_avg": state.exp_avg, "exp_avg_sq": state.exp_avg_sq}
         return adam
 
-    def to_mesh(self, name, tensor):
-        """Moves a tensor to the device, sharded like the parameter of this name."""
+    def to_mesh(self, name, parameter, shards):
+        """A tensor on the mesh like the parameter of this name.
+
+        shards: what each device of this host holds of it, as Shards on the CPU.
+        """
         import torch_xla.distributed.spmd as xs
-        tensor = tensor.to(self.device)
+        if shards[0].values.shape == parameter.shape:       # load_local_shards_ refuses these
+            tensor = shards[0].values.to(self.device)
+            self.mark(name, tensor)
+            return tensor
+        tensor = torch.empty(parameter.shape, dtype=parameter.dtype, device=self.device)
+        self.mark(name, tensor)
+        local = [xs.XLAShard(shard.values, shard.slices, device, replica_id=0)
+                 for device, shard in zip(local_devices(), shards, strict=True)]
+        xs.XLAShardedTensor(tensor).load_local_shards_(local)
+        return tensor
+
+    def mark(self, name, tensor):
+        """Annotates a tensor, to be sharded like the parameter of this name."""
+        import torch_xla.distributed.spmd as xs
         spec = sharding.partition_spec(name, tensor.shape, self.mesh.shape())
         xs.mark_sharding(tensor, self.mesh, spec)
-        return tensor
 
     def to_scalar(self, number):
         """A number as a 0-d input tensor of the graph; a constant would require recompilation.
@@ -255,7 +280,7 @@ class Engine:
         (loss / self.accumulation).backward()
         for name, state in self.state.items():
             if state.weight.grad is not None:
-                self.to_mesh(name, state.weight.grad)       # otherwise XLA may replicate it
+                self.mark(name, state.weight.grad)          # otherwise XLA may replicate it
 
     def step(self):
         """Ends a micro-batch. After the last one of a step, records Adam's step."""
@@ -301,6 +326,19 @@ class Engine:
             for name, parameter in self.state.items():
                 state |= local_shards(f"{field}.", name, getattr(parameter, field))
         return ema, state
+
+
+def local_devices():
+    """{"TPU:5": 5, ...}: the devices of this host, by torch_xla's names, and their numbers."""
+    import torch_xla
+    names = torch_xla._XLAC._xla_get_runtime_devices()
+    return {name: int(name.partition(":")[2]) for name in names}
+
+
+def local_slices(mesh, name, shape):
+    """The part of a tensor that each device of this host holds: a list of tuples of slices."""
+    return [sharding.device_slices(name, shape, mesh.shape(), device)
+            for device in local_devices().values()]
 
 
 def local_shards(prefix, name, tensor):

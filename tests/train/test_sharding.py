@@ -360,9 +360,11 @@ def test_two_hosts_save_together(tmp_path):
     assert checkpoints.damage(folder) is None
     checkpoint = checkpoints.load_checkpoint(folder)
     whole = torch.arange(4 * 6 * 8.).view(4, 6, 8)
-    stacked = torch.nn.Parameter(whole)
-    for tensor in sharding.initial_state(checkpoint, "dit.layers.block.w", stacked):
-        assert torch.equal(tensor, whole)
+    weights = {f"dit.layers.{i}.w": checkpoint.state[f"weight.dit.layers.{i}.w"] for i in range(4)}
+    place = (slice(0, 4), slice(1, 4), slice(2, 7))         # of both hosts' halves
+    for (shard,) in sharding.initial_state(weights, checkpoint, "dit.layers.block.w", whole,
+                                           [place]):
+        assert shard.slices == place and torch.equal(shard.values, whole[place])
     assert sorted(path.name for path in folder.glob("model*")) == [
         "model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors",
         "model.safetensors.index.json"]
