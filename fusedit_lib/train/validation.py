@@ -66,8 +66,8 @@ def held_out_batches(run, config, model, micro_batch, rank, world):
         batch = source[index]
         if "error" in batch:
             raise FuseDiTError(batch["error"])
-        first = index * held_out.batch + rank * micro_batch
-        batch["counts"] = (first + torch.arange(micro_batch) < samples).float()
+        positions = torch.tensor(source.positions(index))
+        batch["counts"] = (positions < samples).float()
         batches.append(batch)
     return batches
 

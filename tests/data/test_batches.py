@@ -53,7 +53,7 @@ def empty_index_cache():
 # ------------------------------------------------------------------------------ the order
 
 def global_batches(gemma, shards, micro_batch, accumulation, world):
-    """The keys of three training steps, with their micro-batches concatenated in order."""
+    """The keys of three training steps, in the order of their positions."""
     ranks = []
     for rank in range(world):
         batches = tiny_batches(gemma, shards, *ORIGINAL_CAPTIONS, micro_batch=micro_batch,
@@ -63,8 +63,9 @@ def global_batches(gemma, shards, micro_batch, accumulation, world):
     for step in range(3):
         keys = []
         for i in range(accumulation):
-            for micro_batches in ranks:
-                keys += micro_batches[step * accumulation + i]
+            of_ranks = [micro_batches[step * accumulation + i] for micro_batches in ranks]
+            for together in zip(*of_ranks, strict=True):   # the ranks take positions in turn
+                keys += together
         steps.append(keys)
     return steps
 
@@ -100,9 +101,9 @@ def test_noise_and_captions_depend_only_on_the_position(gemma_folder, shards):
     whole = tiny_batches(gemma_folder, shards, *flags, micro_batch=8)[3]
     ranks = [tiny_batches(gemma_folder, shards, *flags, micro_batch=2, accumulation=2, rank=rank,
                           world=2) for rank in range(2)]
-    parts = [ranks[0][6], ranks[1][6], ranks[0][7], ranks[1][7]]
     for key in ("noise", "normal", "pixels", "ids"):
-        together = torch.cat([part[key] for part in parts])
+        together = torch.cat([torch.stack([ranks[0][m][key], ranks[1][m][key]], 1).flatten(0, 1)
+                              for m in (6, 7)])
         assert together.equal(whole[key]), key
     assert whole["noise"].shape == (8, 1, 3, 16, 16)
     assert len(set(whole["normal"].tolist())) == 8

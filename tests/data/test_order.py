@@ -92,3 +92,20 @@ def test_the_order_of_a_seed_never_changes():
     assert mixture[1] == (0, 14)
     assert mixture[4] == (1, 11)
     assert mixture[5000] == (1, 9)
+
+    taken = mixture.taken_before(1234)
+    assert taken.tolist() == [[916], [318]]
+    mixture = Mixture(SETS, [1.0, 4.0], 5, 8, 1, 1234, taken)
+    assert [mixture[position] for position in (1234, 1235, 1240, 9000)] \
+        == [(2, 6), (1, 5), (2, 6), (2, 3)]
+
+    order = Order([5, 0, 9, 1, 7], 7, 2, 4)
+    assert [order[position] for position in (0, 1, 22, 1000)] == [(4, 1), (2, 5), (2, 1), (4, 0)]
+    mixture = Mixture(SETS, [3.0, 1.0], 5, 1, 64)
+    assert [mixture[position] for position in (0, 1, 64, 5000)] \
+        == [(1, 21), (0, 9), (0, 24), (0, 28)]
+    taken = mixture.taken_before(1234)
+    assert taken.sum(1).tolist() == [930, 304]
+    mixture = Mixture(SETS, [1.0, 4.0], 5, 1, 64, 1234, taken)
+    assert [mixture[position] for position in (1234, 1235, 1240, 9000)] \
+        == [(0, 4), (2, 6), (2, 4), (1, 16)]

@@ -22,6 +22,7 @@ from tiny_shards import (
 
 from fusedit import FuseDiTError
 from fusedit_lib.data.shards import (
+    SPARE_COPIES,
     Shard,
     ShardReader,
     expand_shards,
@@ -172,7 +173,7 @@ def server(shards):
 def test_remote_shards_are_copied_once_to_a_bounded_cache(gemma_folder, shards, server, tmp_path):
     url, requests = server
     cache = tmp_path / "cache"
-    flags = [*ORIGINAL_CAPTIONS, "--mix-shards", "1"]
+    flags = [*ORIGINAL_CAPTIONS, "--mix-shards", "1", "--streams", "1"]
 
     def remote_keys(pattern):
         batches = tiny_batches(gemma_folder, f"{url}/{pattern}", *flags, "--cache", str(cache))
@@ -184,14 +185,29 @@ def test_remote_shards_are_copied_once_to_a_bounded_cache(gemma_folder, shards, 
     tars = sorted(path for path in requests if path.endswith("tar"))
     assert tars == [f"/s-{i}.tar" for i in range(3)]
 
-    for i in range(5):                      # copies of another run
+    for i in range(12):                     # copies of another run
         (cache / f"{i}.tar").touch()
         os.utime(cache / f"{i}.tar", (i, i))
     (shards / "s-0.tar").rename(shards / "t-0.tar")
     index(shards)
     read_index.cache_clear()
     assert len(remote_keys("")) == 6
-    assert len(list(cache.glob("*.tar"))) <= 4
+    assert len(list(cache.glob("*.tar"))) == 2 * 1 + SPARE_COPIES + 1
+
+
+def test_the_next_shard_of_each_stream_is_copied_ahead(gemma_folder, shards, server, tmp_path):
+    """Two streams: the shard of each position, and the one that its stream reads after it."""
+    url, requests = server
+    batches = tiny_batches(gemma_folder, f"{url}/", "--streams", "2", "--cache", str(tmp_path))
+    wanted = set()
+    for position in (3, 3 + 2 * 4):
+        shard, _ = batches.order[position]
+        wanted.add(f"/s-{shard}.tar")
+    assert len(wanted) == 2
+    batches.prefetch([3])
+    while len(list(tmp_path.glob("*.tar"))) < 2:
+        time.sleep(0.01)
+    assert wanted == {path for path in requests if path.endswith("tar")}
 
 
 def test_missing_and_truncated_remote_files_are_reported(gemma_folder, shards, server, tmp_path,
