@@ -10,11 +10,13 @@ import pickle
 import threading
 from collections import Counter
 from dataclasses import replace
+from subprocess import CompletedProcess
 
+import launching
 import torch
 import torch.distributed as dist
-from launching import ENV, command, free_port
-from warm import start
+import warm
+from launching import command, free_port
 
 # The devices of each host, as torch_xla numbers them. A v5e host has 2 x 2 chips, so in a slice of
 # 4 x 2 chips the numbers of its chips are not contiguous, and neither are they in one of 16 x 16
@@ -24,19 +26,31 @@ DEVICES = ((0, 1, 4, 5), (2, 3, 6, 7))
 
 # ------------------------------------------------------------------------------ the tests' side
 
-def start_hosts(argv, before=("", ""), env=ENV, devices=DEVICES):
-    """Starts train_tpu.py on two hosts. Returns the processes.
+def virtual_devices(count):
+    """An environment in which a CPU has several devices, and compiles without optimisations."""
+    return launching.ENV | {"PJRT_DEVICE": "CPU", "CPU_NUM_DEVICES": str(count),
+                            "XLA_FLAGS": "--xla_backend_optimization_level=0"}
 
-    before: code to run before main() on each host. Their standard output is read by the caller.
+
+def run_hosts(argv, before=("", ""), check=True):
+    """Runs train_tpu.py on two hosts. Returns a CompletedProcess for each.
+
+    argv: flags, for both hosts or a list for each. before: code that each host runs before main().
     """
-    env = env | {"PJRT_DEVICE": "CPU", "CPU_NUM_DEVICES": "8", "MASTER_PORT": free_port(),
-                 "EXCHANGE_PORT": free_port(),
-                 "XLA_FLAGS": "--xla_backend_optimization_level=0"}
+    env = virtual_devices(8) | {"MASTER_PORT": free_port(), "EXCHANGE_PORT": free_port()}
+    if isinstance(argv[0], str):
+        argv = [argv, argv]
     processes = []
     for host, code in enumerate(before):
-        code = f"import hosts; hosts.emulate({host}, {devices})\n{code}"
-        processes.append(start(command(argv, code, "tpu"), env, live=host == 0))
-    return processes
+        code = f"import hosts; hosts.emulate({host}, hosts.DEVICES)\n{code}"
+        processes.append(warm.start(command(argv[host], code, "tpu"), env, live=False))
+    ends = []
+    for process in processes:
+        stdout, stderr = process.communicate()
+        ends.append(CompletedProcess(process.args, process.returncode, stdout, stderr))
+    if check:
+        assert [end.returncode for end in ends] == [0, 0], [end.stderr[-3000:] for end in ends]
+    return ends
 
 
 # ------------------------------------------------------------------------------ the host's side
