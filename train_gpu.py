@@ -192,8 +192,7 @@ def main():
         return plan.show(run, config)
     check_run(run)                          # finds most mistakes before the model is loaded
     code = train(run, config)
-    dist.barrier()                          # exiting early would break the others' connections
-    dist.destroy_process_group()
+    distributed.disconnect()
     return code
 
 

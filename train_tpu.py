@@ -14,7 +14,6 @@ from fusedit_lib import threads
 threads.limit_spinning()                    # before torch is imported
 
 import torch
-import torch.distributed as dist
 
 import fusedit
 from fusedit_lib import cli
@@ -133,8 +132,7 @@ def main():
         return plan.show(run, config)
     check_run(run)                          # finds most mistakes before the model is loaded
     code = train(run, config)
-    dist.barrier()                          # exiting early would break the others' connections
-    dist.destroy_process_group()
+    distributed.disconnect()
     return code
 
 

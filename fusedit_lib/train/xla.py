@@ -24,7 +24,7 @@ from torch.func import functional_call
 
 from fusedit import FuseDiTError
 from fusedit_lib import backend
-from fusedit_lib.train import sharding
+from fusedit_lib.train import distributed, sharding
 from fusedit_lib.train.scan import ScannedStack, set_parameter
 from fusedit_lib.train.sharding import ParameterState
 
@@ -33,6 +33,8 @@ from fusedit_lib.train.sharding import ParameterState
 def set_environment_defaults():
     """Sets environment variables of PyTorch/XLA that the user has not set. Call it before start."""
     os.environ.setdefault("PJRT_DEVICE", "TPU")
+    if os.environ["PJRT_DEVICE"] == "CPU":
+        os.environ.setdefault("MASTER_PORT", "0")   # any: several runs may share a CPU
     os.environ.setdefault("PJRT_NPROC", "64")   # threads; waiting virtual devices block some
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
     if os.environ["PJRT_DEVICE"] == "CPU":
@@ -63,12 +65,12 @@ def start(run):
         raise FuseDiTError(f"no {kind} found ({reason}); to train on a CPU, set PJRT_DEVICE=CPU "
                            "CPU_NUM_DEVICES=4") from None
 
-    if kind == "CPU":
-        dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    else:
-        dist.init_process_group("gloo", init_method="xla://", timeout=timedelta(minutes=30))
-        if run.dtype == "float32":
-            set_mat_mul_precision("highest")    # by default a TPU multiplies in bf16
+    # The longest time that a host may be behind the others, for example in downloading a model.
+    dist.init_process_group("gloo", init_method="xla://", timeout=timedelta(minutes=30))
+    os.environ["RANK"] = str(dist.get_rank())       # no launcher sets it
+    distributed.watch_next_rank()
+    if kind == "TPU" and run.dtype == "float32":
+        set_mat_mul_precision("highest")            # by default a TPU multiplies in bf16
 
     shape = sharding.mesh_shape(run.mesh, devices)
     return xs.Mesh(np.arange(devices), shape, sharding.AXES)
