@@ -151,8 +151,7 @@ def train(run, config):
             loss = fusedit.flow_loss(engine, x, text, sigma, batch.eps).mean()
             engine.backward(loss)
             engine.step()                   # updates the weights after the last micro-batch
-            tokens = int(loaded["mask"].sum())
-            monitor.log_micro_batch(loss, loaded, tokens)               # no wait for the device
+            monitor.log_micro_batch(loss, loaded)                       # no wait for the device
         step += 1
         engine.update_ema(ema_decay(run, step))
         monitor.log_step(engine.grad_norm())

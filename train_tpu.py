@@ -67,7 +67,7 @@ def train(run, config):
     place = partial(xla.place_batches, mesh=mesh)
     batches = place(load_batches(dataset, micro_batches, data_workers(run)))
     engine = build_engine(run, model, vae, checkpoint, accumulation, mesh)
-    host = SpmdHost(place, xla.sync, mesh.size())
+    host = SpmdHost(place, xla.sync, mesh.size(), xla.tpu_kind(), xla.tpu_memory)
     monitor = Monitor(run, config, model, vae, checkpoint, micro_batch, dataset, host)
     del checkpoint                          # closes its files
     signals = distributed.catch_signals()
