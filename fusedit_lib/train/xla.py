@@ -203,6 +203,11 @@ def use_weights(model, weights):
 
 # ------------------------------------------------------------------------------ the engine
 
+# The host may record this many steps ahead of the devices. PyTorch/XLA itself would queue 32, and
+# a signal is only handled, and a checkpoint read, once all that is queued has run.
+STEPS_AHEAD = 2
+
+
 class Engine:
     """Model, AdamW and EMA on the mesh, with the same methods as zero.Engine.
 
@@ -222,6 +227,7 @@ class Engine:
         self.learning_rate = run.lr
         self.micro_batches = 0              # number of micro-batches so far
         self.norm = None                    # gradient norm of the last step
+        self.running = deque()              # gradient norms of steps that may not be finished
 
         scan = make_scan(run.remat)
         mark = partial(mark_with_gradient, mesh)
@@ -306,9 +312,15 @@ class Engine:
                               self.max_grad_norm)
 
     def update_ema(self, decay):
-        """Updates the EMA and runs the step. A decay of 1 keeps the EMA, with the same graph."""
+        """Updates the EMA and runs the step. A decay of 1 keeps the EMA, with the same graph.
+
+        Waits until the step before the last STEPS_AHEAD steps has finished.
+        """
         update_ema(self.state.values(), self.to_scalar(1 - decay))
         sync()
+        self.running.append(self.norm)
+        if len(self.running) > STEPS_AHEAD:
+            self.running.popleft().cpu()
 
     def grad_norm(self):
         """Norm of the last step's gradient before clipping; not finite if the step was skipped."""
