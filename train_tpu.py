@@ -51,6 +51,7 @@ def build_engine(run, model, vae, weights, checkpoint, accumulation, mesh):
 
 def train(run, config):
     """Trains from the latest checkpoint, if any, to the last step. Returns the exit code."""
+    signals = distributed.catch_sigterm()   # also while the model is loaded
     run, mesh = start(run)
     rank, world = distributed.rank_and_world()
     micro_batch, accumulation = split_batch(run, mesh.size())
@@ -66,13 +67,11 @@ def train(run, config):
     place = partial(xla.place_batches, mesh=mesh)
     batches = place(load_batches(dataset, micro_batches, data_workers(run)))
     engine = build_engine(run, model, vae, weights, checkpoint, accumulation, mesh)
-    host = SpmdHost(place, xla.sync, mesh.size())
+    host = SpmdHost(place, xla.sync, mesh.size(), xla.tpu_kind(), xla.tpu_memory)
     monitor = Monitor(run, config, model, vae, checkpoint, micro_batch, dataset, host)
     del weights, checkpoint                 # closes their files
-    signals = distributed.catch_signals()
-    stop = 0
-
-    validate_start(run, step, engine, monitor)
+    distributed.catch_ctrl_c(signals)
+    stop = validate_start(run, step, engine, monitor, writer, signals)
     while step < run.steps and not stop:
         # ------------------------------------------------------------ the training step
         lr = learning_rate(run, step)
@@ -101,12 +100,18 @@ def train(run, config):
     return writer.close(step, stop)
 
 
-def validate_start(run, step, engine, monitor):
-    """With --init, validates the model and draws its image grid before the first step."""
-    if run.init and step == 0:
+def validate_start(run, step, engine, monitor, writer, signals):
+    """With --init, validates the model and draws its image grid before the first step.
+
+    Returns the number of the signal that any rank has received so far, or 0.
+    """
+    stop, _ = writer.poll(max(signals, default=0))
+    if run.init and step == 0 and not stop:
         with engine.use_ema() as model:
             monitor.validate(step, model)
         monitor.restart_clock(True)
+        stop, _ = writer.poll(max(signals, default=0))
+    return stop
 
 
 def finish_step(run, step, first_step, lr, engine, monitor, writer, signals):

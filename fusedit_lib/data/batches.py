@@ -233,6 +233,7 @@ class Batches(Dataset):
             pixels=pixels.movedim(-1, 1),
             ids=ids,
             mask=mask,
+            text_tokens=int(mask.sum()),    # without padding
             captions=captions,
             bad=bad,
             notes=notes,

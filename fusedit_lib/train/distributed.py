@@ -11,23 +11,27 @@ import torch
 import torch.distributed as dist
 
 
-def catch_signals():
-    """Handle Ctrl-C and SIGTERM from now on. Returns a list to which signal numbers are appended.
-
-    A second Ctrl-C ends the process at once, unless it comes within 3 seconds of the first signal:
-    a terminal sends Ctrl-C to every process, and launchers then forward it to the same processes.
-    """
+def catch_sigterm():
+    """Handle SIGTERM from now on. Returns a list to which signal numbers are appended."""
     caught = []
+    signal.signal(signal.SIGTERM, lambda number, _: caught.append(number))
+    return caught
+
+
+def catch_ctrl_c(caught):
+    """Append Ctrl-C to the list of catch_sigterm from now on.
+
+    A second Ctrl-C ends the process at once, unless it comes within 3 seconds of the first one: a
+    terminal sends Ctrl-C to every process, and launchers then forward it to the same processes.
+    """
     received = []                           # times
 
     def catch(number, _):
         caught.append(number)
         received.append(time.monotonic())
-        if number == signal.SIGINT and received[-1] - received[0] > 3:
+        if received[-1] - received[0] > 3:
             raise KeyboardInterrupt
     signal.signal(signal.SIGINT, catch)
-    signal.signal(signal.SIGTERM, catch)
-    return caught
 
 
 def rank_and_world():

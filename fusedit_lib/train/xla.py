@@ -10,7 +10,9 @@ that --help and --plan work without it. The scanned layers, in plain PyTorch, ar
 """
 import atexit
 import contextlib
+import functools
 import os
+import sys
 from collections import deque
 from datetime import timedelta
 from functools import partial
@@ -80,6 +82,42 @@ def sync():
     """Compiles and runs the recorded operations."""
     import torch_xla
     torch_xla.sync()
+
+
+# ------------------------------------------------------------------------------ the TPU's figures
+
+def tpu_kind():
+    """The kind of TPU, such as "v4" or "v5litepod", or None if it is not known or there is none."""
+    from torch_xla._internal import tpu
+    if os.environ["PJRT_DEVICE"] != "TPU":
+        return None
+    try:
+        return tpu.get_tpu_type()           # from the environment or the machine's metadata
+    except (OSError, LookupError, TypeError):
+        return None
+
+
+def tpu_memory():
+    """Bytes in use on the fullest chip of this host, or None if they are not known.
+
+    They come from libtpu's metrics server, as for the command `tpu-info`, which torch_xla installs:
+    xm.get_memory_info refuses the one device of SPMD (https://github.com/pytorch/xla/issues/9022).
+    """
+    if os.environ["PJRT_DEVICE"] != "TPU":
+        return None
+    try:
+        from tpu_info import device, metrics
+        kind, _ = device.get_local_chips()
+        return max(chip.memory_usage for chip in metrics.get_chip_usage(kind))
+    except Exception as error:              # gRPC's errors and others; the run needs no figure
+        print_once(f"WARNING: the memory of the chips cannot be read ({backend.first_line(error)}); "
+                   "memory_gb is the host's")
+        return None
+
+
+@functools.cache
+def print_once(message):
+    print(message, file=sys.stderr, flush=True)
 
 
 # ------------------------------------------------------------------------------ scan over layers
@@ -167,6 +205,11 @@ def use_weights(model, weights):
 
 # ------------------------------------------------------------------------------ the engine
 
+# The host may record this many steps ahead of the devices. PyTorch/XLA itself would queue 32, and
+# a signal is only handled, and a checkpoint read, once all that is queued has run.
+STEPS_AHEAD = 2
+
+
 class Engine:
     """Model, AdamW and EMA on the mesh, with the same methods as zero.Engine.
 
@@ -190,6 +233,7 @@ class Engine:
         self.learning_rate = run.lr
         self.micro_batches = 0              # number of micro-batches so far
         self.norm = None                    # gradient norm of the last step
+        self.running = deque()              # gradient norms of steps that may not be finished
 
         scan = make_scan(run.remat)
         mark = partial(mark_with_gradient, mesh)
@@ -295,9 +339,15 @@ class Engine:
                               self.max_grad_norm)
 
     def update_ema(self, decay):
-        """Updates the EMA and runs the step. A decay of 1 keeps the EMA, with the same graph."""
+        """Updates the EMA and runs the step. A decay of 1 keeps the EMA, with the same graph.
+
+        Waits until the step before the last STEPS_AHEAD steps has finished.
+        """
         update_ema(self.state.values(), self.to_scalar(1 - decay))
         sync()
+        self.running.append(self.norm)
+        if len(self.running) > STEPS_AHEAD:
+            self.running.popleft().cpu()
 
     def grad_norm(self):
         """Norm of the last step's gradient before clipping; not finite if the step was skipped."""

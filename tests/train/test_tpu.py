@@ -467,6 +467,28 @@ def test_validation_matches_train_gpu(gemma, data, tmp_path):
         assert np.abs(grids[0] - grids[1]).max() <= levels
 
 
+# Two chips with a peak of 1e6 FLOP/s each. The memory in use rises while the run goes on.
+FIGURES = """
+from fusedit_lib.train import hardware
+hardware.TPUS["small"] = hardware.Hardware(1e6, 1e9)
+xla.tpu_kind = lambda: "small"
+used = [2e9, 5e9, 3e9]
+xla.tpu_memory = lambda: used.pop(0)
+"""
+
+
+def test_the_log_has_the_mfu_and_the_memory_of_the_chips(gemma, data, tmp_path):
+    argv = flags(gemma, data, tmp_path / "run", "--steps", "3", "--sample-every", "0")
+    on_devices(2, [(argv, FIGURES)])
+    config = model_config(parse_run(argv, "", "tpu"))
+    useful = costs.useful_flops(config, latents=False, train_llm=False)
+    rows = metrics(tmp_path / "run")
+    assert [row["memory_gb"] for row in rows] == [2, 5, 5]
+    for row in rows[1:]:
+        tokens = (row["mfu"] * 2e6 / row["images_per_s"] - useful.per_image) / useful.per_token
+        assert 1 < tokens < config.max_text_tokens          # of a caption, without padding
+
+
 @pytest.mark.parametrize("devices, mesh", [(2, "2,1"), (4, "2,2")])
 def test_a_run_starts_with_the_losses_of_its_model(gemma, data, tmp_path, devices, mesh):
     """A run of train_gpu.py, a checkpoint's EMA and raw weights, and the released layout."""
