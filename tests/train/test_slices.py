@@ -148,6 +148,13 @@ def host_part(name, tensor, devices, hosts, sizes):
 
 # ------------------------------------------------------------------------------ reading it
 
+def scanned(model):
+    """A model with the stacked weights of the engine."""
+    model.dit.layers = scan.ScannedStack(model.dit.layers, None, None)
+    model.llm.layers = scan.ScannedStack(model.llm.layers, None, None)
+    return model
+
+
 def start(monkeypatch, run, config, folder, sizes, devices):
     """What a host with these devices reads at the start: (Host, its bytes by name)."""
     monkeypatch.setattr(xla, "local_devices", lambda: {f"TPU:{i}": i for i in devices})
@@ -155,9 +162,7 @@ def start(monkeypatch, run, config, folder, sizes, devices):
     READ.clear()
     checkpoint = checkpoints.load_checkpoint(folder)
     model, _, weights = build.open_models(run, config, checkpoint, partial(xla.local_slices, mesh))
-    model.dit.layers = scan.ScannedStack(model.dit.layers, None, None)
-    model.llm.layers = scan.ScannedStack(model.llm.layers, None, None)
-    host = Host(model=model, mesh=mesh, weights=weights, shards={})
+    host = Host(model=scanned(model), mesh=mesh, weights=weights, shards={})
     xla.Engine.load_parameters(host, weights, checkpoint)
     return host, READ.copy()
 
@@ -180,8 +185,28 @@ def drawn(host):
     return total
 
 
+def check_values(whole, run, config, folder, state):
+    """Checks the Shards of one host with one device against build_models and a random_state."""
+    model, _ = build.build_models(run, config, "cpu", checkpoints.load_checkpoint(folder))
+    model = scanned(model)
+    assert whole.shards.keys() == dict(model.named_parameters()).keys()
+    for name, parameter in model.named_parameters():
+        tensors = [shards[0].values for shards in whole.shards[name]]
+        if not parameter.requires_grad:
+            assert torch.equal(tensors[0], parameter) and len(tensors) == 1
+            continue
+        want = [parameter, parameter, torch.zeros_like(parameter), torch.zeros_like(parameter)]
+        if folder:
+            names = sharding.stored_names(name, parameter)
+            want = [torch.stack([state[prefix + name] for name in names]).view(parameter.shape)
+                    for prefix in ("", "weight.", "exp_avg.", "exp_avg_sq.")]
+            assert torch.equal(want[1], parameter)
+        for got, tensor in zip(tensors, want, strict=True):
+            assert torch.equal(got, tensor), name
+
+
 def check_shards(host, whole, sizes, devices):
-    """Checks the Shards of a host's devices against those of one that has all in one device."""
+    """Checks the Shards of a host's devices against those of a host with one device."""
     assert host.shards.keys() == whole.shards.keys()
     for name, fields in host.shards.items():
         for shards, (tensor,) in zip(fields, whole.shards[name], strict=True):
@@ -214,15 +239,17 @@ def test_a_host_reads_its_own_share(gemma, tmp_path, monkeypatch, kind, shape):
         write_model(tmp_path / "model", *settings(gemma))
     more = [word.replace("MODEL", str(tmp_path / "model")) for word in more]
     run, config = settings(gemma, *more)
-    folder = None
+    folder = state = None
     if kind.startswith("resumed"):
+        state = random_state(run, config)
         hosts = hosts_of(1 if "one process" in kind else 4)
-        folder = write_checkpoint(tmp_path / "step", random_state(run, config), hosts, OTHER_MESH)
+        folder = write_checkpoint(tmp_path / "step", state, hosts, OTHER_MESH)
 
     # one host with one device reads every tensor once
     single = dict.fromkeys(sharding.AXES, 1)
     whole, needed = start(monkeypatch, run, config, folder, single, [0])
     assert needed.total() == bytes_of(whole.model, times) - drawn(whole) * times[1]
+    check_values(whole, run, config, folder, state)
     assert (drawn(whole) > 0) == (kind in ("new", "from a model of another patch size"))
 
     sizes = dict(zip(sharding.AXES, shape, strict=True))
