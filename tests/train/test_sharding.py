@@ -63,7 +63,7 @@ def test_only_small_tensors_are_replicated(name):
 
 
 @pytest.mark.parametrize("name", ["dit.layers.block.mlp.up_proj.weight", "dit.proj_out.weight",
-                                  "dit.layers.block.self_attn.o_proj.weight", "dit.norm_out.weight"])
+                                  "dit.layers.block.self_attn.o_proj.weight", "llm.norm.weight"])
 def test_the_slices_of_each_device(name):
     """The mesh is numbered like an array, as torch_xla does it."""
     tensor = torch.arange(3 * 8 * 12).view(3, 8, 12)

@@ -1,7 +1,7 @@
-"""What each host of a TPU run reads at its start: the slices that its own chips hold.
+"""Each host of a TPU run reads the slices that its own chips hold, and no others.
 
-The hosts are pretended. Each has some of a mesh's devices, and the engine's own code reads what they
-need; only the last step, onto a device, is left out. tests/train/test_tpu.py runs all of it.
+The hosts are pretended. Each has some of a mesh's devices, and the engine's own code reads what
+they need; only the last step, onto a device, is left out. tests/train/test_tpu.py runs all of it.
 """
 import json
 from collections import Counter
@@ -156,7 +156,7 @@ def scanned(model):
 
 
 def start(monkeypatch, run, config, folder, sizes, devices):
-    """What a host with these devices reads at the start: (Host, its bytes by name)."""
+    """Starts a run on a host with these devices. Returns (Host, bytes that it has read by name)."""
     monkeypatch.setattr(xla, "local_devices", lambda: {f"TPU:{i}": i for i in devices})
     mesh = SimpleNamespace(shape=lambda: sizes)
     READ.clear()

@@ -121,8 +121,8 @@ def test_every_kind_of_model_matches_train_gpu(gemma, data, tmp_path, name):
 
 
 # Prints the bytes on each device: those of gradients after the first of two micro-batches, and
-# those of each field of ParameterState when a checkpoint is gathered, held and to be written. Checks
-# that the shards are where sharding.py says, from which follows what a host reads.
+# those of each field of ParameterState when a checkpoint is gathered, held and to be written.
+# Checks that the shards are where sharding.py says, from which follows what a host reads.
 BYTES = """
 import torch_xla
 import torch_xla.distributed.spmd as xs
