@@ -249,11 +249,14 @@ class SlicedTensor:
 
 def overlap(a, b):
     """The box that two boxes, tuples of slices, have in common, or None."""
-    common = tuple(slice(max(s.start, t.start), min(s.stop, t.stop))
-                   for s, t in zip(a, b, strict=True))
-    if any(s.start >= s.stop for s in common):
-        return None
-    return common
+    common = []
+    for s, t in zip(a, b, strict=True):
+        start = max(s.start, t.start)
+        stop = min(s.stop, t.stop)
+        if start >= stop:
+            return None
+        common.append(slice(start, stop))
+    return tuple(common)
 
 
 def relative_to(box, inside):

@@ -35,10 +35,9 @@ def build_models(run, config, device, checkpoint):
         model = load_model(run.init, device, dtype, **vars(config))
         add_adapters(model.dit, run.lora)
     else:
-        model = build_model(config, device, dtype)
+        model = build_model(config, device, dtype, llm_dtype=llm_dtype(run))
+        model.llm.requires_grad_(run.train_llm)
     vae = build_vae(config, device, dtype)
-    if run.train_llm:
-        model.llm.float().requires_grad_(True)
 
     if run.init and not run.lora and checkpoint is None:
         load_initial_weights(model, open_initial_weights(run, model))
@@ -66,9 +65,7 @@ def open_models(run, config, checkpoint, local_slices):
 
     attach_clip(model, config, "cpu", dtype)
     vae = build_vae(config, "cpu", dtype)
-    model.llm.to(dtype)
-    if run.train_llm:
-        model.llm.float().requires_grad_(True)
+    model.llm.to(llm_dtype(run)).requires_grad_(run.train_llm)
     if checkpoint is not None:
         for name, _ in trainable(model):
             weights[name] = checkpoint.state[f"weight.{name}"]
@@ -87,7 +84,8 @@ def initial_weights(run, model, local_slices):
     if initial.adapters:
         whole = copy.deepcopy(model.dit).to_empty(device="cpu")
         load_initial_dit(whole, initial)
-        dit = {name: (InMemoryTensor(whole.get_parameter(name)), name) for name in dit}
+        state = whole.state_dict()
+        dit = {name: (InMemoryTensor(state[name]), name) for name in dit}
 
     if dit.keys() != model.dit.state_dict().keys():         # some weights start fresh, or all
         dit = Drawing(model.dit, local_slices).kept | dit
@@ -108,11 +106,15 @@ class Drawing:
         for name, parameter in self.dit.named_parameters():
             weight = torch.empty(parameter.shape)
             yield name, weight              # init_weights fills it, then asks for the next one
-            parts = SlicedTensor(name, dict)
-            for slices in self.local_slices(f"dit.{name}", weight.shape):
-                if slices not in parts.slices:
-                    parts.add(slices, InMemoryTensor(weight[slices].clone()), name)
-            self.kept[name] = parts, name
+            self.kept[name] = self.keep(f"dit.{name}", weight), name
+
+    def keep(self, name, weight):
+        """A SlicedTensor with copies of this host's parts of a weight."""
+        parts = SlicedTensor(name, metadata=dict)
+        for slices in self.local_slices(name, weight.shape):
+            if slices not in parts.slices:
+                parts.add(slices, InMemoryTensor(weight[slices].clone()), name)
+        return parts
 
 
 def build_vae(config, device, dtype):
@@ -122,6 +124,13 @@ def build_vae(config, device, dtype):
     vae = load_vae(config.vae, device, dtype, config.in_channels)
     latent_size(config, vae)                # model_config may not have known a hub id's VAE
     return vae
+
+
+def llm_dtype(run):
+    """The dtype of Gemma's weights in a run."""
+    if run.train_llm:
+        return torch.float32
+    return backend.torch_dtype(run.dtype)
 
 
 def trainable(model):

@@ -121,13 +121,23 @@ def test_every_kind_of_model_matches_train_gpu(gemma, data, tmp_path, name):
 
 
 # Prints the bytes on each device: those of gradients after the first of two micro-batches, and
-# those of each field of ParameterState when a checkpoint is gathered.
+# those of each field of ParameterState when a checkpoint is gathered, held and to be written.
+# Checks that the shards are where sharding.py says, from which follows what a host reads.
 BYTES = """
 import torch_xla
 import torch_xla.distributed.spmd as xs
 
 def shards(tensor):
     return xs.XLAShardedTensor(tensor).local_shards
+
+def check_place(mesh, name, tensor, shard):
+    places = dict(zip(xla.local_devices(), xla.local_slices(mesh, name, tensor.shape)))
+    want = places[shard.shard_device]
+    if shard.indices is ...:
+        assert [s.stop - s.start for s in want] == list(tensor.shape), name
+    else:
+        got = [(s.start, s.stop) for s in shard.indices]
+        assert got == [(s.start, s.stop) for s in want], name
 
 class Engine(xla.Engine):
     def step(self):
@@ -144,12 +154,16 @@ class Engine(xla.Engine):
 
     def gather_state(self):
         gathered = super().gather_state()
-        held = {}
-        for state in self.state.values():
+        held, written = {}, {}
+        for name, state in self.state.items():
             for field, tensor in enumerate(state):
                 for shard in shards(tensor):
-                    held.setdefault(shard.shard_device, [0] * 4)[field] += shard.data.nbytes
-        print("HELD", json.dumps(held))
+                    check_place(self.mesh, name, tensor, shard)
+                    device = shard.shard_device
+                    held.setdefault(device, [0] * 4)[field] += shard.data.nbytes
+                    if shard.replica_id == 0:
+                        written.setdefault(device, [0] * 4)[field] += shard.data.nbytes
+        print("HELD", json.dumps([held, written]))
         return gathered
 
 xla.Engine = Engine
@@ -169,7 +183,10 @@ def wide_gemma(tmp_path_factory):
 
 
 def test_a_device_holds_its_share(wide_gemma, data, tmp_path):
-    """EMA, weights and both of Adam's moments. The sizes are read from the shards."""
+    """EMA, weights and both of Adam's moments. The sizes are read from the shards.
+
+    Of a checkpoint, it writes its share as well, and all devices together write everything once.
+    """
     total = None                            # bytes of each field on one device
     for devices, meshes in ((1, ["1,1"]), (2, ["2,1"]), (4, ["2,2"]), (8, ["8,1", "2,4"])):
         jobs = []
@@ -184,13 +201,14 @@ def test_a_device_holds_its_share(wide_gemma, data, tmp_path):
         assert len(found) == len(meshes) == len(gradients)
 
         if total is None:
-            total = found[0]["CPU:0"]
+            total = found[0][0]["CPU:0"]
         assert sum(total) == 4 * total[0] > 4 * 4_000_000
         share = [size / devices for size in total]
-        for held in found:
-            assert len(held) == devices
-            for device in held.values():
+        for held, written in found:
+            assert len(held) == len(written) == devices
+            for device in (*held.values(), *written.values()):
                 assert device == pytest.approx(share, rel=0.1)
+            assert [sum(sizes) for sizes in zip(*written.values(), strict=True)] == total
         assert gradients == pytest.approx([share[0]] * len(meshes), rel=0.1)
 
 
