@@ -21,6 +21,7 @@ from tiny_shards import (
     ORIGINAL_CAPTIONS,
     SHAPE,
     batch_keys,
+    in_turn,
     index,
     numbered,
     png,
@@ -102,8 +103,7 @@ def test_noise_and_captions_depend_only_on_the_position(gemma_folder, shards):
     ranks = [tiny_batches(gemma_folder, shards, *flags, micro_batch=2, accumulation=2, rank=rank,
                           world=2) for rank in range(2)]
     for key in ("noise", "normal", "pixels", "ids"):
-        together = torch.cat([torch.stack([ranks[0][m][key], ranks[1][m][key]], 1).flatten(0, 1)
-                              for m in (6, 7)])
+        together = torch.cat([in_turn([ranks[0][m][key], ranks[1][m][key]]) for m in (6, 7)])
         assert together.equal(whole[key]), key
     assert whole["noise"].shape == (8, 1, 3, 16, 16)
     assert len(set(whole["normal"].tolist())) == 8
