@@ -219,7 +219,8 @@ def test_the_next_shard_of_each_stream_is_copied_ahead(gemma_folder, shards, ser
         position += 1
         wanted = {f"/s-{batches.order[p][0]}.tar" for p in (position, position + 2 * 4)}
     batches.prefetch([position])
-    while len(list(tmp_path.glob("*.tar"))) < 2:
+    deadline = time.monotonic() + 60
+    while len(list(tmp_path.glob("*.tar"))) < 2 and time.monotonic() < deadline:
         time.sleep(0.01)
     assert wanted == {path for path in requests if path.endswith("tar")}
 
