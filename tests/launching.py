@@ -139,7 +139,7 @@ def print_keys(source, which, batches):
     for m, batch in zip(which, batches):
         keys = ""
         for position, caption in zip(source.positions(m), batch["captions"]):
-            keys += f" {position}:{caption.split()[-1]}"
+            keys += f" {position}:{caption.rpartition(' ')[2]}"
         os.write(1, f"KEYS{keys}\\n".encode())
         steps_left -= 1
         if steps_left == 0 and not while_writing:

@@ -36,7 +36,7 @@ from fusedit_lib.files import atomic_write
 from fusedit_lib.folders import vae_fingerprint
 
 LATENTS_SUFFIX = ".latents.safetensors"     # replaces .tar in the name of a shard's latents
-SPARE_COPIES = 8                            # remote shards kept in addition to those in use
+SPARE = 8                                   # shards kept open or copied beyond those needed
 RETRY_SECONDS = 600                         # time after which an unreadable shard is tried again
 
 
@@ -294,8 +294,8 @@ class OpenShard(NamedTuple):
 class ShardReader:
     """Reads samples of shards by number. Remote shards are copied to a local cache.
 
-    At most 2 * keep shards are open at a time: those of the current pools and, towards their end,
-    those of the next. The size of the cache is bounded by deleting the oldest copies.
+    At most keep + SPARE shards are open at a time: those that are being read, and some more. The
+    size of the cache is bounded by deleting the oldest copies.
     """
 
     def __init__(self, shards, keep, cache, latents=False, keep_on_host=0):
@@ -327,7 +327,7 @@ class ShardReader:
 
     def make_room(self):
         """Delete the oldest copies. A process that has one open can still read it."""
-        kept = 2 * self.keep_on_host + SPARE_COPIES        # those in use, the next ones, and more
+        kept = 2 * self.keep_on_host + SPARE               # those in use, the next ones, and more
         if self.latents:
             kept *= 2                       # there are two files per shard
         with FileLock(self.cache / "lock"):
@@ -403,9 +403,9 @@ class ShardReader:
         """
         shard = self.opened.pop(number, None)
         if shard is None or time.monotonic() > shard.expires:
-            while len(self.opened) >= 2 * self.keep:
-                oldest = next(iter(self.opened))
-                del self.opened[oldest]
+            while len(self.opened) >= self.keep + SPARE:
+                unused = next(iter(self.opened))           # for the longest time
+                del self.opened[unused]
             shard = self.open(number)
         self.opened[number] = shard
 

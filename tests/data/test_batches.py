@@ -21,6 +21,7 @@ from tiny_shards import (
     ORIGINAL_CAPTIONS,
     SHAPE,
     batch_keys,
+    in_turn,
     index,
     numbered,
     png,
@@ -102,8 +103,7 @@ def test_noise_and_captions_depend_only_on_the_position(gemma_folder, shards):
     ranks = [tiny_batches(gemma_folder, shards, *flags, micro_batch=2, accumulation=2, rank=rank,
                           world=2) for rank in range(2)]
     for key in ("noise", "normal", "pixels", "ids"):
-        together = torch.cat([torch.stack([ranks[0][m][key], ranks[1][m][key]], 1).flatten(0, 1)
-                              for m in (6, 7)])
+        together = torch.cat([in_turn([ranks[0][m][key], ranks[1][m][key]]) for m in (6, 7)])
         assert together.equal(whole[key]), key
     assert whole["noise"].shape == (8, 1, 3, 16, 16)
     assert len(set(whole["normal"].tolist())) == 8
@@ -132,7 +132,7 @@ print(time.time() - begin, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 
 def test_any_step_is_reached_directly(gemma_folder, tmp_path, known):
     """2,600 shards of 10,000 samples, step 800,000 at batch 512; all shards are links to one tar.
 
-    The same holds without offsets.npy, when the batch's 16 tars are scanned for their offsets.
+    The same holds without offsets.npy, with 8 streams, whose tars are scanned for their offsets.
     """
     tar = tmp_path / "one.tar"
     files = {"image.png": b"x", "synthetic_caption.txt": "a"}
@@ -147,7 +147,9 @@ def test_any_step_is_reached_directly(gemma_folder, tmp_path, known):
     if known:
         np.save(data / "offsets.npy", np.tile(sample_offsets(tar), 2600))
 
-    argv = ["--data", data, "--base", gemma_folder, "--batch", "512", "--set", *SHAPE]
+    streams = "64" if known else "8"
+    argv = ["--data", data, "--base", gemma_folder, "--batch", "512", "--streams", streams]
+    argv += ["--set", *SHAPE]
     done = warm.run(["-c", LATE_STEP, *argv], env=os.environ | {"PYTHONPATH": str(ROOT)})
     assert done.returncode == 0, done.stderr
     seconds, gigabytes = map(float, done.stdout.split())

@@ -22,7 +22,7 @@ from tiny_shards import (
 
 from fusedit import FuseDiTError
 from fusedit_lib.data.shards import (
-    SPARE_COPIES,
+    SPARE,
     Shard,
     ShardReader,
     expand_shards,
@@ -153,6 +153,19 @@ def test_an_unreadable_shard_is_tried_again_after_a_while(shards, monkeypatch):
     assert "image.png" in reader.read(0, 0)
 
 
+def test_the_shards_used_last_stay_open(tmp_path):
+    write_shard(tmp_path / "a.tar", [scene("x")])
+    path = str(tmp_path / "a.tar")
+    reader = ShardReader([Shard(path, 1, None, None, 0)] * 40, 2, "")
+    reader.read(0, 0)
+    first = reader.opened[0].file
+    for number in range(1, 40):
+        reader.read(number, 0)
+        reader.read(0, 0)
+    assert reader.opened[0].file is first
+    assert sorted(reader.opened) == [0, *range(40 - (2 + SPARE) + 1, 40)]
+
+
 # ------------------------------------------------------------------------------ remote shards
 
 @pytest.fixture
@@ -192,20 +205,22 @@ def test_remote_shards_are_copied_once_to_a_bounded_cache(gemma_folder, shards, 
     index(shards)
     read_index.cache_clear()
     assert len(remote_keys("")) == 6
-    assert len(list(cache.glob("*.tar"))) == 2 * 1 + SPARE_COPIES + 1
+    assert len(list(cache.glob("*.tar"))) == 2 * 1 + SPARE + 1
 
 
 def test_the_next_shard_of_each_stream_is_copied_ahead(gemma_folder, shards, server, tmp_path):
-    """Two streams: the shard of each position, and the one that its stream reads after it."""
+    """Two streams: the shard of a position, and that of half a shard later in its stream."""
     url, requests = server
-    batches = tiny_batches(gemma_folder, f"{url}/", "--streams", "2", "--cache", str(tmp_path))
+    flags = ["--streams", "2", "--mix-shards", "2", "--cache", str(tmp_path)]
+    batches = tiny_batches(gemma_folder, f"{url}/", *flags)
+    position = 0
     wanted = set()
-    for position in (3, 3 + 2 * 4):
-        shard, _ = batches.order[position]
-        wanted.add(f"/s-{shard}.tar")
-    assert len(wanted) == 2
-    batches.prefetch([3])
-    while len(list(tmp_path.glob("*.tar"))) < 2:
+    while len(wanted) < 2:
+        position += 1
+        wanted = {f"/s-{batches.order[p][0]}.tar" for p in (position, position + 2 * 4)}
+    batches.prefetch([position])
+    deadline = time.monotonic() + 60
+    while len(list(tmp_path.glob("*.tar"))) < 2 and time.monotonic() < deadline:
         time.sleep(0.01)
     assert wanted == {path for path in requests if path.endswith("tar")}
 
