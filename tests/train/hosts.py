@@ -29,7 +29,8 @@ DEVICES = ((0, 1, 4, 5), (2, 3, 6, 7))
 def virtual_devices(count):
     """An environment in which a CPU has several devices, and compiles without optimisations."""
     return launching.ENV | {"PJRT_DEVICE": "CPU", "CPU_NUM_DEVICES": str(count),
-                            "XLA_FLAGS": "--xla_backend_optimization_level=0"}
+                            "XLA_FLAGS": "--xla_backend_optimization_level=0",
+                            "TF_CPP_MIN_LOG_LEVEL": "2"}
 
 
 def run_hosts(argv, before=("", ""), check=True):
