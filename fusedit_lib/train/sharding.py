@@ -134,9 +134,9 @@ def slices_to_store(prefix, name, shards, shape):
     shape: the shape of the whole parameter.
     prefix: a prefix for every name, such as "exp_avg.".
 
-    Neighbouring shards are joined. A piece of a tensor is stored under a name that
-    includes its location, as in "dit.proj_out.weight[0:8,0:512]". files.open_tensors reads such
-    pieces as one tensor.
+    Neighbouring shards are joined. A piece of a tensor is stored under a name that includes its
+    location, as in "dit.proj_out.weight[0:8,0:512]". files.open_tensors reads such pieces as one
+    tensor.
     """
     shards = [without_padding(slices, values, shape) for slices, values in shards]
     if len(shards) > 1:

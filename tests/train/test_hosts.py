@@ -11,6 +11,7 @@ import warm
 from hosts import run_hosts, virtual_devices
 from launching import flags, launch, losses, metrics
 from PIL import Image
+from safetensors.torch import load_file
 from torch.testing import assert_close
 
 from fusedit_lib.files import SlicedTensor, open_tensors, read_tensor
@@ -94,8 +95,13 @@ def test_two_hosts_train_as_one_with_all_their_devices(gemma, data, runs, tmp_pa
 
 
 def test_each_host_writes_the_slices_of_its_own_devices(runs):
+    """Both write as many bytes, and nothing is written twice."""
+    names = [name for path in (runs / "whole" / "step-0000006").rglob("*-of-00002.safetensors")
+             for name in load_file(path)]
+    moments = [name for name in names if name.startswith("exp_avg.")]
+    assert len(names) == len(set(names)) and 4 * len(moments) == len(names) > 100
     for stem, tensors in stored(runs / "whole", 6).items():
-        sizes = Counter()                   # bytes in the file of each host
+        sizes = Counter()                   # bytes of slices in the file of each host
         for name, (file, _) in tensors.items():
             if not isinstance(file, SlicedTensor):
                 continue
