@@ -9,12 +9,12 @@ to compute the memory of a device.
 """
 import math
 import re
+from functools import partial
 from typing import NamedTuple
 
 import torch
 
 from fusedit import FuseDiTError
-from fusedit_lib.files import relative_to
 
 AXES = ("fsdp", "tensor")
 
@@ -170,9 +170,9 @@ def slices_to_store(prefix, name, shards, shape):
     shape: the shape of the whole parameter.
     prefix: a prefix for every name, such as "exp_avg.".
 
-    Shards that together fill a box are joined. A piece of a tensor is stored under a name that
-    includes its location, as in "dit.proj_out.weight[0:8,0:512]". files.open_tensors reads such
-    pieces as one tensor.
+    Neighbouring shards are joined. A piece of a tensor is stored under a name that includes its
+    location, as in "dit.proj_out.weight[0:8,0:512]". files.open_tensors reads such pieces as one
+    tensor.
     """
     shards = [without_padding(slices, values, shape) for slices, values in shards]
     if len(shards) > 1:
@@ -201,19 +201,31 @@ def without_padding(slices, values, shape):
 
 
 def join(shards):
-    """Joins shards into a list of one if they fill a box; otherwise returns them unchanged."""
-    dimensions = list(zip(*(shard.slices for shard in shards), strict=True))
-    starts = [min(s.start for s in slices) for slices in dimensions]
-    stops = [max(s.stop for s in slices) for slices in dimensions]
-    box = tuple(slice(start, stop) for start, stop in zip(starts, stops, strict=True))
-    sizes = [s.stop - s.start for s in box]
-    if sum(shard.values.numel() for shard in shards) != math.prod(sizes):
-        return shards
+    """Joins neighbouring shards into larger boxes. Returns the boxes, as Shards."""
+    for dim in reversed(range(len(shards[0].slices))):
+        boxes = []
+        for shard in sorted(shards, key=partial(starts, dim)):
+            if boxes and follows(dim, boxes[-1], shard):
+                slices = list(shard.slices)
+                slices[dim] = slice(boxes[-1].slices[dim].start, slices[dim].stop)
+                values = torch.cat([boxes.pop().values, shard.values], dim)
+                shard = Shard(tuple(slices), values)
+            boxes.append(shard)
+        shards = boxes
+    return shards
 
-    joined = shards[0].values.new_empty(sizes)
-    for shard in shards:
-        joined[relative_to(box, shard.slices)] = shard.values
-    return [Shard(box, joined)]
+
+def starts(dim, shard):
+    """Where a shard starts in each dimension, with `dim` last."""
+    found = [s.start for s in shard.slices]
+    return [*found[:dim], *found[dim + 1:], found[dim]]
+
+
+def follows(dim, first, second):
+    """Returns True if the second shard begins where the first one ends, in this dimension only."""
+    pairs = list(zip(first.slices, second.slices, strict=True))
+    a, b = pairs.pop(dim)
+    return a.stop == b.start and all(a == b for a, b in pairs)
 
 
 def location(slices, shape):

@@ -29,7 +29,8 @@ DEVICES = ((0, 1, 4, 5), (2, 3, 6, 7))
 def virtual_devices(count):
     """An environment in which a CPU has several devices, and compiles without optimisations."""
     return launching.ENV | {"PJRT_DEVICE": "CPU", "CPU_NUM_DEVICES": str(count),
-                            "XLA_FLAGS": "--xla_backend_optimization_level=0"}
+                            "XLA_FLAGS": "--xla_backend_optimization_level=0",
+                            "TF_CPP_MIN_LOG_LEVEL": "2"}
 
 
 def run_hosts(argv, before=("", ""), check=True):
@@ -85,6 +86,7 @@ class Exchange:
 
 def emulate(host, devices):
     """Makes this process one of two hosts. devices: the numbers of each host's devices."""
+    import torch_xla
     import torch_xla.core.xla_model as xm
     import torch_xla.distributed.spmd as xs
     import torch_xla.runtime as xr
@@ -95,12 +97,18 @@ def emulate(host, devices):
     xr.process_count = lambda: 2
     xr.addressable_runtime_device_count = lambda: len(own)
 
-    # A host sees the shards on its own devices.
+    # A host has and gives the shards on its own devices.
+    names = [[f"CPU:{number}" for number in numbers] for numbers in devices]
     local_shards = xs.XLAShardedTensor.local_shards
+    load_local_shards = xs.XLAShardedTensor.load_local_shards_
 
     def own_shards(tensor):
-        shards = local_shards.fget(tensor)
-        return [shard for shard in shards if int(shard.shard_device.split(":")[1]) in own]
+        return [shard for shard in local_shards.fget(tensor) if shard.shard_device in names[host]]
+
+    def load_shards(tensor, shards):
+        assert [shard.shard_device for shard in shards] == names[host]
+        both = sum(exchange(shards), [])
+        load_local_shards(tensor, sorted(both, key=lambda shard: shard.shard_device))
 
     # A host gives the i-th part of its part of a batch to its i-th device, whatever the number of
     # that device: ShardingUtil::GetShardIndicesForMinibatchTensor in torch_xla.
@@ -114,5 +122,7 @@ def emulate(host, devices):
         whole = torch.cat([on_devices[number] for number in sorted(on_devices)])
         return send(whole, device, replace(sharding, minibatch=False))
 
+    torch_xla._XLAC._xla_get_runtime_devices = lambda: names[host]
     xs.XLAShardedTensor.local_shards = property(own_shards)
+    xs.XLAShardedTensor.load_local_shards_ = load_shards
     xm.send_cpu_data_to_device = send_part
