@@ -67,7 +67,8 @@ def train(run, config):
     place = partial(xla.place_batches, mesh=mesh)
     batches = place(load_batches(dataset, micro_batches, data_workers(run)))
     engine = build_engine(run, model, vae, weights, checkpoint, accumulation, mesh)
-    host = SpmdHost(place, xla.sync, mesh.size(), xla.tpu_kind(), xla.tpu_memory)
+    host = SpmdHost(place, xla.sync, partial(xla.split_rows, mesh), mesh.size(), xla.tpu_kind(),
+                    xla.tpu_memory)
     monitor = Monitor(run, config, model, vae, checkpoint, micro_batch, dataset, host)
     del weights, checkpoint                 # closes their files
     distributed.catch_ctrl_c(signals)

@@ -32,6 +32,7 @@ class SpmdHost(NamedTuple):
     """A host in XLA SPMD, where each rank is a host and all devices act as one."""
     place: Callable                         # batches -> the same batches on the devices
     sync: Callable                          # runs the recorded operations
+    split_rows: Callable                    # shards the first dimension of a tensor over the mesh
     devices: int                            # number of devices of all hosts
     kind: str | None = None                 # of TPU chips, such as "v5litepod"; None if not known
     memory: Callable = lambda: None         # bytes in use on a chip, or None if not known
@@ -70,7 +71,8 @@ class Monitor:
         self.device = model.llm.embed_tokens.weight.device
 
         # Image grids and validation run on each rank separately, or on all hosts as one device.
-        self.host = host or SpmdHost(place=iter, sync=lambda: None, devices=self.world)
+        self.host = host or SpmdHost(place=iter, sync=lambda: None, split_rows=lambda rows: rows,
+                                     devices=self.world)
         self.grid_rank = 0 if host else self.rank
         self.grid_world = 1 if host else self.world
         self.held_out = None                # validation batches, read on first use
@@ -328,8 +330,7 @@ class Monitor:
             self.vae.to(vae_device)
 
     def write_grid(self, step, model):
-        grid = sample_grid(self.run, model, self.vae, self.host.sync,
-                           self.grid_rank, self.grid_world)
+        grid = sample_grid(self.run, model, self.vae, self.host, self.grid_rank, self.grid_world)
         if self.rank == 0:
             info = PngInfo()
             info.add_text("prompts", "\n".join(self.run.prompts))

@@ -110,8 +110,9 @@ def tpu_memory():
         kind, _ = device.get_local_chips()
         return max(chip.memory_usage for chip in metrics.get_chip_usage(kind))
     except Exception as error:              # gRPC's errors and others; the run needs no figure
-        print_once(f"WARNING: the memory of the chips cannot be read ({backend.first_line(error)}); "
-                   "memory_gb is the host's")
+        reason = backend.first_line(error)
+        print_once(f"WARNING: the memory of the chips cannot be read ({reason}); memory_gb is the "
+                   "host's")
         return None
 
 
@@ -405,6 +406,13 @@ def local_shards(prefix, name, tensor):
 
 # Number of dimensions of a batch's tensors (data/batches.py). All devices share the first, B.
 DIMENSIONS = {"pixels": 4, "ids": 2, "mask": 2, "clip": 2, "normal": 1, "noise": 5, "counts": 1}
+
+
+def split_rows(mesh, tensor):
+    """Shards the first dimension of a tensor on the device over all devices. Returns the tensor."""
+    import torch_xla.distributed.spmd as xs
+    xs.mark_sharding(tensor, mesh, (sharding.AXES, *[None] * (tensor.dim() - 1)))
+    return tensor
 
 
 def place_batches(batches, mesh):

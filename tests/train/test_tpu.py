@@ -485,6 +485,29 @@ def test_validation_matches_train_gpu(gemma, data, tmp_path):
         assert np.abs(grids[0] - grids[1]).max() <= levels
 
 
+def test_each_device_draws_its_share_of_the_image_grid(gemma, data, tmp_path):
+    """3 images on 8 devices: each draws one, with guidance. All are decoded by one program.
+
+    The shapes are those of the compiled programs. Without the repetitions, which make the batch
+    divisible, every device would compute the attention of all 3 images.
+    """
+    argv = flags(gemma, data, tmp_path / "run", "--steps", "1", "--sample-every", "1")
+    env = virtual(8)
+    env["XLA_FLAGS"] += f" --xla_dump_to={tmp_path}/dump --xla_dump_hlo_as_text"
+    launch(argv, engine="tpu", env=env)
+    programs = [path.read_text() for path in tmp_path.glob("dump/*cpu_after_optimizations.txt")]
+    config = model_config(parse_run(argv, "", "tpu"))
+    tokens = (config.image_size // config.patch_size)**2
+    batches = set()                         # sizes of batches times key heads in image attention
+    for program in programs:
+        for first, rows, keys in re.findall(r" = f32\[(\d+),(\d+),(\d+)\]\S* dot\(", program):
+            if int(rows) % tokens == 0 and int(keys) > tokens:
+                batches.add(int(first))
+    key_heads = 2
+    assert batches == {key_heads, 2 * key_heads}            # one image in training, two in a grid
+    assert sum(bool(re.search(r"->.*u8\[", program)) for program in programs) == 1
+
+
 # Two chips with a peak of 1e6 FLOP/s each. The memory in use rises while the run goes on.
 FIGURES = """
 from fusedit_lib.train import hardware
