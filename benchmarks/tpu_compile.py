@@ -125,7 +125,10 @@ def compile_for(topology, proto, devices):
     from jax._src import compiler
     from jax._src.lib import xla_client
     from jax.experimental import topologies
-    description = topologies.get_topology_desc(topology_name=topology, platform="tpu")
+    options = {}
+    if topology.startswith("v4"):
+        options["chip_config_name"] = "megacore"           # a chip's two cores act as one device
+    description = topologies.get_topology_desc(topology, "tpu", **options)
     chips = sorted(description.devices, key=lambda device: device.id)[:devices]
     options = compiler.get_compile_options(
         num_replicas=1, num_partitions=devices, use_spmd_partitioning=True,
@@ -134,13 +137,11 @@ def compile_for(topology, proto, devices):
     return chips[0].client.compile(to_module(proto), xla_client.DeviceList(tuple(chips)), options)
 
 
-def set_environment(topology, flags):
+def set_environment(flags):
     """Variables that libtpu reads when it is loaded. flags: those of torch_xla."""
     os.environ.update(TPU_SKIP_MDS_QUERY="1", ALLOW_MULTIPLE_LIBTPU_LOAD="1", JAX_PLATFORMS="cpu",
                       TPU_ACCELERATOR_TYPE="v5litepod-256", TPU_WORKER_HOSTNAMES="localhost",
                       TPU_WORKER_ID="0", LIBTPU_INIT_ARGS=flags)
-    if topology.startswith("v4"):
-        os.environ["TPU_MEGACORE"] = "megacore_dense"      # a chip's two cores act as one device
 
 
 # ---------------------------------------------------------------------------- the figures
@@ -163,6 +164,8 @@ def parse_arguments():
     p.add_argument("topology", help="kind of TPU and size of the slice, such as v5e:8x8 (64 chips) "
                                     "or v4:4x4x4")
     p.add_argument("--layers", help="layers of Gemma and of the DiT, instead of the preset's")
+    p.add_argument("--latents", action="store_true",
+                   help="train on precomputed latents, without the VAE")
     p.add_argument("--hlo", type=Path, metavar="FILE", help="also write the optimised HLO")
     return p.parse_known_args()
 
@@ -177,8 +180,10 @@ def main():
                    "--kind", kind, *train_flags]
         if args.layers:
             command += ["--layers", args.layers]
+        if args.latents:
+            command.append("--latents")
         subprocess.run(command, check=True)
-        set_environment(args.topology, Path(f"{traced}.flags").read_text())
+        set_environment(Path(f"{traced}.flags").read_text())
         start = time.perf_counter()
         executable = compile_for(args.topology, traced.read_bytes(), devices)
         print(f"compiled in {time.perf_counter() - start:.0f} s")
