@@ -35,8 +35,10 @@ def set_environment_defaults():
     os.environ.setdefault("PJRT_DEVICE", "TPU")
     os.environ.setdefault("PJRT_NPROC", "64")   # threads; waiting virtual devices block some
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
-    cache = os.path.expanduser("~/.cache/fusedit/xla")
-    os.environ.setdefault("XLA_PERSISTENT_CACHE_PATH", cache)
+    if os.environ["PJRT_DEVICE"] == "CPU":
+        # A TPU cannot load the programs it has stored: https://github.com/pytorch/xla/issues/9094.
+        cache = os.path.expanduser("~/.cache/fusedit/xla")
+        os.environ.setdefault("XLA_PERSISTENT_CACHE_PATH", cache)
 
 
 def start(run):
