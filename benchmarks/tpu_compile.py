@@ -205,6 +205,9 @@ def parse_arguments():
     p.add_argument("--layers", help="layers of Gemma and of the DiT, instead of the preset's")
     p.add_argument("--latents", action="store_true",
                    help="train on precomputed latents, without the VAE")
+    p.add_argument("--program", default="step",
+                   help="step: the training step; encoder or decoder: that of the VAE alone, for the "
+                        "batch or for one image")
     p.add_argument("--hlo", type=Path, metavar="FILE", help="also write the optimised HLO")
     p.add_argument("--out", type=Path, metavar="FILE.json", help="also write the figures")
     return p.parse_known_args()
@@ -217,7 +220,7 @@ def main():
     with tempfile.TemporaryDirectory() as folder:
         traced = Path(folder) / "step.pb"
         command = [sys.executable, HERE / "tpu_trace.py", traced, "--devices", str(devices),
-                   "--kind", kind, *train_flags]
+                   "--kind", kind, "--program", args.program, *train_flags]
         if args.layers:
             command += ["--layers", args.layers]
         if args.latents:

@@ -25,6 +25,7 @@ import torch
 import train_tpu
 from fusedit_lib import cli
 from fusedit_lib.backend import torch_dtype
+from fusedit_lib.data.batches import to_device
 from fusedit_lib.train import costs, sharding, xla
 from fusedit_lib.train.config import model_config
 from fusedit_lib.train.flags import parse_run
@@ -85,17 +86,23 @@ def build_models(placeholders, run, config):
         model.llm.to(dtype)
     model.tokenizer = None
     model.clip_encoder = None
-    vae = None
-    if config.vae:
-        with torch.device("meta"):
-            vae = VAE(vae_config(config.vae)).to(dtype).requires_grad_(False).eval()
-        placeholders.fill(vae)
-    return model, vae
+    return model, build_vae(placeholders, run, config)
+
+
+def build_vae(placeholders, run, config):
+    """The VAE on the device, or None."""
+    if not config.vae:
+        return None
+    with torch.device("meta"):
+        vae = VAE(vae_config(config.vae)).to(torch_dtype(run.dtype)).requires_grad_(False).eval()
+    placeholders.fill(vae)
+    return vae
 
 
 def place_batch(placeholders, run, config, latents, mesh):
     """A batch of all devices on the mesh. latents: it has latents instead of pixels."""
     import torch_xla.distributed.spmd as xs
+    os.environ["PJRT_DEVICE"] = "TPU"       # some operations are recorded differently for TPUs
     side = latent_side(config)
     C = config.in_channels
     draws = 1
@@ -128,16 +135,19 @@ class Recorder:
 
 
 # ---------------------------------------------------------------------------- tracing
-def write_graph(out):
-    """Writes the operations recorded so far as one HLO module, with every tensor that is alive."""
+def write_graph(out, outputs):
+    """Writes the operations recorded for some tensors on the device as one HLO module."""
     import torch_xla
-    alive = [t for t in gc.get_objects() if type(t) in (torch.Tensor, torch.nn.Parameter)
-             and t.device.type == "xla"]
-    pending = torch_xla._XLAC._check_tensor_need_materialization(alive)
-    outputs = [t for t, is_pending in zip(alive, pending, strict=True) if is_pending]
-    os.environ["PJRT_DEVICE"] = "TPU"       # some operations are lowered differently on TPUs
     out.write_bytes(torch_xla._XLAC._get_xla_tensors_hlo_proto(outputs))
-    raise Traced
+
+
+def pending_tensors():
+    """All tensors that the next call of torch_xla.sync would compute."""
+    import torch_xla
+    alive = [value for value in gc.get_objects()
+             if type(value) in (torch.Tensor, torch.nn.Parameter) and value.device.type == "xla"]
+    pending = torch_xla._XLAC._check_tensor_need_materialization(alive)
+    return [tensor for tensor, is_pending in zip(alive, pending, strict=True) if is_pending]
 
 
 def trace_step(args, run, config):
@@ -149,6 +159,10 @@ def trace_step(args, run, config):
     def place_batches(_, mesh):
         yield place_batch(placeholders, run, config, args.latents, mesh) | dict(bad=[], notes={})
 
+    def sync():
+        write_graph(args.out, pending_tensors())
+        raise Traced
+
     def to_mesh(engine, name, tensor):
         return placeholders.to_mesh(engine, name, tensor)
 
@@ -159,12 +173,39 @@ def trace_step(args, run, config):
     with (train, patch.object(train_tpu.resuming, "resume", lambda run, config: (run, None)),
           patch.object(train_tpu.checkpoints, "CheckpointWriter", lambda *_: None),
           patch.object(sharding, "initial_state", initial_state),
-          patch.multiple(xla, place_batches=place_batches, sync=lambda: write_graph(args.out)),
+          patch.multiple(xla, place_batches=place_batches, sync=sync),
           patch.object(xla.Engine, "to_mesh", to_mesh)):
         try:
             train_tpu.train(run, config)
         except Traced:
             return
+
+
+@torch.no_grad()
+def trace_encoder(args, run, config):
+    """Writes the graph of the VAE's encoder alone, for the batch of a step."""
+    _, mesh = train_tpu.start(run)
+    placeholders = Placeholders()
+    vae = build_vae(placeholders, run, config)
+    batch = to_device(place_batch(placeholders, run, config, False, mesh), "xla")
+    latents = vae.encode(batch.x, batch.vae_noise)
+    del batch
+    write_graph(args.out, [latents])
+
+
+@torch.no_grad()
+def trace_decoder(args, run, config):
+    """Writes the graph of the VAE's decoder alone, for one image on every chip."""
+    train_tpu.start(run)
+    placeholders = Placeholders()
+    vae = build_vae(placeholders, run, config)
+    os.environ["PJRT_DEVICE"] = "TPU"
+    side = latent_side(config)
+    x = placeholders.make(torch.empty(1, config.in_channels, side, side, device="meta"))
+    write_graph(args.out, [vae.decode(x)])
+
+
+PROGRAMS = dict(step=trace_step, encoder=trace_encoder, decoder=trace_decoder)
 
 
 def libtpu_flags(kind):
@@ -183,6 +224,8 @@ def parse_arguments():
     p.add_argument("out", type=Path, metavar="FILE.pb", help="the file to write")
     p.add_argument("--devices", type=cli.positive, default=8, help="number of chips")
     p.add_argument("--kind", default="v5e", help="kind of TPU, for the flags of libtpu")
+    p.add_argument("--program", choices=PROGRAMS, default="step",
+                   help="encoder and decoder: those of the VAE alone")
     p.add_argument("--latents", action="store_true",
                    help="train on precomputed latents, without the VAE")
     p.add_argument("--layers", type=cli.positive,
@@ -202,7 +245,7 @@ def main():
     run = replace(run, steps=1)
     import torch_xla.runtime as xr
     with patch.object(xr, "global_runtime_device_count", lambda: args.devices):
-        trace_step(args, run, config)
+        PROGRAMS[args.program](args, run, config)
     args.out.with_suffix(".pb.flags").write_text(libtpu_flags(args.kind))
     sys.stdout.flush()
     os._exit(0)                             # torch_xla's threads would delay the exit

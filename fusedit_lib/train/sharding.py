@@ -18,12 +18,18 @@ from fusedit import FuseDiTError
 AXES = ("fsdp", "tensor")
 
 # The axis that shards each dimension of a tensor. The first pattern that matches its name applies.
+# The large weights of a block have a wide dimension, that of all heads or of the MLP, and a narrow
+# one, D. "tensor" shards the wide one and "fsdp" the narrow one. But if the mesh has one device
+# along "tensor", "fsdp" shards the wide one: the slices of D that 64 devices hold do not fill the
+# tiles of a TPU's memory, so gathering them takes twice the bytes (docs/tpu.md).
 RULES = (
-    (r"(q|k|v|gate|up)_proj\.weight", ("tensor", "fsdp")),      # [heads or MLP width, D]
-    (r"embed_tokens\.weight", ("tensor", "fsdp")),              # [vocabulary, D]
+    (r"(q|k|v|gate|up)_proj\.weight", ("wide", "narrow")),
+    (r"(o|down)_proj\.weight", ("narrow", "wide")),
+    (r"(o|down)_proj\.input", ("fsdp", None, "tensor")),        # [B,S,heads or MLP width]
+    (r"^tokens$", ("fsdp",)),                                   # [B,S,D] between two blocks
     (r"norm\.weight|bias|scale_shift_table", ()),               # small: replicated
     (r"patch_embed", ("fsdp",)),                                # [D, channels, P, P]
-    (r"", ("fsdp", "tensor")),                                  # o_proj, down_proj and all others
+    (r"", ("fsdp", "tensor")),                                  # embed_tokens and all others
 )
 
 # A scanned stack of layers (train/scan.py) keeps the weights of all its layers in one tensor. The
@@ -66,9 +72,13 @@ def partition_spec(name, shape, sizes):
     wanted = next(axes for pattern, axes in RULES if re.search(pattern, name))
     if STACKED in name:
         wanted = (None, *wanted)
+    meaning = {"wide": "tensor", "narrow": "fsdp"}
+    if sizes["tensor"] == 1:
+        meaning = {"wide": "fsdp", "narrow": None}
 
     spec = [None] * len(shape)
     for dim, axis in enumerate(wanted[:len(shape)]):
+        axis = meaning.get(axis, axis)
         if axis is not None and shape[dim] % sizes[axis] == 0:
             spec[dim] = axis
     return tuple(spec)
