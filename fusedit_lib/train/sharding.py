@@ -18,18 +18,22 @@ from fusedit import FuseDiTError
 AXES = ("fsdp", "tensor")
 
 # The axis that shards each dimension of a tensor. The first pattern that matches its name applies.
-# The large weights of a block have a wide dimension, that of all heads or of the MLP, and a narrow
-# one, D. "tensor" shards the wide one and "fsdp" the narrow one. But if the mesh has one device
-# along "tensor", "fsdp" shards the wide one: the slices of D that 64 devices hold do not fill the
-# tiles of a TPU's memory, so gathering them takes twice the bytes (docs/tpu.md).
 RULES = (
-    (r"(q|k|v|gate|up)_proj\.weight", ("wide", "narrow")),
-    (r"(o|down)_proj\.weight", ("narrow", "wide")),
+    (r"(q|k|v|gate|up)_proj\.weight", ("tensor", "fsdp")),      # [heads or MLP width, D]
     (r"(o|down)_proj\.input", ("fsdp", None, "tensor")),        # [B,S,heads or MLP width]
-    (r"^tokens$", ("fsdp",)),                                   # [B,S,D] between two blocks
+    (r"^tokens$", ("fsdp",)),                                   # [B,S,D], between two blocks
     (r"norm\.weight|bias|scale_shift_table", ()),               # small: replicated
     (r"patch_embed", ("fsdp",)),                                # [D, channels, P, P]
-    (r"", ("fsdp", "tensor")),                                  # embed_tokens and all others
+    (r"", ("fsdp", "tensor")),                                  # o_proj, down_proj and all others
+)
+
+# The first rules for a mesh with one device along "tensor". The heads and the width of the MLP are
+# wider than D: a device's part of them fills the tiles of a TPU's memory, so that gathering the
+# weights does not move padding. And a device that has all tokens' parts of D looks up the tokens of
+# the whole batch without a sum over all devices. (docs/tpu.md has the compiler's figures.)
+ONE_AXIS_RULES = (
+    (r"(q|k|v|gate|up)_proj\.weight", ("fsdp",)),
+    (r"(o|down)_proj\.weight|embed_tokens", (None, "fsdp")),
 )
 
 # A scanned stack of layers (train/scan.py) keeps the weights of all its layers in one tensor. The
@@ -69,16 +73,15 @@ def partition_spec(name, shape, sizes):
     sizes: {axis: devices along it}. A dimension that is not divisible by its axis is not sharded,
     and neither is the layer dimension of a stacked weight.
     """
-    wanted = next(axes for pattern, axes in RULES if re.search(pattern, name))
+    rules = RULES
+    if sizes["tensor"] == 1:
+        rules = ONE_AXIS_RULES + RULES
+    wanted = next(axes for pattern, axes in rules if re.search(pattern, name))
     if STACKED in name:
         wanted = (None, *wanted)
-    meaning = {"wide": "tensor", "narrow": "fsdp"}
-    if sizes["tensor"] == 1:
-        meaning = {"wide": "fsdp", "narrow": None}
 
     spec = [None] * len(shape)
     for dim, axis in enumerate(wanted[:len(shape)]):
-        axis = meaning.get(axis, axis)
         if axis is not None and shape[dim] % sizes[axis] == 0:
             spec[dim] = axis
     return tuple(spec)

@@ -54,6 +54,7 @@ def test_heads_and_mlp_are_sharded_along_tensor(name, shape, spec):
     ("dit.layers.block.self_attn.o_proj.weight", (3, 8, 8), (None, None, "fsdp")),
     ("llm.layers.block.mlp.down_proj.weight", (3, 8, 8), (None, None, "fsdp")),
     ("llm.layers.block.mlp.up_proj.weight", (3, 7, 8), (None, None, None)),
+    ("llm.embed_tokens.weight", (256, 8), (None, "fsdp")),
     ("dit.proj_out.weight", (64, 8), ("fsdp", "tensor"))])
 def test_without_a_tensor_axis_fsdp_shards_heads_and_mlp(name, shape, spec):
     assert sharding.partition_spec(name, shape, {"fsdp": 4, "tensor": 1}) == spec
