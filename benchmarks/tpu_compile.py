@@ -12,6 +12,7 @@ fusedit/large-scale by default. It needs the extras [tpu,compile], which install
 and jax.
 """
 import argparse
+import json
 import os
 import subprocess
 import sys
@@ -20,10 +21,16 @@ import time
 from collections import Counter
 from pathlib import Path
 
+import hlo
 import numpy as np
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from fusedit_lib.files import atomic_write
+from fusedit_lib.train.hardware import TPUS
 
 HERE = Path(__file__).parent
 PLACEHOLDER = "fusedit_placeholder"         # as in tpu_trace.py
+CLOCKS = dict(v4=1.05e9, v5e=1.5e9, v5p=1.75e9, v6e=1.75e9)        # Hz
 
 
 # ---------------------------------------------------------------------------- the program
@@ -125,7 +132,10 @@ def compile_for(topology, proto, devices):
     from jax._src import compiler
     from jax._src.lib import xla_client
     from jax.experimental import topologies
-    description = topologies.get_topology_desc(topology_name=topology, platform="tpu")
+    options = {}
+    if topology.startswith("v4"):
+        options["chip_config_name"] = "megacore"           # a chip's two cores act as one device
+    description = topologies.get_topology_desc(topology, "tpu", **options)
     chips = sorted(description.devices, key=lambda device: device.id)[:devices]
     options = compiler.get_compile_options(
         num_replicas=1, num_partitions=devices, use_spmd_partitioning=True,
@@ -134,26 +144,56 @@ def compile_for(topology, proto, devices):
     return chips[0].client.compile(to_module(proto), xla_client.DeviceList(tuple(chips)), options)
 
 
-def set_environment(topology, flags):
+def set_environment(flags):
     """Variables that libtpu reads when it is loaded. flags: those of torch_xla."""
     os.environ.update(TPU_SKIP_MDS_QUERY="1", ALLOW_MULTIPLE_LIBTPU_LOAD="1", JAX_PLATFORMS="cpu",
                       TPU_ACCELERATOR_TYPE="v5litepod-256", TPU_WORKER_HOSTNAMES="localhost",
                       TPU_WORKER_ID="0", LIBTPU_INIT_ARGS=flags)
-    if topology.startswith("v4"):
-        os.environ["TPU_MEGACORE"] = "megacore_dense"      # a chip's two cores act as one device
 
 
 # ---------------------------------------------------------------------------- the figures
-def figures(executable):
-    """{name: value} of a compiled program, for one chip."""
-    memory = executable.get_compiled_memory_stats()
-    cost = executable.cost_analysis()
-    if isinstance(cost, list):
-        cost = cost[0]
-    return dict(arguments=memory.argument_size_in_bytes, outputs=memory.output_size_in_bytes,
-                aliased=memory.alias_size_in_bytes, temporaries=memory.temp_size_in_bytes,
-                code=memory.generated_code_size_in_bytes, flops=cost["flops"],
-                bytes_accessed=cost["bytes accessed"], seconds=cost.get("optimal_seconds"))
+def memory_of(executable):
+    """{kind: bytes} of a compiled program on one chip. Donated arguments are also outputs."""
+    stats = executable.get_compiled_memory_stats()
+    outputs = stats.output_size_in_bytes - stats.alias_size_in_bytes
+    memory = dict(arguments=stats.argument_size_in_bytes, outputs=outputs,
+                  temporaries=stats.temp_size_in_bytes, program=stats.generated_code_size_in_bytes)
+    return memory | dict(donated=stats.alias_size_in_bytes, sum=sum(memory.values()))
+
+
+def figures(executable, chips):
+    """Memory, work and collectives of a compiled program, as a dict of numbers, for one chip."""
+    computations, entry = hlo.parse(executable.hlo_modules()[0].to_string())
+    counts = hlo.runs(computations, entry)
+    done = hlo.work(computations, counts)
+    found = hlo.collectives(computations, counts, chips)
+    rows = {}
+    for kind in hlo.KINDS:
+        alike = [collective for collective in found if collective.kind == kind]
+        rows[kind] = dict(runs=sum(c.runs for c in alike), sent=sum(c.sent for c in alike),
+                          dense=sum(c.size.dense * c.runs for c in alike),
+                          padded=sum(c.size.padded * c.runs for c in alike))
+    return dict(memory=memory_of(executable), flops=done.flops, cycles=done.cycles,
+                collectives=rows)
+
+
+def print_figures(kind, found):
+    """Print what figures() returned. kind: of TPU, such as v5e."""
+    memory = found["memory"]
+    hardware = TPUS[kind]
+    print(f"GB per chip (of {hardware.memory / 1e9:.0f}): {memory['sum'] / 1e9:.2f} = "
+          f"arguments {memory['arguments'] / 1e9:.2f} ({memory['donated'] / 1e9:.2f} updated in "
+          f"place), outputs {memory['outputs'] / 1e9:.2f}, temporaries "
+          f"{memory['temporaries'] / 1e9:.2f}, program {memory['program'] / 1e9:.2f}")
+    seconds = found["cycles"] / CLOCKS[kind]
+    share = found["flops"] / seconds / hardware.flops
+    print(f"TFLOP per chip and step: {found['flops'] / 1e12:.2f}; the compiler's estimate of its "
+          f"time, without collectives: {1000 * seconds:.0f} ms, {share:.0%} of peak FLOP/s\n")
+    print(f"{'collectives, MB per chip and step':34}{'runs':>8}{'arrays':>10}{'padded':>10}"
+          f"{'sent':>10}")
+    for name, row in found["collectives"].items():
+        sizes = [f"{row[column] / 1e6:10.1f}" for column in ("dense", "padded", "sent")]
+        print(f"{name:34}{row['runs']:8}" + "".join(sizes))
 
 
 def parse_arguments():
@@ -163,7 +203,13 @@ def parse_arguments():
     p.add_argument("topology", help="kind of TPU and size of the slice, such as v5e:8x8 (64 chips) "
                                     "or v4:4x4x4")
     p.add_argument("--layers", help="layers of Gemma and of the DiT, instead of the preset's")
+    p.add_argument("--latents", action="store_true",
+                   help="train on precomputed latents, without the VAE")
+    p.add_argument("--program", default="step",
+                   help="step: the training step; encoder or decoder: that of the VAE alone, for the "
+                        "batch or for one image")
     p.add_argument("--hlo", type=Path, metavar="FILE", help="also write the optimised HLO")
+    p.add_argument("--out", type=Path, metavar="FILE.json", help="also write the figures")
     return p.parse_known_args()
 
 
@@ -174,18 +220,23 @@ def main():
     with tempfile.TemporaryDirectory() as folder:
         traced = Path(folder) / "step.pb"
         command = [sys.executable, HERE / "tpu_trace.py", traced, "--devices", str(devices),
-                   "--kind", kind, *train_flags]
+                   "--kind", kind, "--program", args.program, *train_flags]
         if args.layers:
             command += ["--layers", args.layers]
+        if args.latents:
+            command.append("--latents")
         subprocess.run(command, check=True)
-        set_environment(args.topology, Path(f"{traced}.flags").read_text())
+        set_environment(Path(f"{traced}.flags").read_text())
         start = time.perf_counter()
         executable = compile_for(args.topology, traced.read_bytes(), devices)
         print(f"compiled in {time.perf_counter() - start:.0f} s")
-    text = executable.hlo_modules()[0].to_string()
     if args.hlo:
-        args.hlo.write_text(text)
-    print(figures(executable))
+        args.hlo.write_text(executable.hlo_modules()[0].to_string())
+    found = figures(executable, devices)
+    print_figures(kind, found)
+    if args.out:
+        with atomic_write(args.out) as tmp:
+            tmp.write_text(json.dumps(found, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -3,10 +3,10 @@
     python benchmarks/tpu_trace.py step.pb --devices 64 --kind v5e --batch 128 --mesh -1,1
 
 train_tpu.train() itself runs, up to the first call of sync. What it would then send to the
-compiler is written to a file instead, as an HLO module (a protocol buffer). The run's files are
-left out: the data are zeros, and a weight is only a placeholder with a shape, a dtype and a
-sharding, so that a model of any size can be traced. tpu_compile.py makes the placeholders
-parameters of the program, which they are in a real run.
+compiler is written to a file instead, as an HLO module (a protocol buffer). Nothing is read: weights
+and data are placeholders with a shape, a dtype and a sharding, so that a model of any size can be
+traced for a mesh of any size. tpu_compile.py makes them parameters of the program, which they are
+in a real run.
 
 The flags that torch_xla passes to libtpu on this kind of TPU are written to step.pb.flags.
 """
@@ -25,6 +25,7 @@ import torch
 import train_tpu
 from fusedit_lib import cli
 from fusedit_lib.backend import torch_dtype
+from fusedit_lib.data.batches import to_device
 from fusedit_lib.train import costs, sharding, xla
 from fusedit_lib.train.config import model_config
 from fusedit_lib.train.flags import parse_run
@@ -85,26 +86,39 @@ def build_models(placeholders, run, config):
         model.llm.to(dtype)
     model.tokenizer = None
     model.clip_encoder = None
-    vae = None
-    if config.vae:
-        with torch.device("meta"):
-            vae = VAE(vae_config(config.vae)).to(dtype).requires_grad_(False).eval()
-        placeholders.fill(vae)
-    return model, vae
+    return model, build_vae(placeholders, run, config)
 
 
-def zero_batch(run, config):
-    """A batch of all devices, as the data loader makes it, of zeros."""
+def build_vae(placeholders, run, config):
+    """The VAE on the device, or None."""
+    if not config.vae:
+        return None
+    with torch.device("meta"):
+        vae = VAE(vae_config(config.vae)).to(torch_dtype(run.dtype)).requires_grad_(False).eval()
+    placeholders.fill(vae)
+    return vae
+
+
+def place_batch(placeholders, run, config, latents, mesh):
+    """A batch of all devices on the mesh. latents: it has latents instead of pixels."""
+    import torch_xla.distributed.spmd as xs
+    os.environ["PJRT_DEVICE"] = "TPU"       # some operations are recorded differently for TPUs
     side = latent_side(config)
-    batch = run.batch
-    pixels = torch.zeros(batch, 3, config.image_size, config.image_size, dtype=torch.uint8)
+    C = config.in_channels
     draws = 1
     if config.vae:
         draws = 2                           # one for the posterior of the VAE
-    ids = torch.zeros(batch, config.max_text_tokens, dtype=torch.long)
-    return dict(pixels=pixels, ids=ids, mask=ids == 0, normal=torch.zeros(batch),
-                noise=torch.zeros(batch, draws, config.in_channels, side, side),
-                bad=[], notes={})
+    with torch.device("meta"):
+        pixels = torch.empty(run.batch, 3, config.image_size, config.image_size, dtype=torch.uint8)
+        if latents:
+            pixels = torch.empty(run.batch, 2 * C, side, side, dtype=torch.bfloat16)
+        ids = torch.empty(run.batch, config.max_text_tokens, dtype=torch.long)
+        batch = dict(pixels=pixels, ids=ids, mask=ids > 0, normal=torch.empty(run.batch),
+                     noise=torch.empty(run.batch, draws, C, side, side))
+    for name, tensor in batch.items():
+        batch[name] = placeholders.make(tensor)
+        xs.mark_sharding(batch[name], mesh, (sharding.AXES, *[None] * (tensor.dim() - 1)))
+    return batch
 
 
 class Recorder:
@@ -121,39 +135,77 @@ class Recorder:
 
 
 # ---------------------------------------------------------------------------- tracing
-def write_graph(out):
-    """Writes the operations recorded so far as one HLO module, with every tensor that is alive."""
+def write_graph(out, outputs):
+    """Writes the operations recorded for some tensors on the device as one HLO module."""
     import torch_xla
-    alive = [t for t in gc.get_objects() if type(t) in (torch.Tensor, torch.nn.Parameter)
-             and t.device.type == "xla"]
-    pending = torch_xla._XLAC._check_tensor_need_materialization(alive)
-    outputs = [t for t, is_pending in zip(alive, pending, strict=True) if is_pending]
-    os.environ["PJRT_DEVICE"] = "TPU"       # some operations are lowered differently on TPUs
     out.write_bytes(torch_xla._XLAC._get_xla_tensors_hlo_proto(outputs))
-    raise Traced
 
 
-def trace_step(run, config, out):
-    """Runs train() up to the first sync. out: the file for its graph."""
+def pending_tensors():
+    """All tensors that the next call of torch_xla.sync would compute."""
     import torch_xla
+    alive = [value for value in gc.get_objects()
+             if type(value) in (torch.Tensor, torch.nn.Parameter) and value.device.type == "xla"]
+    pending = torch_xla._XLAC._check_tensor_need_materialization(alive)
+    return [tensor for tensor, is_pending in zip(alive, pending, strict=True) if is_pending]
+
+
+def trace_step(args, run, config):
+    """Runs train() up to the first sync and writes its graph to args.out."""
     started = train_tpu.start(run)
     placeholders = Placeholders()
     dataset = SimpleNamespace(digest="")
+
+    def place_batches(_, mesh):
+        yield place_batch(placeholders, run, config, args.latents, mesh) | dict(bad=[], notes={})
+
+    def sync():
+        write_graph(args.out, pending_tensors())
+        raise Traced
+
+    def to_mesh(engine, name, tensor):
+        return placeholders.to_mesh(engine, name, tensor)
+
     train = patch.multiple(
         train_tpu, start=lambda run: started, Batches=lambda *_: dataset, Monitor=Recorder,
         build_models=lambda *_: build_models(placeholders, run, config),
-        load_batches=lambda *_: [zero_batch(run, config)], data_workers=lambda run: 0)
+        load_batches=lambda *_: [], data_workers=lambda run: 0)
     with (train, patch.object(train_tpu.resuming, "resume", lambda run, config: (run, None)),
           patch.object(train_tpu.checkpoints, "CheckpointWriter", lambda *_: None),
           patch.object(sharding, "initial_state", initial_state),
-          patch.object(xla.Engine, "to_mesh",
-                       lambda engine, name, tensor: placeholders.to_mesh(engine, name, tensor)),
-          patch.object(torch_xla, "sync", lambda: None),           # called by the data loader
-          patch.object(xla, "sync", lambda: write_graph(out))):
+          patch.multiple(xla, place_batches=place_batches, sync=sync),
+          patch.object(xla.Engine, "to_mesh", to_mesh)):
         try:
             train_tpu.train(run, config)
         except Traced:
             return
+
+
+@torch.no_grad()
+def trace_encoder(args, run, config):
+    """Writes the graph of the VAE's encoder alone, for the batch of a step."""
+    _, mesh = train_tpu.start(run)
+    placeholders = Placeholders()
+    vae = build_vae(placeholders, run, config)
+    batch = to_device(place_batch(placeholders, run, config, False, mesh), "xla")
+    latents = vae.encode(batch.x, batch.vae_noise)
+    del batch
+    write_graph(args.out, [latents])
+
+
+@torch.no_grad()
+def trace_decoder(args, run, config):
+    """Writes the graph of the VAE's decoder alone, for one image on every chip."""
+    train_tpu.start(run)
+    placeholders = Placeholders()
+    vae = build_vae(placeholders, run, config)
+    os.environ["PJRT_DEVICE"] = "TPU"
+    side = latent_side(config)
+    x = placeholders.make(torch.empty(1, config.in_channels, side, side, device="meta"))
+    write_graph(args.out, [vae.decode(x)])
+
+
+PROGRAMS = dict(step=trace_step, encoder=trace_encoder, decoder=trace_decoder)
 
 
 def libtpu_flags(kind):
@@ -170,9 +222,12 @@ def parse_arguments():
     p = argparse.ArgumentParser(description=__doc__, formatter_class=cli.HelpFormatter,
                                 allow_abbrev=False)
     p.add_argument("out", type=Path, metavar="FILE.pb", help="the file to write")
-    p.add_argument("--devices", type=cli.positive, default=8,
-                   help="number of virtual devices, at most 127")
+    p.add_argument("--devices", type=cli.positive, default=8, help="number of chips")
     p.add_argument("--kind", default="v5e", help="kind of TPU, for the flags of libtpu")
+    p.add_argument("--program", choices=PROGRAMS, default="step",
+                   help="encoder and decoder: those of the VAE alone")
+    p.add_argument("--latents", action="store_true",
+                   help="train on precomputed latents, without the VAE")
     p.add_argument("--layers", type=cli.positive,
                    help="layers of Gemma and of the DiT, instead of the preset's")
     return p.parse_known_args()
@@ -180,7 +235,7 @@ def parse_arguments():
 
 def main():
     args, train_flags = parse_arguments()
-    os.environ.update(PJRT_DEVICE="CPU", CPU_NUM_DEVICES=str(args.devices))
+    os.environ.update(PJRT_DEVICE="CPU", CPU_NUM_DEVICES="2")      # for SPMD; the mesh has more
     flags = ["--preset", "fusedit/large-scale", "--dtype", "bf16", "--data", "none",
              "--out", "none", *train_flags]
     run = parse_run(flags, __doc__, "tpu")
@@ -188,7 +243,9 @@ def main():
     if args.layers:
         costs.GEMMAS[config.base] = costs.GEMMAS[config.base] | dict(num_hidden_layers=args.layers)
     run = replace(run, steps=1)
-    trace_step(run, config, args.out)
+    import torch_xla.runtime as xr
+    with patch.object(xr, "global_runtime_device_count", lambda: args.devices):
+        PROGRAMS[args.program](args, run, config)
     args.out.with_suffix(".pb.flags").write_text(libtpu_flags(args.kind))
     sys.stdout.flush()
     os._exit(0)                             # torch_xla's threads would delay the exit

@@ -21,10 +21,20 @@ AXES = ("fsdp", "tensor")
 # The axis that shards each dimension of a tensor. The first pattern that matches its name applies.
 RULES = (
     (r"(q|k|v|gate|up)_proj\.weight", ("tensor", "fsdp")),      # [heads or MLP width, D]
-    (r"embed_tokens\.weight", ("tensor", "fsdp")),              # [vocabulary, D]
+    (r"(o|down)_proj\.input", ("fsdp", None, "tensor")),        # [B,S,heads or MLP width]
+    (r"^tokens$", ("fsdp",)),                                   # [B,S,D], between two blocks
     (r"norm\.weight|bias|scale_shift_table", ()),               # small: replicated
     (r"patch_embed", ("fsdp",)),                                # [D, channels, P, P]
     (r"", ("fsdp", "tensor")),                                  # o_proj, down_proj and all others
+)
+
+# The first rules for a mesh with one device along "tensor". The heads and the width of the MLP are
+# wider than D: a device's part of them fills the tiles of a TPU's memory, so that gathering the
+# weights does not move padding. And a device that has all tokens' parts of D looks up the tokens of
+# the whole batch without a sum over all devices. (docs/tpu.md has the compiler's figures.)
+ONE_AXIS_RULES = (
+    (r"(q|k|v|gate|up)_proj\.weight", ("fsdp",)),
+    (r"(o|down)_proj\.weight|embed_tokens", (None, "fsdp")),
 )
 
 # A scanned stack of layers (train/scan.py) keeps the weights of all its layers in one tensor. The
@@ -64,7 +74,10 @@ def partition_spec(name, shape, sizes):
     sizes: {axis: devices along it}. A dimension that is not divisible by its axis is not sharded,
     and neither is the layer dimension of a stacked weight.
     """
-    wanted = next(axes for pattern, axes in RULES if re.search(pattern, name))
+    rules = RULES
+    if sizes["tensor"] == 1:
+        rules = ONE_AXIS_RULES + RULES
+    wanted = next(axes for pattern, axes in rules if re.search(pattern, name))
     if STACKED in name:
         wanted = (None, *wanted)
 

@@ -141,16 +141,14 @@ def backward_without_constraints(carry, x, backward, init, xs):
     return backward(carry, x)
 
 
-def mark_with_gradient(mesh, tensor, name=""):
-    """Annotates the sharding of a layer's weight or, if no name is given, of the tokens x [B,S,D].
+def mark_with_gradient(mesh, tensor, name):
+    """Annotates the sharding of a tensor in a layer, and of its gradient. See ScannedStack.
 
-    Its gradient is annotated as well. Otherwise the partitioner may shard D of x, as for the
-    weights, instead of B, and replicate gradients on every device.
+    Otherwise the partitioner may shard D of the tokens [B,S,D], as for the weights, instead of B,
+    and replicate gradients on every device.
     """
     import torch_xla.distributed.spmd as xs
-    spec = ("fsdp", None, None)
-    if name:
-        spec = sharding.partition_spec(name, tensor.shape, mesh.shape())
+    spec = sharding.partition_spec(name, tensor.shape, mesh.shape())
     return xs.mark_sharding_with_gradients(tensor, mesh, spec)
 
 

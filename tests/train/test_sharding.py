@@ -41,16 +41,30 @@ def test_a_mesh_that_does_not_fit_is_refused(text):
     ("dit.patch_embed.proj.weight", (8, 16, 2, 2), ("fsdp", None, None, None)),
     ("dit.proj_out.bias", (64,), (None,)),
     ("dit.proj_out.weight", (64, 8), ("fsdp", "tensor")),
-    ("llm.embed_tokens.weight", (256, 8), ("tensor", "fsdp"))])
+    ("llm.embed_tokens.weight", (256, 8), ("fsdp", "tensor")),
+    ("tokens", (8, 5, 8), ("fsdp", None, None)),
+    ("mlp.down_proj.input", (8, 5, 8), ("fsdp", None, "tensor"))])
 def test_heads_and_mlp_are_sharded_along_tensor(name, shape, spec):
     assert sharding.partition_spec(name, shape, SIZES) == spec
 
 
+@pytest.mark.parametrize("name, shape, spec", [
+    ("dit.layers.block.self_attn.q_proj.weight", (3, 8, 8), (None, "fsdp", None)),
+    ("dit.layers.3.self_attn.text_k_proj.weight", (8, 8), ("fsdp", None)),
+    ("dit.layers.block.self_attn.o_proj.weight", (3, 8, 8), (None, None, "fsdp")),
+    ("llm.layers.block.mlp.down_proj.weight", (3, 8, 8), (None, None, "fsdp")),
+    ("llm.layers.block.mlp.up_proj.weight", (3, 7, 8), (None, None, None)),
+    ("llm.embed_tokens.weight", (256, 8), (None, "fsdp")),
+    ("dit.proj_out.weight", (64, 8), ("fsdp", "tensor"))])
+def test_without_a_tensor_axis_fsdp_shards_heads_and_mlp(name, shape, spec):
+    assert sharding.partition_spec(name, shape, {"fsdp": 4, "tensor": 1}) == spec
+
+
 @pytest.mark.parametrize("name", ["fusedit", "fusedit/baseline", "fusedit/adaln-single",
                                   "baselinedit/cross-attention", "fusedit/paligemma"])
-def test_only_small_tensors_are_replicated(name):
-    """On 64 x 4 chips, each holds 1/256 of every tensor, except norms, biases and the like."""
-    sizes = {"fsdp": 64, "tensor": 4}
+@pytest.mark.parametrize("sizes", [{"fsdp": 64, "tensor": 4}, {"fsdp": 256, "tensor": 1}], ids=str)
+def test_only_small_tensors_are_replicated(name, sizes):
+    """On 256 chips, each holds 1/256 of every tensor, except norms, biases and the like."""
     whole = 0
     total = 0
     for key, parameter in costs.abstract_model(preset(name)).named_parameters():
@@ -144,7 +158,7 @@ def test_a_scanned_stack_computes_the_same_as_its_layers(gemma_folder, changes, 
     want, want_gradients = forward_and_backward()
     marked = []
 
-    def mark(tensor, name=""):
+    def mark(tensor, name):
         marked.append(name)
         return tensor
 
@@ -153,7 +167,7 @@ def test_a_scanned_stack_computes_the_same_as_its_layers(gemma_folder, changes, 
     got, got_gradients = forward_and_backward()
     assert want.abs().max() > 0.1
     assert_near(got, want, 1e-9)
-    assert {"", "mlp.up_proj.weight"} <= set(marked)
+    assert {"tokens", "mlp.up_proj.weight", "mlp.down_proj.input"} <= set(marked)
     assert not any(isinstance(module, LayerStack) for module in model.modules())
     for name, gradient in want_gradients.items():
         assert_near(got_gradients[name], gradient, 1e-9)
