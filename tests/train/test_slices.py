@@ -258,5 +258,7 @@ def test_a_host_reads_its_own_share(gemma, tmp_path, monkeypatch, kind, shape):
             host, read = start(monkeypatch, run, config, folder, sizes, devices)
             check_shards(host, whole, sizes, devices)
             assert read.total() == pytest.approx(needed.total() / n, rel=0.1)
+            if n == 1:                      # also what all of its devices hold is read once
+                assert read == needed
             if kind == "new":
                 assert drawn(host) == pytest.approx(drawn(whole) / n, rel=0.1)
