@@ -345,7 +345,7 @@ def explain(error, memory_flags):
         if error.filename:
             message += f": {error.filename}"
         return message
-    if isinstance(error, RuntimeError) and "closed by peer" in str(error):
+    if isinstance(error, RuntimeError) and "by peer" in str(error):         # closed, or reset
         return "another process of this run has stopped; see its log for the reason"
     if out_of_memory(error):
         if memory_flags:

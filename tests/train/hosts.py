@@ -8,8 +8,8 @@ each batch. What only the other host's devices would hold, the process gets from
 import os
 import pickle
 import threading
-from collections import Counter
 from dataclasses import replace
+from datetime import timedelta
 from subprocess import CompletedProcess
 
 import launching
@@ -43,7 +43,7 @@ def run_hosts(argv, before=("", ""), check=True):
         argv = [argv, argv]
     processes = []
     for host, code in enumerate(before):
-        code = f"import hosts; hosts.emulate({host}, hosts.DEVICES)\n{code}"
+        code = f"import hosts; hosts.emulate({host})\n{code}"
         processes.append(warm.start(command(argv[host], code, "tpu"), env, live=False))
     ends = []
     for process in processes:
@@ -64,10 +64,10 @@ class Exchange:
         self.port = int(os.environ["EXCHANGE_PORT"])
         self.server = self.connect(host == 0)
         self.own = threading.local()
-        self.threads = Counter()
 
     def connect(self, is_server=False):
-        return dist.TCPStore("127.0.0.1", self.port, is_master=is_server, wait_for_workers=False)
+        return dist.TCPStore("127.0.0.1", self.port, is_master=is_server, wait_for_workers=False,
+                             timeout=timedelta(minutes=30))
 
     def __call__(self, value):
         """[the value of host 0, the value of host 1].
@@ -84,21 +84,21 @@ class Exchange:
         return [pickle.loads(self.own.store.get(f"{call} {host}")) for host in range(2)]
 
 
-def emulate(host, devices):
-    """Makes this process one of two hosts. devices: the numbers of each host's devices."""
+def emulate(host):
+    """Makes this process host 0 or host 1."""
     import torch_xla
     import torch_xla.core.xla_model as xm
     import torch_xla.distributed.spmd as xs
     import torch_xla.runtime as xr
 
     exchange = Exchange(host)
-    own = devices[host]
+    own = DEVICES[host]
     xr.process_index = lambda: host
     xr.process_count = lambda: 2
     xr.addressable_runtime_device_count = lambda: len(own)
 
     # A host has and gives the shards on its own devices.
-    names = [[f"CPU:{number}" for number in numbers] for numbers in devices]
+    names = [[f"CPU:{number}" for number in numbers] for numbers in DEVICES]
     local_shards = xs.XLAShardedTensor.local_shards
     load_local_shards = xs.XLAShardedTensor.load_local_shards_
 
@@ -117,7 +117,7 @@ def emulate(host, devices):
     def send_part(part, device, sharding):
         assert sharding.minibatch and len(part) % len(own) == 0
         on_devices = {}
-        for numbers, values in zip(devices, exchange(part), strict=True):
+        for numbers, values in zip(DEVICES, exchange(part), strict=True):
             on_devices |= dict(zip(numbers, values.chunk(len(numbers)), strict=True))
         whole = torch.cat([on_devices[number] for number in sorted(on_devices)])
         return send(whole, device, replace(sharding, minibatch=False))

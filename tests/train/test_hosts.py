@@ -127,7 +127,7 @@ def test_other_meshes_and_gpus_resume_the_run_of_two_hosts(gemma, data, runs, tm
     (tmp_path / "mesh" / "step-0000005").mkdir()           # damaged
     ends = run_hosts(settings(gemma, data, tmp_path / "mesh", "--mesh", "2,4"))
     assert "step-0000005 is damaged" in ends[0].stderr
-    assert ends[1].stderr == ""             # only the first host says what all hosts find
+    assert "damaged" not in ends[1].stderr  # only the first host says what all hosts find
     assert_near(tmp_path / "mesh", runs / "whole", 1e-5)
 
     launch(settings(gemma, data, tmp_path / "gpu"))
