@@ -96,15 +96,19 @@ class Monitor:
             self.step = checkpoint.step
             self.counts = {name: getattr(checkpoint, name) for name in self.counts}
 
+        self.set_flops(host, source.latents)
+        if self.rank == 0:
+            self.open_log()
+        self.restart_clock(True)
+
+    def set_flops(self, host, latents):
+        """Set the peak FLOP/s of all devices, if known, and the useful FLOPs, for the MFU."""
         self.peak_flops = hardware.peak_flops(self.device, self.world)
         if host:
             self.peak_flops = hardware.tpu_peak_flops(host.kind, host.devices)
         if self.peak_flops:
-            self.useful_flops = costs.useful_flops(config, source.latents, run.train_llm,
-                                                   run.lora > 0)
-        if self.rank == 0:
-            self.open_log()
-        self.restart_clock(True)
+            self.useful_flops = costs.useful_flops(self.config, latents, self.run.train_llm,
+                                                   self.run.lora > 0)
 
     def open_log(self):
         """Rank 0: open the log, and print a summary of the run."""
