@@ -20,7 +20,9 @@ class ScannedStack(nn.ModuleDict):
 
     scan(step, carry, rows) -> (carry, outputs) is that of torch_xla (and JAX). For each row of
     rows, step(carry, row) returns (carry, output).
-    mark(tensor, name="") annotates the sharding of a tensor and its gradient, and returns it.
+    mark(tensor, name) annotates the sharding of a tensor and its gradient, and returns it. The name
+    is that of a weight of the layer, "tokens" for its input and output, or NAME.input for the input
+    of its module NAME.
     """
 
     def __init__(self, layers, scan, mark):
@@ -32,6 +34,11 @@ class ScannedStack(nn.ModuleDict):
         self["block"] = stack_layers(layers[:self.count])
         for i in range(self.count, len(layers)):
             self[str(i)] = layers[i]
+        for name, module in self["block"].named_modules():
+            # The sharding of a weight would otherwise spread to its inputs, which are kept for the
+            # backward pass.
+            if name.endswith(("o_proj", "down_proj")):
+                module.register_forward_pre_hook(partial(mark_input, mark, f"{name}.input"))
 
     def forward(self, x, per_layer, common):
         """The same as fusedit.LayerStack.forward. Returns (x, output of each layer).
@@ -76,8 +83,13 @@ class ScannedStack(nn.ModuleDict):
         weights = {name: self.mark(weight, name) for name, weight in weights.items()}
         inputs = constants | carried | rows
         args = [inputs[i] for i in sorted(inputs)]
-        x, output = functional_call(self["block"], weights, (self.mark(x), *args))
-        return (self.mark(x), carried), output
+        x, output = functional_call(self["block"], weights, (self.mark(x, "tokens"), *args))
+        return (self.mark(x, "tokens"), carried), output
+
+
+def mark_input(mark, name, module, args):
+    """A forward pre-hook of a module with one argument, which it annotates."""
+    return (mark(args[0], name),)
 
 
 def count_alike(layers):
