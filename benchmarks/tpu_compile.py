@@ -37,6 +37,7 @@ from fusedit_lib.train.hardware import TPUS
 
 HERE = Path(__file__).parent
 PLACEHOLDER = "fusedit_placeholder"         # as in tpu_trace.py
+DATA = "fusedit_placeholder_data"
 CLOCKS = dict(v4=1.05e9, v5e=1.5e9)       # Hz
 
 
@@ -57,12 +58,15 @@ def to_module(proto):
         main = ir.SymbolTable(module.operation)["main"]
         block = main.regions[0].blocks[0]
         attributes = list(main.attributes["arg_attrs"])
-        first_weight = len(attributes)
+        weights = []                        # their numbers among the parameters
         for op in list(block.operations):
             if call_target(op).startswith(PLACEHOLDER):
-                attributes += to_parameter(op, block)
+                added = to_parameter(op, block)
+                if added and not call_target(op).startswith(DATA):
+                    weights.append(len(attributes))
+                attributes += added
         outputs = trim_outputs(block)
-        donate_updated(block, attributes, first_weight, outputs)
+        donate_updated(block, attributes, weights, outputs)
 
         inputs = [argument.type for argument in block.arguments]
         results = [value.type for value in outputs]
@@ -121,11 +125,11 @@ def trim_outputs(block):
     return outputs
 
 
-def donate_updated(block, attributes, first_weight, outputs):
+def donate_updated(block, attributes, weights, outputs):
     """Marks the weights that the program updates. Each update has the type of its weight."""
     from jax._src.lib.mlir import ir
     updates = Counter(str(value.type) for value in outputs)
-    for i in range(first_weight, len(attributes)):
+    for i in weights:
         kind = str(block.arguments[i].type)
         if updates[kind] > 0:
             updates[kind] -= 1

@@ -33,7 +33,8 @@ from fusedit_lib.train.scan import set_parameter
 from fusedit_lib.train.sharding import ParameterState
 from fusedit_lib.vae import VAE, latent_side, vae_config
 
-PLACEHOLDER = "fusedit_placeholder"         # the target of a custom call
+PLACEHOLDER = "fusedit_placeholder"         # begins the target of a custom call
+DATA = "fusedit_placeholder_data"           # the same for a batch, which a step does not update
 
 
 class Traced(BaseException):
@@ -47,13 +48,24 @@ class Placeholders:
     def __init__(self):
         import torch_xla
         self.operand = torch.zeros(1).to(torch_xla.device())       # a custom call needs one
+        self.made = set()                   # ids of the tensors
 
-    def make(self, tensor):
-        """A placeholder like a tensor, which may be on the meta device."""
+    def make(self, tensor, name=PLACEHOLDER):
+        """A placeholder like a tensor, which may be on the meta device. name: or DATA."""
+        import torch_xla
         from torch_xla.experimental.stablehlo_custom_call import stablehlo_custom_call
         # torch_xla remembers the shape of a custom call by its operands and its target.
-        target = f"{PLACEHOLDER} {tensor.dtype} {list(tensor.shape)}"
-        return stablehlo_custom_call([self.operand], target, [list(tensor.shape)], [tensor.dtype])
+        target = f"{name} {tensor.dtype} {list(tensor.shape)}"
+        made = stablehlo_custom_call([self.operand], target, [list(tensor.shape)], [tensor.dtype])
+        self.made.add(torch_xla._XLAC._xla_get_tensor_id(made))
+        return made
+
+    def replace_pending(self):
+        """Replaces tensors that a real run computes before the first step, such as Adam's step."""
+        import torch_xla
+        for tensor in pending_tensors():
+            if torch_xla._XLAC._xla_get_tensor_id(tensor) not in self.made:
+                tensor.data = self.make(tensor)
 
     def fill(self, module):
         """Replaces the parameters of a module on the meta device."""
@@ -116,7 +128,7 @@ def place_batch(placeholders, run, config, latents, mesh):
         batch = dict(pixels=pixels, ids=ids, mask=ids > 0, normal=torch.empty(run.batch),
                      noise=torch.empty(run.batch, draws, C, side, side))
     for name, tensor in batch.items():
-        batch[name] = placeholders.make(tensor)
+        batch[name] = placeholders.make(tensor, DATA)
         xs.mark_sharding(batch[name], mesh, (sharding.AXES, *[None] * (tensor.dim() - 1)))
     return batch
 
@@ -157,6 +169,7 @@ def trace_step(args, run, config):
     dataset = SimpleNamespace(digest="")
 
     def place_batches(_, mesh):
+        placeholders.replace_pending()
         yield place_batch(placeholders, run, config, args.latents, mesh) | dict(bad=[], notes={})
 
     def sync():
