@@ -112,6 +112,7 @@ def deepspeed_config(run, model, micro_batch, accumulation):
 
 def train(run, config):
     """Trains from the latest checkpoint, if any, to the last step. Returns the exit code."""
+    signals = distributed.catch_sigterm()   # also while the model is loaded
     run, device = start(run)
     rank, world = distributed.rank_and_world()
     micro_batch, accumulation = split_batch(run, world)
@@ -128,10 +129,8 @@ def train(run, config):
     monitor = Monitor(run, config, model, vae, checkpoint, micro_batch, dataset)
     engine = build_engine(run, model, vae, checkpoint, micro_batch, accumulation)
     del checkpoint                          # closes its files
-    signals = distributed.catch_signals()
-    stop = 0
-
-    validate_start(run, step, engine, monitor)
+    distributed.catch_ctrl_c(signals)
+    stop = validate_start(run, step, engine, monitor, writer, signals)
     while step < run.steps and not stop:
         # ------------------------------------------------------------ the training step
         lr = learning_rate(run, step)
@@ -151,8 +150,7 @@ def train(run, config):
             loss = fusedit.flow_loss(engine, x, text, sigma, batch.eps).mean()
             engine.backward(loss)
             engine.step()                   # updates the weights after the last micro-batch
-            tokens = int(loaded["mask"].sum())
-            monitor.log_micro_batch(loss, loaded, tokens)               # no wait for the device
+            monitor.log_micro_batch(loss, loaded)                       # no wait for the device
         step += 1
         engine.update_ema(ema_decay(run, step))
         monitor.log_step(engine.grad_norm())
@@ -161,12 +159,18 @@ def train(run, config):
     return writer.close(step, stop)
 
 
-def validate_start(run, step, engine, monitor):
-    """With --init, validates the model and draws its image grid before the first step."""
-    if run.init and step == 0:
+def validate_start(run, step, engine, monitor, writer, signals):
+    """With --init, validates the model and draws its image grid before the first step.
+
+    Returns the number of the signal that any rank has received so far, or 0.
+    """
+    stop, _ = writer.poll(max(signals, default=0))
+    if run.init and step == 0 and not stop:
         with engine.use_ema() as model:
             monitor.validate(step, model)
         monitor.restart_clock(True)
+        stop, _ = writer.poll(max(signals, default=0))
+    return stop
 
 
 def finish_step(run, step, first_step, lr, engine, monitor, writer, signals):
@@ -192,8 +196,7 @@ def main():
         return plan.show(run, config)
     check_run(run)                          # finds most mistakes before the model is loaded
     code = train(run, config)
-    dist.barrier()                          # exiting early would break the others' connections
-    dist.destroy_process_group()
+    distributed.disconnect()
     return code
 
 

@@ -14,7 +14,6 @@ from fusedit_lib import threads
 threads.limit_spinning()                    # before torch is imported
 
 import torch
-import torch.distributed as dist
 
 import fusedit
 from fusedit_lib import cli
@@ -22,7 +21,7 @@ from fusedit_lib.data.batches import Batches, load_batches, to_device
 from fusedit_lib.train import checkpoints, distributed, plan, resuming, xla
 from fusedit_lib.train.config import check_run, data_workers, model_config, split_batch
 from fusedit_lib.train.flags import parse_run
-from fusedit_lib.train.build import adam_steps, build_models
+from fusedit_lib.train.build import adam_steps, open_models
 from fusedit_lib.train.monitor import Monitor, SpmdHost
 from fusedit_lib.train.schedule import due_after, ema_decay, learning_rate
 
@@ -43,15 +42,16 @@ def start(run):
 
 # ------------------------------------------------------------------------------ build
 
-def build_engine(run, model, vae, checkpoint, accumulation, mesh):
+def build_engine(run, model, vae, weights, checkpoint, accumulation, mesh):
     """The XLA engine with an EMA. The mesh shards the training state across devices."""
-    return xla.Engine(run, model, vae, checkpoint, accumulation, mesh)
+    return xla.Engine(run, model, vae, weights, checkpoint, accumulation, mesh)
 
 
 # ------------------------------------------------------------------------------ train
 
 def train(run, config):
     """Trains from the latest checkpoint, if any, to the last step. Returns the exit code."""
+    signals = distributed.catch_sigterm()   # also while the model is loaded
     run, mesh = start(run)
     rank, world = distributed.rank_and_world()
     micro_batch, accumulation = split_batch(run, mesh.size())
@@ -60,20 +60,19 @@ def train(run, config):
     run, checkpoint = resuming.resume(run, config)
     step = first_step = checkpoint.step if checkpoint else 0
     seen = checkpoint.seen if checkpoint else 0             # samples so far
-    model, vae = build_models(run, config, "cpu", checkpoint)
+    model, vae, weights = open_models(run, config, checkpoint, partial(xla.local_slices, mesh))
     dataset = Batches(run, config, model.tokenizer, micro_batch, accumulation, rank, world, seen)
     writer = checkpoints.CheckpointWriter(run, config, checkpoint, dataset.digest)
     micro_batches = range((run.steps - first_step) * accumulation)
     place = partial(xla.place_batches, mesh=mesh)
     batches = place(load_batches(dataset, micro_batches, data_workers(run)))
-    engine = build_engine(run, model, vae, checkpoint, accumulation, mesh)
-    host = SpmdHost(place, xla.sync, mesh.size())
+    engine = build_engine(run, model, vae, weights, checkpoint, accumulation, mesh)
+    host = SpmdHost(place, xla.sync, partial(xla.split_rows, mesh), mesh.size(), xla.tpu_kind(),
+                    xla.tpu_memory)
     monitor = Monitor(run, config, model, vae, checkpoint, micro_batch, dataset, host)
-    del checkpoint                          # closes its files
-    signals = distributed.catch_signals()
-    stop = 0
-
-    validate_start(run, step, engine, monitor)
+    del weights, checkpoint                 # closes their files
+    distributed.catch_ctrl_c(signals)
+    stop = validate_start(run, step, engine, monitor, writer, signals)
     while step < run.steps and not stop:
         # ------------------------------------------------------------ the training step
         lr = learning_rate(run, step)
@@ -102,12 +101,18 @@ def train(run, config):
     return writer.close(step, stop)
 
 
-def validate_start(run, step, engine, monitor):
-    """With --init, validates the model and draws its image grid before the first step."""
-    if run.init and step == 0:
+def validate_start(run, step, engine, monitor, writer, signals):
+    """With --init, validates the model and draws its image grid before the first step.
+
+    Returns the number of the signal that any rank has received so far, or 0.
+    """
+    stop, _ = writer.poll(max(signals, default=0))
+    if run.init and step == 0 and not stop:
         with engine.use_ema() as model:
             monitor.validate(step, model)
         monitor.restart_clock(True)
+        stop, _ = writer.poll(max(signals, default=0))
+    return stop
 
 
 def finish_step(run, step, first_step, lr, engine, monitor, writer, signals):
@@ -133,8 +138,7 @@ def main():
         return plan.show(run, config)
     check_run(run)                          # finds most mistakes before the model is loaded
     code = train(run, config)
-    dist.barrier()                          # exiting early would break the others' connections
-    dist.destroy_process_group()
+    distributed.disconnect()
     return code
 
 

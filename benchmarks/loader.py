@@ -6,6 +6,8 @@
 The images are those of data.py, 768 x 512 at 193 kB each. A batch contains all that training needs:
 pixels, token ids and noise. "img2dataset" loads the same images from shards with img2dataset's
 names. "decode" only decodes the whole images with libjpeg, which the plain loop has to do as well.
+"host of 64" loads the batches of one of 64 hosts. Divided by the number of images/s that training
+needs on a host, its rate is the reserve of one core: see docs/data.md.
 """
 import argparse
 import io
@@ -15,6 +17,7 @@ import tarfile
 import tempfile
 import time
 from argparse import Namespace
+from dataclasses import replace
 from pathlib import Path
 
 from fusedit_lib import threads
@@ -35,6 +38,7 @@ from fusedit_lib.pretrained import load_tokenizer, open_gemma
 from fusedit_lib.train.config import RunConfig
 
 PHOTOS = 128
+HOSTS = 64                                  # of a v5e-256 slice, with 4 chips each
 
 
 def plain(data, size):
@@ -89,11 +93,17 @@ class Loading:
         tokenizer = load_tokenizer(gemma.tokenizer, gemma.config["vocab_size"])
         runs = [RunConfig(data=(str(folder),), batch=batch) for folder in shards]
         self.batches, self.others = [Batches(run, config, tokenizer, batch) for run in runs]
+        run = replace(runs[0], batch=batch * HOSTS)
+        self.of_host = Batches(run, config, tokenizer, batch, world=HOSTS)
         self.count = len(photos) // batch   # batches per epoch
 
     def loader(self):
         for m in range(self.count):
             self.batches[m]
+
+    def host(self):
+        for m in range(self.count):
+            self.of_host[m]
 
     def img2dataset(self):
         for m in range(self.count):
@@ -133,6 +143,7 @@ def measure(loading, rounds, workers):
     """Measure and print {method: images per second} at one size."""
     works = {
         "loader": loading.loader,
+        f"host of {HOSTS}": loading.host,
         "img2dataset": loading.img2dataset,
         "plain loop": loading.plain_loop,
         "decode": loading.decode,

@@ -5,6 +5,7 @@ import json
 import os
 import re
 import sys
+import traceback
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -309,13 +310,21 @@ def run(main, memory_flags):
         message, code = "interrupted", 130
     except Exception as error:
         message, code = explain(error, memory_flags), 1
-        if message is None:
+        if message is None and not has_other_ranks():
             raise
-    print(f"{Path(sys.argv[0]).name}: error: {message}", file=sys.stderr, flush=True)
-    if dist.is_initialized() and dist.get_world_size() > 1:
+        if message is None:
+            traceback.print_exc()
+    if message is not None:
+        print(f"{Path(sys.argv[0]).name}: error: {message}", file=sys.stderr, flush=True)
+    if has_other_ranks():
         sys.stdout.flush()
         os._exit(code)                      # exit handlers may wait for the other ranks
     sys.exit(code)
+
+
+def has_other_ranks():
+    """Returns True if this process is connected to others of the same run."""
+    return dist.is_initialized() and dist.get_world_size() > 1
 
 
 def explain(error, memory_flags):
@@ -336,7 +345,7 @@ def explain(error, memory_flags):
         if error.filename:
             message += f": {error.filename}"
         return message
-    if isinstance(error, RuntimeError) and "closed by peer" in str(error):
+    if isinstance(error, RuntimeError) and "by peer" in str(error):         # closed, or reset
         return "another process of this run has stopped; see its log for the reason"
     if out_of_memory(error):
         if memory_flags:

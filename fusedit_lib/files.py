@@ -175,8 +175,9 @@ def missing_file(path, stem):
 def open_tensors(folder, stem="model"):
     """{tensor name: (open file, its name there)} of stem.safetensors, in one file or in shards.
 
-    No tensor is read yet; file.get_tensor(name) reads it. For a tensor that several hosts of a TPU
-    run have written in slices, a SlicedTensor takes the place of the file. Raises FuseDiTError.
+    No tensor is read yet. file.get_tensor(name) reads one, and file.get_slice(name)[slices] a part
+    of one. For a tensor that several hosts of a TPU run have written in slices, a SlicedTensor
+    takes the place of the file. Raises FuseDiTError.
     """
     tensors = {}
     variant = stored_variant(folder, stem)
@@ -196,23 +197,25 @@ def open_tensors(folder, stem="model"):
                 tensors[name] = file, name
                 continue
             if name not in tensors:
-                tensors[name] = SlicedTensor(file.metadata), name
-            tensors[name][0].add(ranges.rstrip("]"), file, stored_name)
+                tensors[name] = SlicedTensor(name, file.metadata), name
+            bounds = [text.split(":") for text in ranges.rstrip("]").split(",")]
+            slices = tuple(slice(int(start), int(stop)) for start, stop in bounds)
+            tensors[name][0].add(slices, file, stored_name)
     return tensors
 
 
 class SlicedTensor:
     """A tensor stored in slices, with the methods of an open safetensors file that contains it."""
 
-    def __init__(self, metadata):
+    def __init__(self, name, metadata):
+        self.name = name
         self.metadata = metadata
         self.slices = []                    # a tuple of slice objects for each part
         self.sources = []                   # (open file, name there), in the same order
 
-    def add(self, ranges, file, name):
-        """Add a slice. ranges: its position in the tensor, as "0:8,0:512"."""
-        bounds = [text.split(":") for text in ranges.split(",")]
-        self.slices.append(tuple(slice(int(start), int(stop)) for start, stop in bounds))
+    def add(self, slices, file, name):
+        """Add the part in `slices`, a tuple with a slice for each dimension."""
+        self.slices.append(slices)
         self.sources.append((file, name))
 
     def get_slice(self, _):
@@ -222,15 +225,44 @@ class SlicedTensor:
         dimensions = zip(*self.slices, strict=True)
         return [max(s.stop for s in dimension) for dimension in dimensions]
 
-    def get_tensor(self, name):
-        parts = [file.get_tensor(stored_name) for file, stored_name in self.sources]
-        if sum(part.numel() for part in parts) != math.prod(self.get_shape()):
-            raise FuseDiTError(f"{name} lacks some of its slices: is a file missing from its "
+    def get_tensor(self, _):
+        return self[tuple(slice(0, size) for size in self.get_shape())]
+
+    def __getitem__(self, box):
+        """The values in a box, a tuple of slices. What lies outside of it is not read."""
+        values = None
+        found = 0
+        for slices, (file, name) in zip(self.slices, self.sources, strict=True):
+            common = overlap(slices, box)
+            if common is None:
+                continue
+            part = file.get_slice(name)[relative_to(slices, common)]
+            if values is None:
+                values = torch.empty([s.stop - s.start for s in box], dtype=part.dtype)
+            values[relative_to(box, common)] = part
+            found += part.numel()
+        if found != math.prod(s.stop - s.start for s in box):
+            raise FuseDiTError(f"{self.name} lacks some of its slices: is a file missing from its "
                                "folder?")
-        whole = torch.empty(self.get_shape(), dtype=parts[0].dtype)
-        for where, part in zip(self.slices, parts, strict=True):
-            whole[where] = part
-        return whole
+        return values
+
+
+def overlap(a, b):
+    """The box that two boxes, tuples of slices, have in common, or None."""
+    common = []
+    for s, t in zip(a, b, strict=True):
+        start = max(s.start, t.start)
+        stop = min(s.stop, t.stop)
+        if start >= stop:
+            return None
+        common.append(slice(start, stop))
+    return tuple(common)
+
+
+def relative_to(box, inside):
+    """A box inside another, with positions that count from the beginning of the other."""
+    return tuple(slice(s.start - t.start, s.stop - t.start)
+                 for s, t in zip(inside, box, strict=True))
 
 
 class InMemoryTensor:
@@ -251,11 +283,19 @@ class InMemoryTensor:
     def get_tensor(self, _):
         return self.tensor
 
+    def __getitem__(self, slices):
+        return self.tensor[slices]
+
 
 def tensors_below(prefix, tensors):
     """The tensors whose names start with a prefix, which is removed."""
     return {name.removeprefix(prefix): stored for name, stored in tensors.items()
             if name.startswith(prefix)}
+
+
+def tensors_within(prefix, tensors):
+    """The tensors with a prefix added to their names."""
+    return {prefix + name: stored for name, stored in tensors.items()}
 
 
 def read_tensor(tensors, name):

@@ -200,13 +200,14 @@ class ClipEncoder:
 # ---- building a model ----------------------------------------------------------------------------
 
 def build_model(config, device="cpu", dtype=torch.float32, dit_tensors=None, source=None,
-                llm_tensors=None, gemma=None, parts=PARTS):
+                llm_tensors=None, gemma=None, parts=PARTS, llm_dtype=None):
     """A FuseDiT with the Gemma of config.base and a DiT, either stored or newly initialised.
 
     dit_tensors: open_tensors of a DiT in the folder source, loaded in dtype, as Gemma is; None: new
     weights in float32. llm_tensors: the weights of a Gemma that was trained as well, which
     replace base's; they include at least the layers that are read. gemma: GemmaFiles to use
-    instead of config.base. parts: see load_model. Raises FuseDiTError.
+    instead of config.base. parts: see load_model. llm_dtype: Gemma's, if it is not dtype. Raises
+    FuseDiTError.
     """
     check_build(config)
     warm_up_mkl()
@@ -217,20 +218,26 @@ def build_model(config, device="cpu", dtype=torch.float32, dit_tensors=None, sou
     model.gemma_files = gemma
     llm_device = device if "llm" in parts else "meta"
     dit_device = device if "dit" in parts else "meta"
-    load_llm(model, gemma, llm_tensors, source, llm_device, dtype)
+    load_llm(model, gemma, llm_tensors, source, llm_device, llm_dtype or dtype)
 
     if dit_tensors is None:
-        model.dit.to_empty(device=device).init_weights()
+        model.dit.to_empty(device=dit_device).init_weights()
     else:
         check_tensors(model.dit, dit_tensors, source, config_hint(config, dit_tensors))
         assign_tensors(model.dit, dit_tensors, dit_device, dtype)
 
     if "tokenizer" in parts:
         attach_tokenizer(model, gemma, config)
-    if config.clip and "llm" in parts:
+    if "llm" in parts:
+        attach_clip(model, config, device, dtype)
+    return model
+
+
+def attach_clip(model, config, device, dtype):
+    """Load the CLIP text model, if the config names one. Raises FuseDiTError."""
+    if config.clip:
         model.clip_encoder = ClipEncoder(config.clip, config.text_modulation_embeds_dim, device,
                                          dtype)
-    return model
 
 
 def attach_tokenizer(model, gemma, config):

@@ -137,10 +137,10 @@ def save_slowly(tensors, path, metadata):
 def print_keys(source, which, batches):
     global steps_left
     for m, batch in zip(which, batches):
-        keys = []
-        for caption in batch["captions"]:
-            keys += caption.split()[-1:]
-        os.write(1, f"KEYS {source.first_position(m)} {' '.join(keys)}\\n".encode())
+        keys = ""
+        for position, caption in zip(source.positions(m), batch["captions"]):
+            keys += f" {position}:{caption.rpartition(' ')[2]}"
+        os.write(1, f"KEYS{keys}\\n".encode())
         steps_left -= 1
         if steps_left == 0 and not while_writing:
             threading.Timer(random.random() * 0.02, kill).start()
@@ -155,13 +155,13 @@ launcher.load_batches = load_and_print
 
 
 def keys_by_position(stdout):
-    """{position of a micro-batch: keys of its samples}, from the output of a launcher with WATCHED.
-    """
+    """{position: key of its sample}, from the output of a launcher with WATCHED."""
     found = {}
     for line in stdout.splitlines():
         if line.startswith("KEYS"):
-            _, position, *keys = line.split()
-            found[int(position)] = keys
+            for word in line.split()[1:]:
+                position, key = word.split(":")
+                found[int(position)] = key
     return found
 
 

@@ -5,6 +5,7 @@ from argparse import Namespace
 from dataclasses import replace
 from pathlib import Path
 
+import torch
 from PIL import Image
 
 from fusedit_lib import pretrained
@@ -108,6 +109,11 @@ def tiny_batches(gemma, data, *flags, micro_batch=4, accumulation=1, rank=0, wor
     tokenizer = pretrained.load_tokenizer(files.tokenizer, files.config["vocab_size"])
     return Batches(run, model_config(run), tokenizer, micro_batch, accumulation, rank, world,
                    start)
+
+
+def in_turn(tensors):
+    """Tensors of the ranks, each [B,...], as one [W*B,...] in the order of the positions."""
+    return torch.stack(tensors, 1).flatten(0, 1)
 
 
 def batch_keys(batch):

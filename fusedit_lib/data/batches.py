@@ -12,6 +12,7 @@ import atexit
 import contextlib
 import hashlib
 import json
+import math
 import os
 import random
 import signal
@@ -26,14 +27,16 @@ from fusedit import FuseDiTError
 from fusedit_lib import backend
 from fusedit_lib.data.images import Notes, read_square
 from fusedit_lib.data.layout import REMEDIES, LayoutError, find_captions, find_image, pick_caption
-from fusedit_lib.data.order import CYCLE, Mixture
+from fusedit_lib.data.order import CYCLE, Mixture, lanes_per_rank
 from fusedit_lib.data.shards import ShardReader, can_read_latents, expand_shards, is_url
 from fusedit_lib.pretrained import ClipTokenizer
 from fusedit_lib.vae import latent_side
 
-DOWNLOAD_AHEAD = 20_000                     # how many positions ahead remote shards are copied
+DOWNLOADS = 8                               # remote shards that a process copies at the same time
 BATCH_TIMEOUT = 1800                        # seconds per batch before its worker is killed
 MAX_ATTEMPTS = 100                          # samples tried for one position before giving up
+
+download_slots = threading.BoundedSemaphore(DOWNLOADS)
 
 
 class Sample(NamedTuple):
@@ -117,8 +120,14 @@ class Batches(Dataset):
         self.digest = digest(self.shards)
         self.order = mixture(run, sets)
 
+        # The number of shards that are read at a time, by this rank and by all ranks of this host.
+        lanes = lanes_per_rank(run.streams, world)
+        of_host = min(run.streams, lanes * backend.local_world())
+        per_lane = shards_per_stream(run) * len(sets)
         self.latents = can_read_latents(self.shards, run, config, rank)
-        self.reader = ShardReader(self.shards, run.mix_shards * len(sets), run.cache, self.latents)
+        self.reader = ShardReader(self.shards, lanes * per_lane, run.cache, self.latents,
+                                  of_host * per_lane)
+        self.is_remote = any(is_url(shard.path) for shard in self.shards)
         self.downloads = {}                 # shards passed to download(), oldest first
         self.clip_tokenizer = None
         if config.clip:
@@ -133,19 +142,25 @@ class Batches(Dataset):
 
     def download(self, shard):
         """Copy a remote shard. Errors are ignored here: the reader will try again."""
-        with contextlib.suppress(Exception):
+        with contextlib.suppress(Exception), download_slots:
             self.reader.local_files(shard)
 
-    def prefetch(self, position):
-        """Start copying the shard of a position in the background if the shard is remote."""
-        shard, _ = self.order[position]
-        if shard in self.downloads or not is_url(self.shards[shard].path):
+    def prefetch(self, positions):
+        """Start copying remote shards in the background: those that these positions need and those
+        that their streams will need once half of a shard has been read."""
+        if not self.is_remote:
             return
-        self.downloads[shard] = None
-        while len(self.downloads) > 4 * self.reader.keep:
-            oldest = next(iter(self.downloads))
-            del self.downloads[oldest]
-        threading.Thread(target=self.download, args=[shard], daemon=True).start()
+        half = len(self) * shards_per_stream(self.run) // (2 * len(self.shards))
+        ahead = max(1, half) * self.run.streams
+        for position in (*positions, *(position + ahead for position in positions)):
+            shard, _ = self.order[position]
+            if shard in self.downloads or not is_url(self.shards[shard].path):
+                continue
+            self.downloads[shard] = None
+            while len(self.downloads) > 4 * self.reader.keep:
+                oldest = next(iter(self.downloads))
+                del self.downloads[oldest]
+            threading.Thread(target=self.download, args=[shard], daemon=True).start()
 
     def draw_noise(self, rng):
         """Draw (normal [], noise [1,C,h,w] or, with a VAE, [2,C,h,w]) for one sample."""
@@ -180,27 +195,32 @@ class Batches(Dataset):
             problem = f"sample {i} of {self.shards[shard].path}: {reason}"
             if attempt == 0:                # report each position only once
                 bad.append(problem)
-            position += 1 + rng.randrange(CYCLE)           # near, where shards are already open
+            # near it in the same stream, whose shard is already open
+            position += self.run.streams * (1 + rng.randrange(CYCLE))
         raise FuseDiTError(f"{MAX_ATTEMPTS} samples in a row cannot be read; the last is {problem}"
                            f"{remedy}")
 
-    def first_position(self, m):
-        """The position of the first sample of micro-batch m."""
+    def positions(self, m):
+        """The positions of the samples of micro-batch m, as a range.
+
+        The ranks take positions in turn. If their number divides that of the streams, a rank
+        therefore reads whole streams.
+        """
         step, i = divmod(m, self.accumulation)
-        in_step = (i * self.world + self.rank) * self.micro_batch
-        return self.start + step * self.run.batch + in_step
+        first = self.start + step * self.run.batch + i * self.world * self.micro_batch
+        return range(first, first + self.world * self.micro_batch)[self.rank::self.world]
 
     def make_batch(self, m):
         """Micro-batch m, without a time limit."""
-        first = self.first_position(m)
+        positions = self.positions(m)
         bad = []
         samples = []
         notes = []
         try:
-            self.prefetch(first + DOWNLOAD_AHEAD)
+            self.prefetch(positions)
             with Notes() as image_notes:
-                for j in range(self.micro_batch):
-                    samples.append(self.sample(first + j, bad))
+                for position in positions:
+                    samples.append(self.sample(position, bad))
                     notes += image_notes.take()
         except FuseDiTError as e:
             return {"error": str(e)}
@@ -213,6 +233,7 @@ class Batches(Dataset):
             pixels=pixels.movedim(-1, 1),
             ids=ids,
             mask=mask,
+            text_tokens=int(mask.sum()),    # without padding
             captions=captions,
             bad=bad,
             notes=notes,
@@ -234,12 +255,18 @@ class Batches(Dataset):
             signal.alarm(0)
 
 
+def shards_per_stream(run):
+    """The number of shards whose samples are shuffled together in each stream."""
+    return math.ceil(run.mix_shards / run.streams)
+
+
 def mixture(run, sets):
     """The order of the run's samples, as a Mixture of its data sets.
 
     Where the run has changed --data-weights, each data set continues where it was. It cannot if the
     number of data sets has changed; then the order is as if the new weights had always held.
     """
+    pool = shards_per_stream(run)
     order = None
     for change in run.changes:
         if "data_weights" not in change:
@@ -249,11 +276,11 @@ def mixture(run, sets):
             order = None
             continue
         if order is None:
-            order = Mixture(sets, old, run.seed, run.mix_shards)
+            order = Mixture(sets, old, run.seed, pool, run.streams)
         taken = order.taken_before(change["seen"])
-        order = Mixture(sets, new, run.seed, run.mix_shards, change["seen"], taken)
+        order = Mixture(sets, new, run.seed, pool, run.streams, change["seen"], taken)
     if order is None:
-        order = Mixture(sets, run.data_weights or [1], run.seed, run.mix_shards)
+        order = Mixture(sets, run.data_weights or [1], run.seed, pool, run.streams)
     return order
 
 

@@ -4,8 +4,13 @@ A position is the number of a sample in the run, counted over all steps and rank
 Order maps a position to a sample of one data set; Mixture maps it to one from several data sets.
 Neither keeps state, so a run can resume at any position, on any number of ranks, without replaying
 earlier positions.
+
+The positions are dealt to a fixed number of streams in turn. Each stream has its own part of the
+shards, and a rank or host reads whole streams where their number is a multiple of that of the ranks
+(see lanes_per_rank). The order is the same for any number of ranks.
 """
 import functools
+import math
 
 import numpy as np
 
@@ -21,73 +26,112 @@ class Order:
     Every epoch contains each sample once. The shards are shuffled and divided into pools of `pool`
     shards, and the samples of each pool are shuffled. A process therefore has only a few shards
     open at a time, and a permutation of the whole data set is never held in memory.
+
+    The shuffled epoch is then cut into `streams` parts of equal length, from which the samples are
+    taken in turn: every streams-th sample of an epoch comes from the same part, and a process that
+    reads only those opens only the shards of that part.
     """
 
-    def __init__(self, counts, seed, pool):
+    def __init__(self, counts, seed, pool, streams=1):
         """counts: the number of samples in each shard."""
         self.counts = np.array(counts)
         self.seed = seed
         self.pool = pool
+        self.streams = streams
         self.total = int(self.counts.sum())
+        self.begins = stream_begins(self.total, streams)
+        self.recent_pools = {}              # results of pool_samples, oldest first
 
-    def permutation(self, size, *stream):
-        """A permutation of range(size), determined by the seed and the numbers `stream`."""
+    def permutation(self, size, *words):
+        """A permutation of range(size), determined by the seed and some more numbers."""
         # NumPy guarantees that RandomState's numbers never change; Generator's may change.
-        return np.random.RandomState([*seeds.words(self.seed), *stream]).permutation(size)
+        return np.random.RandomState([*seeds.words(self.seed), *words]).permutation(size)
 
-    @functools.lru_cache(16)
+    @functools.lru_cache(64)
     def epoch(self, number):
         """(shards in the order of this epoch, offset of each in the epoch [shards + 1])"""
         shards = self.permutation(len(self.counts), number)
         starts = np.concatenate([[0], np.cumsum(self.counts[shards])])
         return shards, starts
 
-    @functools.lru_cache(16)
     def pool_samples(self, number, first):
         """The shuffled samples of a pool, as offsets in the unshuffled epoch.
 
         first: index of the pool's first shard in the order of the epoch.
         """
-        _, starts = self.epoch(number)
-        last = min(first + self.pool, len(self.counts))
-        size = starts[last] - starts[first]
-        return starts[first] + self.permutation(size, number, first)
+        if (number, first) not in self.recent_pools:
+            # that which each stream reads, the next one, of which prefetching asks, and some more
+            while len(self.recent_pools) >= 2 * self.streams + 16:
+                del self.recent_pools[next(iter(self.recent_pools))]
+            _, starts = self.epoch(number)
+            last = min(first + self.pool, len(self.counts))
+            size = starts[last] - starts[first]
+            samples = starts[first] + self.permutation(size, number, first)
+            self.recent_pools[number, first] = samples
+        return self.recent_pools[number, first]
 
     def __getitem__(self, position):
         """(shard, index of the sample in it) at a position of the run."""
         number, offset = divmod(position, self.total)
+        index, stream = divmod(offset, self.streams)
+        offset = self.begins[stream] + index
         shards, starts = self.epoch(number)
 
-        # the pool that this position falls into
-        index = np.searchsorted(starts, offset, "right") - 1
+        # the pool that this offset falls into
+        index = starts.searchsorted(offset, "right") - 1
         first = index // self.pool * self.pool
 
-        # the sample at this position in the pool's permutation
+        # the sample at this offset in the pool's permutation
         sample = self.pool_samples(number, first)[offset - starts[first]]
-        index = np.searchsorted(starts, sample, "right") - 1
+        index = starts.searchsorted(sample, "right") - 1
         return int(shards[index]), int(sample - starts[index])
 
 
-class Mixture:
-    """The order of samples from several data sets, mixed by weight.
+def lanes_per_rank(streams, ranks):
+    """The number of streams that a rank reads at a time if its positions are `ranks` apart."""
+    return streams // math.gcd(streams, ranks)
 
-    Each data set gets a fixed number of every CYCLE positions. These are scattered at random, and
-    the pattern repeats. Each data set keeps its own order and epochs.
+
+def stream_begins(total, streams):
+    """The offset in an epoch of `total` samples at which each stream begins, as a list.
+
+    Streams whose numbers have the same last bits are neighbours in the epoch. A host that reads
+    every second, fourth, ... stream therefore reads one contiguous part of the epoch, and few
+    shards lie on the border of two hosts.
+    """
+    begins = [0] * streams
+    begin = 0
+    for stream in sorted(range(streams), key=lambda number: f"{number:b}"[::-1]):
+        begins[stream] = begin
+        begin += -(-(total - stream) // streams)           # 0 if there are fewer samples
+    return begins
+
+
+class Mixture:
+    """The order of samples from several data sets, mixed by weight, in `streams` streams.
+
+    The positions p, p + streams, p + 2 * streams, ... of the run are a lane. In each data set, a
+    lane reads one stream per epoch.
+
+    Each data set gets a fixed number of every CYCLE positions of a lane. These are scattered at
+    random, and the pattern repeats. Every lane begins at another place of it, so that any CYCLE
+    positions of the run have nearly the same shares. Each data set keeps its own order and epochs.
     """
 
-    def __init__(self, sets, weights, seed, pool, start=0, taken=0):
+    def __init__(self, sets, weights, seed, pool, streams=1, start=0, taken=0):
         """sets: the shards of each data set, as from expand_shards; weights: one for each set.
 
-        start: the first position that has these weights. taken: the number of samples that each
-        data set has given before it, from taken_before of the Mixture with the earlier weights.
+        pool: the number of shards whose samples are shuffled together, in each stream. start: the
+        first position that has these weights. taken: the number of samples that each data set has
+        given to each lane before it, from taken_before of the Mixture with the earlier weights.
         Raises FuseDiTError if a weight is too small for one position in CYCLE.
         """
+        self.streams = streams
         self.start = start
-        self.taken = np.zeros(len(sets), int) + taken
         self.orders = []
         for shards in sets:
             counts = [shard.samples for shard in shards]
-            self.orders.append(Order(counts, seed, pool))
+            self.orders.append(Order(counts, seed, pool, streams))
         sizes = [len(shards) for shards in sets]
         self.first_shard = np.cumsum([0, *sizes]).tolist()     # of each set, among all shards
 
@@ -98,23 +142,34 @@ class Mixture:
             raise FuseDiTError(f"--data-weights: a data set with a share below 1 in {CYCLE} would "
                                "never be read; give it a larger weight")
 
-        # the set at each position of a cycle, and how often it occurred earlier in the cycle
+        # the set at each position of a cycle, and how often each set occurs before it
         slots = np.repeat(range(len(sets)), self.per_cycle)
         self.slots = np.random.RandomState(seeds.words(seed)).permutation(slots)
-        earlier = [(self.slots[:i] == chosen).sum() for i, chosen in enumerate(self.slots)]
-        self.earlier = np.array(earlier)
+        is_set = self.slots == np.arange(len(sets))[:, None]
+        self.earlier = np.cumsum(is_set, 1) - is_set           # [sets, CYCLE]
+
+        # where each lane begins in the cycle, and the samples that it had, less those of the cycle
+        self.shifts = np.arange(streams) * CYCLE // streams
+        self.taken = taken - self.earlier[:, self.shifts]      # [sets, streams]
 
     def __getitem__(self, position):
         """(shard, index of the sample in it) at a position; shards are numbered over all sets."""
-        cycle, slot = divmod(position - self.start, CYCLE)
+        lane = position % self.streams
+        passed = (position - self.start) // self.streams       # positions of the lane since start
+        cycle, slot = divmod(passed + int(self.shifts[lane]), CYCLE)
         chosen = self.slots[slot]
-        position_in_set = cycle * int(self.per_cycle[chosen]) + int(self.earlier[slot])
-        position_in_set += int(self.taken[chosen])
-        shard, sample = self.orders[chosen][position_in_set]
+        count = cycle * int(self.per_cycle[chosen]) + int(self.earlier[chosen, slot])
+        count += int(self.taken[chosen, lane])
+        shard, sample = self.orders[chosen][lane + count * self.streams]
         return self.first_shard[chosen] + shard, sample
 
     def taken_before(self, position):
-        """The number of samples that each data set gives before a position, as int [sets]."""
-        cycle, slot = divmod(position - self.start, CYCLE)
-        in_cycle = np.bincount(self.slots[:slot], minlength=len(self.per_cycle))
-        return self.taken + cycle * self.per_cycle + in_cycle
+        """The number of samples that each data set gives each lane before a position.
+
+        Returns int [sets, streams].
+        """
+        lanes = np.arange(self.streams)
+        first = (lanes - self.start) % self.streams            # of each lane, after start
+        passed = -((first + self.start - position) // self.streams)
+        cycle, slot = np.divmod(passed + self.shifts, CYCLE)
+        return self.taken + cycle * self.per_cycle[:, None] + self.earlier[:, slot]

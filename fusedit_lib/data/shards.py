@@ -36,6 +36,7 @@ from fusedit_lib.files import atomic_write
 from fusedit_lib.folders import vae_fingerprint
 
 LATENTS_SUFFIX = ".latents.safetensors"     # replaces .tar in the name of a shard's latents
+SPARE = 8                                   # shards kept open or copied beyond those needed
 RETRY_SECONDS = 600                         # time after which an unreadable shard is tried again
 
 
@@ -293,17 +294,22 @@ class OpenShard(NamedTuple):
 class ShardReader:
     """Reads samples of shards by number. Remote shards are copied to a local cache.
 
-    At most 2 * keep shards are open at a time: those of the current pool and, towards its end,
-    those of the next. The size of the cache is bounded by deleting the oldest copies.
+    At most keep + SPARE shards are open at a time: those that are being read, and some more. The
+    size of the cache is bounded by deleting the oldest copies.
     """
 
-    def __init__(self, shards, keep, cache, latents=False):
-        """shards: from expand_shards; cache: a folder, or "" for one in the temporary folder."""
+    def __init__(self, shards, keep, cache, latents=False, keep_on_host=0):
+        """shards: from expand_shards; keep: the number of shards that are read at a time.
+
+        cache: a folder, or "" for one in the temporary folder. keep_on_host: the number of shards
+        that all processes with this cache read at a time; 0: this process alone uses it.
+        """
         self.shards = shards
         self.keep = keep
+        self.keep_on_host = keep_on_host or keep
         self.latents = latents
         self.cache = Path(cache or Path(tempfile.gettempdir(), "fusedit-shards"))
-        self.opened = {}                    # {number: OpenShard}, oldest first
+        self.opened = {}                    # {number: OpenShard}, in the order of their last use
 
     def fetch(self, url, size):
         """Path of the local copy of a remote file. One process copies it while others wait."""
@@ -321,7 +327,7 @@ class ShardReader:
 
     def make_room(self):
         """Delete the oldest copies. A process that has one open can still read it."""
-        kept = 3 * self.keep
+        kept = 2 * self.keep_on_host + SPARE               # those in use, the next ones, and more
         if self.latents:
             kept *= 2                       # there are two files per shard
         with FileLock(self.cache / "lock"):
@@ -395,13 +401,13 @@ class ShardReader:
         "latents": [2*C,h,w], or None if the image could not be encoded. Raises ValueError if the
         shard or sample cannot be read.
         """
-        shard = self.opened.get(number)
+        shard = self.opened.pop(number, None)
         if shard is None or time.monotonic() > shard.expires:
-            while len(self.opened) >= 2 * self.keep:
-                oldest = next(iter(self.opened))
-                del self.opened[oldest]
+            while len(self.opened) >= self.keep + SPARE:
+                unused = next(iter(self.opened))           # for the longest time
+                del self.opened[unused]
             shard = self.open(number)
-            self.opened[number] = shard
+        self.opened[number] = shard
 
         if shard.file is None:
             raise ValueError(f"the shard cannot be read ({shard.problem})")

@@ -356,15 +356,18 @@ class CheckpointWriter:
                       f"continues{advice}\n")
 
     def close(self, step, stopped):
-        """Finish writing. Returns the exit code, which is 0 if the last step is saved.
+        """Finish writing. Returns the exit code, which is 0 if no step is lost.
 
         step: the last step of this process.
         stopped: the number of the signal that ended the run, or 0.
         """
         self.wait()
-        if self.last_saved != step:
+        if self.last_saved != step and step > 0:
             return 1
-        if self.rank == 0 and stopped:
+        if self.rank == 0 and step == 0:
+            print(f"stopped by {signal.Signals(stopped).name} before the first step: there is "
+                  f"nothing to save. To start again:\n  {resume_command(self.world)}", flush=True)
+        elif self.rank == 0 and stopped:
             print(f"stopped by {signal.Signals(stopped).name}; step {step} is saved. To resume:\n"
                   f"  {resume_command(self.world)}", flush=True)
         elif self.rank == 0:

@@ -1,28 +1,37 @@
 """Communication between the ranks of a run, and the signals that stop it."""
+import os
 import signal
+import sys
+import threading
 import time
+from datetime import timedelta
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
 
 
-def catch_signals():
-    """Handle Ctrl-C and SIGTERM from now on. Returns a list to which signal numbers are appended.
-
-    A second Ctrl-C ends the process at once, unless it comes within 3 seconds of the first signal:
-    a terminal sends Ctrl-C to every process, and launchers then forward it to the same processes.
-    """
+def catch_sigterm():
+    """Handle SIGTERM from now on. Returns a list to which signal numbers are appended."""
     caught = []
+    signal.signal(signal.SIGTERM, lambda number, _: caught.append(number))
+    return caught
+
+
+def catch_ctrl_c(caught):
+    """Append Ctrl-C to the list of catch_sigterm from now on.
+
+    A second Ctrl-C ends the process at once, unless it comes within 3 seconds of the first one: a
+    terminal sends Ctrl-C to every process, and launchers then forward it to the same processes.
+    """
     received = []                           # times
 
     def catch(number, _):
         caught.append(number)
         received.append(time.monotonic())
-        if number == signal.SIGINT and received[-1] - received[0] > 3:
+        if received[-1] - received[0] > 3:
             raise KeyboardInterrupt
     signal.signal(signal.SIGINT, catch)
-    signal.signal(signal.SIGTERM, catch)
-    return caught
 
 
 def rank_and_world():
@@ -54,3 +63,54 @@ def gather_from_all_ranks(value):
     values = [None] * dist.get_world_size()
     dist.all_gather_object(values, value)
     return values
+
+
+# ------------------------------------------------------------------------------ ranks that fail
+
+class NextRank:
+    """Watches the next rank, and ends this process if that one ends before it has called close().
+
+    The hosts of a TPU slice need this. No launcher watches them, and the others would wait for the
+    chips of a failed one forever. Each host ends after the next one, so all end.
+    """
+
+    def __init__(self):
+        rank, world = rank_and_world()
+        self.previous = (rank - 1) % world
+        self.next = (rank + 1) % world
+        self.group = dist.new_group(timeout=timedelta(days=1000))
+        self.thread = threading.Thread(target=self.watch, daemon=True)
+        self.thread.start()
+
+    def watch(self):
+        """Waits for the next rank's close(). If the connection breaks, that rank has ended."""
+        try:
+            dist.recv(torch.zeros(1), self.next, self.group)
+        except RuntimeError:
+            time.sleep(5)                   # this rank may be about to report the same error
+            print(f"{Path(sys.argv[0]).name}: error: another process of this run has stopped; see "
+                  "its log for the reason", file=sys.stderr, flush=True)
+            os._exit(1)                     # the main thread may be waiting for a device
+
+    def close(self):
+        """Tells the previous rank not to watch this one any more. All ranks must call it."""
+        dist.send(torch.zeros(1), self.previous, self.group)
+        self.thread.join()
+
+
+next_rank = None                            # a NextRank, after watch_next_rank
+
+
+def watch_next_rank():
+    """Ends this process, from now on, if the next rank ends. Call it on all ranks."""
+    global next_rank
+    if several_ranks():
+        next_rank = NextRank()
+
+
+def disconnect():
+    """Ends the connections between the ranks, when all have finished."""
+    if next_rank:
+        next_rank.close()
+    dist.barrier()                          # exiting early would break the others' connections
+    dist.destroy_process_group()

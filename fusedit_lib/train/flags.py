@@ -175,6 +175,8 @@ def parse_run(argv, description, engine="gpu"):
         run = replace(run, preset="")
     if "caption_pick" not in provided and predates_caption_pick(run):
         run = replace(run, caption_pick="whole")
+    if "streams" not in provided:
+        run = replace(run, streams=settled_streams(run))
     if is_like_published:
         run = like_published(run, provided)
 
@@ -264,6 +266,16 @@ def predates_caption_pick(run):
     """True if --out holds a run from before --caption-pick, which read caption files whole."""
     stored = stored_settings(run.out)
     return bool(stored) and "caption_pick" not in stored
+
+
+def settled_streams(run):
+    """The number of streams of a run if --streams is not given: a resumed run keeps its own.
+
+    A run from before --streams has one, which gives the order of samples that it began with.
+    """
+    if is_resumed(run.out):
+        return stored_settings(run.out).get("streams", 1)
+    return run.streams
 
 
 def like_published(run, provided):

@@ -46,6 +46,17 @@ TPUS = {
 NAMED_BY_CORES = ("v4", "v5p")              # slice names count cores, two per chip
 
 
+def tpu_peak_flops(kind, chips):
+    """Total FLOP/s of TPU chips, or None if theirs are not known.
+
+    kind: the beginning of a slice's name, such as "v4" or "v5litepod", or None.
+    """
+    hardware = TPUS.get(plain_name(kind or ""))
+    if hardware is None:
+        return None
+    return chips * hardware.flops
+
+
 def peak_flops(device, world):
     """Total FLOP/s of `world` GPUs of this kind, or None if its FLOP/s are not known."""
     if device.type != "cuda":
@@ -55,6 +66,11 @@ def peak_flops(device, world):
         if re.search(rf"\b{kind}\b", name):
             return world * hardware.flops
     return None
+
+
+def plain_name(text):
+    """The name of a TPU slice or of its kind, with "v5e" for Google's "v5litepod"."""
+    return text.replace("v5litepod", "v5e")
 
 
 class Devices(NamedTuple):
@@ -88,7 +104,7 @@ def parse(text):
     count = 0
     kind = None
     gpus = re.fullmatch(r"(\d+) *[xX*] *([\w ]+)", text)
-    tpus = re.fullmatch(r"([vV]\w+)-(\d+)", text.replace("v5litepod", "v5e"))
+    tpus = re.fullmatch(r"([vV]\w+)-(\d+)", plain_name(text))
     if gpus:
         count = int(gpus[1])
         kind = find_kind(gpus[2], GPUS)

@@ -3,6 +3,7 @@ import re
 import sys
 from dataclasses import asdict
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
@@ -27,23 +28,52 @@ WITHOUT_WEIGHTS = ("base", "vae", "clip", "text_hidden_states_index", "max_text_
                    "guidance")
 
 
-@torch.no_grad()
-def load_initial_weights(run, model):
-    """Copies the weights of run.init into a newly initialised FuseDiT, on all ranks.
+class InitialWeights(NamedTuple):
+    """The weights that a new run takes from the model of --init.
 
-    These are the weights of its DiT and, with --train-llm, of a Gemma that was trained as well.
-    What the config adds to the DiT keeps its fresh weights; rank 0 prints its names. Raises
-    FuseDiTError if the weights are incomplete or do not fit.
+    The tensors are still on disk, in the form of files.open_tensors.
+    """
+    dit: dict                               # of the DiT, save those that start fresh
+    llm: dict                               # of a Gemma that was trained as well, or {}
+    adapters: tuple                         # folders of LoRA adapters to merge into the DiT
+
+
+def open_initial_weights(run, model):
+    """Returns the InitialWeights of run.init for a FuseDiT, which may be on the meta device.
+
+    What the config adds to the DiT is left out, because it starts fresh; rank 0 prints its names.
+    Raises FuseDiTError if the weights are incomplete or do not fit.
     """
     folder = model_folder(run.init)
     stored = open_weights(folder, ema=not run.init_raw)
     fresh = fresh_weights(model, stored.dit, folder)
-    copy_weights(model.dit, stored.dit, fresh)
-    for adapter in stored.adapters:
-        merge(model.dit, adapter)
-    load_text_tower(run, model, stored)
+    dit = {name: tensor for name, tensor in stored.dit.items() if name not in fresh}
+    llm = {}
+    if takes_trained_llm(run, model, stored):
+        llm = stored.trained_llm
     if is_first_rank():
         print(describe(run, folder, model.dit, fresh), file=sys.stderr, flush=True)
+    return InitialWeights(dit, llm, stored.adapters)
+
+
+def load_initial_weights(model, initial):
+    """Copies InitialWeights into a newly initialised FuseDiT."""
+    load_initial_dit(model.dit, initial)
+    copy_weights(model.llm, initial.llm)
+
+
+def load_initial_dit(dit, initial):
+    """Copies the DiT's InitialWeights into a newly initialised DiT, and merges the adapters."""
+    copy_weights(dit, initial.dit)
+    for adapter in initial.adapters:
+        merge(dit, adapter)
+
+
+@torch.no_grad()
+def copy_weights(module, tensors):
+    """Copies stored tensors into the parameters of a module that have their names."""
+    for name in tensors:
+        module.get_parameter(name).copy_(read_tensor(tensors, name))
 
 
 def fresh_weights(model, tensors, folder):
@@ -101,24 +131,17 @@ def changed_fields(config, new):
             if old[name] != value and name not in WITHOUT_WEIGHTS}
 
 
-def copy_weights(module, tensors, fresh=()):
-    """Copies the stored tensors into a module, except the names in fresh."""
-    for name, weight in module.state_dict().items():
-        if name not in fresh:
-            weight.copy_(read_tensor(tensors, name))
-
-
-def load_text_tower(run, model, stored):
-    """Copies a Gemma that was trained as well, or checks that the frozen one is that of the model.
+def takes_trained_llm(run, model, stored):
+    """True if a run starts from a Gemma that was trained as well; False if from config.base's.
 
     A run stores only what it trains, so a frozen Gemma must be the one that config.base names.
+    Raises FuseDiTError if it is not.
     """
     if stored.trained_llm and run.train_llm:
         check_tensors(model.llm, stored.trained_llm, stored.folder)
-        copy_weights(model.llm, stored.trained_llm)
-        return
-    if not stored.trained_llm and is_gemma_of(stored, model.llm):
-        return
+        return True
+    if not stored.trained_llm and is_gemma_of(stored, model):
+        return False
     remedy = "Write a complete model first, with sample.py --export DIR, and start from DIR"
     if stored.trained_llm:
         remedy += ", or go on training it, with --train-llm"
@@ -126,16 +149,16 @@ def load_text_tower(run, model, stored):
                        f"{model.config.base}, which this run has. {remedy}")
 
 
-def is_gemma_of(stored, llm):
-    """True if the text tower has the weights of the Gemma that a StoredModel contains, if any."""
+def is_gemma_of(stored, model):
+    """True if the Gemma of a FuseDiT is the one that a StoredModel contains, if it contains any."""
     if stored.gemma is None:
         return True
-    tensors = gemma_tensors(stored.gemma)   # of a published training checkpoint
-    for name, weight in llm.state_dict().items():
-        if name not in tensors:
+    theirs = gemma_tensors(stored.gemma)    # of a published training checkpoint
+    ours = gemma_tensors(model.gemma_files)
+    for name in model.llm.state_dict():
+        if name not in theirs:
             return False
-        value = read_tensor(tensors, name).to(weight.device, torch.bfloat16)
-        if not weight.bfloat16().equal(value):
+        if not read_tensor(ours, name).bfloat16().equal(read_tensor(theirs, name).bfloat16()):
             return False
     return True
 

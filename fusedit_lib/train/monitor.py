@@ -32,7 +32,10 @@ class SpmdHost(NamedTuple):
     """A host in XLA SPMD, where each rank is a host and all devices act as one."""
     place: Callable                         # batches -> the same batches on the devices
     sync: Callable                          # runs the recorded operations
+    split_rows: Callable                    # shards the first dimension of a tensor over the mesh
     devices: int                            # number of devices of all hosts
+    kind: str | None = None                 # of TPU chips, such as "v5litepod"; None if not known
+    memory: Callable = lambda: None         # bytes in use on a chip, or None if not known
 
 
 class StepResults(NamedTuple):
@@ -68,7 +71,8 @@ class Monitor:
         self.device = model.llm.embed_tokens.weight.device
 
         # Image grids and validation run on each rank separately, or on all hosts as one device.
-        self.host = host or SpmdHost(place=iter, sync=lambda: None, devices=self.world)
+        self.host = host or SpmdHost(place=iter, sync=lambda: None, split_rows=lambda rows: rows,
+                                     devices=self.world)
         self.grid_rank = 0 if host else self.rank
         self.grid_world = 1 if host else self.world
         self.held_out = None                # validation batches, read on first use
@@ -79,6 +83,7 @@ class Monitor:
         self.bad = []
         self.notes = Counter()
         self.text_tokens = 0                # without padding
+        self.chip_memory = 0                # most bytes in use on a TPU chip at any log line
 
         # counts since the start of the run
         self.step = 0
@@ -91,13 +96,19 @@ class Monitor:
             self.step = checkpoint.step
             self.counts = {name: getattr(checkpoint, name) for name in self.counts}
 
-        self.peak_flops = hardware.peak_flops(self.device, self.world)
-        if self.peak_flops:
-            self.useful_flops = costs.useful_flops(config, source.latents, run.train_llm,
-                                                   run.lora > 0)
+        self.set_flops(host, source.latents)
         if self.rank == 0:
             self.open_log()
         self.restart_clock(True)
+
+    def set_flops(self, host, latents):
+        """Set the peak FLOP/s of all devices, if known, and the useful FLOPs, for the MFU."""
+        self.peak_flops = hardware.peak_flops(self.device, self.world)
+        if host:
+            self.peak_flops = hardware.tpu_peak_flops(host.kind, host.devices)
+        if self.peak_flops:
+            self.useful_flops = costs.useful_flops(self.config, latents, self.run.train_llm,
+                                                   self.run.lora > 0)
 
     def open_log(self):
         """Rank 0: open the log, and print a summary of the run."""
@@ -115,16 +126,12 @@ class Monitor:
 
     # ------------------------------------------------------------------------------ recording
 
-    def log_micro_batch(self, loss, loaded, text_tokens=0):
-        """Record a micro-batch.
-
-        loss: a scalar on the device. loaded: the micro-batch, a dict of Batches. text_tokens:
-        number of text tokens without padding, for the MFU.
-        """
+    def log_micro_batch(self, loss, loaded):
+        """Record a micro-batch: its loss, a scalar on the device, and the dict from Batches."""
         self.losses.append(loss.detach())   # not read yet, which would wait for the device
         self.bad += loaded["bad"]
         self.notes.update(loaded["notes"])
-        self.text_tokens += text_tokens
+        self.text_tokens += loaded["text_tokens"]
 
     def log_step(self, grad_norm):
         """Record an optimizer step. grad_norm: the norm before clipping, or None if not known."""
@@ -175,6 +182,8 @@ class Monitor:
         Raises FuseDiTError, on all ranks, if the run has diverged or too many samples cannot be
         read.
         """
+        if self.rank == 0:                  # before gather() waits: while the chips run a step
+            self.chip_memory = max(self.chip_memory, self.host.memory() or 0)
         results = self.gather()
         self.count_samples(results)
         self.print_new_notes(results)
@@ -209,9 +218,9 @@ class Monitor:
         if not math.isfinite(grad_norm):
             grad_norm = None
         row = dict(step=step, loss=loss, lr=lr, grad_norm=grad_norm,
-                   images_per_s=round(speed, 1), memory_gb=round(peak_memory_gb(self.device), 3))
+                   images_per_s=round(speed, 1), memory_gb=round(self.peak_memory_gb(), 3))
 
-        # model FLOPs utilization: useful FLOP/s as a share of the peak FLOP/s of the GPUs
+        # model FLOPs utilization: useful FLOP/s as a share of the devices' peak FLOP/s
         if self.peak_flops:
             per_image, per_token = self.useful_flops
             images = (step - self.clock_step) * self.run.batch // self.world
@@ -220,6 +229,17 @@ class Monitor:
             row["mfu"] = round(mfu, 3)
         return row | dict(skipped=self.counts["skipped"],
                           skipped_steps=self.counts["skipped_steps"], time=round(time.time(), 1))
+
+    def peak_memory_gb(self):
+        """Peak memory in GB: of the TPU chip, allocated on the GPU, or else of this process."""
+        if self.chip_memory:
+            return self.chip_memory / 1e9
+        if self.device.type == "cuda":
+            return torch.cuda.max_memory_allocated(self.device) / 1e9
+        unit = 1024                         # ru_maxrss is in KiB; on macOS, in bytes
+        if sys.platform == "darwin":
+            unit = 1
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
 
     def print_row(self, row, grad_norm, speed):
         """Print a row of metrics.jsonl as a log line."""
@@ -314,8 +334,7 @@ class Monitor:
             self.vae.to(vae_device)
 
     def write_grid(self, step, model):
-        grid = sample_grid(self.run, model, self.vae, self.host.sync,
-                           self.grid_rank, self.grid_world)
+        grid = sample_grid(self.run, model, self.vae, self.host, self.grid_rank, self.grid_world)
         if self.rank == 0:
             info = PngInfo()
             info.add_text("prompts", "\n".join(self.run.prompts))
@@ -338,13 +357,3 @@ class Monitor:
             by_sigma = " ".join(f"{loss:.3f}" for loss in losses)
             self.bar.write(f"step {step}/{self.run.steps}  validation loss {mean:.4f}; by noise "
                            f"level, low to high: {by_sigma}")
-
-
-def peak_memory_gb(device):
-    """Peak memory in GB: allocated on the GPU, or else used by this process."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 1e9
-    unit = 1024                             # ru_maxrss is in KiB; on macOS, in bytes
-    if sys.platform == "darwin":
-        unit = 1
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9

@@ -41,10 +41,11 @@ def changed_settings(stored, run, config):
     """The settings that differ from the run's config.json although they must not, as Differences.
 
     stored: the content of that config.json. If a setting is missing there, it was introduced after
-    the run was started, so the run used its default.
+    the run was started, so the run used its default; but it had one stream.
     """
     current = json.loads(checkpoints.run_settings_json(run, config))
     defaults = json.loads(checkpoints.run_settings_json(type(run)(), type(config)()))
+    defaults["run"]["streams"] = 1
     free = {f"run.{f.name}" for f in fields(run) if f.metadata["free"]}
     free |= {f"run.{name}" for name in run.resume_with}
     free.add("model.guidance")              # only used for sampling

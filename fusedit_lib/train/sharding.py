@@ -9,6 +9,7 @@ to compute the memory of a device.
 """
 import math
 import re
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -90,11 +91,17 @@ def partition_spec(name, shape, sizes):
 # ------------------------------------------------------------------------------ checkpoints
 
 class ParameterState(NamedTuple):
-    """The float32 training state of one parameter."""
+    """The float32 training state of one parameter: tensors, or a list of Shards for each."""
     ema: torch.Tensor                       # exponential moving average of the weight
     weight: torch.Tensor
     exp_avg: torch.Tensor                   # AdamW's first moment
     exp_avg_sq: torch.Tensor                # AdamW's second moment
+
+
+class Shard(NamedTuple):
+    """A part of a tensor."""
+    slices: tuple                           # location: one slice per dimension
+    values: torch.Tensor
 
 
 def stored_names(name, tensor):
@@ -104,38 +111,68 @@ def stored_names(name, tensor):
     return [name.replace(STACKED, f".{layer}.") for layer in range(len(tensor))]
 
 
-def initial_state(checkpoint, name, parameter):
-    """The initial ParameterState of a parameter, on the CPU.
+def device_slices(name, shape, sizes, device):
+    """The part of a tensor that a device of the mesh holds, as one slice per dimension.
 
-    checkpoint: a Checkpoint, or None for a new run, whose EMA starts at the weight and whose
-    moments start at zero. The parameter must already have its initial or restored weight.
+    sizes: {axis: devices along it}. device: its number in the mesh, where the neighbour along the
+    last axis has the next number. The devices of a host need not have consecutive numbers.
     """
-    weight = parameter.detach().cpu()
+    place = {}                              # position along each axis
+    for axis in reversed(AXES):
+        device, place[axis] = divmod(device, sizes[axis])
+
+    slices = []
+    for size, axis in zip(shape, partition_spec(name, shape, sizes), strict=True):
+        start = 0
+        if axis is not None:
+            size //= sizes[axis]
+            start = place[axis] * size
+        slices.append(slice(start, start + size))
+    return tuple(slices)
+
+
+def read_shards(tensors, prefix, name, parameter, places):
+    """Reads parts of a parameter from disk. Returns a Shard for each of its places.
+
+    tensors: stored tensors, in the form of files.open_tensors, by the names in a checkpoint.
+    prefix: of these names, such as "exp_avg.".
+    places: the slices of each device; what several devices hold is read once.
+
+    Nothing else is read, except that the disk delivers whole pages: in a tensor whose columns are
+    cut, the rest of a row may come with its part.
+    """
+    stored = [tensors[prefix + stored_name] for stored_name in stored_names(name, parameter)]
+    read = {}                               # {location: values}
+    for slices in places:
+        where = location(slices, parameter.shape)
+        if where not in read:
+            read[where] = read_part(stored, slices, STACKED in name).to(parameter.dtype)
+    return [Shard(slices, read[location(slices, parameter.shape)]) for slices in places]
+
+
+def read_part(stored, slices, is_stacked):
+    """Reads a part of a tensor, or of the tensors of all layers, stacked."""
+    if not is_stacked:
+        file, key = stored[0]
+        return file.get_slice(key)[slices].contiguous()
+    return torch.stack([file.get_slice(key)[slices[1:]] for file, key in stored[slices[0]]])
+
+
+def initial_state(weights, checkpoint, name, parameter, places):
+    """The initial ParameterState of a parameter. Each field is a list of a Shard for each place.
+
+    weights: the stored tensors of all weights, in the form of files.open_tensors.
+    checkpoint: a Checkpoint, or None for a new run, whose EMA starts at the weight and whose
+    moments start at zero.
+    """
+    weight = read_shards(weights, "", name, parameter, places)
     if checkpoint is None:
-        return ParameterState(ema=weight, weight=weight, exp_avg=torch.zeros(weight.shape),
-                              exp_avg_sq=torch.zeros(weight.shape))
-
-    names = stored_names(name, parameter)
-    ema = read_layers(checkpoint.ema, names)
-    exp_avg = read_layers(checkpoint.state, [f"exp_avg.{n}" for n in names])
-    exp_avg_sq = read_layers(checkpoint.state, [f"exp_avg_sq.{n}" for n in names])
-    return ParameterState(ema.view(weight.shape), weight, exp_avg.view(weight.shape),
-                          exp_avg_sq.view(weight.shape))
-
-
-def read_layers(tensors, names):
-    """Reads and stacks the named tensors of a checkpoint. tensors: from files.open_tensors."""
-    layers = []
-    for name in names:
-        file, key = tensors[name]
-        layers.append(file.get_tensor(key))
-    return torch.stack(layers)
-
-
-class Shard(NamedTuple):
-    """A part of a tensor."""
-    slices: tuple                           # location: one slice per dimension
-    values: torch.Tensor
+        zeros = [Shard(shard.slices, torch.zeros(shard.values.shape)) for shard in weight]
+        return ParameterState(ema=weight, weight=weight, exp_avg=zeros, exp_avg_sq=zeros)
+    return ParameterState(
+        ema=read_shards(checkpoint.ema, "", name, parameter, places), weight=weight,
+        exp_avg=read_shards(checkpoint.state, "exp_avg.", name, parameter, places),
+        exp_avg_sq=read_shards(checkpoint.state, "exp_avg_sq.", name, parameter, places))
 
 
 def slices_to_store(prefix, name, shards, shape):
@@ -146,9 +183,9 @@ def slices_to_store(prefix, name, shards, shape):
     shape: the shape of the whole parameter.
     prefix: a prefix for every name, such as "exp_avg.".
 
-    Shards that together fill a box are joined. A piece of a tensor is stored under a name that
-    includes its location, as in "dit.proj_out.weight[0:8,0:512]". files.open_tensors reads such
-    pieces as one tensor.
+    Neighbouring shards are joined. A piece of a tensor is stored under a name that includes its
+    location, as in "dit.proj_out.weight[0:8,0:512]". files.open_tensors reads such pieces as one
+    tensor.
     """
     shards = [without_padding(slices, values, shape) for slices, values in shards]
     if len(shards) > 1:
@@ -177,21 +214,31 @@ def without_padding(slices, values, shape):
 
 
 def join(shards):
-    """Joins shards into a list of one if they fill a box; otherwise returns them unchanged."""
-    dimensions = list(zip(*(shard.slices for shard in shards), strict=True))
-    starts = [min(s.start for s in slices) for slices in dimensions]
-    stops = [max(s.stop for s in slices) for slices in dimensions]
-    box = tuple(slice(start, stop) for start, stop in zip(starts, stops, strict=True))
-    sizes = [s.stop - s.start for s in box]
-    if sum(shard.values.numel() for shard in shards) != math.prod(sizes):
-        return shards
+    """Joins neighbouring shards into larger boxes. Returns the boxes, as Shards."""
+    for dim in reversed(range(len(shards[0].slices))):
+        boxes = []
+        for shard in sorted(shards, key=partial(starts, dim)):
+            if boxes and follows(dim, boxes[-1], shard):
+                slices = list(shard.slices)
+                slices[dim] = slice(boxes[-1].slices[dim].start, slices[dim].stop)
+                values = torch.cat([boxes.pop().values, shard.values], dim)
+                shard = Shard(tuple(slices), values)
+            boxes.append(shard)
+        shards = boxes
+    return shards
 
-    joined = shards[0].values.new_empty(sizes)
-    for shard in shards:
-        inside = [slice(s.start - start, s.stop - start)
-                  for s, start in zip(shard.slices, starts, strict=True)]
-        joined[tuple(inside)] = shard.values
-    return [Shard(box, joined)]
+
+def starts(dim, shard):
+    """Where a shard starts in each dimension, with `dim` last."""
+    found = [s.start for s in shard.slices]
+    return [*found[:dim], *found[dim + 1:], found[dim]]
+
+
+def follows(dim, first, second):
+    """Returns True if the second shard begins where the first one ends, in this dimension only."""
+    pairs = list(zip(first.slices, second.slices, strict=True))
+    a, b = pairs.pop(dim)
+    return a.stop == b.start and all(a == b for a, b in pairs)
 
 
 def location(slices, shape):

@@ -9,7 +9,14 @@ import fusedit
 from fusedit import FuseDiTError
 from fusedit_lib import seeds
 from fusedit_lib.data.batches import Batches, to_device
-from fusedit_lib.sampling import generate, image_grid, padded_text_length
+from fusedit_lib.sampling import (
+    decode_latents,
+    draw_latents,
+    encode_prompts,
+    image_grid,
+    latent_size,
+    padded_text_length,
+)
 from fusedit_lib.train import distributed
 
 VALIDATION_SIGMAS = [(i + 0.5) / 8 for i in range(8)]      # noise levels of the validation loss
@@ -17,31 +24,42 @@ VALIDATION_SIGMAS = [(i + 0.5) / 8 for i in range(8)]      # noise levels of the
 
 # ------------------------------------------------------------------------------ image grids
 
-def sample_images(run, model, vae, indices, sync):
-    """Generates images for run.prompts[i], for i in indices, as a list of PIL images.
+def sample_images(run, model, vae, indices, host):
+    """Generates the images i in indices, which ascend, as a list of PIL images.
 
-    Prompt i always starts from the same noise, with the i-th seed from run.seed on.
-    sync: called after each sampler step.
+    Image i has the prompt i % len(run.prompts), which always starts from the same noise, with its
+    own seed from run.seed on. Repetitions, from len(run.prompts) on, are drawn but not returned.
     """
     def after_step(step, x):
-        sync()
+        host.sync()
 
+    count = len(run.prompts)
+    of_prompts = seeds.consecutive(run.seed, count)
     length = padded_text_length(model, run.prompts, "")     # the same on all ranks
-    of_prompts = seeds.consecutive(run.seed, len(run.prompts))
-    return generate(model, [run.prompts[i] for i in indices], [of_prompts[i] for i in indices],
-                    vae=vae, steps=run.sample_steps, text_length=length, callback=after_step)
+    encoded = encode_prompts(model, [run.prompts[i % count] for i in indices], text_length=length)
+    text, uncond = (features.map(host.split_rows) for features in encoded.of_images())
+    x = draw_latents(model, text, uncond, [of_prompts[i % count] for i in indices],
+                     latent_size(model.config, vae), run.sample_steps, callback=after_step)
+
+    # By way of the CPU, each image is a tensor of its own. XLA would otherwise compile a program
+    # for each, because a slice's location is part of its program.
+    images = []
+    device = x.device
+    for latents in x.cpu()[:sum(i < count for i in indices)].split(1):
+        images += decode_latents(latents.to(device), vae)
+    return images
 
 
-def sample_grid(run, model, vae, sync, rank, world):
+def sample_grid(run, model, vae, host, rank, world):
     """Generates an image for each of the run's prompts, and returns the grid as a PIL image.
 
-    Each of `world` ranks generates its share. Some prompts are repeated to give every rank the same
-    number of images, because ZeRO 3 gathers weights from all ranks at the same time.
+    Each of `world` ranks generates its share, and so does each device of a mesh. Some prompts are
+    repeated to give every device the same number of images, because the devices gather weights from
+    each other at the same time.
     """
     count = len(run.prompts)
-    padded = math.ceil(count / world) * world
-    indices = [i % count for i in range(rank, padded, world)]
-    images = sample_images(run, model, vae, indices, sync)
+    padded = math.ceil(count / host.devices) * host.devices
+    images = sample_images(run, model, vae, range(rank, padded, world), host)
     if world > 1:
         of_ranks = distributed.gather_from_all_ranks(images)
         images = [of_ranks[i % world][i // world] for i in range(count)]
@@ -66,8 +84,8 @@ def held_out_batches(run, config, model, micro_batch, rank, world):
         batch = source[index]
         if "error" in batch:
             raise FuseDiTError(batch["error"])
-        first = index * held_out.batch + rank * micro_batch
-        batch["counts"] = (first + torch.arange(micro_batch) < samples).float()
+        positions = torch.tensor(source.positions(index))
+        batch["counts"] = (positions < samples).float()
         batches.append(batch)
     return batches
 

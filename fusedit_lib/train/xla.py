@@ -10,7 +10,9 @@ that --help and --plan work without it. The scanned layers, in plain PyTorch, ar
 """
 import atexit
 import contextlib
+import functools
 import os
+import sys
 from collections import deque
 from datetime import timedelta
 from functools import partial
@@ -24,7 +26,7 @@ from torch.func import functional_call
 
 from fusedit import FuseDiTError
 from fusedit_lib import backend
-from fusedit_lib.train import sharding
+from fusedit_lib.train import distributed, sharding
 from fusedit_lib.train.scan import ScannedStack, set_parameter
 from fusedit_lib.train.sharding import ParameterState
 
@@ -33,6 +35,8 @@ from fusedit_lib.train.sharding import ParameterState
 def set_environment_defaults():
     """Sets environment variables of PyTorch/XLA that the user has not set. Call it before start."""
     os.environ.setdefault("PJRT_DEVICE", "TPU")
+    if os.environ["PJRT_DEVICE"] == "CPU":
+        os.environ.setdefault("MASTER_PORT", "0")   # any: several runs may share a CPU
     os.environ.setdefault("PJRT_NPROC", "64")   # threads; waiting virtual devices block some
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
     if os.environ["PJRT_DEVICE"] == "CPU":
@@ -63,12 +67,12 @@ def start(run):
         raise FuseDiTError(f"no {kind} found ({reason}); to train on a CPU, set PJRT_DEVICE=CPU "
                            "CPU_NUM_DEVICES=4") from None
 
-    if kind == "CPU":
-        dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    else:
-        dist.init_process_group("gloo", init_method="xla://", timeout=timedelta(minutes=30))
-        if run.dtype == "float32":
-            set_mat_mul_precision("highest")    # by default a TPU multiplies in bf16
+    # The longest time that a host may be behind the others, for example in downloading a model.
+    dist.init_process_group("gloo", init_method="xla://", timeout=timedelta(minutes=30))
+    os.environ["RANK"] = str(dist.get_rank())       # no launcher sets it
+    distributed.watch_next_rank()
+    if kind == "TPU" and run.dtype == "float32":
+        set_mat_mul_precision("highest")            # by default a TPU multiplies in bf16
 
     shape = sharding.mesh_shape(run.mesh, devices)
     return xs.Mesh(np.arange(devices), shape, sharding.AXES)
@@ -78,6 +82,43 @@ def sync():
     """Compiles and runs the recorded operations."""
     import torch_xla
     torch_xla.sync()
+
+
+# ------------------------------------------------------------------------------ the TPU's figures
+
+def tpu_kind():
+    """The kind of TPU, such as "v4" or "v5litepod", or None if it is not known or there is none."""
+    from torch_xla._internal import tpu
+    if os.environ["PJRT_DEVICE"] != "TPU":
+        return None
+    try:
+        return tpu.get_tpu_type()           # from the environment or the machine's metadata
+    except (OSError, LookupError, TypeError):
+        return None
+
+
+def tpu_memory():
+    """Bytes in use on the fullest chip of this host, or None if they are not known.
+
+    They come from libtpu's metrics server, as for the command `tpu-info`, which torch_xla installs:
+    xm.get_memory_info refuses the one device of SPMD (https://github.com/pytorch/xla/issues/9022).
+    """
+    if os.environ["PJRT_DEVICE"] != "TPU":
+        return None
+    try:
+        from tpu_info import device, metrics
+        kind, _ = device.get_local_chips()
+        return max(chip.memory_usage for chip in metrics.get_chip_usage(kind))
+    except Exception as error:              # gRPC's errors and others; the run needs no figure
+        reason = backend.first_line(error)
+        print_once(f"WARNING: the memory of the chips cannot be read ({reason}); memory_gb is the "
+                   "host's")
+        return None
+
+
+@functools.cache
+def print_once(message):
+    print(message, file=sys.stderr, flush=True)
 
 
 # ------------------------------------------------------------------------------ scan over layers
@@ -163,6 +204,11 @@ def use_weights(model, weights):
 
 # ------------------------------------------------------------------------------ the engine
 
+# The host may record this many steps ahead of the devices. PyTorch/XLA itself would queue 32, and
+# a signal is only handled, and a checkpoint read, once all that is queued has run.
+STEPS_AHEAD = 2
+
+
 class Engine:
     """Model, AdamW and EMA on the mesh, with the same methods as zero.Engine.
 
@@ -171,7 +217,11 @@ class Engine:
     graph.
     """
 
-    def __init__(self, run, model, vae, checkpoint, accumulation, mesh):
+    def __init__(self, run, model, vae, weights, checkpoint, accumulation, mesh):
+        """model, vae and weights: as build.open_models returns them. The model is filled here.
+
+        checkpoint: the Checkpoint to resume from, or None.
+        """
         import torch_xla
         self.model = model
         self.mesh = mesh
@@ -182,6 +232,7 @@ class Engine:
         self.learning_rate = run.lr
         self.micro_batches = 0              # number of micro-batches so far
         self.norm = None                    # gradient norm of the last step
+        self.running = deque()              # gradient norms of steps that may not be finished
 
         scan = make_scan(run.remat)
         mark = partial(mark_with_gradient, mesh)
@@ -193,21 +244,27 @@ class Engine:
         if model.clip_encoder:
             model.clip_encoder.model.to(self.device)
 
-        self.state = self.shard_parameters(checkpoint)      # {name: ParameterState}
+        self.state = self.load_parameters(weights, checkpoint)      # {name: ParameterState}
         self.adam = self.build_adam(run, checkpoint)
 
-    def shard_parameters(self, checkpoint):
-        """Moves the model's parameters to the mesh. Returns the states of the trained ones."""
+    def load_parameters(self, weights, checkpoint):
+        """Puts the parameters on the mesh. Returns the ParameterStates of the trained ones.
+
+        This host reads only what its own devices hold.
+        """
         states = {}
         for name, parameter in list(self.model.named_parameters()):
-            weight = self.to_mesh(name, parameter.detach())
-            weight = nn.Parameter(weight, parameter.requires_grad)
-            set_parameter(self.model, name, weight)
-            if parameter.requires_grad:
-                initial = sharding.initial_state(checkpoint, name, parameter)
-                states[name] = ParameterState(ema=self.to_mesh(name, initial.ema), weight=weight,
-                                              exp_avg=self.to_mesh(name, initial.exp_avg),
-                                              exp_avg_sq=self.to_mesh(name, initial.exp_avg_sq))
+            places = local_slices(self.mesh, name, parameter.shape)
+            if not parameter.requires_grad:
+                shards = sharding.read_shards(weights, "", name, parameter, places)
+                weight = nn.Parameter(self.to_mesh(name, parameter, shards), False)
+                set_parameter(self.model, name, weight)
+                continue
+            initial = sharding.initial_state(weights, checkpoint, name, parameter, places)
+            state = [self.to_mesh(name, parameter, shards) for shards in initial]
+            state = ParameterState(*state)
+            states[name] = state._replace(weight=nn.Parameter(state.weight))
+            set_parameter(self.model, name, states[name].weight)
         return states
 
     def build_adam(self, run, checkpoint):
@@ -222,13 +279,28 @@ class Engine:
                                         "exp_avg": state.exp_avg, "exp_avg_sq": state.exp_avg_sq}
         return adam
 
-    def to_mesh(self, name, tensor):
-        """Moves a tensor to the device, sharded like the parameter of this name."""
+    def to_mesh(self, name, parameter, shards):
+        """A tensor on the mesh like the parameter of this name.
+
+        shards: what each device of this host holds of it, as Shards on the CPU.
+        """
         import torch_xla.distributed.spmd as xs
-        tensor = tensor.to(self.device)
+        if shards[0].values.shape == parameter.shape:       # load_local_shards_ refuses these
+            tensor = shards[0].values.to(self.device)
+            self.mark(name, tensor)
+            return tensor
+        tensor = torch.empty(parameter.shape, dtype=parameter.dtype, device=self.device)
+        self.mark(name, tensor)
+        local = [xs.XLAShard(shard.values, shard.slices, device, replica_id=0)
+                 for device, shard in zip(local_devices(), shards, strict=True)]
+        xs.XLAShardedTensor(tensor).load_local_shards_(local)
+        return tensor
+
+    def mark(self, name, tensor):
+        """Annotates a tensor, to be sharded like the parameter of this name."""
+        import torch_xla.distributed.spmd as xs
         spec = sharding.partition_spec(name, tensor.shape, self.mesh.shape())
         xs.mark_sharding(tensor, self.mesh, spec)
-        return tensor
 
     def to_scalar(self, number):
         """A number as a 0-d input tensor of the graph; a constant would require recompilation.
@@ -253,7 +325,7 @@ class Engine:
         (loss / self.accumulation).backward()
         for name, state in self.state.items():
             if state.weight.grad is not None:
-                self.to_mesh(name, state.weight.grad)       # otherwise XLA may replicate it
+                self.mark(name, state.weight.grad)          # otherwise XLA may replicate it
 
     def step(self):
         """Ends a micro-batch. After the last one of a step, records Adam's step."""
@@ -266,9 +338,15 @@ class Engine:
                               self.max_grad_norm)
 
     def update_ema(self, decay):
-        """Updates the EMA and runs the step. A decay of 1 keeps the EMA, with the same graph."""
+        """Updates the EMA and runs the step. A decay of 1 keeps the EMA, with the same graph.
+
+        Waits until the step before the last STEPS_AHEAD steps has finished.
+        """
         update_ema(self.state.values(), self.to_scalar(1 - decay))
         sync()
+        self.running.append(self.norm)
+        if len(self.running) > STEPS_AHEAD:
+            self.running.popleft().cpu()
 
     def grad_norm(self):
         """Norm of the last step's gradient before clipping; not finite if the step was skipped."""
@@ -301,6 +379,19 @@ class Engine:
         return ema, state
 
 
+def local_devices():
+    """{"TPU:5": 5, ...}: the devices of this host, by torch_xla's names, and their numbers."""
+    import torch_xla
+    names = torch_xla._XLAC._xla_get_runtime_devices()
+    return {name: int(name.partition(":")[2]) for name in names}
+
+
+def local_slices(mesh, name, shape):
+    """The part of a tensor that each device of this host holds: a list of tuples of slices."""
+    return [sharding.device_slices(name, shape, mesh.shape(), device)
+            for device in local_devices().values()]
+
+
 def local_shards(prefix, name, tensor):
     """The part of a tensor on the mesh that this host writes; see sharding.slices_to_store."""
     import torch_xla.distributed.spmd as xs
@@ -313,6 +404,13 @@ def local_shards(prefix, name, tensor):
 
 # Number of dimensions of a batch's tensors (data/batches.py). All devices share the first, B.
 DIMENSIONS = {"pixels": 4, "ids": 2, "mask": 2, "clip": 2, "normal": 1, "noise": 5, "counts": 1}
+
+
+def split_rows(mesh, tensor):
+    """Shards the first dimension of a tensor on the device over all devices. Returns the tensor."""
+    import torch_xla.distributed.spmd as xs
+    xs.mark_sharding(tensor, mesh, (sharding.AXES, *[None] * (tensor.dim() - 1)))
+    return tensor
 
 
 def place_batches(batches, mesh):

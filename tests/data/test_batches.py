@@ -21,6 +21,7 @@ from tiny_shards import (
     ORIGINAL_CAPTIONS,
     SHAPE,
     batch_keys,
+    in_turn,
     index,
     numbered,
     png,
@@ -53,7 +54,7 @@ def empty_index_cache():
 # ------------------------------------------------------------------------------ the order
 
 def global_batches(gemma, shards, micro_batch, accumulation, world):
-    """The keys of three training steps, with their micro-batches concatenated in order."""
+    """The keys of three training steps, in the order of their positions."""
     ranks = []
     for rank in range(world):
         batches = tiny_batches(gemma, shards, *ORIGINAL_CAPTIONS, micro_batch=micro_batch,
@@ -63,8 +64,9 @@ def global_batches(gemma, shards, micro_batch, accumulation, world):
     for step in range(3):
         keys = []
         for i in range(accumulation):
-            for micro_batches in ranks:
-                keys += micro_batches[step * accumulation + i]
+            of_ranks = [micro_batches[step * accumulation + i] for micro_batches in ranks]
+            for together in zip(*of_ranks, strict=True):   # the ranks take positions in turn
+                keys += together
         steps.append(keys)
     return steps
 
@@ -100,9 +102,8 @@ def test_noise_and_captions_depend_only_on_the_position(gemma_folder, shards):
     whole = tiny_batches(gemma_folder, shards, *flags, micro_batch=8)[3]
     ranks = [tiny_batches(gemma_folder, shards, *flags, micro_batch=2, accumulation=2, rank=rank,
                           world=2) for rank in range(2)]
-    parts = [ranks[0][6], ranks[1][6], ranks[0][7], ranks[1][7]]
     for key in ("noise", "normal", "pixels", "ids"):
-        together = torch.cat([part[key] for part in parts])
+        together = torch.cat([in_turn([ranks[0][m][key], ranks[1][m][key]]) for m in (6, 7)])
         assert together.equal(whole[key]), key
     assert whole["noise"].shape == (8, 1, 3, 16, 16)
     assert len(set(whole["normal"].tolist())) == 8
@@ -131,7 +132,7 @@ print(time.time() - begin, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 
 def test_any_step_is_reached_directly(gemma_folder, tmp_path, known):
     """2,600 shards of 10,000 samples, step 800,000 at batch 512; all shards are links to one tar.
 
-    The same holds without offsets.npy, when the batch's 16 tars are scanned for their offsets.
+    The same holds without offsets.npy, with 8 streams, whose tars are scanned for their offsets.
     """
     tar = tmp_path / "one.tar"
     files = {"image.png": b"x", "synthetic_caption.txt": "a"}
@@ -146,7 +147,9 @@ def test_any_step_is_reached_directly(gemma_folder, tmp_path, known):
     if known:
         np.save(data / "offsets.npy", np.tile(sample_offsets(tar), 2600))
 
-    argv = ["--data", data, "--base", gemma_folder, "--batch", "512", "--set", *SHAPE]
+    streams = "64" if known else "8"
+    argv = ["--data", data, "--base", gemma_folder, "--batch", "512", "--streams", streams]
+    argv += ["--set", *SHAPE]
     done = warm.run(["-c", LATE_STEP, *argv], env=os.environ | {"PYTHONPATH": str(ROOT)})
     assert done.returncode == 0, done.stderr
     seconds, gigabytes = map(float, done.stdout.split())

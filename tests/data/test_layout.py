@@ -11,7 +11,7 @@ from conftest import REFERENCE
 from PIL import Image, ImageFont
 from safetensors.torch import load_file
 from test_prepare_data import command, pack
-from tiny_shards import COLOURS, add_file, png, tiny_batches, write_shard
+from tiny_shards import COLOURS, add_file, in_turn, png, tiny_batches, write_shard
 
 from fusedit import FuseDiTError
 from fusedit_lib.data.cc12m import TarItems
@@ -196,7 +196,7 @@ def test_shards_of_img2dataset_train_as_repacked(gemma_folder, others):
     ranks = [tiny_batches(gemma_folder, others[0], micro_batch=2, rank=rank, world=4)[4]
              for rank in range(4)]
     for name in ("pixels", "ids", "noise"):
-        assert torch.cat([rank[name] for rank in ranks]).equal(ours[4][name])
+        assert in_turn([rank[name] for rank in ranks]).equal(ours[4][name])
 
 
 @pytest.mark.parametrize("content", ["[1]", '{"shards": 5}', '{"shards": ["a"]}', "{"])
@@ -389,7 +389,10 @@ def test_one_of_several_captions_is_drawn_at_every_visit(gemma_folder, several):
         one = tiny_batches(gemma_folder, several, *keep, micro_batch=35, accumulation=5, rank=rank,
                            world=2)
         parts.append([one[m]["captions"] for m in range(5)])
-    again = [caption for pair in zip(*parts, strict=True) for part in pair for caption in part]
+    again = []
+    for micro_batches in zip(*parts, strict=True):
+        for captions in zip(*micro_batches, strict=True):  # the ranks take positions in turn
+            again += captions
     assert again == list(drawn)             # depends only on the position
 
     first = tiny_batches(gemma_folder, several, *keep, "--caption-pick", "first", micro_batch=70)[0]

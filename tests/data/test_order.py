@@ -92,3 +92,31 @@ def test_the_order_of_a_seed_never_changes():
     assert mixture[1] == (0, 14)
     assert mixture[4] == (1, 11)
     assert mixture[5000] == (1, 9)
+
+    taken = mixture.taken_before(1234)
+    assert taken.tolist() == [[916], [318]]
+    mixture = Mixture(SETS, [1.0, 4.0], 5, 8, 1, 1234, taken)
+    assert mixture[1234] == (2, 6)
+    assert mixture[1235] == (1, 5)
+    assert mixture[1240] == (2, 6)
+    assert mixture[9000] == (2, 3)
+
+
+def test_nor_does_the_order_of_several_streams():
+    order = Order([5, 0, 9, 1, 7], 7, 2, 4)
+    assert order[0] == (4, 1)
+    assert order[1] == (2, 5)
+    assert order[22] == (2, 1)
+    assert order[1000] == (4, 0)
+
+    mixture = Mixture(SETS, [3.0, 1.0], 5, 1, 64)
+    assert mixture[0] == (1, 21)
+    assert mixture[1] == (0, 9)
+    assert mixture[64] == (0, 24)
+    assert mixture[5000] == (0, 28)
+    taken = mixture.taken_before(1234)
+    assert taken.sum(1).tolist() == [930, 304]
+    mixture = Mixture(SETS, [1.0, 4.0], 5, 1, 64, 1234, taken)
+    assert mixture[1234] == (0, 4)
+    assert mixture[1235] == (2, 6)
+    assert mixture[9000] == (1, 16)

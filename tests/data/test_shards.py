@@ -22,6 +22,7 @@ from tiny_shards import (
 
 from fusedit import FuseDiTError
 from fusedit_lib.data.shards import (
+    SPARE,
     Shard,
     ShardReader,
     expand_shards,
@@ -152,6 +153,19 @@ def test_an_unreadable_shard_is_tried_again_after_a_while(shards, monkeypatch):
     assert "image.png" in reader.read(0, 0)
 
 
+def test_the_shards_used_last_stay_open(tmp_path):
+    write_shard(tmp_path / "a.tar", [scene("x")])
+    path = str(tmp_path / "a.tar")
+    reader = ShardReader([Shard(path, 1, None, None, 0)] * 40, 2, "")
+    reader.read(0, 0)
+    first = reader.opened[0].file
+    for number in range(1, 40):
+        reader.read(number, 0)
+        reader.read(0, 0)
+    assert reader.opened[0].file is first
+    assert sorted(reader.opened) == [0, *range(40 - (2 + SPARE) + 1, 40)]
+
+
 # ------------------------------------------------------------------------------ remote shards
 
 @pytest.fixture
@@ -172,7 +186,7 @@ def server(shards):
 def test_remote_shards_are_copied_once_to_a_bounded_cache(gemma_folder, shards, server, tmp_path):
     url, requests = server
     cache = tmp_path / "cache"
-    flags = [*ORIGINAL_CAPTIONS, "--mix-shards", "1"]
+    flags = [*ORIGINAL_CAPTIONS, "--mix-shards", "1", "--streams", "1"]
 
     def remote_keys(pattern):
         batches = tiny_batches(gemma_folder, f"{url}/{pattern}", *flags, "--cache", str(cache))
@@ -184,14 +198,31 @@ def test_remote_shards_are_copied_once_to_a_bounded_cache(gemma_folder, shards, 
     tars = sorted(path for path in requests if path.endswith("tar"))
     assert tars == [f"/s-{i}.tar" for i in range(3)]
 
-    for i in range(5):                      # copies of another run
+    for i in range(12):                     # copies of another run
         (cache / f"{i}.tar").touch()
         os.utime(cache / f"{i}.tar", (i, i))
     (shards / "s-0.tar").rename(shards / "t-0.tar")
     index(shards)
     read_index.cache_clear()
     assert len(remote_keys("")) == 6
-    assert len(list(cache.glob("*.tar"))) <= 4
+    assert len(list(cache.glob("*.tar"))) == 2 * 1 + SPARE + 1
+
+
+def test_the_next_shard_of_each_stream_is_copied_ahead(gemma_folder, shards, server, tmp_path):
+    """Two streams: the shard of a position, and that of half a shard later in its stream."""
+    url, requests = server
+    flags = ["--streams", "2", "--mix-shards", "2", "--cache", str(tmp_path)]
+    batches = tiny_batches(gemma_folder, f"{url}/", *flags)
+    position = 0
+    wanted = set()
+    while len(wanted) < 2:
+        position += 1
+        wanted = {f"/s-{batches.order[p][0]}.tar" for p in (position, position + 2 * 4)}
+    batches.prefetch([position])
+    deadline = time.monotonic() + 60
+    while len(list(tmp_path.glob("*.tar"))) < 2 and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert wanted == {path for path in requests if path.endswith("tar")}
 
 
 def test_missing_and_truncated_remote_files_are_reported(gemma_folder, shards, server, tmp_path,

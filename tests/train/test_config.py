@@ -1,6 +1,8 @@
 """Run settings: flags, --help, usage errors, model configuration and batch arithmetic."""
+import json
 import os
 import re
+import shutil
 from dataclasses import fields, replace
 
 import pytest
@@ -11,6 +13,7 @@ from launching import flags, launch
 import fusedit
 from fusedit import FuseDiTError
 from fusedit_lib import folders
+from fusedit_lib.train import checkpoints, resuming
 from fusedit_lib.train.build import build_models
 from fusedit_lib.train.config import (
     RunConfig,
@@ -220,3 +223,27 @@ def test_a_run_from_before_caption_pick_reads_captions_whole(tmp_path):
     assert parse_run([*argv, "--caption-pick", "first"], "").caption_pick == "first"
     (tmp_path / "config.json").write_text('{"run": {"preset": "demo", "caption_pick": "random"}}')
     assert parse_run(argv, "").caption_pick == "random"
+
+
+def test_a_resumed_run_keeps_its_streams(gemma, data, tmp_path):
+    """One from before --streams has one; a folder without a checkpoint is a new run."""
+    out = tmp_path / "run"
+    argv = flags(gemma, data, out)
+    config = model_config(parse_run(argv, ""))
+    for stored, kept in ((None, 1), (16, 16)):
+        shutil.rmtree(out, ignore_errors=True)
+        out.mkdir()
+        settings = json.loads(checkpoints.run_settings_json(parse_run(argv, ""), config))
+        del settings["run"]["streams"]
+        if stored:
+            settings["run"]["streams"] = stored
+        (out / "config.json").write_text(json.dumps(settings))
+        assert parse_run(argv, "").streams == 64
+        (out / "step-0000001").mkdir()
+        run = parse_run(argv, "")
+        assert run.streams == kept
+        assert resuming.changed_settings(settings, run, config) == []
+        other = parse_run([*argv, "--streams", "64"], "")
+        assert other.streams == 64
+        (changed,) = resuming.changed_settings(settings, other, config)
+        assert str(changed) == f"run.streams was {kept}, is now 64"

@@ -17,7 +17,8 @@ from fusedit import FuseDiTConfig, FuseDiTError
 from fusedit_lib import pretrained
 from fusedit_lib.cli import parse_overrides
 from fusedit_lib.export import export
-from fusedit_lib.train.build import build_models
+from fusedit_lib.files import read_tensor
+from fusedit_lib.train.build import build_models, open_models
 from fusedit_lib.train.config import model_config
 from fusedit_lib.train.flags import parse_run
 
@@ -136,9 +137,28 @@ def random_model(folder, gemma, *words):
 
 
 def started(*words):
-    """The model that build_models returns for a new float32 run with these flags."""
+    """The model that build_models returns for a new float32 run with these flags.
+
+    Checks that the weights which open_models returns for a TPU are the same.
+    """
     run = parse_run(["--dtype", "float32", "--out", "nowhere", *map(str, words)], "")
-    return build_models(run, model_config(run), "cpu", None)[0]
+    config = model_config(run)
+    model, _ = build_models(run, config, "cpu", None)
+    assert_equal(opened_state(run, config, None), model.state_dict())
+    return model
+
+
+def opened_state(run, config, checkpoint):
+    """The weights of open_models, read whole: {name: tensor}."""
+    model, _, weights = open_models(run, config, checkpoint, whole_tensor)
+    assert all(weight.is_meta for weight in model.parameters())
+    return {name: read_tensor(weights, name).to(weight.dtype)
+            for name, weight in model.state_dict().items()}
+
+
+def whole_tensor(name, shape):
+    """The slices of a single device."""
+    return [tuple(slice(0, size) for size in shape)]
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -268,7 +288,8 @@ def test_what_a_field_adds_starts_as_in_a_new_run(gemma, tmp_path, capsys, case)
     changes = [re.sub("CLIP|VAE", lambda match: paths[match[0]], word) for word in changes]
     folder = random_model(tmp_path / "model", gemma, *stored)
     got = started("--init", folder, "--set", *changes, "--seed", "5").dit.state_dict()
-    line = capsys.readouterr().err.splitlines()[-1]
+    lines = capsys.readouterr().err.splitlines()
+    (line,) = {line for line in lines if line.startswith("starting from")}
 
     new = started("--preset", "demo", "--base", gemma, "--seed", "5", "--set", *SHAPE, "vae=null",
                   "qk_norm=true", "attention=self", "pos_embed=ape", "shared_attention_layers=all",

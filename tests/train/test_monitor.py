@@ -2,6 +2,8 @@
 import io
 import json
 import re
+import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -11,7 +13,7 @@ from tiny_shards import index, numbered, sample_names, scene, write_shard
 
 from fusedit_lib import pretrained
 from fusedit_lib.data.batches import Batches
-from fusedit_lib.train import costs
+from fusedit_lib.train import costs, hardware, xla
 from fusedit_lib.train.config import model_config
 from fusedit_lib.train.flags import parse_run
 
@@ -183,3 +185,54 @@ def test_the_mfu_counts_useful_flops(gemma, data, tmp_path):
     assert row["mfu"] == pytest.approx(row["images_per_s"] * flops / 1e6, rel=0.01)
     assert re.search(r"step 3/3  loss \S+  lr 3.0e-03  grad norm \S+  \S+ images/s  memory \S+ GB  "
                      r"MFU \S+%  remaining 0:00:00\n", done.stdout)
+
+
+# ------------------------------------------------------------------------------ TPUs
+
+def install(monkeypatch, name, **content):
+    """A module of the TPU's environment, in place of the real one."""
+    module = SimpleNamespace(**content)
+    monkeypatch.setitem(sys.modules, name, module)
+    return module
+
+
+@pytest.fixture
+def tpu(monkeypatch):
+    """The modules that know the kind and the memory of a host's four v5e chips."""
+    monkeypatch.setenv("PJRT_DEVICE", "TPU")
+    known = install(monkeypatch, "torch_xla._internal.tpu", get_tpu_type=lambda: "v5litepod")
+    internal = install(monkeypatch, "torch_xla._internal", tpu=known)
+    install(monkeypatch, "torch_xla", _internal=internal)
+    chips = [SimpleNamespace(memory_usage=used) for used in (5, 7, 6, 5)]
+    device = install(monkeypatch, "tpu_info.device", get_local_chips=lambda: ("V5E", 4))
+    metrics = install(monkeypatch, "tpu_info.metrics", get_chip_usage=lambda kind: chips)
+    install(monkeypatch, "tpu_info", device=device, metrics=metrics)
+    xla.print_once.cache_clear()
+    return SimpleNamespace(known=known, metrics=metrics)
+
+
+def fail(*args):
+    raise OSError("no answer")
+
+
+def test_the_kind_and_memory_of_tpu_chips(tpu, monkeypatch, capfd):
+    """Where they cannot be read, and on a CPU's virtual devices, they are not known."""
+    assert (xla.tpu_kind(), xla.tpu_memory()) == ("v5litepod", 7)
+    tpu.known.get_tpu_type = fail
+    tpu.metrics.get_chip_usage = fail
+    for _ in range(2):
+        assert (xla.tpu_kind(), xla.tpu_memory()) == (None, None)
+    assert capfd.readouterr().err == ("WARNING: the memory of the chips cannot be read (no "
+                                      "answer); memory_gb is the host's\n")
+    monkeypatch.setenv("PJRT_DEVICE", "CPU")
+    assert (xla.tpu_kind(), xla.tpu_memory()) == (None, None)
+    assert capfd.readouterr().err == ""
+
+
+@pytest.mark.parametrize("kind, flops", [("v4", 275e12), ("v5litepod", 197e12), ("v5p", 459e12),
+                                         ("v6e", 918e12), ("v3", None), (None, None)])
+def test_the_peak_of_tpu_chips(kind, flops):
+    expected = None
+    if flops:
+        expected = 128 * flops
+    assert hardware.tpu_peak_flops(kind, 128) == expected

@@ -76,6 +76,25 @@ def test_only_small_tensors_are_replicated(name, sizes):
     assert whole < 0.001 * total
 
 
+@pytest.mark.parametrize("name", ["dit.layers.block.mlp.up_proj.weight", "dit.proj_out.weight",
+                                  "dit.layers.block.self_attn.o_proj.weight", "llm.norm.weight"])
+def test_the_slices_of_each_device(name):
+    """The mesh is numbered like an array, as torch_xla does it."""
+    tensor = torch.arange(3 * 8 * 12).view(3, 8, 12)
+    if ".block." not in name:
+        tensor = tensor[0]
+    for fsdp, row in enumerate(torch.arange(8).view(4, 2).tolist()):
+        for column, device in enumerate(row):
+            want = tensor
+            spec = sharding.partition_spec(name, tensor.shape, SIZES)
+            for dim, axis in enumerate(spec):
+                if axis is not None:
+                    part = {"fsdp": fsdp, "tensor": column}[axis]
+                    want = want.chunk(SIZES[axis], dim)[part]
+            slices = sharding.device_slices(name, tensor.shape, SIZES, device)
+            assert torch.equal(tensor[slices], want)
+
+
 # ------------------------------------------------------------------------------ scan over layers
 
 def plain_scan(step, carry, rows):
@@ -308,8 +327,8 @@ def test_shards_of_all_hosts_are_read_as_whole_tensors(tmp_path, layout):
         else:
             assert sharding.slices_to_store("", "c", [], (5,)) == {}
         files.save_file(stored, tmp_path / names[host], {"config": "{}"})
-        if layout != "scattered":           # adjacent shards are joined
-            assert len(stored) == 5 + (host == 0)
+        boxes = 3 if layout == "scattered" else 1          # neighbouring shards are joined
+        assert len(stored) == 5 * boxes + (host == 0)
 
     if len(hosts) > 1:
         index = {"weight_map": {f"x{i}": name for i, name in enumerate(names)}}
@@ -321,6 +340,8 @@ def test_shards_of_all_hosts_are_read_as_whole_tensors(tmp_path, layout):
     for key, tensor in want.items():
         file, stored = read[key]
         assert torch.equal(file.get_tensor(stored), tensor)
+        box = tuple(slice(size // 3, size - 1) for size in tensor.shape)
+        assert torch.equal(file.get_slice(stored)[box], tensor[box])
         assert tuple(file.get_slice(stored).get_shape()) == tuple(tensor.shape)
         assert file.metadata() == {"config": "{}"}
 
@@ -333,6 +354,9 @@ def test_a_missing_piece_is_named(tmp_path):
     file, key = files.open_tensors(tmp_path)["b"]
     with pytest.raises(FuseDiTError, match="b lacks some of its slices"):
         file.get_tensor(key)
+    with pytest.raises(FuseDiTError, match="b lacks some of its slices"):
+        file.get_slice(key)[0:2, 3:5]       # shard 2 has columns 4 and 5
+    assert file.get_slice(key)[0:2, 0:4].shape == (2, 4)
 
 
 # One of two hosts that together have 2 x 2 devices. Each saves its half of every tensor.
@@ -374,9 +398,11 @@ def test_two_hosts_save_together(tmp_path):
     assert checkpoints.damage(folder) is None
     checkpoint = checkpoints.load_checkpoint(folder)
     whole = torch.arange(4 * 6 * 8.).view(4, 6, 8)
-    stacked = torch.nn.Parameter(whole)
-    for tensor in sharding.initial_state(checkpoint, "dit.layers.block.w", stacked):
-        assert torch.equal(tensor, whole)
+    weights = {f"dit.layers.{i}.w": checkpoint.state[f"weight.dit.layers.{i}.w"] for i in range(4)}
+    place = (slice(0, 4), slice(1, 4), slice(2, 7))         # of both hosts' halves
+    for (shard,) in sharding.initial_state(weights, checkpoint, "dit.layers.block.w", whole,
+                                           [place]):
+        assert shard.slices == place and torch.equal(shard.values, whole[place])
     assert sorted(path.name for path in folder.glob("model*")) == [
         "model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors",
         "model.safetensors.index.json"]

@@ -15,6 +15,7 @@ from launching import (
     command,
     flags,
     free_port,
+    launch,
     metrics,
     ranks,
     read_until,
@@ -86,3 +87,31 @@ def test_a_dead_rank_ends_the_others(gemma, data, tmp_path, launcher):
     process.communicate(timeout=500)        # less than the half-hour timeout of a collective
     assert process.returncode != 0
     assert not running(out)
+
+
+# Rank 1 receives SIGTERM while the model is loaded.
+AT_START = """
+import signal
+build_models = launcher.build_models
+
+def build_slowly(*args):
+    if dist.get_rank() == 1:
+        os.kill(os.getpid(), signal.SIGTERM)
+    return build_models(*args)
+
+launcher.build_models = build_slowly
+"""
+
+
+def test_a_signal_before_the_loop_ends_all_ranks(gemma, data, tmp_path):
+    """A new run has nothing to save. A resumed one is saved already."""
+    new = flags(gemma, data, tmp_path / "new", "--steps", "5")
+    done = launch(new, AT_START, n=2)
+    assert "stopped by SIGTERM before the first step: there is nothing to save" in done.stdout
+    assert "Traceback" not in done.stderr and not metrics(tmp_path / "new")
+    assert not list((tmp_path / "new").glob("*step-*"))
+
+    launch(flags(gemma, data, tmp_path / "old", "--steps", "5", "--save-every", "2"), n=2)
+    done = launch(flags(gemma, data, tmp_path / "old", "--steps", "9"), AT_START, n=2)
+    assert "stopped by SIGTERM; step 5 is saved. To resume:" in done.stdout
+    assert len(metrics(tmp_path / "old")) == 5

@@ -121,13 +121,23 @@ def test_every_kind_of_model_matches_train_gpu(gemma, data, tmp_path, name):
 
 
 # Prints the bytes on each device: those of gradients after the first of two micro-batches, and
-# those of each field of ParameterState when a checkpoint is gathered.
+# those of each field of ParameterState when a checkpoint is gathered, held and to be written.
+# Checks that the shards are where sharding.py says, from which follows what a host reads.
 BYTES = """
 import torch_xla
 import torch_xla.distributed.spmd as xs
 
 def shards(tensor):
     return xs.XLAShardedTensor(tensor).local_shards
+
+def check_place(mesh, name, tensor, shard):
+    places = dict(zip(xla.local_devices(), xla.local_slices(mesh, name, tensor.shape)))
+    want = places[shard.shard_device]
+    if shard.indices is ...:
+        assert [s.stop - s.start for s in want] == list(tensor.shape), name
+    else:
+        got = [(s.start, s.stop) for s in shard.indices]
+        assert got == [(s.start, s.stop) for s in want], name
 
 class Engine(xla.Engine):
     def step(self):
@@ -144,12 +154,16 @@ class Engine(xla.Engine):
 
     def gather_state(self):
         gathered = super().gather_state()
-        held = {}
-        for state in self.state.values():
+        held, written = {}, {}
+        for name, state in self.state.items():
             for field, tensor in enumerate(state):
                 for shard in shards(tensor):
-                    held.setdefault(shard.shard_device, [0] * 4)[field] += shard.data.nbytes
-        print("HELD", json.dumps(held))
+                    check_place(self.mesh, name, tensor, shard)
+                    device = shard.shard_device
+                    held.setdefault(device, [0] * 4)[field] += shard.data.nbytes
+                    if shard.replica_id == 0:
+                        written.setdefault(device, [0] * 4)[field] += shard.data.nbytes
+        print("HELD", json.dumps([held, written]))
         return gathered
 
 xla.Engine = Engine
@@ -169,7 +183,10 @@ def wide_gemma(tmp_path_factory):
 
 
 def test_a_device_holds_its_share(wide_gemma, data, tmp_path):
-    """EMA, weights and both of Adam's moments. The sizes are read from the shards."""
+    """EMA, weights and both of Adam's moments. The sizes are read from the shards.
+
+    Of a checkpoint, it writes its share as well, and all devices together write everything once.
+    """
     total = None                            # bytes of each field on one device
     for devices, meshes in ((1, ["1,1"]), (2, ["2,1"]), (4, ["2,2"]), (8, ["8,1", "2,4"])):
         jobs = []
@@ -184,13 +201,14 @@ def test_a_device_holds_its_share(wide_gemma, data, tmp_path):
         assert len(found) == len(meshes) == len(gradients)
 
         if total is None:
-            total = found[0]["CPU:0"]
+            total = found[0][0]["CPU:0"]
         assert sum(total) == 4 * total[0] > 4 * 4_000_000
         share = [size / devices for size in total]
-        for held in found:
-            assert len(held) == devices
-            for device in held.values():
+        for held, written in found:
+            assert len(held) == len(written) == devices
+            for device in (*held.values(), *written.values()):
                 assert device == pytest.approx(share, rel=0.1)
+            assert [sum(sizes) for sizes in zip(*written.values(), strict=True)] == total
         assert gradients == pytest.approx([share[0]] * len(meshes), rel=0.1)
 
 
@@ -465,6 +483,51 @@ def test_validation_matches_train_gpu(gemma, data, tmp_path):
         assert losses(tpu) == pytest.approx(losses(gpu), rel=near)
         grids = [pixels(out / "samples" / "step-0000006.png") for out in (gpu, tpu)]
         assert np.abs(grids[0] - grids[1]).max() <= levels
+
+
+def test_each_device_draws_its_share_of_the_image_grid(gemma, data, tmp_path):
+    """3 images on 8 devices: each draws one, with guidance. All are decoded by one program.
+
+    The shapes are those of the compiled programs. Without the repetitions, which make the batch
+    divisible, every device would compute the attention of all 3 images.
+    """
+    argv = flags(gemma, data, tmp_path / "run", "--steps", "1", "--sample-every", "1")
+    env = virtual(8)
+    env["XLA_FLAGS"] += f" --xla_dump_to={tmp_path}/dump --xla_dump_hlo_as_text"
+    launch(argv, engine="tpu", env=env)
+    programs = [path.read_text() for path in tmp_path.glob("dump/*cpu_after_optimizations.txt")]
+    config = model_config(parse_run(argv, "", "tpu"))
+    tokens = (config.image_size // config.patch_size)**2
+    batches = set()                         # sizes of batches times key heads in image attention
+    for program in programs:
+        for first, rows, keys in re.findall(r" = f32\[(\d+),(\d+),(\d+)\]\S* dot\(", program):
+            if int(rows) % tokens == 0 and int(keys) > tokens:
+                batches.add(int(first))
+    key_heads = 2
+    assert batches == {key_heads, 2 * key_heads}            # one image in training, two in a grid
+    assert sum(bool(re.search(r"->.*u8\[", program)) for program in programs) == 1
+
+
+# Two chips with a peak of 1e6 FLOP/s each. The memory in use rises while the run goes on.
+FIGURES = """
+from fusedit_lib.train import hardware
+hardware.TPUS["small"] = hardware.Hardware(1e6, 1e9)
+xla.tpu_kind = lambda: "small"
+used = [2e9, 5e9, 3e9]
+xla.tpu_memory = lambda: used.pop(0)
+"""
+
+
+def test_the_log_has_the_mfu_and_the_memory_of_the_chips(gemma, data, tmp_path):
+    argv = flags(gemma, data, tmp_path / "run", "--steps", "3", "--sample-every", "0")
+    on_devices(2, [(argv, FIGURES)])
+    config = model_config(parse_run(argv, "", "tpu"))
+    useful = costs.useful_flops(config, latents=False, train_llm=False)
+    rows = metrics(tmp_path / "run")
+    assert [row["memory_gb"] for row in rows] == [2, 5, 5]
+    for row in rows[1:]:
+        tokens = (row["mfu"] * 2e6 / row["images_per_s"] - useful.per_image) / useful.per_token
+        assert 1 < tokens < config.max_text_tokens          # of a caption, without padding
 
 
 @pytest.mark.parametrize("devices, mesh", [(2, "2,1"), (4, "2,2")])
