@@ -73,32 +73,17 @@ class Placeholders:
             made = torch.nn.Parameter(self.make(parameter), parameter.requires_grad)
             set_parameter(module, name, made)
 
-    def to_mesh(self, engine, name, tensor):
-        """Engine.to_mesh for a tensor that may be on the meta device."""
-        import torch_xla.distributed.spmd as xs
-        if tensor.device.type == "meta":
-            tensor = self.make(tensor)
-        spec = sharding.partition_spec(name, tensor.shape, engine.mesh.shape())
-        xs.mark_sharding(tensor, engine.mesh, spec)
-        return tensor
-
-
-def initial_state(checkpoint, name, parameter):
-    """The ParameterState of a parameter on the meta device."""
-    weight = parameter.detach()
-    return ParameterState(ema=weight, weight=weight, exp_avg=weight, exp_avg_sq=weight)
-
 
 # ---------------------------------------------------------------------------- what train() uses
-def build_models(placeholders, run, config):
-    """(FuseDiT on the meta device, VAE or None)."""
+def open_models(placeholders, run, config):
+    """(FuseDiT on the meta device, VAE or None, no weights), as build.open_models returns them."""
     dtype = torch_dtype(run.dtype)
     model = costs.training_model(run, config)
     if not run.train_llm:
         model.llm.to(dtype)
     model.tokenizer = None
     model.clip_encoder = None
-    return model, build_vae(placeholders, run, config)
+    return model, build_vae(placeholders, run, config), {}
 
 
 def build_vae(placeholders, run, config):
@@ -131,6 +116,13 @@ def place_batch(placeholders, run, config, latents, mesh):
         batch[name] = placeholders.make(tensor, DATA)
         xs.mark_sharding(batch[name], mesh, (sharding.AXES, *[None] * (tensor.dim() - 1)))
     return batch
+
+
+class Writer:
+    """Takes the place of CheckpointWriter."""
+
+    def poll(self, signal):
+        return 0, False
 
 
 class Recorder:
@@ -176,17 +168,20 @@ def trace_step(args, run, config):
         write_graph(args.out, pending_tensors())
         raise Traced
 
-    def to_mesh(engine, name, tensor):
-        return placeholders.to_mesh(engine, name, tensor)
+    def to_mesh(engine, name, parameter, shards):
+        tensor = placeholders.make(parameter)
+        engine.mark(name, tensor)
+        return tensor
 
+    unread = ParameterState(None, None, None, None)
     train = patch.multiple(
         train_tpu, start=lambda run: started, Batches=lambda *_: dataset, Monitor=Recorder,
-        build_models=lambda *_: build_models(placeholders, run, config),
+        open_models=lambda *_: open_models(placeholders, run, config),
         load_batches=lambda *_: [], data_workers=lambda run: 0)
     with (train, patch.object(train_tpu.resuming, "resume", lambda run, config: (run, None)),
-          patch.object(train_tpu.checkpoints, "CheckpointWriter", lambda *_: None),
-          patch.object(sharding, "initial_state", initial_state),
-          patch.multiple(xla, place_batches=place_batches, sync=sync),
+          patch.object(train_tpu.checkpoints, "CheckpointWriter", lambda *_: Writer()),
+          patch.multiple(sharding, initial_state=lambda *_: unread, read_shards=lambda *_: None),
+          patch.multiple(xla, place_batches=place_batches, sync=sync, local_slices=lambda *_: []),
           patch.object(xla.Engine, "to_mesh", to_mesh)):
         try:
             train_tpu.train(run, config)
