@@ -145,7 +145,7 @@ def run(*argv, **variables):
 
 
 def operations(text):
-    """How often each operation occurs in HLO, other than parameters and custom calls."""
+    """{operation: number of times it occurs in HLO}, without parameters and custom calls."""
     found = Counter(re.findall(r" = \S+ ([a-z][a-z0-9-]*)\(", text))
     del found["parameter"]
     del found["custom-call"]                # annotations and placeholders
@@ -153,13 +153,13 @@ def operations(text):
 
 
 def parameters(text):
-    """How often each type of parameter occurs in the entry computation of HLO."""
+    """{type: number of parameters of the entry computation of HLO}."""
     entry = text[text.index("\nENTRY"):]
     return Counter(re.findall(r" = (\w+\[[\d,]*\])\S* parameter\(", entry))
 
 
 def results(text):
-    """How often each type of result occurs in the entry computation of HLO."""
+    """{type: number of results of the entry computation of HLO}."""
     root = re.search(r"\nENTRY .*?\) -> (.*) \{", text)[1]
     return Counter(re.findall(r"\w+\[[\d,]*\]", root))
 
