@@ -138,8 +138,11 @@ def make_scan(remat):
     scan._backward_shard_alike = backward_without_constraints
     # The fraction of a layer's activations that the partitioner may keep for backward.
     torch._functorch.config.activation_memory_budget = 0 if remat else 1
-    # Recompute casts, norms and activation functions, whatever uses the results.
+    # What it recomputes in any case, as it is cheap: all but matrix products. By default, inputs of
+    # matrix products would be kept, such as the MLP's product and float32 copies of q and k, and so
+    # would the results of operations that it does not know, such as mark_with_gradient's.
     torch._functorch.config.ban_recompute_materialized_backward = False
+    torch._functorch.config.ban_recompute_not_in_allowlist = False
     return partial(scan.scan, partition_fn=min_cut_rematerialization_partition, is_fn_pure=True)
 
 

@@ -198,7 +198,7 @@ def test_the_traced_step_is_the_one_that_train_tpu_compiles(tmp_path):
 
 
 @needs_libtpu
-@pytest.mark.parametrize("topology, temporaries", [("v5e:8x8", 1.6e9), ("v4:4x4x4", 3.1e9)])
+@pytest.mark.parametrize("topology, temporaries", [("v5e:8x8", 1.3e9), ("v4:4x4x4", 3.1e9)])
 def test_limits_of_the_step_compiled_for_64_chips(tmp_path, topology, temporaries):
     """The 2B model's widths, 2 layers, without the VAE; 2 images on a v5e chip and 4 on a v4."""
     batch = 128
