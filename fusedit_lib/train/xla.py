@@ -138,6 +138,8 @@ def make_scan(remat):
     scan._backward_shard_alike = backward_without_constraints
     # The fraction of a layer's activations that the partitioner may keep for backward.
     torch._functorch.config.activation_memory_budget = 0 if remat else 1
+    # Recompute casts, norms and activation functions, whatever uses the results.
+    torch._functorch.config.ban_recompute_materialized_backward = False
     return partial(scan.scan, partition_fn=min_cut_rematerialization_partition, is_fn_pure=True)
 
 
