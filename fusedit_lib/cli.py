@@ -5,6 +5,7 @@ import json
 import os
 import re
 import sys
+import threading
 import traceback
 from collections.abc import Callable
 from functools import partial
@@ -317,9 +318,30 @@ def run(main, memory_flags):
     if message is not None:
         print(f"{Path(sys.argv[0]).name}: error: {message}", file=sys.stderr, flush=True)
     if has_other_ranks():
-        sys.stdout.flush()
-        os._exit(code)                      # exit handlers may wait for the other ranks
+        exit_at_once(code)
     sys.exit(code)
+
+
+# Functions that send what is not sent yet to TensorBoard and the like. Their argument is the exit
+# code of this process.
+closers = []
+SECONDS_TO_CLOSE = 20                       # launchers kill ranks that take 30 seconds to end
+
+
+def exit_at_once(code):
+    """End this process without its exit handlers, which may wait for the other ranks.
+
+    Only the closers are called, and given up if they take longer than SECONDS_TO_CLOSE.
+    """
+    def close():
+        for closer in closers:
+            closer(code)
+
+    thread = threading.Thread(target=close, daemon=True)
+    thread.start()
+    thread.join(SECONDS_TO_CLOSE)
+    sys.stdout.flush()
+    os._exit(code)
 
 
 def has_other_ranks():
