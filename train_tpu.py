@@ -71,7 +71,7 @@ def train(run, config):
                     xla.tpu_memory)
     monitor = Monitor(run, config, model, vae, checkpoint, micro_batch, dataset, host)
     del weights, checkpoint                 # closes their files
-    distributed.catch_ctrl_c(signals)
+    distributed.catch_while_training(signals)
     stop = validate_start(run, step, engine, monitor, writer, signals)
     while step < run.steps and not stop:
         # ------------------------------------------------------------ the training step

@@ -7,7 +7,7 @@ import torch.distributed as dist
 
 import fusedit
 from fusedit import FuseDiTError
-from fusedit_lib import seeds
+from fusedit_lib import backend, seeds
 from fusedit_lib.data.batches import Batches, to_device
 from fusedit_lib.sampling import (
     decode_latents,
@@ -119,7 +119,7 @@ def validation_losses(batches, model, vae, device, sync):
 
     # If all hosts act as one device, this multiplies both sums by the number of hosts, which leaves
     # the means unchanged.
-    if distributed.several_ranks():
+    if backend.several_ranks():
         both = torch.cat([sums, samples])
         dist.all_reduce(both)
         sums = both[:-1]
