@@ -121,6 +121,24 @@ def test_a_dead_rank_ends_the_others(gemma, data, tmp_path, launcher):
     assert not running(out)
 
 
+# Ranks that watch each other, as TPU hosts do. The last one finishes after the time limit.
+LATE = """
+import time, torch.distributed as dist
+from datetime import timedelta
+from fusedit_lib.train import distributed
+dist.init_process_group("gloo", timeout=timedelta(seconds=1))
+distributed.watch_next_rank()
+time.sleep(3 if dist.get_rank() == 2 else 0)
+distributed.disconnect()
+"""
+
+
+def test_hosts_wait_for_one_that_still_saves():
+    for process in ranks(["-c", LATE], 3):
+        _, err = process.communicate()
+        assert process.returncode == 0 and not err, err
+
+
 # Rank 1 receives SIGTERM while the model is loaded.
 AT_START = """
 import signal
