@@ -895,16 +895,20 @@ class DiT(nn.Module):
         the identity, except for its cross-attention, which has no gate.
         """
         for name, p in self.named_parameters():
-            if "scale_shift_table" in name:
-                nn.init.normal_(p, std=self.width ** -0.5)
-            elif p.dim() < 2:                                   # biases; RMSNorm uses 1 + weight
-                nn.init.zeros_(p)
-            elif "proj_out" in name or ".linear." in name:      # output and AdaLN-Zero projections
-                nn.init.zeros_(p)
-            elif "embedder" in name or "t_block" in name:
-                nn.init.normal_(p, std=0.02)
-            else:                                               # patch embedding, attention, MLP
-                nn.init.xavier_uniform_(p.view(len(p), -1))
+            self.init_weight(name, p)
+
+    def init_weight(self, name, p):
+        """Fill p, a tensor like the parameter of this name, with fresh values."""
+        if "scale_shift_table" in name:
+            nn.init.normal_(p, std=self.width ** -0.5)
+        elif p.dim() < 2:                                       # biases; RMSNorm uses 1 + weight
+            nn.init.zeros_(p)
+        elif "proj_out" in name or ".linear." in name:          # output and AdaLN-Zero projections
+            nn.init.zeros_(p)
+        elif "embedder" in name or "t_block" in name:
+            nn.init.normal_(p, std=0.02)
+        else:                                                   # patch embedding, attention, MLP
+            nn.init.xavier_uniform_(p.view(len(p), -1))
 
     def embed_time(self, sigma, pooled, dtype):
         """Time embedding [B,D] of sigma [B], plus that of CLIP's vector if there is one."""

@@ -129,7 +129,7 @@ def train(run, config):
     monitor = Monitor(run, config, model, vae, checkpoint, micro_batch, dataset)
     engine = build_engine(run, model, vae, checkpoint, micro_batch, accumulation)
     del checkpoint                          # closes its files
-    distributed.catch_ctrl_c(signals)
+    distributed.catch_while_training(signals)
     stop = validate_start(run, step, engine, monitor, writer, signals)
     while step < run.steps and not stop:
         # ------------------------------------------------------------ the training step

@@ -22,7 +22,7 @@ from fusedit_lib.train import checkpoints, distributed, plan, resuming, xla
 from fusedit_lib.train.config import check_run, data_workers, model_config, split_batch
 from fusedit_lib.train.flags import parse_run
 from fusedit_lib.train.build import adam_steps, open_models
-from fusedit_lib.train.monitor import Monitor, SpmdHost
+from fusedit_lib.train.monitor import Monitor
 from fusedit_lib.train.schedule import due_after, ema_decay, learning_rate
 
 # ------------------------------------------------------------------------------ start
@@ -64,14 +64,12 @@ def train(run, config):
     dataset = Batches(run, config, model.tokenizer, micro_batch, accumulation, rank, world, seen)
     writer = checkpoints.CheckpointWriter(run, config, checkpoint, dataset.digest)
     micro_batches = range((run.steps - first_step) * accumulation)
-    place = partial(xla.place_batches, mesh=mesh)
-    batches = place(load_batches(dataset, micro_batches, data_workers(run)))
+    devices = xla.MeshDevices(mesh)
+    batches = devices.place(load_batches(dataset, micro_batches, data_workers(run)))
     engine = build_engine(run, model, vae, weights, checkpoint, accumulation, mesh)
-    host = SpmdHost(place, xla.sync, partial(xla.split_rows, mesh), mesh.size(), xla.tpu_kind(),
-                    xla.tpu_memory)
-    monitor = Monitor(run, config, model, vae, checkpoint, micro_batch, dataset, host)
+    monitor = Monitor(run, config, model, vae, checkpoint, micro_batch, dataset, devices)
     del weights, checkpoint                 # closes their files
-    distributed.catch_ctrl_c(signals)
+    distributed.catch_while_training(signals)
     stop = validate_start(run, step, engine, monitor, writer, signals)
     while step < run.steps and not stop:
         # ------------------------------------------------------------ the training step

@@ -14,6 +14,7 @@ import subprocess
 import sys
 
 import torch
+import torch.distributed as dist
 
 from fusedit import FuseDiTError, attention
 
@@ -33,6 +34,11 @@ INSTALL_COMPILER = ("install one with Python's headers (on Debian and Ubuntu: ap
 def rank_and_world():
     """The rank of this process and the number of processes, as set by torchrun."""
     return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+
+
+def several_ranks():
+    """Returns True if this process is connected to others of the same run."""
+    return dist.is_initialized() and dist.get_world_size() > 1
 
 
 def local_world():

@@ -5,6 +5,7 @@ import json
 import os
 import re
 import sys
+import threading
 import traceback
 from collections.abc import Callable
 from functools import partial
@@ -12,13 +13,12 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-import torch.distributed as dist
 from safetensors import SafetensorError
 
 import fusedit
 from fusedit import FuseDiTError
 from fusedit_lib import backend, seeds
-from fusedit_lib.backend import pick_device
+from fusedit_lib.backend import pick_device, several_ranks
 from fusedit_lib.folders import last_checkpoint
 from fusedit_lib.pretrained import PARTS, load_model
 from fusedit_lib.vae import VAE, load_vae
@@ -295,6 +295,9 @@ def unknown_words(tokenizer, prompts, token_ids):
 
 # ---- errors --------------------------------------------------------------------------------------
 
+ANOTHER_HAS_STOPPED = ("another process of this run has stopped; the log of the first one to stop "
+                       "has the reason")
+
 def run(main, memory_flags):
     """Call a program's main() and exit. Errors that the user can fix become one line on stderr.
 
@@ -310,21 +313,37 @@ def run(main, memory_flags):
         message, code = "interrupted", 130
     except Exception as error:
         message, code = explain(error, memory_flags), 1
-        if message is None and not has_other_ranks():
+        if message is None and not several_ranks():
             raise
         if message is None:
             traceback.print_exc()
     if message is not None:
         print(f"{Path(sys.argv[0]).name}: error: {message}", file=sys.stderr, flush=True)
-    if has_other_ranks():
-        sys.stdout.flush()
-        os._exit(code)                      # exit handlers may wait for the other ranks
+    if several_ranks():
+        exit_at_once(code)
     sys.exit(code)
 
 
-def has_other_ranks():
-    """Returns True if this process is connected to others of the same run."""
-    return dist.is_initialized() and dist.get_world_size() > 1
+# Functions that send what is not sent yet to TensorBoard and the like. Their argument is the exit
+# code of this process.
+closers = []
+SECONDS_TO_CLOSE = 20                       # launchers kill ranks that take 30 seconds to end
+
+
+def exit_at_once(code):
+    """End this process without its exit handlers, which may wait for the other ranks.
+
+    Only the closers are called, and given up if they take longer than SECONDS_TO_CLOSE.
+    """
+    def close():
+        for closer in closers:
+            closer(code)
+
+    thread = threading.Thread(target=close, daemon=True)
+    thread.start()
+    thread.join(SECONDS_TO_CLOSE)
+    sys.stdout.flush()
+    os._exit(code)
 
 
 def explain(error, memory_flags):
@@ -345,8 +364,8 @@ def explain(error, memory_flags):
         if error.filename:
             message += f": {error.filename}"
         return message
-    if isinstance(error, RuntimeError) and "by peer" in str(error):         # closed, or reset
-        return "another process of this run has stopped; see its log for the reason"
+    if isinstance(error, RuntimeError) and re.search("(closed|reset) by peer", str(error)):
+        return ANOTHER_HAS_STOPPED
     if out_of_memory(error):
         if memory_flags:
             return f"out of memory: lower {memory_flags}"

@@ -236,10 +236,10 @@ class SlicedTensor:
             common = overlap(slices, box)
             if common is None:
                 continue
-            part = file.get_slice(name)[relative_to(slices, common)]
+            part = file.get_slice(name)[shifted(common, slices)]
             if values is None:
                 values = torch.empty([s.stop - s.start for s in box], dtype=part.dtype)
-            values[relative_to(box, common)] = part
+            values[shifted(common, box)] = part
             found += part.numel()
         if found != math.prod(s.stop - s.start for s in box):
             raise FuseDiTError(f"{self.name} lacks some of its slices: is a file missing from its "
@@ -259,10 +259,10 @@ def overlap(a, b):
     return tuple(common)
 
 
-def relative_to(box, inside):
-    """A box inside another, with positions that count from the beginning of the other."""
+def shifted(box, outer):
+    """A box whose positions are counted from the start of another box, which contains it."""
     return tuple(slice(s.start - t.start, s.stop - t.start)
-                 for s, t in zip(inside, box, strict=True))
+                 for s, t in zip(box, outer, strict=True))
 
 
 class InMemoryTensor:

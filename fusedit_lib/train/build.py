@@ -3,7 +3,6 @@ import copy
 
 import torch
 
-from fusedit import DiT
 from fusedit_lib import backend
 from fusedit_lib.files import InMemoryTensor, SlicedTensor, say_once, tensors_within
 from fusedit_lib.lora import add_adapters
@@ -88,33 +87,25 @@ def initial_weights(run, model, local_slices):
         dit = {name: (InMemoryTensor(state[name]), name) for name in dit}
 
     if dit.keys() != model.dit.state_dict().keys():         # some weights start fresh, or all
-        dit = Drawing(model.dit, local_slices).kept | dit
+        dit = draw_weights(model.dit, local_slices) | dit
     return tensors_within("dit.", dit) | tensors_within("llm.", initial.llm)
 
 
-class Drawing:
-    """Takes the place of a DiT in its init_weights, with one whole weight in memory at a time."""
+def draw_weights(dit, local_slices):
+    """This host's parts of fresh weights for a DiT, as {name: (SlicedTensor, name)}.
 
-    def __init__(self, dit, local_slices):
-        self.dit = dit
-        self.width = dit.width
-        self.local_slices = local_slices
-        self.kept = {}                      # {name: (SlicedTensor, name)}
-        DiT.init_weights(self)
-
-    def named_parameters(self):
-        for name, parameter in self.dit.named_parameters():
-            weight = torch.empty(parameter.shape)
-            yield name, weight              # init_weights fills it, then asks for the next one
-            self.kept[name] = self.keep(f"dit.{name}", weight), name
-
-    def keep(self, name, weight):
-        """A SlicedTensor with copies of this host's parts of a weight."""
-        parts = SlicedTensor(name, metadata=dict)
-        for slices in self.local_slices(name, weight.shape):
+    Each weight is drawn whole, as DiT.init_weights does it, and only one at a time is in memory.
+    """
+    drawn = {}
+    for name, parameter in dit.named_parameters():
+        weight = torch.empty(parameter.shape)
+        dit.init_weight(name, weight)
+        parts = SlicedTensor(f"dit.{name}", metadata=dict)
+        for slices in local_slices(f"dit.{name}", weight.shape):
             if slices not in parts.slices:
-                parts.add(slices, InMemoryTensor(weight[slices].clone()), name)
-        return parts
+                parts.add(slices, InMemoryTensor(weight[slices].clone()), f"dit.{name}")
+        drawn[name] = parts, name
+    return drawn
 
 
 def build_vae(config, device, dtype):

@@ -1,5 +1,4 @@
 """Communication between the ranks of a run, and the signals that stop it."""
-import os
 import signal
 import sys
 import threading
@@ -10,37 +9,48 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
+from fusedit_lib import cli
+from fusedit_lib.backend import several_ranks
+
 
 def catch_sigterm():
-    """Handle SIGTERM from now on. Returns a list to which signal numbers are appended."""
+    """Handle SIGTERM from now on. Returns a list to which signal numbers are appended.
+
+    A second SIGTERM ends the process, as loading a model or connecting may hang. See `catch`.
+    """
     caught = []
-    signal.signal(signal.SIGTERM, lambda number, _: caught.append(number))
+    catch(signal.SIGTERM, caught)
     return caught
 
 
-def catch_ctrl_c(caught):
+def catch_while_training(caught):
     """Append Ctrl-C to the list of catch_sigterm from now on.
 
-    A second Ctrl-C ends the process at once, unless it comes within 3 seconds of the first one: a
+    A second Ctrl-C ends the process. A second SIGTERM no longer does: there may be steps to save.
+    """
+    catch(signal.SIGINT, caught)
+    signal.signal(signal.SIGTERM, lambda number, _: caught.append(number))
+
+
+def catch(number, caught):
+    """Append the number of a signal to a list whenever the signal is received.
+
+    The second signal raises KeyboardInterrupt, unless it comes within 3 seconds of the first one: a
     terminal sends Ctrl-C to every process, and launchers then forward it to the same processes.
     """
     received = []                           # times
 
-    def catch(number, _):
+    def handle(number, _):
         caught.append(number)
         received.append(time.monotonic())
         if received[-1] - received[0] > 3:
             raise KeyboardInterrupt
-    signal.signal(signal.SIGINT, catch)
+    signal.signal(number, handle)
 
 
 def rank_and_world():
     """(the rank of this process, the number of processes). Call it after they are connected."""
     return dist.get_rank(), dist.get_world_size()
-
-
-def several_ranks():
-    return dist.is_initialized() and dist.get_world_size() > 1
 
 
 def largest_of_all_ranks(*numbers):
@@ -88,12 +98,15 @@ class NextRank:
             dist.recv(torch.zeros(1), self.next, self.group)
         except RuntimeError:
             time.sleep(5)                   # this rank may be about to report the same error
-            print(f"{Path(sys.argv[0]).name}: error: another process of this run has stopped; see "
-                  "its log for the reason", file=sys.stderr, flush=True)
-            os._exit(1)                     # the main thread may be waiting for a device
+            print(f"{Path(sys.argv[0]).name}: error: {cli.ANOTHER_HAS_STOPPED}", file=sys.stderr,
+                  flush=True)
+            cli.exit_at_once(1)             # the main thread may be waiting for a device
 
     def close(self):
-        """Tells the previous rank not to watch this one any more. All ranks must call it."""
+        """Tells the previous rank that this one has finished, and waits for the next rank's word.
+
+        All ranks must call it.
+        """
         dist.send(torch.zeros(1), self.previous, self.group)
         self.thread.join()
 
@@ -111,6 +124,7 @@ def watch_next_rank():
 def disconnect():
     """Ends the connections between the ranks, when all have finished."""
     if next_rank:
-        next_rank.close()
-    dist.barrier()                          # exiting early would break the others' connections
+        next_rank.close()                   # waits, however long the next rank saves
+    else:
+        dist.barrier()                      # exiting early would break the others' connections
     dist.destroy_process_group()

@@ -18,6 +18,7 @@ from fusedit_lib.pretrained import (
     stored_config,
 )
 from fusedit_lib.train.checkpoints import is_first_rank
+from fusedit_lib.train.distributed import gather_from_all_ranks
 
 # Layers whose shape depends on the number of channels and on the patch size alone. If these change,
 # as with another VAE, the layers start fresh.
@@ -150,17 +151,25 @@ def takes_trained_llm(run, model, stored):
 
 
 def is_gemma_of(stored, model):
-    """True if the Gemma of a FuseDiT is the one that a StoredModel contains, if it contains any."""
+    """True if the Gemma of a FuseDiT is the one that a StoredModel contains, if it contains any.
+
+    All ranks must call it. Rank 0 reads both from disk, and tells the others.
+    """
     if stored.gemma is None:
         return True
     theirs = gemma_tensors(stored.gemma)    # of a published training checkpoint
     ours = gemma_tensors(model.gemma_files)
-    for name in model.llm.state_dict():
-        if name not in theirs:
-            return False
-        if not read_tensor(ours, name).bfloat16().equal(read_tensor(theirs, name).bfloat16()):
-            return False
-    return True
+    is_same = None
+    if is_first_rank():
+        is_same = all(is_equal(name, ours, theirs) for name in model.llm.state_dict())
+    return gather_from_all_ranks(is_same)[0]
+
+
+def is_equal(name, ours, theirs):
+    """True if two sets of stored tensors have the same one of this name, in bfloat16."""
+    if name not in theirs:
+        return False
+    return read_tensor(ours, name).bfloat16().equal(read_tensor(theirs, name).bfloat16())
 
 
 def describe(run, folder, dit, fresh):

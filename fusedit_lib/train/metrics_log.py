@@ -4,8 +4,10 @@ import errno
 import json
 import os
 import sys
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import NamedTuple
 
 from fusedit import FuseDiTError
 from fusedit_lib import cli
@@ -24,6 +26,12 @@ def warn_if_unwritable():
         print(f"WARNING: cannot write a log or sample file: {e}", file=sys.stderr, flush=True)
 
 
+class Board(NamedTuple):
+    """A service or file other than metrics.jsonl that shows a run's metrics."""
+    log: Callable                           # logs a row, {name: number}
+    close: Callable                         # completes the log; takes the process's exit code
+
+
 class MetricsLog:
     """The metrics that rank 0 writes: one row per log line, validation and change of settings."""
 
@@ -40,14 +48,15 @@ class MetricsLog:
         if changed:
             self.append(json_lines([dict(step=first, changed=changed)]).encode())
 
-        self.boards = {}                    # {name: function that logs a row of numbers}
+        self.boards = {}                    # {name: Board}
         if run.tensorboard:
             with self.drop_if_it_fails("TensorBoard"):
                 self.boards["TensorBoard"] = open_tensorboard(self.out, first)
         if run.wandb:
             with self.drop_if_it_fails("Weights & Biases"):
-                log = open_wandb(run, self.out, json.loads(settings))
-                self.boards["Weights & Biases"] = log
+                board = open_wandb(run, self.out, json.loads(settings))
+                self.boards["Weights & Biases"] = board
+        cli.closers.append(self.close_boards)
 
     @contextlib.contextmanager
     def drop_if_it_fails(self, name):
@@ -87,7 +96,13 @@ class MetricsLog:
         numbers = {name: value for name, value in row.items() if value is not None}
         for name, board in list(self.boards.items()):
             with self.drop_if_it_fails(name):
-                board(numbers)
+                board.log(numbers)
+
+    def close_boards(self, code):
+        """Closes the boards of a process that ends abruptly; otherwise they close themselves."""
+        for name, board in list(self.boards.items()):
+            with self.drop_if_it_fails(name):
+                board.close(code)
 
     def append(self, line):
         """Append a line of bytes to metrics.jsonl, completely or not at all."""
@@ -150,22 +165,22 @@ def board_problems(run):
 
 
 def open_tensorboard(out, first):
-    """Returns a function that logs a row to TensorBoard, where rows after `first` are hidden."""
+    """Returns the Board of TensorBoard, where rows after step `first` are hidden."""
     from torch.utils.tensorboard import SummaryWriter
     writer = SummaryWriter(out / "tensorboard", purge_step=first + 1)
 
     def log(row):
         for name, value in row.items():
             writer.add_scalar(name, value, row["step"])
-    return log
+    return Board(log, lambda code: writer.close())
 
 
 def open_wandb(run, out, settings):
-    """Returns a function that logs a row to Weights & Biases. A resumed run adds to its job."""
+    """Returns the Board of Weights & Biases. A resumed run adds to its job."""
     import wandb
     job = wandb.init(project=run.wandb, dir=out, name=out.name,
                      id=f"{out.resolve().name}-{run.seed}", resume="allow", config=settings)
 
     def log(row):
         job.log(row, step=row["step"])
-    return log
+    return Board(log, job.finish)

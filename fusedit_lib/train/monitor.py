@@ -4,7 +4,6 @@ import resource
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -28,14 +27,26 @@ from fusedit_lib.train.validation import (
 MAX_SKIPPED_IN_A_ROW = 10                   # after this many skipped steps, the run has diverged
 
 
-class SpmdHost(NamedTuple):
-    """A host in XLA SPMD, where each rank is a host and all devices act as one."""
-    place: Callable                         # batches -> the same batches on the devices
-    sync: Callable                          # runs the recorded operations
-    split_rows: Callable                    # shards the first dimension of a tensor over the mesh
-    devices: int                            # number of devices of all hosts
-    kind: str | None = None                 # of TPU chips, such as "v5litepod"; None if not known
-    memory: Callable = lambda: None         # bytes in use on a chip, or None if not known
+class SeparateDevices:
+    """One device per rank, which runs each operation at once. xla.MeshDevices is the other kind."""
+
+    as_one = False                          # each rank draws and validates its own share
+
+    def __init__(self, device, world):
+        self.count = world                  # of all ranks
+        self.peak_flops = hardware.peak_flops(device, world)    # FLOP/s of all; None if not known
+
+    def place(self, batches):
+        return batches
+
+    def split_rows(self, tensor):
+        return tensor
+
+    def sync(self):
+        pass
+
+    def memory_in_use(self):
+        return None
 
 
 class StepResults(NamedTuple):
@@ -52,29 +63,26 @@ class Monitor:
     Every rank has one, because sums and image grids need all ranks. Only rank 0 writes.
     """
 
-    def __init__(self, run, config, model, vae, checkpoint, micro_batch, source, host=None):
+    def __init__(self, run, config, model, vae, checkpoint, micro_batch, source,
+                 mesh_devices=None):
         """checkpoint: the Checkpoint to resume from, or None.
 
         micro_batch: images per rank in one forward pass. source: the training data, a Batches.
-        host: an SpmdHost if the ranks are hosts of one mesh.
+        mesh_devices: xla.MeshDevices, or None if each rank has its own device.
         """
         self.run = run
         self.config = config
         self.model = model
         self.vae = vae
-        if source.latents and host is None:
-            vae.to("cpu")                   # training does not need it; validate() moves it back
         self.micro_batch = micro_batch
         self.out = Path(run.out)
         self.rank = dist.get_rank()
         self.world = dist.get_world_size()
         self.device = model.llm.embed_tokens.weight.device
 
-        # Image grids and validation run on each rank separately, or on all hosts as one device.
-        self.host = host or SpmdHost(place=iter, sync=lambda: None, split_rows=lambda rows: rows,
-                                     devices=self.world)
-        self.grid_rank = 0 if host else self.rank
-        self.grid_world = 1 if host else self.world
+        self.devices = mesh_devices or SeparateDevices(self.device, self.world)
+        if source.latents and not self.devices.as_one:
+            vae.to("cpu")                   # training does not need it; validate() moves it back
         self.held_out = None                # validation batches, read on first use
 
         # records since the last log line; tensors stay on the device
@@ -84,6 +92,7 @@ class Monitor:
         self.notes = Counter()
         self.text_tokens = 0                # without padding
         self.chip_memory = 0                # most bytes in use on a TPU chip at any log line
+        self.knows_memory = True            # until it cannot be read
 
         # counts since the start of the run
         self.step = 0
@@ -96,19 +105,13 @@ class Monitor:
             self.step = checkpoint.step
             self.counts = {name: getattr(checkpoint, name) for name in self.counts}
 
-        self.set_flops(host, source.latents)
+        self.peak_flops = self.devices.peak_flops
+        if self.peak_flops:                 # the MFU is the useful FLOP/s as a share of it
+            self.useful_flops = costs.useful_flops(config, source.latents, run.train_llm,
+                                                   run.lora > 0)
         if self.rank == 0:
             self.open_log()
         self.restart_clock(True)
-
-    def set_flops(self, host, latents):
-        """Set the peak FLOP/s of all devices, if known, and the useful FLOPs, for the MFU."""
-        self.peak_flops = hardware.peak_flops(self.device, self.world)
-        if host:
-            self.peak_flops = hardware.tpu_peak_flops(host.kind, host.devices)
-        if self.peak_flops:
-            self.useful_flops = costs.useful_flops(self.config, latents, self.run.train_llm,
-                                                   self.run.lora > 0)
 
     def open_log(self):
         """Rank 0: open the log, and print a summary of the run."""
@@ -116,7 +119,7 @@ class Monitor:
         self.metrics = MetricsLog(run, self.config, self.step)
         (self.out / "samples").mkdir(exist_ok=True)
         trainable = sum(p.numel() for p in self.model.parameters() if p.requires_grad)
-        devices = self.host.devices
+        devices = self.devices.count
         accumulation = run.batch // (self.micro_batch * self.world)
         images = run.batch // (accumulation * devices)
         print(f"{self.out}: {trainable:,} trainable parameters, from step {self.step} to "
@@ -183,7 +186,7 @@ class Monitor:
         read.
         """
         if self.rank == 0:                  # before gather() waits: while the chips run a step
-            self.chip_memory = max(self.chip_memory, self.host.memory() or 0)
+            self.read_chip_memory()
         results = self.gather()
         self.count_samples(results)
         self.print_new_notes(results)
@@ -204,6 +207,13 @@ class Monitor:
         self.metrics.write(row, extra)
         self.print_row(row, results.grad_norms[-1], speed)
         self.start_clock(now)
+
+    def read_chip_memory(self):
+        """Update chip_memory. Where it cannot be read once, it is not asked for again."""
+        if self.knows_memory:
+            used = self.devices.memory_in_use()
+            self.knows_memory = used is not None
+            self.chip_memory = max(self.chip_memory, used or 0)
 
     def metrics_row(self, step, lr, results, speed):
         """A row of metrics.jsonl. Its loss is the mean over the steps whose loss is finite.
@@ -334,7 +344,7 @@ class Monitor:
             self.vae.to(vae_device)
 
     def write_grid(self, step, model):
-        grid = sample_grid(self.run, model, self.vae, self.host, self.grid_rank, self.grid_world)
+        grid = sample_grid(self.run, model, self.vae, self.devices, self.rank, self.world)
         if self.rank == 0:
             info = PngInfo()
             info.add_text("prompts", "\n".join(self.run.prompts))
@@ -346,8 +356,8 @@ class Monitor:
         if self.held_out is None:
             self.held_out = held_out_batches(self.run, self.config, model, self.micro_batch,
                                              self.rank, self.world)
-        batches = self.host.place(self.held_out)
-        losses = validation_losses(batches, model, self.vae, self.device, self.host.sync)
+        batches = self.devices.place(self.held_out)
+        losses = validation_losses(batches, model, self.vae, self.device, self.devices.sync)
         if self.rank == 0:
             mean = sum(losses) / len(losses)
             row = dict(step=step, val_loss=mean)

@@ -7,7 +7,7 @@ import torch.distributed as dist
 
 import fusedit
 from fusedit import FuseDiTError
-from fusedit_lib import seeds
+from fusedit_lib import backend, seeds
 from fusedit_lib.data.batches import Batches, to_device
 from fusedit_lib.sampling import (
     decode_latents,
@@ -24,43 +24,46 @@ VALIDATION_SIGMAS = [(i + 0.5) / 8 for i in range(8)]      # noise levels of the
 
 # ------------------------------------------------------------------------------ image grids
 
-def sample_images(run, model, vae, indices, host):
+def sample_images(run, model, vae, indices, devices):
     """Generates the images i in indices, which ascend, as a list of PIL images.
 
     Image i has the prompt i % len(run.prompts), which always starts from the same noise, with its
     own seed from run.seed on. Repetitions, from len(run.prompts) on, are drawn but not returned.
+    devices: monitor.SeparateDevices or xla.MeshDevices.
     """
     def after_step(step, x):
-        host.sync()
+        devices.sync()
 
     count = len(run.prompts)
     of_prompts = seeds.consecutive(run.seed, count)
     length = padded_text_length(model, run.prompts, "")     # the same on all ranks
     encoded = encode_prompts(model, [run.prompts[i % count] for i in indices], text_length=length)
-    text, uncond = (features.map(host.split_rows) for features in encoded.of_images())
+    text, uncond = (features.map(devices.split_rows) for features in encoded.of_images())
     x = draw_latents(model, text, uncond, [of_prompts[i % count] for i in indices],
                      latent_size(model.config, vae), run.sample_steps, callback=after_step)
 
     # By way of the CPU, each image is a tensor of its own. XLA would otherwise compile a program
     # for each, because a slice's location is part of its program.
     images = []
-    device = x.device
-    for latents in x.cpu()[:sum(i < count for i in indices)].split(1):
-        images += decode_latents(latents.to(device), vae)
+    latents = x.cpu()
+    for n, i in enumerate(indices):
+        if i < count:
+            images += decode_latents(latents[n:n + 1].to(x.device), vae)
     return images
 
 
-def sample_grid(run, model, vae, host, rank, world):
+def sample_grid(run, model, vae, devices, rank, world):
     """Generates an image for each of the run's prompts, and returns the grid as a PIL image.
 
-    Each of `world` ranks generates its share, and so does each device of a mesh. Some prompts are
-    repeated to give every device the same number of images, because the devices gather weights from
-    each other at the same time.
+    Each device generates its share. Some prompts are repeated to give every device the same number
+    of images, because the devices gather weights from each other at the same time.
     """
     count = len(run.prompts)
-    padded = math.ceil(count / host.devices) * host.devices
-    images = sample_images(run, model, vae, range(rank, padded, world), host)
-    if world > 1:
+    padded = math.ceil(count / devices.count) * devices.count
+    if devices.as_one:                      # every rank records all images, and has them all
+        images = sample_images(run, model, vae, range(padded), devices)
+    else:
+        images = sample_images(run, model, vae, range(rank, padded, world), devices)
         of_ranks = distributed.gather_from_all_ranks(images)
         images = [of_ranks[i % world][i // world] for i in range(count)]
     return image_grid(images, math.ceil(math.sqrt(count)))
@@ -119,7 +122,7 @@ def validation_losses(batches, model, vae, device, sync):
 
     # If all hosts act as one device, this multiplies both sums by the number of hosts, which leaves
     # the means unchanged.
-    if distributed.several_ranks():
+    if backend.several_ranks():
         both = torch.cat([sums, samples])
         dist.all_reduce(both)
         sums = both[:-1]

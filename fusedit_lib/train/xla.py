@@ -10,7 +10,6 @@ that --help and --plan work without it. The scanned layers, in plain PyTorch, ar
 """
 import atexit
 import contextlib
-import functools
 import os
 import sys
 from collections import deque
@@ -26,7 +25,7 @@ from torch.func import functional_call
 
 from fusedit import FuseDiTError
 from fusedit_lib import backend
-from fusedit_lib.train import distributed, sharding
+from fusedit_lib.train import distributed, hardware, sharding
 from fusedit_lib.train.scan import ScannedStack, set_parameter
 from fusedit_lib.train.sharding import ParameterState
 
@@ -115,14 +114,9 @@ def tpu_memory():
         return max(chip.memory_usage for chip in metrics.get_chip_usage(kind))
     except Exception as error:              # gRPC's errors and others; the run needs no figure
         reason = backend.first_line(error)
-        print_once(f"WARNING: the memory of the chips cannot be read ({reason}); memory_gb is the "
-                   "host's")
+        print(f"WARNING: the memory of the chips cannot be read ({reason}); memory_gb is the "
+              "host's", file=sys.stderr, flush=True)
         return None
-
-
-@functools.cache
-def print_once(message):
-    print(message, file=sys.stderr, flush=True)
 
 
 # ------------------------------------------------------------------------------ scan over layers
@@ -462,3 +456,32 @@ def split_batches(batches, others, errors):
             yield tensors
     except Exception as error:
         errors.append(error)
+
+
+# ------------------------------------------------------------------------------ the monitor
+
+class MeshDevices:
+    """The devices of a mesh, for train/monitor.py, with the methods of monitor.SeparateDevices."""
+
+    as_one = True                           # ranks are hosts, which draw and validate together
+
+    def __init__(self, mesh):
+        self.mesh = mesh
+        self.count = mesh.size()
+        self.peak_flops = hardware.tpu_peak_flops(tpu_kind(), mesh.size())
+
+    def place(self, batches):
+        """The same batches on the mesh; see place_batches."""
+        return place_batches(batches, self.mesh)
+
+    def split_rows(self, tensor):
+        """Shards the first dimension of a tensor over all devices. Returns the tensor."""
+        return split_rows(self.mesh, tensor)
+
+    def sync(self):
+        """Runs the recorded operations."""
+        sync()
+
+    def memory_in_use(self):
+        """Bytes on the fullest chip of this host, or None if they are not known."""
+        return tpu_memory()

@@ -6,6 +6,7 @@ import json
 import sys
 
 import pytest
+import warm
 from launching import ENV, flags, launch, losses
 
 from fusedit_lib.train.config import RunConfig
@@ -20,6 +21,9 @@ class Job:
         if os.environ["LOG"] == str(step):
             raise RuntimeError("connection reset\\nby peer")
         print("logged", step)
+
+    def finish(self, exit_code):
+        print("finished", exit_code)
 
 def login(verify):
     assert verify
@@ -43,11 +47,11 @@ def run_with(gemma, data, tmp_path):
     (tmp_path / "fake").mkdir()
     (tmp_path / "fake" / "wandb.py").write_text(WANDB)
 
-    def run(*words, n=1, check=True, login="", init="", log=""):
+    def run(*words, before="", n=1, check=True, login="", init="", log=""):
         env = ENV | {"PYTHONPATH": f"{tmp_path}/fake:{ENV['PYTHONPATH']}",
                      "LOGIN": login, "INIT": init, "LOG": log}
         argv = flags(gemma, data, tmp_path / "run", "--sample-every", "0", "--wandb", "p", *words)
-        return launch(argv, n=n, env=env, check=check)
+        return launch(argv, before, n=n, env=env, check=check)
     return run
 
 
@@ -77,6 +81,35 @@ def test_a_board_that_fails_later_does_not_end_the_run(run_with, tmp_path, failu
     reason = "no" if "init" in failure else "connection reset"
     begin = f"WARNING: Weights & Biases has failed ({reason}). The run continues without it; "
     assert len(warnings(done)) == 1 and warnings(done)[0].startswith(begin), done.stderr
+
+
+# Rank 0 fails in its second step, with exit handlers that never end.
+FAILS = """
+import atexit
+
+class Monitor(monitor.Monitor):
+    def log_step(self, grad_norm):
+        super().log_step(grad_norm)
+        if self.step == 2 and self.rank == 0:
+            atexit.register(time.sleep, 10000)
+            raise RuntimeError("a GPU is broken")
+
+launcher.Monitor = Monitor
+"""
+
+
+def test_the_boards_are_closed_when_one_of_several_ranks_fails(run_with):
+    """An exit code tells Weights & Biases that the run has failed."""
+    done = run_with("--steps", "3", before=FAILS, n=2, check=False)
+    assert done.returncode == 1 and "a GPU is broken" in done.stderr
+    assert [line for line in done.stdout.splitlines() if "ed " in line] == ["logged 1",
+                                                                            "finished 1"]
+
+
+def test_a_board_that_does_not_close_is_given_up():
+    code = ("import time; from fusedit_lib import cli; cli.SECONDS_TO_CLOSE = 0.1\n"
+            "cli.closers.append(lambda code: time.sleep(10000)); cli.exit_at_once(3)")
+    assert warm.run(["-c", code]).returncode == 3
 
 
 def test_a_resumed_run_goes_on_without_its_boards(run_with, tmp_path):

@@ -3,6 +3,7 @@ import json
 import re
 import shutil
 from dataclasses import replace
+from types import SimpleNamespace
 
 import huggingface_hub
 import pytest
@@ -18,6 +19,7 @@ from fusedit_lib import pretrained
 from fusedit_lib.cli import parse_overrides
 from fusedit_lib.export import export
 from fusedit_lib.files import read_tensor
+from fusedit_lib.train import init
 from fusedit_lib.train.build import build_models, open_models
 from fusedit_lib.train.config import model_config
 from fusedit_lib.train.flags import parse_run
@@ -241,6 +243,16 @@ def test_a_published_checkpoint_needs_its_own_gemma(published, tmp_path):
     with pytest.raises(FuseDiTError, match="50 was trained as well, and differs from .*/other/"
                                            "transformer, .*sample.py --export DIR"):
         started("--init", published / "run", "--set", f"vae={VAE}", "--base", other)
+
+
+@pytest.mark.parametrize("answer", [True, False])
+def test_only_rank_0_compares_the_gemmas(monkeypatch, answer):
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setattr(init, "gather_from_all_ranks", lambda own: [answer, own])
+    monkeypatch.setattr(init, "gemma_tensors", lambda tensors: tensors)
+    model = SimpleNamespace(gemma_files={}, llm=torch.nn.Linear(2, 2))
+    stored = SimpleNamespace(gemma={"weight": None, "bias": None})         # None cannot be read
+    assert init.is_gemma_of(stored, model) is answer
 
 
 @pytest.mark.slow

@@ -7,13 +7,14 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 from launching import assert_equal, flags, launch, launch_all, metrics, state
 from PIL import Image
 from tiny_shards import index, numbered, sample_names, scene, write_shard
 
 from fusedit_lib import pretrained
 from fusedit_lib.data.batches import Batches
-from fusedit_lib.train import costs, hardware, xla
+from fusedit_lib.train import costs, hardware, monitor, validation, xla
 from fusedit_lib.train.config import model_config
 from fusedit_lib.train.flags import parse_run
 
@@ -187,6 +188,31 @@ def test_the_mfu_counts_useful_flops(gemma, data, tmp_path):
                      r"MFU \S+%  remaining 0:00:00\n", done.stdout)
 
 
+def test_a_rank_without_a_prompt_of_its_own_decodes_nothing(monkeypatch):
+    """The last 5 of 8 ranks draw one of 3 images again, as ZeRO 3 needs all ranks."""
+    decoded = []
+
+    def decode(latents, vae):
+        decoded.append(latents.flatten().tolist())
+        return ["an image"]
+
+    features = SimpleNamespace(map=lambda change: None)
+    encoded = SimpleNamespace(of_images=lambda: (features, features))
+    monkeypatch.setattr(validation, "padded_text_length", lambda *_: 4)
+    monkeypatch.setattr(validation, "encode_prompts", lambda *_, **__: encoded)
+    monkeypatch.setattr(validation, "latent_size", lambda *_: 1)
+    monkeypatch.setattr(validation, "decode_latents", decode)
+    monkeypatch.setattr(validation, "draw_latents",
+                        lambda model, text, uncond, seeds, *_, **__: torch.tensor(seeds))
+    run = SimpleNamespace(prompts=["a", "b", "c"], seed=7, sample_steps=1)
+    devices = monitor.SeparateDevices(torch.device("cpu"), 8)
+    model = SimpleNamespace(config=None)
+    assert validation.sample_images(run, model, None, range(4, 8, 8), devices) == []
+    assert decoded == []
+    assert validation.sample_images(run, model, None, range(0, 6, 2), devices) == 2 * ["an image"]
+    assert decoded == [[7], [9]]
+
+
 # ------------------------------------------------------------------------------ TPUs
 
 def install(monkeypatch, name, **content):
@@ -207,7 +233,6 @@ def tpu(monkeypatch):
     device = install(monkeypatch, "tpu_info.device", get_local_chips=lambda: ("V5E", 4))
     metrics = install(monkeypatch, "tpu_info.metrics", get_chip_usage=lambda kind: chips)
     install(monkeypatch, "tpu_info", device=device, metrics=metrics)
-    xla.print_once.cache_clear()
     return SimpleNamespace(known=known, metrics=metrics)
 
 
@@ -220,13 +245,23 @@ def test_the_kind_and_memory_of_tpu_chips(tpu, monkeypatch, capfd):
     assert (xla.tpu_kind(), xla.tpu_memory()) == ("v5litepod", 7)
     tpu.known.get_tpu_type = fail
     tpu.metrics.get_chip_usage = fail
-    for _ in range(2):
-        assert (xla.tpu_kind(), xla.tpu_memory()) == (None, None)
+    assert (xla.tpu_kind(), xla.tpu_memory()) == (None, None)
     assert capfd.readouterr().err == ("WARNING: the memory of the chips cannot be read (no "
                                       "answer); memory_gb is the host's\n")
     monkeypatch.setenv("PJRT_DEVICE", "CPU")
     assert (xla.tpu_kind(), xla.tpu_memory()) == (None, None)
     assert capfd.readouterr().err == ""
+
+
+def test_memory_that_cannot_be_read_is_not_asked_for_again():
+    """The server of these figures may keep a log line waiting."""
+    answers = [5, 7, 6, None]
+    devices = SimpleNamespace(memory_in_use=lambda: answers.pop(0))
+    log = SimpleNamespace(devices=devices, knows_memory=True, chip_memory=0)
+    for most in (5, 7, 7, 7, 7):
+        monitor.Monitor.read_chip_memory(log)
+        assert log.chip_memory == most
+    assert answers == []
 
 
 @pytest.mark.parametrize("kind, flops", [("v4", 275e12), ("v5litepod", 197e12), ("v5p", 459e12),

@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import warm
@@ -21,7 +22,7 @@ from launching import (
     read_until,
 )
 
-from fusedit_lib.train import checkpoints
+from fusedit_lib.train import checkpoints, distributed
 
 
 @pytest.mark.parametrize("number, while_saving", [(signal.SIGTERM, True), (signal.SIGINT, False)])
@@ -42,6 +43,37 @@ def test_a_signal_ends_the_step_and_saves(gemma, data, tmp_path, number, while_s
     assert "--steps 100000" in out
     assert checkpoints.damage(tmp_path / "run" / latest) is None
     assert metrics(tmp_path / "run")[-1]["step"] == step
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    """The list that holds the time. Handlers of signals are restored at the end."""
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    now = [0]
+    monkeypatch.setattr(distributed, "time", SimpleNamespace(monotonic=lambda: now[0]))
+    yield now
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+
+
+def test_a_second_signal_ends_the_process(clock):
+    """Within 3 seconds it may be the same one, and once a run trains, SIGTERM never does."""
+    caught = distributed.catch_sigterm()
+    for clock[0] in (1, 4):
+        signal.raise_signal(signal.SIGTERM)
+    with pytest.raises(KeyboardInterrupt):
+        clock[0] = 5
+        signal.raise_signal(signal.SIGTERM)
+
+    distributed.catch_while_training(caught)
+    for clock[0] in (1, 4, 10):
+        signal.raise_signal(signal.SIGTERM)
+    for clock[0] in (11, 14):
+        signal.raise_signal(signal.SIGINT)
+    with pytest.raises(KeyboardInterrupt):
+        clock[0] = 15
+        signal.raise_signal(signal.SIGINT)
+    assert caught == 6 * [signal.SIGTERM] + 3 * [signal.SIGINT]
 
 
 def test_a_signal_to_one_rank_stops_all(gemma, data, tmp_path):
@@ -87,6 +119,24 @@ def test_a_dead_rank_ends_the_others(gemma, data, tmp_path, launcher):
     process.communicate(timeout=500)        # less than the half-hour timeout of a collective
     assert process.returncode != 0
     assert not running(out)
+
+
+# Ranks that watch each other, as TPU hosts do. The last one finishes after the time limit.
+LATE = """
+import time, torch.distributed as dist
+from datetime import timedelta
+from fusedit_lib.train import distributed
+dist.init_process_group("gloo", timeout=timedelta(seconds=1))
+distributed.watch_next_rank()
+time.sleep(3 if dist.get_rank() == 2 else 0)
+distributed.disconnect()
+"""
+
+
+def test_hosts_wait_for_one_that_still_saves():
+    for process in ranks(["-c", LATE], 3):
+        _, err = process.communicate()
+        assert process.returncode == 0 and not err, err
 
 
 # Rank 1 receives SIGTERM while the model is loaded.

@@ -262,3 +262,19 @@ def test_a_host_reads_its_own_share(gemma, tmp_path, monkeypatch, kind, shape):
                 assert read == needed
             if kind == "new":
                 assert drawn(host) == pytest.approx(drawn(whole) / n, rel=0.1)
+
+
+def test_a_host_of_a_slice_16_chips_wide_reads_its_own_share(gemma, tmp_path, monkeypatch):
+    """The numbers of its 2 x 2 chips are 0, 1, 16 and 17, as in a v5e-256; here, 2 rows of 16."""
+    run, config = settings(gemma)
+    hosts = [[corner, corner + 1, corner + 16, corner + 17] for corner in range(0, 16, 2)]
+    sizes = dict(zip(sharding.AXES, (32, 1), strict=True))
+    state = random_state(run, config)
+    folder = write_checkpoint(tmp_path / "step", state, hosts, sizes)
+
+    single = dict.fromkeys(sharding.AXES, 1)
+    whole, needed = start(monkeypatch, run, config, folder, single, [0])
+    for devices in (hosts[0], hosts[-1]):
+        host, read = start(monkeypatch, run, config, folder, sizes, devices)
+        check_shards(host, whole, sizes, devices)
+        assert read.total() == pytest.approx(needed.total() / 8, rel=0.1)
