@@ -28,7 +28,7 @@ from fusedit import FuseDiTError
 from fusedit_lib import backend
 from fusedit_lib.data.images import Notes, read_square
 from fusedit_lib.data.layout import REMEDIES, LayoutError, find_captions, find_image, pick_caption
-from fusedit_lib.data.order import CYCLE, Mixture, lanes_per_rank
+from fusedit_lib.data.order import CYCLE, Mixture, streams_per_rank
 from fusedit_lib.data.shards import ShardReader, can_read_latents, expand_shards, is_url
 from fusedit_lib.pretrained import ClipTokenizer
 from fusedit_lib.vae import latent_side
@@ -122,12 +122,12 @@ class Batches(Dataset):
         self.order = mixture(run, sets)
 
         # The number of shards that are read at a time, by this rank and by all ranks of this host.
-        lanes = lanes_per_rank(run.streams, world)
-        of_host = min(run.streams, lanes * backend.local_world())
-        per_lane = shards_per_stream(run) * len(sets)
+        streams = streams_per_rank(run.streams, world)
+        of_host = min(run.streams, streams * backend.local_world())
+        per_stream = shards_per_stream(run) * len(sets)
         self.latents = can_read_latents(self.shards, run, config, rank)
-        self.reader = ShardReader(self.shards, lanes * per_lane, run.cache, self.latents,
-                                  of_host * per_lane, restart_alarm)
+        self.reader = ShardReader(self.shards, streams * per_stream, run.cache, self.latents,
+                                  of_host * per_stream, restart_alarm)
         self.is_remote = any(is_url(shard.path) for shard in self.shards)
         self.downloads = {}                 # shards passed to download(), oldest first
         self.clip_tokenizer = None
@@ -197,7 +197,7 @@ class Batches(Dataset):
         return normal, noise
 
     def sample(self, position, bad):
-        """The Sample at a position. If it cannot be read, a sample near it replaces it.
+        """The Sample at a position. If it cannot be read, a later one of its stream replaces it.
 
         bad: list to which a line about the unreadable sample is appended. Raises FuseDiTError
         after MAX_ATTEMPTS.
@@ -220,7 +220,8 @@ class Batches(Dataset):
             problem = f"sample {i} of {self.shards[shard].path}: {reason}"
             if attempt == 0:                # report each position only once
                 bad.append(problem)
-            # near it in the same stream, whose shard is already open
+            # 1 to CYCLE samples later in the same stream, usually of a shard that is open. Shorter
+            # jumps would not leave a lost shard in MAX_ATTEMPTS.
             position += self.run.streams * (1 + rng.randrange(CYCLE))
         raise FuseDiTError(f"{MAX_ATTEMPTS} samples in a row cannot be read; the last is {problem}"
                            f"{remedy}")
