@@ -16,6 +16,7 @@ import math
 import os
 import random
 import signal
+import sys
 import threading
 from typing import NamedTuple
 
@@ -27,13 +28,13 @@ from fusedit import FuseDiTError
 from fusedit_lib import backend
 from fusedit_lib.data.images import Notes, read_square
 from fusedit_lib.data.layout import REMEDIES, LayoutError, find_captions, find_image, pick_caption
-from fusedit_lib.data.order import CYCLE, Mixture, lanes_per_rank
+from fusedit_lib.data.order import CYCLE, Mixture, streams_per_rank
 from fusedit_lib.data.shards import ShardReader, can_read_latents, expand_shards, is_url
 from fusedit_lib.pretrained import ClipTokenizer
 from fusedit_lib.vae import latent_side
 
 DOWNLOADS = 8                               # remote shards that a process copies at the same time
-BATCH_TIMEOUT = 1800                        # seconds per batch before its worker is killed
+SAMPLE_TIMEOUT = 1800                       # seconds without progress before a worker is killed
 MAX_ATTEMPTS = 100                          # samples tried for one position before giving up
 
 download_slots = threading.BoundedSemaphore(DOWNLOADS)
@@ -121,12 +122,12 @@ class Batches(Dataset):
         self.order = mixture(run, sets)
 
         # The number of shards that are read at a time, by this rank and by all ranks of this host.
-        lanes = lanes_per_rank(run.streams, world)
-        of_host = min(run.streams, lanes * backend.local_world())
-        per_lane = shards_per_stream(run) * len(sets)
+        streams = streams_per_rank(run.streams, world)
+        of_host = min(run.streams, streams * backend.local_world())
+        per_stream = shards_per_stream(run) * len(sets)
         self.latents = can_read_latents(self.shards, run, config, rank)
-        self.reader = ShardReader(self.shards, lanes * per_lane, run.cache, self.latents,
-                                  of_host * per_lane)
+        self.reader = ShardReader(self.shards, streams * per_stream, run.cache, self.latents,
+                                  of_host * per_stream, restart_alarm)
         self.is_remote = any(is_url(shard.path) for shard in self.shards)
         self.downloads = {}                 # shards passed to download(), oldest first
         self.clip_tokenizer = None
@@ -140,10 +141,34 @@ class Batches(Dataset):
         """Number of samples in one epoch of all shards."""
         return sum(shard.samples for shard in self.shards)
 
+    def check_copies(self):
+        """Say what has to be copied before the first step, if shards are remote.
+
+        Raises FuseDiTError if the cache has too little room.
+        """
+        if not self.is_remote:
+            return
+        self.reader.check_space()
+        if self.rank > 0:
+            return
+        paths = set()
+        for position in range(self.start, self.start + self.run.batch):
+            if (position - self.start) % self.world < backend.local_world():
+                shard, _ = self.order[position]
+                paths.add(self.shards[shard].path)
+        cache = self.reader.cache
+        count = sum(is_url(path) and not cache.path(path).exists() for path in paths)
+        if count:
+            hint = ""
+            if count > DOWNLOADS and not self.start:
+                hint = " (fewer with fewer --streams)"
+            print(f"shards to copy to {cache.folder} before the first step: {count}{hint}",
+                  file=sys.stderr)
+
     def download(self, shard):
         """Copy a remote shard. Errors are ignored here: the reader will try again."""
         with contextlib.suppress(Exception), download_slots:
-            self.reader.local_files(shard)
+            self.reader.copy(shard)
 
     def prefetch(self, positions):
         """Start copying remote shards in the background: those that these positions need and those
@@ -172,7 +197,7 @@ class Batches(Dataset):
         return normal, noise
 
     def sample(self, position, bad):
-        """The Sample at a position. If it cannot be read, a sample near it replaces it.
+        """The Sample at a position. If it cannot be read, a later one of its stream replaces it.
 
         bad: list to which a line about the unreadable sample is appended. Raises FuseDiTError
         after MAX_ATTEMPTS.
@@ -185,7 +210,7 @@ class Batches(Dataset):
                 files = self.reader.read(shard, i)
                 pixels, caption = decode(files, self.run, self.config.image_size, rng)
                 return Sample(pixels, caption, normal, noise)
-            except MemoryError:
+            except (MemoryError, FuseDiTError):
                 raise
             except Exception as e:          # Pillow raises many kinds of errors on broken files
                 reason = str(e).split(" <")[0] or type(e).__name__
@@ -195,7 +220,8 @@ class Batches(Dataset):
             problem = f"sample {i} of {self.shards[shard].path}: {reason}"
             if attempt == 0:                # report each position only once
                 bad.append(problem)
-            # near it in the same stream, whose shard is already open
+            # 1 to CYCLE samples later in the same stream, usually of a shard that is open. Shorter
+            # jumps would not leave a lost shard in MAX_ATTEMPTS.
             position += self.run.streams * (1 + rng.randrange(CYCLE))
         raise FuseDiTError(f"{MAX_ATTEMPTS} samples in a row cannot be read; the last is {problem}"
                            f"{remedy}")
@@ -220,6 +246,7 @@ class Batches(Dataset):
             self.prefetch(positions)
             with Notes() as image_notes:
                 for position in positions:
+                    restart_alarm()
                     samples.append(self.sample(position, bad))
                     notes += image_notes.take()
         except FuseDiTError as e:
@@ -248,11 +275,20 @@ class Batches(Dataset):
     def __getitem__(self, m):
         if get_worker_info() is None:
             return self.make_batch(m)
-        signal.alarm(BATCH_TIMEOUT)         # kills this worker, which ends the run
         try:
             return self.make_batch(m)
         finally:
             signal.alarm(0)
+
+
+def restart_alarm():
+    """Give a worker SAMPLE_TIMEOUT more seconds, after which it is killed, which ends the run.
+
+    Called for each sample and whenever a copy has grown. Copies that other threads make in the
+    background may go on after the batch, when there is no alarm.
+    """
+    if get_worker_info() and threading.current_thread() is threading.main_thread():
+        signal.alarm(SAMPLE_TIMEOUT)
 
 
 def shards_per_stream(run):
@@ -355,8 +391,8 @@ def stream_batches(batches, which, workers, device):
             raise
         reason = backend.first_line(e)
         raise FuseDiTError(f"a data process died ({reason}). If it ran out of memory, lower "
-                           "--workers. A data process is also killed if a batch takes over "
-                           f"{BATCH_TIMEOUT / 60:g} minutes") from e
+                           "--workers. A data process is also killed if a sample or a copy "
+                           f"makes no progress for {SAMPLE_TIMEOUT / 60:g} minutes") from e
     finally:
         iterator = None                     # its destructor stops the workers
 
@@ -368,6 +404,7 @@ def load_batches(batches, which, workers, device=None):
     keeps a copy of all of this process's memory. workers: number of processes, 0 for none; device:
     where the batches will be used. Raises FuseDiTError if data cannot be read or a process dies.
     """
+    batches.check_copies()
     os.environ["TOKENIZERS_PARALLELISM"] = "false"         # its threads do not survive a fork
     stream = stream_batches(batches, which, workers, device)
     next(stream)

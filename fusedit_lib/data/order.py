@@ -5,9 +5,10 @@ Order maps a position to a sample of one data set; Mixture maps it to one from s
 Neither keeps state, so a run can resume at any position, on any number of ranks, without replaying
 earlier positions.
 
-The positions are dealt to a fixed number of streams in turn. Each stream has its own part of the
-shards, and a rank or host reads whole streams where their number is a multiple of that of the ranks
-(see lanes_per_rank). The order is the same for any number of ranks.
+The positions are dealt to S streams in turn: positions s, s + S, s + 2 * S, ... are stream s. Every
+epoch of a data set is cut into S parts, each with shards of its own, and a stream reads one part of
+each epoch. A rank or host reads whole streams where their number is a multiple of that of the ranks
+(see streams_per_rank). The order is the same for any number of ranks.
 """
 import functools
 import math
@@ -29,7 +30,7 @@ class Order:
 
     The shuffled epoch is then cut into `streams` parts of equal length, from which the samples are
     taken in turn: every streams-th sample of an epoch comes from the same part, and a process that
-    reads only those opens only the shards of that part.
+    reads only one stream opens only the shards of one part.
     """
 
     def __init__(self, counts, seed, pool, streams=1):
@@ -39,7 +40,7 @@ class Order:
         self.pool = pool
         self.streams = streams
         self.total = int(self.counts.sum())
-        self.begins = stream_begins(self.total, streams)
+        self.part_starts = part_starts(self.total, streams)
         self.recent_pools = {}              # results of pool_samples, oldest first
 
     def permutation(self, size, *words):
@@ -60,7 +61,7 @@ class Order:
         first: index of the pool's first shard in the order of the epoch.
         """
         if (number, first) not in self.recent_pools:
-            # that which each stream reads, the next one, of which prefetching asks, and some more
+            # room for the pool that each stream reads, the next one (for prefetching), and a few
             while len(self.recent_pools) >= 2 * self.streams + 16:
                 del self.recent_pools[next(iter(self.recent_pools))]
             _, starts = self.epoch(number)
@@ -73,8 +74,8 @@ class Order:
     def __getitem__(self, position):
         """(shard, index of the sample in it) at a position of the run."""
         number, offset = divmod(position, self.total)
-        index, stream = divmod(offset, self.streams)
-        offset = self.begins[stream] + index
+        index, part = divmod(offset, self.streams)
+        offset = self.part_starts[part] + index
         shards, starts = self.epoch(number)
 
         # the pool that this offset falls into
@@ -87,35 +88,33 @@ class Order:
         return int(shards[index]), int(sample - starts[index])
 
 
-def lanes_per_rank(streams, ranks):
+def streams_per_rank(streams, ranks):
     """The number of streams that a rank reads at a time if its positions are `ranks` apart."""
     return streams // math.gcd(streams, ranks)
 
 
-def stream_begins(total, streams):
-    """The offset in an epoch of `total` samples at which each stream begins, as a list.
+def part_starts(total, parts):
+    """The offset in an epoch of `total` samples at which each part starts, as a list.
 
-    Streams whose numbers have the same last bits are neighbours in the epoch. A host that reads
-    every second, fourth, ... stream therefore reads one contiguous part of the epoch, and few
-    shards lie on the border of two hosts.
+    Parts whose numbers have the same last bits are neighbours in the epoch. A host that reads every
+    second, fourth, ... stream therefore reads one contiguous piece of the epoch, and few shards lie
+    on the border of two hosts.
     """
-    begins = [0] * streams
-    begin = 0
-    for stream in sorted(range(streams), key=lambda number: f"{number:b}"[::-1]):
-        begins[stream] = begin
-        begin += -(-(total - stream) // streams)           # 0 if there are fewer samples
-    return begins
+    starts = [0] * parts
+    start = 0
+    for part in sorted(range(parts), key=lambda number: f"{number:b}"[::-1]):
+        starts[part] = start
+        start += -(-(total - part) // parts)               # 0 if there are fewer samples
+    return starts
 
 
 class Mixture:
     """The order of samples from several data sets, mixed by weight, in `streams` streams.
 
-    The positions p, p + streams, p + 2 * streams, ... of the run are a lane. In each data set, a
-    lane reads one stream per epoch.
-
-    Each data set gets a fixed number of every CYCLE positions of a lane. These are scattered at
-    random, and the pattern repeats. Every lane begins at another place of it, so that any CYCLE
-    positions of the run have nearly the same shares. Each data set keeps its own order and epochs.
+    Each data set gets a fixed number of every CYCLE positions of a stream. These are scattered at
+    random, and the pattern repeats. Every stream begins at another place of it, so that any CYCLE
+    positions of the run have nearly the same shares. Each data set keeps its own order and epochs,
+    and a stream reads one part of each of its epochs.
     """
 
     def __init__(self, sets, weights, seed, pool, streams=1, start=0, taken=0):
@@ -123,7 +122,7 @@ class Mixture:
 
         pool: the number of shards whose samples are shuffled together, in each stream. start: the
         first position that has these weights. taken: the number of samples that each data set has
-        given to each lane before it, from taken_before of the Mixture with the earlier weights.
+        given to each stream before it, from taken_before of the Mixture with the earlier weights.
         Raises FuseDiTError if a weight is too small for one position in CYCLE.
         """
         self.streams = streams
@@ -148,28 +147,30 @@ class Mixture:
         is_set = self.slots == np.arange(len(sets))[:, None]
         self.earlier = np.cumsum(is_set, 1) - is_set           # [sets, CYCLE]
 
-        # where each lane begins in the cycle, and the samples that it had, less those of the cycle
+        # Where each stream begins in the cycle. At slot k of its cycle c, it has had
+        #     taken_before_cycle + c * per_cycle + earlier[:, k]
+        # samples of each set, which are `taken` where it begins: c = 0 and k = its shift.
         self.shifts = np.arange(streams) * CYCLE // streams
-        self.taken = taken - self.earlier[:, self.shifts]      # [sets, streams]
+        self.taken_before_cycle = taken - self.earlier[:, self.shifts]     # [sets, streams]
 
     def __getitem__(self, position):
         """(shard, index of the sample in it) at a position; shards are numbered over all sets."""
-        lane = position % self.streams
-        passed = (position - self.start) // self.streams       # positions of the lane since start
-        cycle, slot = divmod(passed + int(self.shifts[lane]), CYCLE)
+        stream = position % self.streams
+        passed = (position - self.start) // self.streams       # positions of the stream since start
+        cycle, slot = divmod(passed + int(self.shifts[stream]), CYCLE)
         chosen = self.slots[slot]
-        count = cycle * int(self.per_cycle[chosen]) + int(self.earlier[chosen, slot])
-        count += int(self.taken[chosen, lane])
-        shard, sample = self.orders[chosen][lane + count * self.streams]
+        taken = int(self.taken_before_cycle[chosen, stream])
+        taken += cycle * int(self.per_cycle[chosen]) + int(self.earlier[chosen, slot])
+        shard, sample = self.orders[chosen][stream + taken * self.streams]
         return self.first_shard[chosen] + shard, sample
 
     def taken_before(self, position):
-        """The number of samples that each data set gives each lane before a position.
+        """The number of samples that each data set gives each stream before a position.
 
         Returns int [sets, streams].
         """
-        lanes = np.arange(self.streams)
-        first = (lanes - self.start) % self.streams            # of each lane, after start
+        streams = np.arange(self.streams)
+        first = (streams - self.start) % self.streams          # of each stream, after start
         passed = -((first + self.start - position) // self.streams)
         cycle, slot = np.divmod(passed + self.shifts, CYCLE)
-        return self.taken + cycle * self.per_cycle[:, None] + self.earlier[:, slot]
+        return self.taken_before_cycle + cycle * self.per_cycle[:, None] + self.earlier[:, slot]

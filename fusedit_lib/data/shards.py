@@ -12,27 +12,23 @@ describe them:
 import contextlib
 import functools
 import glob
-import hashlib
 import io
 import json
 import math
 import os
-import shutil
 import sys
 import tarfile
-import tempfile
 import time
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 from braceexpand import braceexpand
-from filelock import FileLock
 from safetensors import SafetensorError, safe_open
 from webdataset.gopen import gopen
 
 from fusedit import FuseDiTError
-from fusedit_lib.files import atomic_write
+from fusedit_lib.data.cache import ShardCache, check_limits, raise_file_limit
 from fusedit_lib.folders import vae_fingerprint
 
 LATENTS_SUFFIX = ".latents.safetensors"     # replaces .tar in the name of a shard's latents
@@ -298,69 +294,75 @@ class ShardReader:
     size of the cache is bounded by deleting the oldest copies.
     """
 
-    def __init__(self, shards, keep, cache, latents=False, keep_on_host=0):
+    def __init__(self, shards, keep, cache, latents=False, keep_on_host=0,
+                 on_progress=lambda: None):
         """shards: from expand_shards; keep: the number of shards that are read at a time.
 
         cache: a folder, or "" for one in the temporary folder. keep_on_host: the number of shards
         that all processes with this cache read at a time; 0: this process alone uses it.
+        on_progress: called while a shard is copied, see ShardCache.
         """
         self.shards = shards
         self.keep = keep
-        self.keep_on_host = keep_on_host or keep
         self.latents = latents
-        self.cache = Path(cache or Path(tempfile.gettempdir(), "fusedit-shards"))
-        self.opened = {}                    # {number: OpenShard}, in the order of their last use
-
-    def fetch(self, url, size):
-        """Path of the local copy of a remote file. One process copies it while others wait."""
-        self.cache.mkdir(parents=True, exist_ok=True)
-        path = self.cache / f"{hashlib.sha1(url.encode()).hexdigest()}.tar"
-        with FileLock(path.with_suffix(".lock")):
-            if not path.exists():
-                self.make_room()
-                with atomic_write(path) as tmp, gopen(url) as source, open(tmp, "wb") as copy:
-                    shutil.copyfileobj(source, copy)
-                    if size not in (None, copy.tell()):
-                        raise OSError(f"{copy.tell()} of {size} bytes received")
-            os.utime(path)                  # so that its age is the time since its last use
-        return path
-
-    def make_room(self):
-        """Delete the oldest copies. A process that has one open can still read it."""
-        kept = 2 * self.keep_on_host + SPARE               # those in use, the next ones, and more
-        if self.latents:
+        kept = 2 * (keep_on_host or keep) + SPARE          # those in use, the next ones, and more
+        if latents:
             kept *= 2                       # there are two files per shard
-        with FileLock(self.cache / "lock"):
-            copies = sorted(self.cache.glob("*.tar"), key=os.path.getmtime)
-            for old in copies[:-kept]:
-                old.unlink()
+        self.cache = ShardCache(cache, kept, on_progress)
+        self.opened = {}                    # {number: OpenShard}, in the order of their last use
+        raise_file_limit()                  # many systems allow 1,024 unless asked for more
 
-    def local_files(self, number):
-        """Local paths of a shard and, if latents are read, of its latents."""
+    def files(self, number):
+        """[(path or URL, bytes or None)] of a shard and, if latents are read, of its latents."""
         shard = self.shards[number]
         files = [(shard.path, shard.bytes)]
         if self.latents:
             latents = shard.path.removesuffix(".tar") + LATENTS_SUFFIX
             files.append((latents, (shard.latents or {}).get("bytes")))
+        return files
+
+    def local_files(self, number):
+        """Local paths of a shard and, if latents are read, of its latents."""
         local = []
-        for path, size in files:
+        for path, size in self.files(number):
             if is_url(path):
-                path = self.fetch(path, size)
+                path = self.cache.fetch(path, size)
             local.append(path)
         return local
+
+    def check_space(self):
+        """Raise FuseDiTError if the cache has no room for the remote shards that it will hold."""
+        sizes = []
+        for number in range(len(self.shards)):
+            sizes += [size for path, size in self.files(number) if is_url(path)]
+        if sizes:
+            self.cache.check_space(sizes)
+
+    def copy(self, number):
+        """Copy a remote shard, and find its samples."""
+        tar, *_ = self.local_files(number)
+        self.cache.offsets(tar, sample_offsets)
 
     def try_open(self, number):
         """Open a shard. Returns an OpenShard. Raises any error that occurs."""
         tar, *latents_files = self.local_files(number)
+        file = open(tar, "rb")
         latents = whole = None
         for path in latents_files:
-            file = safe_open(path, "pt")
-            latents = file.get_slice("latents")
-            whole = file.get_tensor("whole")
+            open(path, "rb").close()        # safe_open reports any error as a missing file
+            tensors = safe_open(path, "pt")
+            latents = tensors.get_slice("latents")
+            whole = tensors.get_tensor("whole")
+        return OpenShard(file, self.offsets(number, tar), latents, whole)
+
+    def offsets(self, number, tar):
+        """The offsets of a shard's samples, int64 [samples + 1]. A tar without them is scanned."""
+        if is_url(self.shards[number].path):
+            return self.cache.offsets(tar, sample_offsets)
         offsets = self.known_offsets(number, tar)
         if offsets is None:
             offsets = sample_offsets(tar)
-        return OpenShard(open(tar, "rb"), offsets, latents, whole)
+        return offsets
 
     def known_offsets(self, number, tar):
         """A shard's offsets from the offsets.npy beside it.
@@ -377,12 +379,14 @@ class ShardReader:
         # The file has samples + 1 numbers for each shard.
         shard = self.shards[number]
         begin = shard.first + list(index).index(Path(shard.path).name)
-        return offsets[begin:begin + shard.samples + 1]
+        # A slice would keep the file open, for each of the open shards.
+        return offsets[begin:begin + shard.samples + 1].copy()
 
     def open(self, number):
         """Open a shard, with retries if it is remote. Returns an OpenShard.
 
-        If the shard cannot be read, OpenShard.problem holds the reason.
+        If the shard cannot be read, OpenShard.problem holds the reason. Raises FuseDiTError if
+        that is not the shard's fault: too many open files, or a full disk.
         """
         waits = [0]
         if is_url(self.shards[number].path):
@@ -390,7 +394,8 @@ class ShardReader:
         for wait in waits:
             try:
                 return self.try_open(number)
-            except (OSError, ValueError, tarfile.TarError, SafetensorError) as e:
+            except (OSError, ValueError, RuntimeError, tarfile.TarError, SafetensorError) as e:
+                check_limits(e, self.cache.folder)
                 problem = f"{type(e).__name__}: {e}"
                 time.sleep(wait)
         return OpenShard(problem=problem, expires=time.monotonic() + RETRY_SECONDS)

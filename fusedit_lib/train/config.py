@@ -106,12 +106,12 @@ class RunConfig:
                                "classifier-free guidance requires", low=0, high=1)
     original_caption_rate: float = flag(0.0, "probability of using the original caption instead of "
                                         "the synthetic one", low=0, high=1)
-    streams: int = flag(64, "number of parts that each epoch is cut into and from which samples "
-                        "are taken in turn; a GPU or TPU host reads only the shards of its own "
-                        "parts if the number of GPUs or hosts divides this one; a resumed run "
-                        "keeps it", low=1)
-    mix_shards: int = flag(8, "number of shards read at a time, whose samples are mixed; at least "
-                           "one for each stream", low=1)
+    streams: int = flag(64, "number of streams, from which samples are taken in turn. Each reads "
+                        "its own part of the shards, and each GPU or TPU host its own streams if "
+                        "their number is a multiple of that of GPUs or hosts. Kept on resume",
+                        low=1)
+    mix_shards: int = flag(8, "shards whose samples are shuffled together, over all streams; "
+                           "rounded up to a multiple of --streams", low=1)
     max_skipped: float = flag(MAX_SKIPPED, "stop the run if more than this fraction of the samples "
                               "cannot be read", True, low=0, high=1)
     workers: int = flag(-1, "data loading processes per GPU or per TPU host; 0: load in "

@@ -8,8 +8,8 @@ import pytest
 from tiny_shards import tiny_batches
 
 from fusedit import FuseDiTError
-from fusedit_lib.data.order import CYCLE, Mixture, Order, stream_begins
-from fusedit_lib.data.shards import Shard, read_index
+from fusedit_lib.data.order import CYCLE, Mixture, Order, part_starts
+from fusedit_lib.data.shards import SPARE, Shard, read_index
 
 HOSTS = (1, 2, 4, 8, 16, 32, 64)
 
@@ -109,19 +109,19 @@ def test_a_host_opens_its_share_of_the_shards(gemma_folder, many):
             assert sum(counts) >= 320
 
 
-@pytest.mark.parametrize("world, local, lanes, of_host", [
+@pytest.mark.parametrize("world, local, streams, of_host", [
     (1, 1, 64, 64), (8, 8, 8, 64), (64, 1, 1, 1), (64, 8, 1, 8), (128, 4, 1, 4), (6, 6, 32, 64),
     (7, 1, 64, 64)])
 def test_a_rank_keeps_the_shards_of_its_streams_open(gemma_folder, many, monkeypatch, world, local,
-                                                     lanes, of_host):
+                                                     streams, of_host):
     monkeypatch.setenv("LOCAL_WORLD_SIZE", str(local))
-    for flags, per_lane in [([], 1), (["--mix-shards", "100"], 2),
+    for flags, per_stream in [([], 1), (["--mix-shards", "100"], 2),
                             (["--mix-shards", "100", "--data-weights", "3", "1"], 4)]:
         batches = tiny_batches(gemma_folder, [many, many], *flags, rank=world - 1, world=world)
         met = {position % 64 for m in range(64) for position in batches.positions(m)}
-        assert len(met) == lanes
-        assert batches.reader.keep == lanes * per_lane
-        assert batches.reader.keep_on_host == of_host * per_lane
+        assert len(met) == streams
+        assert batches.reader.keep == streams * per_stream
+        assert batches.reader.cache.kept == 2 * of_host * per_stream + SPARE
 
 
 # ------------------------------------------------------------------------------ epochs
@@ -146,14 +146,14 @@ def test_a_few_samples_come_in_a_new_order_in_each_epoch():
     assert len(set(epochs)) == 50
 
 
-def test_streams_that_a_host_reads_are_neighbours():
+def test_parts_that_a_host_reads_are_neighbours():
     for total, streams in [(1000, 64), (7, 64), (999, 48), (640, 1)]:
-        begins = stream_begins(total, streams)
+        starts = part_starts(total, streams)
         sizes = [len(range(stream, total, streams)) for stream in range(streams)]
         assert sum(sizes) == total
         for hosts in (1, 2, 4, 8, 16):
             for host in range(min(hosts, streams)):
-                parts = sorted(zip(begins[host::hosts], sizes[host::hosts], strict=True))
+                parts = sorted(zip(starts[host::hosts], sizes[host::hosts], strict=True))
                 end = parts[0][0]
                 for begin, size in parts:
                     assert begin == end
@@ -162,13 +162,13 @@ def test_streams_that_a_host_reads_are_neighbours():
 
 # ------------------------------------------------------------------------------ several data sets
 
-def by_lane(samples, streams, shards):
-    """{lane: the samples of some shards that it has}, in order. samples: by position."""
-    lanes = {lane: [] for lane in range(streams)}
+def by_stream(samples, streams, shards):
+    """{stream: the samples of some shards that it has}, in order. samples: by position."""
+    found = {stream: [] for stream in range(streams)}
     for position in sorted(samples):
         if samples[position][0] in shards:
-            lanes[position % streams].append(samples[position])
-    return lanes
+            found[position % streams].append(samples[position])
+    return found
 
 
 @pytest.mark.parametrize("streams", [1, 5, 16])
@@ -180,9 +180,9 @@ def test_data_sets_keep_their_shares_and_their_epochs(streams):
     shares = [500, 167, 333]
     for order, first, last, share in zip(mixture.orders, (0, 2, 3), (2, 3, 6), shares, strict=True):
         counts = Counter()
-        for lane in by_lane(samples, streams, range(first, last)).values():
-            assert len(lane) == share
-            counts.update(lane)
+        for stream in by_stream(samples, streams, range(first, last)).values():
+            assert len(stream) == share
+            counts.update(stream)
         assert len(counts) == order.total
         assert max(counts.values()) - min(counts.values()) <= 1
 
@@ -198,8 +198,8 @@ def test_data_sets_keep_their_shares_and_their_epochs(streams):
 
 
 @pytest.mark.parametrize("streams", [1, 3, 16])
-def test_other_weights_keep_the_place_of_every_lane(streams):
-    """Changed at any positions, each lane goes on in each data set where it was."""
+def test_other_weights_keep_the_place_of_every_stream(streams):
+    """Changed at any positions, each stream goes on in each data set where it was."""
     sets = [[shard(30), shard(30)], [shard(17)]]
     of_sets = [(0, 1), (2,)]                # their shards
     rng = random.Random(streams)
@@ -214,19 +214,19 @@ def test_other_weights_keep_the_place_of_every_lane(streams):
             samples |= {position: mixture[position] for position in range(begin, end)}
             taken = mixture.taken_before(end)
             for count, of_set in zip(taken, of_sets, strict=True):
-                lanes = by_lane(samples, streams, of_set)
-                assert [len(lane) for lane in lanes.values()] == count.tolist()
+                of_streams = by_stream(samples, streams, of_set)
+                assert [len(stream) for stream in of_streams.values()] == count.tolist()
             mixture = Mixture(sets, weights, 5, 1, streams, end, taken)
             begin = end
         end = begin + 300 * streams
         samples |= {position: mixture[position] for position in range(begin, end)}
         for of_set in of_sets:
-            got = by_lane(samples, streams, of_set)
-            want = by_lane(expected, streams, of_set)
-            for lane in range(streams):
-                both = min(len(got[lane]), len(want[lane]))
+            got = by_stream(samples, streams, of_set)
+            want = by_stream(expected, streams, of_set)
+            for stream in range(streams):
+                both = min(len(got[stream]), len(want[stream]))
                 assert both > 50
-                assert got[lane][:both] == want[lane][:both]
+                assert got[stream][:both] == want[stream][:both]
 
 
 # ------------------------------------------------------------------------------ damaged samples

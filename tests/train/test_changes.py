@@ -210,7 +210,7 @@ def test_batches_start_at_any_position(gemma, data):
 def test_other_weights_keep_the_place_in_each_data_set(gemma, tmp_path, streams):
     """Each set gives each of its samples once per epoch, in the order of a run with no change.
 
-    With several streams, this holds for every streams-th position.
+    With several streams, this holds for each of them.
     """
     folders = [numbered(tmp_path / name, shards=1, samples=count)
                for name, count in (("a", 40), ("b", 25))]
@@ -229,10 +229,10 @@ def test_other_weights_keep_the_place_in_each_data_set(gemma, tmp_path, streams)
                for position in range(begin, end)]
     unchanged = order(first)
     expected = [unchanged[position] for position in range(8000)]
-    for lane in range(streams):
+    for stream in range(streams):
         for shard in range(2):
-            got = [i for s, i in samples[lane::streams] if s == shard]
-            want = [i for s, i in expected[lane::streams] if s == shard]
+            got = [i for s, i in samples[stream::streams] if s == shard]
+            want = [i for s, i in expected[stream::streams] if s == shard]
             assert got == want[:len(got)]
 
     # and the weights hold
