@@ -1,4 +1,4 @@
-"""What compiled layers keep for the backward pass, and what their backward pass takes in addition.
+"""The memory of compiled layers: for the backward pass, and while the backward pass runs.
 
 Both come from PyTorch's own partitioner, which torch.compile and scan on TPUs use. It divides the
 graph of a layer's forward and backward pass into two, and recomputes in the backward pass what

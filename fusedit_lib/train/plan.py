@@ -172,7 +172,7 @@ def table_row(titles, cells):
 # ------------------------------------------------------------------------------ GPUs
 
 class Working(NamedTuple):
-    """Bytes that a device needs at different times, in addition to weights, gradients and optimizer."""
+    """Bytes that a device needs at different times, in addition to its part of the model."""
     kept: float                             # in a training step
     remat: float                            # in a training step with --remat
     grid: float                             # for an image grid; 0 without one
