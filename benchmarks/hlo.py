@@ -4,7 +4,7 @@ Text such as this is divided into computations, which are called by others:
 
     %fused_computation.3 (param_0: bf16[36,9216]) -> bf16[2304,9216] {
       %param_0 = bf16[36,9216]{1,0:T(8,128)(2,1)} parameter(0)
-      ROOT %all-gather.1 = bf16[2304,9216]{1,0:T(8,128)(2,1)} all-gather(%param_0), channel_id=7, ...
+      ROOT %all-gather.1 = bf16[2304,9216]{1,0:T(8,128)(2,1)} all-gather(%param_0), ...
     }
 
 {1,0:T(8,128)(2,1)} is a layout: the dimensions from minor to major, and the tile. The two minor
@@ -89,7 +89,11 @@ def runs(computations, entry):
 
 
 def trip_count(computations, loop):
-    """How often a while loop runs: its counter starts at 0 and has a constant limit and step."""
+    """The number of times a while loop runs.
+
+    Its counter must start at 0 and have a constant limit and a constant step; otherwise this raises
+    ValueError.
+    """
     known = re.search(r'"known_trip_count":\{"n":"(\d+)"', loop.rest)
     if known:
         return int(known[1])
@@ -226,7 +230,7 @@ def group_size(instruction, chips):
 
 # ---------------------------------------------------------------------------- FLOPs and cycles
 class Work(NamedTuple):
-    """What a chip computes in a step."""
+    """The work of one chip in a step."""
     flops: int                              # of matrix products and convolutions
     cycles: int                             # the compiler's estimate, without waiting for others
 

@@ -7,13 +7,17 @@ libtpu contains the compiler for every kind of TPU, and it needs no chip. tpu_tr
 program of train_tpu.py's training step; this program compiles it for the chips of a topology and
 reads memory, FLOPs and collectives from the result. Nothing is run, so no time is measured.
 
-All other flags are those of train_tpu.py, such as --mesh, --remat and --set; the preset is
-fusedit/large-scale by default. It needs the extras [tpu,compile], which install torch_xla, libtpu
-and jax.
+"arrays" are the bytes of what a collective gathers or sums, "padded" the same in the tiles of a
+TPU's memory, and "sent" what a chip sends if the chips form a ring, which is all of an array once,
+or twice for an all-reduce. Loops count as often as they run.
+
+It needs the extras [tpu,compile], which install PyTorch/XLA, libtpu and JAX.
 """
 import argparse
 import json
+import math
 import os
+import re
 import subprocess
 import sys
 import tempfile
@@ -25,12 +29,16 @@ import hlo
 import numpy as np
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
+from fusedit import FuseDiTError
+from fusedit_lib import cli
 from fusedit_lib.files import atomic_write
+from fusedit_lib.train.flags import join_mesh
 from fusedit_lib.train.hardware import TPUS
 
 HERE = Path(__file__).parent
 PLACEHOLDER = "fusedit_placeholder"         # as in tpu_trace.py
-CLOCKS = dict(v4=1.05e9, v5e=1.5e9, v5p=1.75e9, v6e=1.75e9)        # Hz
+DATA = "fusedit_placeholder_data"
+CLOCKS = dict(v4=1.05e9, v5e=1.5e9)       # Hz
 
 
 # ---------------------------------------------------------------------------- the program
@@ -50,12 +58,15 @@ def to_module(proto):
         main = ir.SymbolTable(module.operation)["main"]
         block = main.regions[0].blocks[0]
         attributes = list(main.attributes["arg_attrs"])
-        first_weight = len(attributes)
+        weights = []                        # their numbers among the parameters
         for op in list(block.operations):
             if call_target(op).startswith(PLACEHOLDER):
-                attributes += to_parameter(op, block)
+                added = to_parameter(op, block)
+                if added and not call_target(op).startswith(DATA):
+                    weights.append(len(attributes))
+                attributes += added
         outputs = trim_outputs(block)
-        donate_updated(block, attributes, first_weight, outputs)
+        donate_updated(block, attributes, weights, outputs)
 
         inputs = [argument.type for argument in block.arguments]
         results = [value.type for value in outputs]
@@ -114,11 +125,11 @@ def trim_outputs(block):
     return outputs
 
 
-def donate_updated(block, attributes, first_weight, outputs):
+def donate_updated(block, attributes, weights, outputs):
     """Marks the weights that the program updates. Each update has the type of its weight."""
     from jax._src.lib.mlir import ir
     updates = Counter(str(value.type) for value in outputs)
-    for i in range(first_weight, len(attributes)):
+    for i in weights:
         kind = str(block.arguments[i].type)
         if updates[kind] > 0:
             updates[kind] -= 1
@@ -197,39 +208,57 @@ def print_figures(kind, found):
 
 
 def parse_arguments():
-    """(the arguments of this program, the list of those of train_tpu.py)."""
-    p = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
-                                formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("topology", help="kind of TPU and size of the slice, such as v5e:8x8 (64 chips) "
-                                    "or v4:4x4x4")
-    p.add_argument("--layers", help="layers of Gemma and of the DiT, instead of the preset's")
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=cli.HelpFormatter)
+    p.add_argument("topology", help="kind of TPU and shape of the slice, such as v5e:16x16 or "
+                                    "v4:4x4x8")
+    p.add_argument("--program", choices=("step", "encoder", "decoder"), default="step",
+                   help="step: the training step; encoder: only the VAE's, for a batch; decoder: "
+                        "only the VAE's, for one image")
+    p.add_argument("--layers", type=cli.positive,
+                   help="layers of Gemma and of the DiT, instead of the preset's")
     p.add_argument("--latents", action="store_true",
                    help="train on precomputed latents, without the VAE")
-    p.add_argument("--program", default="step",
-                   help="step: the training step; encoder or decoder: that of the VAE alone, for the "
-                        "batch or for one image")
     p.add_argument("--hlo", type=Path, metavar="FILE", help="also write the optimised HLO")
     p.add_argument("--out", type=Path, metavar="FILE.json", help="also write the figures")
-    return p.parse_known_args()
+    g = p.add_argument_group("as in train_tpu.py")
+    g.add_argument("--preset", default="fusedit/large-scale", help="the model")
+    g.add_argument("--batch", type=cli.positive, default=512, help="images in a step, on all chips")
+    g.add_argument("--mesh", default="-1,1", help="chips along fsdp and along tensor")
+    g.add_argument("--remat", action="store_true", help="recompute activations")
+    g.add_argument("--train-llm", action="store_true", help="train Gemma as well")
+    return p.parse_args(join_mesh(sys.argv[1:]))
+
+
+def trace(args, kind, devices, out):
+    """Writes the program to the file `out`, in a process of its own. Returns libtpu's flags."""
+    command = [sys.executable, HERE / "tpu_trace.py", "--devices", devices, "--kind", kind,
+               "--program", args.program]
+    if args.layers:
+        command += ["--layers", args.layers]
+    if args.latents:
+        command.append("--latents")
+    command += [out, "--preset", args.preset, "--batch", args.batch, f"--mesh={args.mesh}"]
+    if args.remat:
+        command.append("--remat")
+    if args.train_llm:
+        command.append("--train-llm")
+    subprocess.run([str(word) for word in command], check=True)
+    return Path(f"{out}.flags").read_text()
 
 
 def main():
-    args, train_flags = parse_arguments()
-    kind, _, sides = args.topology.partition(":")
-    devices = int(np.prod([int(side) for side in sides.split("x")]))
+    args = parse_arguments()
+    kind, _, shape = args.topology.partition(":")
+    if kind not in CLOCKS or not re.fullmatch(r"\d+(x\d+)*", shape):
+        raise FuseDiTError(f"{args.topology} is not a topology: give a kind of TPU and a shape, "
+                           "such as v5e:16x16; known kinds: " + ", ".join(CLOCKS))
+    devices = math.prod(map(int, shape.split("x")))
     with tempfile.TemporaryDirectory() as folder:
         traced = Path(folder) / "step.pb"
-        command = [sys.executable, HERE / "tpu_trace.py", traced, "--devices", str(devices),
-                   "--kind", kind, "--program", args.program, *train_flags]
-        if args.layers:
-            command += ["--layers", args.layers]
-        if args.latents:
-            command.append("--latents")
-        subprocess.run(command, check=True)
-        set_environment(Path(f"{traced}.flags").read_text())
+        set_environment(trace(args, kind, devices, traced))
         start = time.perf_counter()
         executable = compile_for(args.topology, traced.read_bytes(), devices)
-        print(f"compiled in {time.perf_counter() - start:.0f} s")
+    print(f"compiled for {devices} x {kind} in {time.perf_counter() - start:.0f} s; on one chip:")
     if args.hlo:
         args.hlo.write_text(executable.hlo_modules()[0].to_string())
     found = figures(executable, devices)
@@ -240,4 +269,4 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    cli.run(main, "fewer --layers")

@@ -1,12 +1,12 @@
 """Traces the training step of train_tpu.py on virtual CPU devices, for tpu_compile.py.
 
-    python benchmarks/tpu_trace.py step.pb --devices 64 --kind v5e --batch 128 --mesh -1,1
+    python benchmarks/tpu_trace.py --devices 64 step.pb --preset fusedit/large-scale --batch 128
 
 train_tpu.train() itself runs, up to the first call of sync. What it would then send to the
-compiler is written to a file instead, as an HLO module (a protocol buffer). Nothing is read: weights
-and data are placeholders with a shape, a dtype and a sharding, so that a model of any size can be
-traced for a mesh of any size. tpu_compile.py makes them parameters of the program, which they are
-in a real run.
+compiler is written to a file instead, as an HLO module (a protocol buffer). Nothing is read:
+weights and data are placeholders with a shape, a dtype and a sharding, so that a model of any size
+can be traced for a mesh of any size. tpu_compile.py makes them parameters of the program, which
+they are in a real run.
 
 The flags that torch_xla passes to libtpu on this kind of TPU are written to step.pb.flags.
 """
@@ -33,7 +33,8 @@ from fusedit_lib.train.scan import set_parameter
 from fusedit_lib.train.sharding import ParameterState
 from fusedit_lib.vae import VAE, latent_side, vae_config
 
-PLACEHOLDER = "fusedit_placeholder"         # the target of a custom call
+PLACEHOLDER = "fusedit_placeholder"         # begins the target of a custom call
+DATA = "fusedit_placeholder_data"           # the same for a batch, which a step does not update
 
 
 class Traced(BaseException):
@@ -47,13 +48,24 @@ class Placeholders:
     def __init__(self):
         import torch_xla
         self.operand = torch.zeros(1).to(torch_xla.device())       # a custom call needs one
+        self.made = set()                   # ids of the tensors
 
-    def make(self, tensor):
-        """A placeholder like a tensor, which may be on the meta device."""
+    def make(self, tensor, name=PLACEHOLDER):
+        """A placeholder like a tensor, which may be on the meta device. name: or DATA."""
+        import torch_xla
         from torch_xla.experimental.stablehlo_custom_call import stablehlo_custom_call
         # torch_xla remembers the shape of a custom call by its operands and its target.
-        target = f"{PLACEHOLDER} {tensor.dtype} {list(tensor.shape)}"
-        return stablehlo_custom_call([self.operand], target, [list(tensor.shape)], [tensor.dtype])
+        target = f"{name} {tensor.dtype} {list(tensor.shape)}"
+        made = stablehlo_custom_call([self.operand], target, [list(tensor.shape)], [tensor.dtype])
+        self.made.add(torch_xla._XLAC._xla_get_tensor_id(made))
+        return made
+
+    def replace_pending(self):
+        """Replaces tensors that a real run computes before the first step, such as Adam's step."""
+        import torch_xla
+        for tensor in pending_tensors():
+            if torch_xla._XLAC._xla_get_tensor_id(tensor) not in self.made:
+                tensor.data = self.make(tensor)
 
     def fill(self, module):
         """Replaces the parameters of a module on the meta device."""
@@ -61,32 +73,17 @@ class Placeholders:
             made = torch.nn.Parameter(self.make(parameter), parameter.requires_grad)
             set_parameter(module, name, made)
 
-    def to_mesh(self, engine, name, tensor):
-        """Engine.to_mesh for a tensor that may be on the meta device."""
-        import torch_xla.distributed.spmd as xs
-        if tensor.device.type == "meta":
-            tensor = self.make(tensor)
-        spec = sharding.partition_spec(name, tensor.shape, engine.mesh.shape())
-        xs.mark_sharding(tensor, engine.mesh, spec)
-        return tensor
-
-
-def initial_state(checkpoint, name, parameter):
-    """The ParameterState of a parameter on the meta device."""
-    weight = parameter.detach()
-    return ParameterState(ema=weight, weight=weight, exp_avg=weight, exp_avg_sq=weight)
-
 
 # ---------------------------------------------------------------------------- what train() uses
-def build_models(placeholders, run, config):
-    """(FuseDiT on the meta device, VAE or None)."""
+def open_models(placeholders, run, config):
+    """(FuseDiT on the meta device, VAE or None, no weights), as build.open_models returns them."""
     dtype = torch_dtype(run.dtype)
     model = costs.training_model(run, config)
     if not run.train_llm:
         model.llm.to(dtype)
     model.tokenizer = None
     model.clip_encoder = None
-    return model, build_vae(placeholders, run, config)
+    return model, build_vae(placeholders, run, config), {}
 
 
 def build_vae(placeholders, run, config):
@@ -116,9 +113,16 @@ def place_batch(placeholders, run, config, latents, mesh):
         batch = dict(pixels=pixels, ids=ids, mask=ids > 0, normal=torch.empty(run.batch),
                      noise=torch.empty(run.batch, draws, C, side, side))
     for name, tensor in batch.items():
-        batch[name] = placeholders.make(tensor)
+        batch[name] = placeholders.make(tensor, DATA)
         xs.mark_sharding(batch[name], mesh, (sharding.AXES, *[None] * (tensor.dim() - 1)))
     return batch
+
+
+class Writer:
+    """Takes the place of CheckpointWriter."""
+
+    def poll(self, signal):
+        return 0, False
 
 
 class Recorder:
@@ -157,23 +161,27 @@ def trace_step(args, run, config):
     dataset = SimpleNamespace(digest="")
 
     def place_batches(_, mesh):
+        placeholders.replace_pending()
         yield place_batch(placeholders, run, config, args.latents, mesh) | dict(bad=[], notes={})
 
     def sync():
         write_graph(args.out, pending_tensors())
         raise Traced
 
-    def to_mesh(engine, name, tensor):
-        return placeholders.to_mesh(engine, name, tensor)
+    def to_mesh(engine, name, parameter, shards):
+        tensor = placeholders.make(parameter)
+        engine.mark(name, tensor)
+        return tensor
 
+    unread = ParameterState(None, None, None, None)
     train = patch.multiple(
         train_tpu, start=lambda run: started, Batches=lambda *_: dataset, Monitor=Recorder,
-        build_models=lambda *_: build_models(placeholders, run, config),
+        open_models=lambda *_: open_models(placeholders, run, config),
         load_batches=lambda *_: [], data_workers=lambda run: 0)
     with (train, patch.object(train_tpu.resuming, "resume", lambda run, config: (run, None)),
-          patch.object(train_tpu.checkpoints, "CheckpointWriter", lambda *_: None),
-          patch.object(sharding, "initial_state", initial_state),
-          patch.multiple(xla, place_batches=place_batches, sync=sync),
+          patch.object(train_tpu.checkpoints, "CheckpointWriter", lambda *_: Writer()),
+          patch.multiple(sharding, initial_state=lambda *_: unread, read_shards=lambda *_: None),
+          patch.multiple(xla, place_batches=place_batches, sync=sync, local_slices=lambda *_: []),
           patch.object(xla.Engine, "to_mesh", to_mesh)):
         try:
             train_tpu.train(run, config)
@@ -217,11 +225,8 @@ def libtpu_flags(kind):
     return os.environ["LIBTPU_INIT_ARGS"]
 
 
-def parse_arguments():
-    """(the arguments of this program, the list of those of train_tpu.py)."""
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=cli.HelpFormatter,
-                                allow_abbrev=False)
-    p.add_argument("out", type=Path, metavar="FILE.pb", help="the file to write")
+def main():
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=cli.HelpFormatter)
     p.add_argument("--devices", type=cli.positive, default=8, help="number of chips")
     p.add_argument("--kind", default="v5e", help="kind of TPU, for the flags of libtpu")
     p.add_argument("--program", choices=PROGRAMS, default="step",
@@ -230,19 +235,17 @@ def parse_arguments():
                    help="train on precomputed latents, without the VAE")
     p.add_argument("--layers", type=cli.positive,
                    help="layers of Gemma and of the DiT, instead of the preset's")
-    return p.parse_known_args()
+    p.add_argument("out", type=Path, metavar="FILE.pb", help="the file to write")
+    p.add_argument("flags", nargs=argparse.REMAINDER, metavar="...", help="flags of train_tpu.py")
+    args = p.parse_args()
 
-
-def main():
-    args, train_flags = parse_arguments()
     os.environ.update(PJRT_DEVICE="CPU", CPU_NUM_DEVICES="2")      # for SPMD; the mesh has more
-    flags = ["--preset", "fusedit/large-scale", "--dtype", "bf16", "--data", "none",
-             "--out", "none", *train_flags]
-    run = parse_run(flags, __doc__, "tpu")
+    flags = ["--dtype", "bf16", "--data", "none", "--out", "none", *args.flags]
+    run = replace(parse_run(flags, __doc__, "tpu"), steps=1)
     config = model_config(run)
     if args.layers:
         costs.GEMMAS[config.base] = costs.GEMMAS[config.base] | dict(num_hidden_layers=args.layers)
-    run = replace(run, steps=1)
+
     import torch_xla.runtime as xr
     with patch.object(xr, "global_runtime_device_count", lambda: args.devices):
         PROGRAMS[args.program](args, run, config)

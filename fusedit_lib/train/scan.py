@@ -10,6 +10,8 @@ import torch
 from torch import nn
 from torch.func import functional_call
 
+from fusedit_lib.train.attention import UseSmallAttention
+
 
 class ScannedStack(nn.ModuleDict):
     """Replaces fusedit.LayerStack: one layer, compiled once and applied in a scan over the weights.
@@ -60,12 +62,13 @@ class ScannedStack(nn.ModuleDict):
 
         weights = dict(self["block"].named_parameters())
         step = self.step_function(weights, carried, constants)
-        (x, _), outputs = self.scan(step, (x, carried), (weights, rows))
-        outputs = unstack_outputs(outputs, self.count)
+        with UseSmallAttention():
+            (x, _), outputs = self.scan(step, (x, carried), (weights, rows))
+            outputs = unstack_outputs(outputs, self.count)
 
-        for i in range(self.count, min(len(per_layer), self.count + len(self) - 1)):
-            x, output = self[str(i)](x, *per_layer[i], *common)
-            outputs.append(output)
+            for i in range(self.count, min(len(per_layer), self.count + len(self) - 1)):
+                x, output = self[str(i)](x, *per_layer[i], *common)
+                outputs.append(output)
         return x, outputs
 
     def step_function(self, weights, carried, constants):

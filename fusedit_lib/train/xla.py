@@ -39,6 +39,10 @@ def set_environment_defaults():
         os.environ.setdefault("MASTER_PORT", "0")   # any: several runs may share a CPU
     os.environ.setdefault("PJRT_NPROC", "64")   # threads; waiting virtual devices block some
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+    # torch_xla turns these on for v5 only. Without the first, a v4 gathers weights as sums, which
+    # takes twice the traffic (docs/tpu.md).
+    os.environ.setdefault("LIBTPU_INIT_ARGS", "--xla_enable_async_all_gather=true "
+                          "--xla_enable_async_collective_permute=true")
     if os.environ["PJRT_DEVICE"] == "CPU":
         # A TPU cannot load the programs it has stored: https://github.com/pytorch/xla/issues/9094.
         cache = os.path.expanduser("~/.cache/fusedit/xla")
@@ -134,6 +138,8 @@ def make_scan(remat):
     scan._backward_shard_alike = backward_without_constraints
     # The fraction of a layer's activations that the partitioner may keep for backward.
     torch._functorch.config.activation_memory_budget = 0 if remat else 1
+    # Recompute casts, norms and activation functions, whatever uses the results.
+    torch._functorch.config.ban_recompute_materialized_backward = False
     return partial(scan.scan, partition_fn=min_cut_rematerialization_partition, is_fn_pure=True)
 
 

@@ -1,14 +1,22 @@
 """benchmarks/tpu_compile.py: what it reads from HLO, and the limits of the 2B model's step."""
 import importlib.util
 import json
+import os
+import re
 import subprocess
 import sys
+from collections import Counter
+from unittest import mock
 
 import pytest
 from conftest import ROOT
 
+import fusedit
+from fusedit_lib.train import costs, memory
+
 sys.path.insert(0, str(ROOT / "benchmarks"))
 import hlo
+import tpu_compile
 
 # A loop of 3 layers over weights on 4 chips: a gather in two parts, a gradient that is scattered, a
 # product of 2 batches as a convolution; then a whole gradient and a ring.
@@ -123,24 +131,99 @@ def test_a_loop_of_unknown_length_is_an_error(old, new):
         hlo.runs(computations, entry)
 
 
-@pytest.fixture(scope="module")
-def step(tmp_path_factory):
-    """The figures of a step of the 2B model's widths with 2 layers, for 64 chips."""
-    out = tmp_path_factory.mktemp("step") / "figures.json"
-    subprocess.run([sys.executable, ROOT / "benchmarks" / "tpu_compile.py", "v5e:8x8", "--layers",
-                    "2", "--batch", "128", "--latents", "--out", out], check=True)
-    return json.loads(out.read_text())
+# ------------------------------------------------------------------------------ with libtpu
+
+def needs_libtpu(test):
+    """Marks a test that compiles for a TPU."""
+    found = all(map(importlib.util.find_spec, ("torch_xla", "libtpu", "jax")))
+    test = pytest.mark.skipif(
+        not found, reason="needs PyTorch/XLA and JAX: pip install -e '.[tpu,compile,test]'")(test)
+    return pytest.mark.slow(pytest.mark.timeout(3000)(test))
 
 
-needs_libtpu = pytest.mark.skipif(
-    not all(map(importlib.util.find_spec, ("torch_xla", "libtpu", "jax"))),
-    reason="needs libtpu and JAX: pip install -e '.[tpu,compile,test]'")
+def run(*argv, **variables):
+    """Runs a program of the repository. variables: of its environment."""
+    done = subprocess.run([sys.executable, *map(str, argv)], cwd=ROOT, env=os.environ | variables,
+                          capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
 
 
-@pytest.mark.slow
-@pytest.mark.timeout(3000)
+def operations(text):
+    """{operation: number of times it occurs in HLO}, without parameters and custom calls."""
+    found = Counter(re.findall(r" = \S+ ([a-z][a-z0-9-]*)\(", text))
+    del found["parameter"]
+    del found["custom-call"]                # annotations and placeholders
+    return found
+
+
+def parameters(text):
+    """{type: number of parameters of the entry computation of HLO}."""
+    entry = text[text.index("\nENTRY"):]
+    return Counter(re.findall(r" = (\w+\[[\d,]*\])\S* parameter\(", entry))
+
+
+def results(text):
+    """{type: number of results of the entry computation of HLO}."""
+    root = re.search(r"\nENTRY .*?\) -> (.*) \{", text)[1]
+    return Counter(re.findall(r"\w+\[[\d,]*\]", root))
+
+
+def donated(text):
+    """The number of parameters that HLO donates."""
+    return len(re.findall(r"\(\d+, \{\}\)", text[:text.index("entry_computation_layout")]))
+
+
 @needs_libtpu
-def test_the_step_compiled_for_64_chips(step):
-    """Weights are gathered without padding, and a chip's memory has its share of the state."""
-    gathered = step["collectives"]["all-gather"]
+def test_the_traced_step_is_the_one_that_train_tpu_compiles(tmp_path):
+    """On 4 devices: the same operations, parameters and outputs, and as many donated weights."""
+    from jax._src.lib import xla_client
+    run("prepare_data.py", "shapes", tmp_path / "shards", "-n", 64)
+    flags = ["--preset", "demo", "--batch", 8]
+    run("train_tpu.py", *flags, "--data", tmp_path / "shards", "--dtype", "bf16", "--steps", 1,
+        "--sample-every", 0, "--out", tmp_path / "run", PJRT_DEVICE="CPU", CPU_NUM_DEVICES="4",
+        XLA_PERSISTENT_CACHE_PATH=str(tmp_path / "cache"),
+        XLA_FLAGS=f"--xla_dump_to={tmp_path}/dump --xla_dump_hlo_as_text "
+                  "--xla_backend_optimization_level=0")
+    dumps = (tmp_path / "dump").glob("*SyncTensorsGraph*before_optimizations.txt")
+    real = max((path.read_text() for path in dumps), key=len)
+
+    run("benchmarks/tpu_trace.py", "--devices", 4, tmp_path / "step.pb", *flags)
+    traced = (tmp_path / "step.pb").read_bytes()
+    text = xla_client.XlaComputation(traced).get_hlo_module().to_string()
+    assert operations(text) == operations(real)
+
+    module = tpu_compile.to_module(traced)
+    computation = xla_client._xla.mlir.mlir_module_to_xla_computation(module)
+    text = computation.get_hlo_module().to_string()
+    assert parameters(text) - parameters(real) == {"f32[1]": 1}    # the operand of placeholders
+    assert not parameters(real) - parameters(text)
+    assert results(text) == results(real)
+    assert donated(text) == donated(real) > 90
+
+
+def trained_parameters(layers):
+    """The number of the 2B model's trained parameters, if it had this many layers."""
+    config = fusedit.preset("fusedit/large-scale")
+    with mock.patch.dict(costs.GEMMAS[config.base], num_hidden_layers=layers):
+        return memory.count_parameters(costs.abstract_model(config).dit)
+
+
+@needs_libtpu
+@pytest.mark.parametrize("topology, temporaries", [("v5e:8x8", 1.6e9), ("v4:4x4x4", 3.1e9)])
+def test_limits_of_the_step_compiled_for_64_chips(tmp_path, topology, temporaries):
+    """The 2B model's widths, 2 layers, without the VAE; 2 images on a v5e chip and 4 on a v4."""
+    batch = 128
+    if topology.startswith("v4"):
+        batch = 256
+    run("benchmarks/tpu_compile.py", topology, "--layers", 2, "--batch", batch, "--latents",
+        "--out", tmp_path / "figures.json")
+    step = json.loads((tmp_path / "figures.json").read_text())
+    moved = step["collectives"]
+    gathered = moved["all-gather"]
+    assert gathered["runs"] > 20                           # no sums in their place
     assert gathered["padded"] < 1.02 * gathered["dense"]
+    assert moved["all-reduce"]["dense"] < 320e6            # the gradients, once
+    assert moved["all-to-all"]["padded"] < 7e6             # no activations
+    assert step["memory"]["temporaries"] < temporaries
+    assert step["memory"]["outputs"] < 0.1e9
+    assert step["memory"]["donated"] == pytest.approx(16 * trained_parameters(2) / 64, rel=0.02)

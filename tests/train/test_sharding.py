@@ -5,6 +5,7 @@ import pytest
 import torch
 from conftest import assert_near, tiny_gemma
 from launching import finish, ranks
+from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_map
 
 from fusedit import FuseDiTConfig, FuseDiTError, LayerStack, preset
@@ -124,6 +125,18 @@ def gradients(model):
     return found
 
 
+class CalledFunctions(TorchFunctionMode):
+    """A context that records the names of PyTorch's functions that are called in it."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = set()
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        self.names.add(function.__name__)
+        return function(*args, **(kwargs or {}))
+
+
 POINTS = [
     {},
     {"timestep_conditioning": "adaln-single", "pos_embed": "m-rope"},
@@ -164,7 +177,9 @@ def test_a_scanned_stack_computes_the_same_as_its_layers(gemma_folder, changes, 
 
     model.dit.layers = scan.ScannedStack(model.dit.layers, plain_scan, mark)
     model.llm.layers = scan.ScannedStack(model.llm.layers, plain_scan, mark)
-    got, got_gradients = forward_and_backward()
+    with CalledFunctions() as called:
+        got, got_gradients = forward_and_backward()
+    assert "matmul" in called.names and "scaled_dot_product_attention" not in called.names
     assert want.abs().max() > 0.1
     assert_near(got, want, 1e-9)
     assert {"tokens", "mlp.up_proj.weight", "mlp.down_proj.input"} <= set(marked)
