@@ -3,13 +3,14 @@
 They are counted while the model runs, because formulas could diverge from the code.
 """
 import weakref
+from functools import partial
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
+from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 from fusedit import FuseDiT
@@ -17,6 +18,7 @@ from fusedit_lib.files import read_json
 from fusedit_lib.lora import add_adapters
 from fusedit_lib.folders import resolve
 from fusedit_lib.pretrained import gemma_config
+from fusedit_lib.train.compiled import each_kind, gpu_layer, tpu_layer
 from fusedit_lib.vae import VAE, latent_side, vae_config
 
 # Shapes of the Gemma models in the paper, so that none has to be downloaded.
@@ -173,13 +175,6 @@ class FusedAttention(TorchFunctionMode):
         return SavesLikeFused.apply(q, k, v)
 
 
-class UnfusedAttention(FusedAttention):
-    """A context in which attention also saves the softmax [B,H,N,S], as it does with XLA."""
-
-    def attention(self, q, k, v):
-        return (q @ k.transpose(2, 3)).softmax(-1) @ v
-
-
 # ------------------------------------------------------------------------------ activations
 
 class Activations(NamedTuple):
@@ -240,37 +235,63 @@ class BlockRecorder:
         self.bytes.append(self.saved.bytes - self.before)
 
 
-def activations(model, config, batch, dtype, train_llm=False, attention=FusedAttention,
-                budget=None):
-    """Activations of a micro-batch, including the text's keys and values.
+def record_forward(model, config, batch, dtype, train_llm, stacks):
+    """Runs a forward pass. Returns (bytes saved outside the layers of stacks, a BlockRecorder).
 
-    With remat, each block keeps only its input, and one block at a time recomputes the rest.
-
-    model: an abstract_model, which is modified. attention: FusedAttention or UnfusedAttention.
-    budget: --memory-budget if the blocks are compiled, otherwise None.
+    The text's keys and values are among these bytes. model: an abstract_model, which is modified.
+    stacks: lists of layers.
     """
     model.to(dtype)
     model.llm.requires_grad_(train_llm)
     x_t, sigma, ids, mask, pooled = example_inputs(config, batch, dtype)
     saved = SavedTensors(model)
     blocks = BlockRecorder(saved)
-    blocks.attach(model.dit.layers)
-    with attention(), saved.record():
+    for layers in stacks:
+        blocks.attach(layers)
+    with FusedAttention(), saved.record():
         text = model.encode_ids(ids, mask, pooled)
         for tensor in (*text.keys, *text.values, text.hidden):
             if tensor is not None:
                 saved.add(tensor)
         model.dit(x_t, sigma, text)
     blocks.detach()
+    return saved.bytes - sum(blocks.bytes), blocks
 
-    outside = saved.bytes - sum(blocks.bytes)
+
+def activations(model, config, batch, dtype, train_llm=False, budget=None):
+    """Activations of a micro-batch on a GPU, including the text's keys and values.
+
+    With remat, each block keeps only its input, and one block at a time recomputes the rest.
+
+    model: an abstract_model, which is modified.
+    budget: --memory-budget if the blocks are compiled, otherwise None.
+    """
+    outside, blocks = record_forward(model, config, batch, dtype, train_llm, [model.dit.layers])
     inside = blocks.bytes
     if budget is not None:
-        inside = compiled_bytes(blocks.inputs, budget)
-    tokens = (x_t.shape[2] // config.patch_size) * (x_t.shape[3] // config.patch_size)
+        inside = each_kind(partial(gpu_layer, budget=budget), blocks.inputs)
+    tokens = (latent_side(config) // config.patch_size) ** 2
     block_input = batch * tokens * model.dit.width * dtype.itemsize
     return Activations(kept=outside + sum(inside),
                        remat=outside + len(inside) * block_input + max(inside))
+
+
+def tpu_activations(model, config, batch, dtype, train_llm=False):
+    """Activations of a micro-batch on TPUs, where the layers are scanned (see scan.py).
+
+    They include what the backward pass of one layer takes. model: an abstract_model, which is
+    modified.
+    """
+    stacks = [model.dit.layers]
+    if train_llm:
+        stacks.append(model.llm.layers)
+    outside, blocks = record_forward(model, config, batch, dtype, train_llm, stacks)
+    found = []
+    for remat in (False, True):
+        layers = each_kind(partial(tpu_layer, remat=remat), blocks.inputs)
+        saved = sum(layer.saved for layer in layers)
+        found.append(outside + saved + max(layer.backward for layer in layers))
+    return Activations(*found)
 
 
 # ------------------------------------------------------------------------------ without gradients
@@ -306,98 +327,3 @@ class PeakBytes(TorchDispatchMode):
     def remove(self, key, size):
         self.storages.discard(key)
         self.bytes -= size
-
-
-# ------------------------------------------------------------------------------ compiled blocks
-
-def compiled_bytes(block_inputs, budget):
-    """The bytes that each compiled block saves. block_inputs: [(block, its arguments)]."""
-    # Blocks with the same kinds of arguments save the same number of bytes.
-    known = {}
-    sizes = []
-    for block, args in block_inputs:
-        leaves, _ = tree_flatten(args)
-        kinds = tuple(leaf.shape if isinstance(leaf, torch.Tensor) else leaf for leaf in leaves)
-        if kinds not in known:
-            known[kinds] = compiled_block_bytes(block, args, budget)
-        sizes.append(known[kinds])
-    return sizes
-
-
-def compiled_block_bytes(block, args, budget):
-    """The bytes that torch.compile saves for a DiT block's backward pass, including its input.
-
-    They come from the compiler's own partitioner, run on the block's graph. It recomputes values
-    that cost less to compute than to read from memory, and more of them if the budget is below 1.
-    """
-    import torch._functorch.config as functorch
-    from torch._functorch.aot_autograd import aot_function
-    from torch._functorch.partitioners import min_cut_rematerialization_partition
-    from torch._inductor.decomposition import select_decomp_table
-    from torch.nn.attention import SDPBackend, sdpa_kernel
-    parameters = dict(block.named_parameters())
-    leaves, structure = tree_flatten((args, parameters))
-    leaves = fake_tensors(leaves)
-    places = [i for i, leaf in enumerate(leaves) if isinstance(leaf, torch.Tensor)]
-    saved_bytes = []
-
-    def run(*tensors):
-        filled = list(leaves)
-        for i, tensor in zip(places, tensors, strict=True):
-            filled[i] = tensor
-        filled_args, weights = tree_unflatten(filled, structure)
-        return torch.func.functional_call(block, weights, filled_args)[0]
-
-    def partition(joint, inputs, **options):
-        # weights are in memory in any case
-        count = len(places)
-        options["static_lifetime_input_indices"] = list(range(count - len(parameters), count))
-        return min_cut_rematerialization_partition(joint, inputs, **options)
-
-    def compile_forward(graph, _):
-        saved_bytes.append(outputs_bytes(graph))
-        return graph
-
-    def compile_backward(graph, _):
-        return graph
-
-    with sdpa_kernel(SDPBackend.FLASH_ATTENTION), functorch.patch(activation_memory_budget=budget):
-        compiled = aot_function(run, compile_forward, compile_backward, partition,
-                                select_decomp_table())
-        compiled(*[leaves[i] for i in places])
-    return saved_bytes[0]
-
-
-def fake_tensors(leaves):
-    """The leaves with each tensor replaced by a fake CPU tensor, which takes no memory.
-
-    The compiler keeps attention as one operation for fake tensors, but not for meta tensors.
-    """
-    from torch._subclasses import FakeTensorMode
-    fake = []
-    with FakeTensorMode():
-        for leaf in leaves:
-            if isinstance(leaf, torch.Tensor):
-                leaf = torch.empty(leaf.shape, dtype=leaf.dtype, requires_grad=leaf.requires_grad)
-            fake.append(leaf)
-    return fake
-
-
-def outputs_bytes(graph):
-    """The bytes of the storages that a partitioned forward graph saves for the backward pass.
-
-    The graph's first output is that of the block and is not counted. Its first input, that of the
-    block, is counted if it is saved. Other inputs, such as weights and text keys, are not, because
-    they are kept elsewhere.
-    """
-    (output,) = graph.graph.find_nodes(op="output")
-    _, *saved = output.args[0]
-    _, *other_inputs = graph.graph.find_nodes(op="placeholder")
-    sizes = {}
-    for node in saved:
-        value = node.meta["val"]
-        if isinstance(value, torch.Tensor):
-            sizes[storage_id(value)] = value.untyped_storage().nbytes()
-    for node in other_inputs:
-        sizes.pop(storage_id(node.meta["val"]), None)
-    return sum(sizes.values())

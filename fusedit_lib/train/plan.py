@@ -16,11 +16,10 @@ from fusedit_lib.data.shards import expand_shards
 from fusedit_lib.train import sharding
 from fusedit_lib.train.config import ZERO_STAGES, check_settings, split_batch
 from fusedit_lib.train.costs import (
-    FusedAttention,
-    UnfusedAttention,
     activations,
     flops,
     step_flops,
+    tpu_activations,
     training_model,
 )
 from fusedit_lib.train.flags import flag_text
@@ -69,7 +68,7 @@ def show(run, config):
     latents = has_latents(run, config)
     per_image = print_model(run, config, model, vae, latents)
     if devices.kind in TPUS:
-        print_tpu_memory(run, config, devices, micro_batch, vae)
+        print_tpu_memory(run, config, devices, micro_batch, vae, latents)
     else:
         print_gpu_memory(run, config, devices, micro_batch, latents)
     print_time(run, config, devices, per_image)
@@ -173,7 +172,7 @@ def table_row(titles, cells):
 # ------------------------------------------------------------------------------ GPUs
 
 class Working(NamedTuple):
-    """Bytes that a GPU needs at different times, in addition to those of ZeroMemory."""
+    """Bytes that a device needs at different times, in addition to its part of the model."""
     kept: float                             # in a training step
     remat: float                            # in a training step with --remat
     grid: float                             # for an image grid; 0 without one
@@ -195,7 +194,7 @@ def working_memory(run, config, devices, micro_batch, latents):
     if run.compile:
         budget = run.memory_budget
     kept, remat = activations(training_model(run, config), config, micro_batch, dtype,
-                              run.train_llm, FusedAttention, budget)
+                              run.train_llm, budget)
     drawing = drawing_memory(config, math.ceil(len(run.prompts) / devices.count), dtype,
                              text_tokens(run, config))
     grid = drawing.working
@@ -273,13 +272,19 @@ def print_gpu_memory(run, config, devices, micro_batch, latents):
     print_remedy(run, config, devices, micro_batch, latents)
 
 
-def print_notes(run, config, devices, model, working):
-    """Print what can take more memory than a training step, and the memory of sample.py."""
-    held = gpu_need(run, devices, model, working).held
+def print_grid(run, working):
+    """Print it if an image grid takes more than the activations. Returns the activations' bytes."""
     step = working.remat if run.remat else working.kept
     if working.grid > step:
         print(f"  an image grid takes {working.grid / 1e9:.2f} GB, more than the activations: use "
               "fewer --prompts, or --sample-every 0 for none")
+    return step
+
+
+def print_notes(run, config, devices, model, working):
+    """Print what can take more memory than a training step, and the memory of sample.py."""
+    held = gpu_need(run, devices, model, working).held
+    step = print_grid(run, working)
     start = start_memory(model, held, working.vae, compute_dtype(run))
     if start > held.gpu + working.vae + max(step, working.grid):
         print(f"  the start takes {start / 1e9:.2f} GB, more than a training step, because the "
@@ -398,26 +403,45 @@ def print_mesh(run, model, sizes):
               f"{on_chip / 1e6:8.2f}  {kind.name}")
 
 
-def print_tpu_memory(run, config, devices, micro_batch, vae):
-    """Print how tensors are sharded on --mesh, and the memory of a chip."""
-    mesh = sharding.mesh_shape(run.mesh, devices.count)
-    sizes = dict(zip(sharding.AXES, mesh, strict=True))
-    dtype = compute_dtype(run)
-    model = training_model(run, config)
-    print_mesh(run, model, sizes)
+def tpu_working_memory(run, config, devices, sizes, micro_batch, latents):
+    """Working of a run on TPUs, without the VAE's weights. sizes: {axis: devices}.
 
+    latents: False if images are encoded at each step.
+    """
+    dtype = compute_dtype(run)
     # chips along the tensor axis share a micro-batch and its activations
     tensor = sizes["tensor"]
     batch = max(1, micro_batch * tensor)
-    saved = activations(training_model(run, config), config, batch, dtype, run.train_llm,
-                        UnfusedAttention)
-    kept = saved.kept // tensor
-    remat = saved.remat // tensor
+    saved = tpu_activations(training_model(run, config), config, batch, dtype, run.train_llm)
+    kept = saved.kept / tensor
+    remat = saved.remat / tensor
+    if config.vae and not latents:          # the images are encoded before the forward pass
+        pixels = torch.empty(micro_batch, 3, config.image_size, config.image_size, device="meta")
+        encoder = vae_memory(config, VAE.moments, pixels, dtype).working
+        kept = max(kept, encoder)
+        remat = max(remat, encoder)
+    grid = 0
+    if run.sample_every:
+        images = math.ceil(len(run.prompts) / devices.count)
+        grid = drawing_memory(config, images, dtype).working
+    return Working(kept, remat, grid, 0)
 
-    parts = tpu_memory(run, model, sizes, dtype, vae)
+
+def print_tpu_memory(run, config, devices, micro_batch, vae, latents):
+    """Print how tensors are sharded on --mesh, and the memory of a chip."""
+    mesh = sharding.mesh_shape(run.mesh, devices.count)
+    sizes = dict(zip(sharding.AXES, mesh, strict=True))
+    model = training_model(run, config)
+    print_mesh(run, model, sizes)
+
+    working = tpu_working_memory(run, config, devices, sizes, micro_batch, latents)
+    kept = working.kept
+    remat = working.remat
+    parts = tpu_memory(run, model, sizes, compute_dtype(run), vae)
     base = sum(parts.values())
     titles = [*parts, "activations", "sum", "--remat", "sum"]
     print(f"\n  GB per chip ({memory_text(devices)}), micro-batch {micro_batch}:\n"
           + table_row(titles, titles))
     print(table_row(titles, [*parts.values(), kept, base + kept, remat, base + remat]) + "   "
-          + verdict(devices.hardware, base + kept, base + remat))
+          + verdict(devices.hardware, base + working.needed(False), base + working.needed(True)))
+    print_grid(run, working)
