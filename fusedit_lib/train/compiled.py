@@ -4,6 +4,7 @@ Both come from PyTorch's own partitioner, which torch.compile and scan on TPUs u
 graph of a layer's forward and backward pass into two, and recomputes in the backward pass what
 costs less to compute than to read from memory. The tensors are fake and take no memory.
 """
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -13,6 +14,9 @@ from torch._functorch.partitioners import min_cut_rematerialization_partition
 from torch._subclasses import FakeTensorMode
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._pytree import tree_flatten, tree_unflatten
+
+from fusedit_lib.train.attention import UseSmallAttention
+from fusedit_lib.train.scan import partition_scanned
 
 
 class Graphs(NamedTuple):
@@ -33,13 +37,15 @@ def gpu_layer(layer, args, budget):
     args: tensors of any kind with the shapes of its arguments. budget: --memory-budget.
     """
     from torch._inductor.decomposition import select_decomp_table
-    graphs = partition(layer, args, SDPBackend.FLASH_ATTENTION, budget, select_decomp_table())
+    with sdpa_kernel(SDPBackend.FLASH_ATTENTION), functorch.patch(activation_memory_budget=budget):
+        graphs = partition(layer, args, min_cut_rematerialization_partition, select_decomp_table())
     return sum(saved_bytes(graphs).values())
 
 
 def tpu_layer(layer, args, remat):
-    """The LayerBytes of a layer in a scan on a TPU, where attention has no fused kernel."""
-    graphs = partition(layer, args, SDPBackend.MATH, 0 if remat else 1, None)
+    """The LayerBytes of a layer in a scan on a TPU (see ScannedStack)."""
+    with UseSmallAttention():
+        graphs = partition(layer, args, partial(partition_scanned, remat))
     saved = saved_bytes(graphs)
     low = next(layer.parameters()).dtype
     for node in graphs.backward.graph.find_nodes(op="placeholder"):
@@ -66,8 +72,8 @@ def each_kind(function, calls):
     return results
 
 
-def partition(layer, args, backend, budget, decompositions):
-    """The Graphs of a layer. backend: an SDPBackend. budget: part of the activations to keep."""
+def partition(layer, args, partitioner, decompositions=None):
+    """The Graphs of a layer, as divided by a partitioner."""
     parameters = dict(layer.named_parameters())
     leaves, structure = tree_flatten((args, parameters))
     leaves = fake_tensors(leaves)
@@ -85,15 +91,14 @@ def partition(layer, args, backend, budget, decompositions):
         # weights are in memory in any case
         count = len(places)
         options["static_lifetime_input_indices"] = list(range(count - len(parameters), count))
-        graphs = min_cut_rematerialization_partition(joint, inputs, **options)
+        graphs = partitioner(joint, inputs, **options)
         found.append(Graphs(*graphs, options["num_fwd_outputs"]))
         return graphs
 
     def keep(graph, _):
         return graph
 
-    with sdpa_kernel(backend), functorch.patch(activation_memory_budget=budget):
-        aot_function(run, keep, keep, divide, decompositions)(*[leaves[i] for i in places])
+    aot_function(run, keep, keep, divide, decompositions)(*[leaves[i] for i in places])
     return found[0]
 
 

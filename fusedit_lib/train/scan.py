@@ -7,6 +7,8 @@ import copy
 from functools import partial
 
 import torch
+import torch._functorch.config as functorch
+from functorch.compile import min_cut_rematerialization_partition
 from torch import nn
 from torch.func import functional_call
 
@@ -93,6 +95,20 @@ class ScannedStack(nn.ModuleDict):
 def mark_input(mark, name, module, args):
     """A forward pre-hook of a module with one argument, which it annotates."""
     return (mark(args[0], name),)
+
+
+def partition_scanned(remat, joint, inputs, **options):
+    """Divides the graph of a layer's forward and backward pass into the two that a scan runs.
+
+    All that is cheap is recomputed in the backward pass: everything but matrix products, and with
+    remat these as well. By default, inputs of matrix products would be kept, such as the MLP's
+    product and float32 copies of q and k, and so would the results of operations that the
+    partitioner does not know, such as those of ScannedStack's `mark`.
+    """
+    with functorch.patch(activation_memory_budget=0 if remat else 1,
+                         ban_recompute_materialized_backward=False,
+                         ban_recompute_not_in_allowlist=False):
+        return min_cut_rematerialization_partition(joint, inputs, **options)
 
 
 def count_alike(layers):

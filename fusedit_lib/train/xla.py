@@ -19,14 +19,13 @@ from functools import partial
 import numpy as np
 import torch
 import torch.distributed as dist
-from functorch.compile import min_cut_rematerialization_partition
 from torch import nn
 from torch.func import functional_call
 
 from fusedit import FuseDiTError
 from fusedit_lib import backend
 from fusedit_lib.train import distributed, hardware, sharding
-from fusedit_lib.train.scan import ScannedStack, set_parameter
+from fusedit_lib.train.scan import ScannedStack, partition_scanned, set_parameter
 from fusedit_lib.train.sharding import ParameterState
 
 # ------------------------------------------------------------------------------ start
@@ -130,14 +129,7 @@ def make_scan(remat):
     # Remove this when scan's backward runs without JAX; a test in tests/train/test_tpu.py will then
     # fail. No release after 2.9 is planned.
     scan._backward_shard_alike = backward_without_constraints
-    # The fraction of a layer's activations that the partitioner may keep for backward.
-    torch._functorch.config.activation_memory_budget = 0 if remat else 1
-    # What it recomputes in any case, as it is cheap: all but matrix products. By default, inputs of
-    # matrix products would be kept, such as the MLP's product and float32 copies of q and k, and so
-    # would the results of operations that it does not know, such as mark_with_gradient's.
-    torch._functorch.config.ban_recompute_materialized_backward = False
-    torch._functorch.config.ban_recompute_not_in_allowlist = False
-    return partial(scan.scan, partition_fn=min_cut_rematerialization_partition, is_fn_pure=True)
+    return partial(scan.scan, partition_fn=partial(partition_scanned, remat), is_fn_pure=True)
 
 
 def backward_without_constraints(carry, x, backward, init, xs):
