@@ -429,7 +429,7 @@ def test_flags_that_save_memory(capsys):
 
 
 @pytest.mark.parametrize("name, chips, tensor, by_libtpu", [
-    ("v5e-256", 256, 1, 8.84),
+    ("v5e-256", 256, 1, 4.90),
     ("v4-256", 128, 2, None),
     pytest.param("v4-256", 128, 1, 16.73, marks=pytest.mark.slow),
     pytest.param("v5e-256", 256, 2, None, marks=pytest.mark.slow)])
