@@ -82,5 +82,5 @@ def test_large_scores_do_not_overflow():
     with UseSmallAttention():
         got = output_and_gradients(qkv, None, 1000.0, grad)
     for a, b in zip(got, want, strict=True):
-        assert b.isfinite().all()
-        assert (a - b).abs().max() <= 1e-4 * b.abs().max()
+        # Every softmax is all 0 and 1, so q and k have gradients of rounding, multiplied by scale.
+        assert (a - b).abs().max() <= 1e-5 * 1000.0
