@@ -298,6 +298,7 @@ def unknown_words(tokenizer, prompts, token_ids):
 ANOTHER_HAS_STOPPED = ("another process of this run has stopped; the log of the first one to stop "
                        "has the reason")
 
+
 def run(main, memory_flags):
     """Call a program's main() and exit. Errors that the user can fix become one line on stderr.
 

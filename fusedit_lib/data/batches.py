@@ -80,6 +80,7 @@ class Batches(Dataset):
         pixels     uint8 [B,3,H,W]; or latents [B,2*C,h,w]: a VAE's mean and log variance
         ids, mask  [B,T] tokens of the captions, padded to self.pad_to
         captions   the text of the captions
+        text_tokens  the number of tokens of all captions, without padding
         normal     [B] standard normal numbers for the noise levels
         noise      [B,1,C,h,w]; with a VAE [B,2,C,h,w]: the second is for sampling its posterior
         clip       [B,77] CLIP tokens, if the model has CLIP modulation
@@ -171,8 +172,11 @@ class Batches(Dataset):
             self.reader.copy(shard)
 
     def prefetch(self, positions):
-        """Start copying remote shards in the background: those that these positions need and those
-        that their streams will need once half of a shard has been read."""
+        """Start copying remote shards in the background.
+
+        They are those that these positions need, and those that their streams will need once half
+        of a shard has been read.
+        """
         if not self.is_remote:
             return
         half = len(self) * shards_per_stream(self.run) // (2 * len(self.shards))

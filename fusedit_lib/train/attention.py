@@ -2,7 +2,7 @@
 
 XLA has no fused attention kernel. PyTorch then writes scaled_dot_product_attention out in float32:
 it keeps float32 copies of q, k and v and the softmax in float32, and looks for rows that see no
-key. Here the softmax is kept in the dtype of v, as it is multiplied in a GPU's fused kernel.
+key. Here the backward pass computes the softmax again, as a GPU's fused kernel does.
 """
 import torch
 import torch.nn.functional as F

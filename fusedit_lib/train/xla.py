@@ -33,8 +33,6 @@ from fusedit_lib.train.sharding import ParameterState
 def set_environment_defaults():
     """Sets environment variables of PyTorch/XLA that the user has not set. Call it before start."""
     os.environ.setdefault("PJRT_DEVICE", "TPU")
-    if os.environ["PJRT_DEVICE"] == "CPU":
-        os.environ.setdefault("MASTER_PORT", "0")   # any: several runs may share a CPU
     os.environ.setdefault("PJRT_NPROC", "64")   # threads; waiting virtual devices block some
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
     # torch_xla turns these on for v5 only. Without the first, a v4 gathers weights as sums, which
@@ -42,6 +40,7 @@ def set_environment_defaults():
     os.environ.setdefault("LIBTPU_INIT_ARGS", "--xla_enable_async_all_gather=true "
                           "--xla_enable_async_collective_permute=true")
     if os.environ["PJRT_DEVICE"] == "CPU":
+        os.environ.setdefault("MASTER_PORT", "0")   # any: several runs may share a CPU
         # A TPU cannot load the programs it has stored: https://github.com/pytorch/xla/issues/9094.
         cache = os.path.expanduser("~/.cache/fusedit/xla")
         os.environ.setdefault("XLA_PERSISTENT_CACHE_PATH", cache)
@@ -401,13 +400,6 @@ def local_shards(prefix, name, tensor):
 DIMENSIONS = {"pixels": 4, "ids": 2, "mask": 2, "clip": 2, "normal": 1, "noise": 5, "counts": 1}
 
 
-def split_rows(mesh, tensor):
-    """Shards the first dimension of a tensor on the device over all devices. Returns the tensor."""
-    import torch_xla.distributed.spmd as xs
-    xs.mark_sharding(tensor, mesh, (sharding.AXES, *[None] * (tensor.dim() - 1)))
-    return tensor
-
-
 def place_batches(batches, mesh):
     """Yields batches with their tensors on the mesh. Threads place them ahead of time.
 
@@ -468,7 +460,9 @@ class MeshDevices:
 
     def split_rows(self, tensor):
         """Shards the first dimension of a tensor over all devices. Returns the tensor."""
-        return split_rows(self.mesh, tensor)
+        import torch_xla.distributed.spmd as xs
+        xs.mark_sharding(tensor, self.mesh, (sharding.AXES, *[None] * (tensor.dim() - 1)))
+        return tensor
 
     def sync(self):
         """Runs the recorded operations."""
