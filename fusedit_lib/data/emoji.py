@@ -16,12 +16,16 @@ from typing import NamedTuple
 from fusedit import FuseDiTError
 from fusedit_lib.data import packing
 from fusedit_lib.data.download import DownloadBar, DownloadFailed, fetch, unpack
+from fusedit_lib.data.emoji_captions import STYLES, CaptionWriter, prompt_of, tags_of
 from fusedit_lib.data.images import image_rules
 from fusedit_lib.data.items import Item, in_chunks, make_sample, output_settings
 
-STYLES = {"google": "a flat emoji of", "fluent": "a glossy 3D emoji of"}
 TONES = (1, 5)                              # light and dark, among emojibase's skin tones
-TAGS = 6                                    # maximum number of tags in an emoji's caption
+
+# Names of emojibase's groups, by their numbers.
+GROUPS = ("smileys and emotion", "people and body", "components", "animals and nature",
+          "food and drink", "travel and places", "activities", "objects", "symbols", "flags")
+NO_GROUP = "letters"                        # the regional indicators have no group
 
 
 class Package(NamedTuple):
@@ -80,9 +84,12 @@ def checksum_fault(sha512, path):
 
 # ---------------------------------------------------------------------------- the images
 class Emoji(NamedTuple):
+    """An image of an emoji."""
     concept: str                            # the code points of the emoji
     style: str                              # a key of STYLES
-    item: Item
+    label: str                              # its name in lower case: "waving hand: dark skin tone"
+    group: str                              # one of GROUPS, or NO_GROUP
+    item: Item                              # the image and its captions
 
 
 def concept_of(code_points: str) -> str:
@@ -95,28 +102,33 @@ def concept_of(code_points: str) -> str:
     return "-".join(part.lstrip("0") for part in parts if part != "fe0f")
 
 
-def list_emoji(packages: Path) -> list[Emoji]:
-    """All images that emojibase has words for, in the order of emojibase."""
+def list_emoji(packages: Path, seed: int) -> list[Emoji]:
+    """All images that emojibase has words for, in the order of emojibase.
+
+    packages: the folder that download_packages fills. seed: of the captions.
+    """
     images = {}
     for style in STYLES:
         images[style] = {concept_of(path.stem): path
                          for path in sorted((packages / style).iterdir())}
+    entries = json.loads((packages / "words" / "data.json").read_text())
+    writer = CaptionWriter(entries, seed)
     result = []
-    for entry in json.loads((packages / "words" / "data.json").read_text()):
-        label_words = set(entry["label"].lower().replace(":", "").split())
-        tags = [tag for tag in entry.get("tags", []) if tag.lower() not in label_words]
+    for entry in entries:
+        group = GROUPS[entry["group"]] if "group" in entry else NO_GROUP
         skins = [skin for skin in entry.get("skins", []) if skin["tone"] in TONES]
         for variant in [entry, *skins]:
             concept = concept_of(variant["hexcode"])
-            for style, phrase in STYLES.items():
+            label = variant["label"].lower()
+            for style in STYLES:
                 if concept not in images[style]:
                     continue
-                original = f"{phrase} {variant['label']}"
-                synthetic = ", ".join([original, *tags[:TAGS]])
-                item = Item(f"{style}-{concept}", images[style][concept],
-                            dict(synthetic_caption=synthetic, original_caption=original),
-                            number=len(result))
-                result.append(Emoji(concept, style, item))
+                key = f"{style}-{concept}"
+                captions = dict(
+                    synthetic_caption=writer.write(key, style, label, tags_of(entry)),
+                    original_caption=prompt_of(label, style))
+                item = Item(key, images[style][concept], captions, number=len(result))
+                result.append(Emoji(concept, style, label, group, item))
     return result
 
 
@@ -133,7 +145,7 @@ def choose_held_out(all_emoji: list[Emoji], rng: random.Random) -> set[tuple[str
 def emoji(args):
     """Run `prepare_data.py emoji`, which writes OUT/train and OUT/held-out."""
     download_packages(args.packages, args.registry)
-    all_emoji = list_emoji(args.packages)
+    all_emoji = list_emoji(args.packages, args.seed)
     rng = random.Random(args.seed)
     held_out = choose_held_out(all_emoji, rng)
     rng.shuffle(all_emoji)
