@@ -15,10 +15,10 @@ MAX_SHARED = 3                              # emoji that may have the same tags;
 
 # Labels have no article, and which one would be right is unknown: "of sunglasses", "of red apple".
 FRAMES = ("{style} {name}", "{name} in {style} style", "{name} as a {style} emoji",
-          "a {style} emoji of {name}", "{style} icon of {name}", "{style} picture of {name}")
+          "a {style} emoji of {name}", "{style} icon of {name}", "{style} image of {name}")
 STYLE_FRAMES = {"google": ("a simple flat drawing of {name}", "{name} drawn flat"),
                 "fluent": ("a glossy 3d render of {name}", "{name} rendered in 3d")}
-TAG_FRAMES = ("{name}, {style}", "{style}, {name}", "{style} emoji: {name}", "{name}, {style} style")
+TAG_FRAMES = ("{name}, {style}", "{style}, {name}", "{style} emoji: {name}", "{name} in {style} style")
 
 
 # ---------------------------------------------------------------------------- labels
