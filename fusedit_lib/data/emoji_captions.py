@@ -18,7 +18,8 @@ FRAMES = ("{style} {name}", "{name} in {style} style", "{name} as a {style} emoj
           "a {style} emoji of {name}", "{style} icon of {name}", "{style} image of {name}")
 STYLE_FRAMES = {"google": ("a simple flat drawing of {name}", "{name} drawn flat"),
                 "fluent": ("a glossy 3d render of {name}", "{name} rendered in 3d")}
-TAG_FRAMES = ("{name}, {style}", "{style}, {name}", "{style} emoji: {name}", "{name} in {style} style")
+TAG_FRAMES = ("{name}, {style}", "{style}, {name}", "{style} emoji: {name}",
+              "{name} in {style} style")
 
 
 # ---------------------------------------------------------------------------- labels
