@@ -25,7 +25,6 @@ TONES = (1, 5)                              # light and dark, among emojibase's 
 # Names of emojibase's groups, by their numbers.
 GROUPS = ("smileys and emotion", "people and body", "components", "animals and nature",
           "food and drink", "travel and places", "activities", "objects", "symbols", "flags")
-NO_GROUP = "letters"                        # the regional indicators have no group
 
 
 class Package(NamedTuple):
@@ -88,7 +87,7 @@ class Emoji(NamedTuple):
     concept: str                            # the code points of the emoji
     style: str                              # a key of STYLES
     label: str                              # its name in lower case: "waving hand: dark skin tone"
-    group: str                              # one of GROUPS, or NO_GROUP
+    group: str                              # one of GROUPS
     item: Item                              # the image and its captions
 
 
@@ -115,7 +114,6 @@ def list_emoji(packages: Path, seed: int) -> list[Emoji]:
     writer = CaptionWriter(entries, seed)
     result = []
     for entry in entries:
-        group = GROUPS[entry["group"]] if "group" in entry else NO_GROUP
         skins = [skin for skin in entry.get("skins", []) if skin["tone"] in TONES]
         for variant in [entry, *skins]:
             concept = concept_of(variant["hexcode"])
@@ -128,7 +126,7 @@ def list_emoji(packages: Path, seed: int) -> list[Emoji]:
                     synthetic_caption=writer.write(key, style, label, tags_of(entry)),
                     original_caption=prompt_of(label, style))
                 item = Item(key, images[style][concept], captions, number=len(result))
-                result.append(Emoji(concept, style, label, group, item))
+                result.append(Emoji(concept, style, label, GROUPS[entry["group"]], item))
     return result
 
 

@@ -34,6 +34,13 @@ def split_label(label):
     return name, details.split(", ") if details else []
 
 
+def without_tone(label: str) -> str:
+    """The label without its skin tones: "man: beard" for "man: dark skin tone, beard"."""
+    name, details = split_label(label)
+    details = [detail for detail in details if not detail.endswith("skin tone")]
+    return ": ".join(filter(None, [name, ", ".join(details)]))
+
+
 def phrase_label(label):
     """The label in words, in several forms, the label itself first."""
     name, details = split_label(label)

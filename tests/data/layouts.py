@@ -207,7 +207,8 @@ def emoji_packages(folder):
         if i == 7:
             for tone in (1, 2, [1, 5]):
                 skins.append(dict(label="thing 7: tone", hexcode=f"{code}-1F3FB", tone=tone))
-        words.append(dict(label=f"thing {i}", hexcode=code, tags=[f"tag{i}", "thing"], skins=skins))
+        words.append(dict(label=f"thing {i}", hexcode=code, tags=[f"tag{i}", "thing"], skins=skins,
+                          group=7))
         write_file(packages / "google" / f"{code.lower()}-fe0f.png", saved(scene(i), "PNG"))
         if i < 25:
             write_file(packages / "fluent" / f"{code.lower()}.webp", saved(scene(i), "WEBP"))
