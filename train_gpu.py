@@ -27,6 +27,7 @@ from fusedit_lib.train.flags import parse_run
 from fusedit_lib.train.build import adam_steps, build_models
 from fusedit_lib.train.monitor import Monitor
 from fusedit_lib.train.schedule import due_after, ema_decay, learning_rate
+from fusedit_lib.train.text_cache import make_text_cache
 
 # ------------------------------------------------------------------------------ start
 
@@ -125,6 +126,7 @@ def train(run, config):
     writer = checkpoints.CheckpointWriter(run, config, checkpoint, dataset.digest)
     micro_batches = range((run.steps - first_step) * accumulation)
     batches = load_batches(dataset, micro_batches, data_workers(run), device)
+    text_cache = make_text_cache(run, model, dataset)       # None without --cache-text
     # The monitor counts the weights, so it is created before ZeRO 3 shards them.
     monitor = Monitor(run, config, model, vae, checkpoint, micro_batch, dataset)
     engine = build_engine(run, model, vae, checkpoint, micro_batch, accumulation)
@@ -146,6 +148,8 @@ def train(run, config):
             if model.clip_encoder is not None:
                 pooled = model.clip_encoder(batch.clip_ids)
             text = batch.ids, batch.mask, pooled
+            if text_cache is not None:
+                text = text_cache.features(loaded, batch.mask, pooled)
             sigma = fusedit.logit_normal_sigma(batch.normal, config.shift)       # [B]
             loss = fusedit.flow_loss(engine, x, text, sigma, batch.eps).mean()
             engine.backward(loss)

@@ -152,6 +152,9 @@ class RunConfig:
                         "results", only="gpu")
     compile: bool = flag(False, "compile the transformer blocks, which takes about a minute: "
                          "faster steps and less memory", True, only="gpu")
+    cache_text: bool = flag(False, "run Gemma once per distinct caption, before the first step, "
+                            "and keep its keys and values in memory: faster steps, for data sets "
+                            "with at most some 100,000 captions", True, only="gpu")
     memory_budget: float = flag(1.0, "with --compile, the fraction of the activations to keep; the "
                                 "others, the cheapest ones first, are recomputed in the backward "
                                 "pass. A compromise between 1, which keeps all, and --remat",
@@ -263,6 +266,9 @@ def check_settings(run):
     if run.lora and (not run.init or run.init_raw or run.float8 or run.train_llm):
         raise FuseDiTError("--lora needs a model to adapt, which --init names, and does not work "
                            "with --init-raw, --float8 or --train-llm")
+    if run.cache_text and run.train_llm:
+        raise FuseDiTError("--cache-text needs a frozen Gemma, whose text features stay the same: "
+                           "leave it out, or leave out --train-llm")
     if run.deepspeed_config:
         check_json(run.deepspeed_config)
 

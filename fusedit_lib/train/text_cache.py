@@ -1,0 +1,241 @@
+"""--cache-text: Gemma runs once per distinct caption of the data, before the first step.
+
+Gemma is frozen, so a caption has the same features at every visit. A TextCache keeps the features
+of all captions that a run can draw in the memory of the training device:
+
+    shards -> captions -> distinct token ids, sorted -> Gemma -> features [total tokens, ...]
+
+and a training step gathers those of its batch. The order of the captions and the batches in which
+Gemma encodes them depend on the data alone. A resumed run therefore has the same features to the
+bit. Every rank encodes all captions.
+"""
+import time
+
+import torch
+from tqdm import tqdm
+
+import fusedit
+from fusedit import FuseDiTError, TextFeatures
+from fusedit_lib import backend
+from fusedit_lib.data.layout import caption_lines, find_captions
+from fusedit_lib.files import say_once
+
+BATCH_TOKENS = 4096                         # tokens that Gemma encodes at a time
+MEMORY_SHARE = 0.5                          # of the free memory that the features may take
+
+
+def make_text_cache(run, model, source):
+    """The TextCache of a run with --cache-text; None for a run without it.
+
+    model: the FuseDiT, whose forward from now on takes TextFeatures in place of the arguments of
+    encode_ids. Validation and image grids still use its Gemma. source: the training data, a
+    Batches. Call it before ZeRO 3 shards the weights and after the data processes have started.
+    Raises FuseDiTError if the features would not fit in memory.
+    """
+    if not run.cache_text:
+        return None
+
+    def forward(x_t, sigma, text):
+        return model.dit(x_t, sigma, text)
+
+    model.forward = forward
+    return TextCache(model, source)
+
+
+# ------------------------------------------------------------------------------ the captions
+
+def possible_captions(files, run):
+    """The captions that batches.decode may draw from a sample's files, with or without dropping.
+
+    Raises LayoutError if the sample has none.
+    """
+    texts = list(find_captions(files, run.caption_key).values())
+    drawn = []
+    if run.original_caption_rate < 1:
+        drawn.append(texts[0])
+    if run.original_caption_rate > 0:
+        drawn.append(texts[-1])
+    if run.caption_pick == "whole":
+        return drawn
+    lines = []
+    for text in drawn:
+        lines += caption_lines(text)[:1 if run.caption_pick == "first" else None]
+    return lines
+
+
+def shard_captions(source, number, bar):
+    """The set of captions that the samples of a shard may have. Unreadable samples have none."""
+    captions = set()
+    for i in range(source.shards[number].samples):
+        bar.update()
+        try:
+            files = source.reader.read(number, i)
+            captions.update(possible_captions(files, source.run))
+        except (MemoryError, FuseDiTError):
+            raise
+        except Exception:                   # training reports these samples and skips them
+            continue
+    return captions
+
+
+def distinct_captions(source, check):
+    """The token ids of all captions of the data, as a sorted list of tuples; shorter ones first.
+
+    source: a Batches. check: called with the ids found so far after each shard.
+    """
+    found = set()
+    captions = {""}                         # that of --caption-drop
+    with progress(source, len(source), "sample") as bar:
+        for number in range(len(source.shards)):
+            captions |= shard_captions(source, number, bar)
+            all_ids, limit = fusedit.token_ids(source.tokenizer, sorted(captions), source.config)
+            found.update(tuple(ids[:limit]) for ids in all_ids)
+            check(found)
+            captions = set()
+    return sorted(found, key=lambda ids: (len(ids), ids))
+
+
+def progress(source, total, unit):
+    """A progress bar, on rank 0 only."""
+    disable = None                          # no bar if stderr is not a terminal
+    if source.rank > 0:
+        disable = True
+    return tqdm(total=total, unit=unit, disable=disable, leave=False)
+
+
+# ------------------------------------------------------------------------------ memory
+
+def token_bytes(model):
+    """The bytes that the features of a token take."""
+    gemma = model.llm.config
+    numbers = gemma.hidden_size
+    if model.config.fusion == "deep":
+        layers = sum(i is not None for i in model.dit.text_layers)
+        numbers = 2 * layers * gemma.num_key_value_heads * gemma.head_dim
+    return numbers * model.llm.embed_tokens.weight.itemsize
+
+
+def free_memory(device):
+    """The free bytes of a device. Ranks that share a CPU's memory have equal parts of it."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    import psutil                           # installed with DeepSpeed
+    return psutil.virtual_memory().available // backend.local_world()
+
+
+def check_memory(model, found):
+    """Raise FuseDiTError if the features of captions, given by their ids, take too much memory."""
+    tokens = sum(map(len, found))
+    needed = tokens * token_bytes(model)
+    free = free_memory(model.llm.embed_tokens.weight.device)
+    if needed > MEMORY_SHARE * free:
+        raise FuseDiTError(
+            f"--cache-text needs {needed / 1e9:.3g} GB or more for {len(found):,} distinct "
+            f"captions ({tokens:,} tokens), but at most {MEMORY_SHARE:.0%} of the {free / 1e9:.3g} "
+            "GB of free memory. It is meant for data sets with at most some 100,000 captions: "
+            "leave it out")
+
+
+# ------------------------------------------------------------------------------ the cache
+
+class TextCache:
+    """The features of captions, without padding, on the device of the model.
+
+    flat    TextFeatures of all captions, one after the other: keys and values are
+            [total tokens,K,h], hidden is [total tokens,D] and mask [total tokens]
+    starts  {token ids of a caption: its first row in flat}
+    """
+
+    def __init__(self, model, source):
+        """Encodes the captions of the training data; see make_text_cache."""
+        captions = distinct_captions(source, lambda found: check_memory(model, found))
+        total = sum(map(len, captions))
+        self.flat = None
+        self.starts = {}
+        began = time.perf_counter()
+        with progress(source, len(captions), "caption") as bar:
+            row = 0
+            for ids in batches_of_equal_length(captions):
+                features = flatten(encode(model, ids))
+                if self.flat is None:
+                    self.flat = features.map(lambda t: t.new_empty(total, *t.shape[1:]))
+                copy_rows(features, self.flat, row)
+                for caption in ids:
+                    self.starts[caption] = row
+                    row += len(caption)
+                bar.update(len(ids))
+        seconds = time.perf_counter() - began
+        say_once(f"Gemma has encoded {len(captions):,} distinct captions ({total:,} tokens, "
+                 f"{total * token_bytes(model) / 1e9:.3g} GB) in {seconds:.0f} s, "
+                 f"{len(captions) / seconds:,.0f} captions/s")
+
+    def features(self, loaded, mask, pooled=None):
+        """TextFeatures of a micro-batch.
+
+        loaded: the dict from Batches. mask: [B,T] on the device, cut to the batch's text length.
+        pooled: CLIP's pooled vectors, for CLIP modulation. Raises FuseDiTError for a caption that
+        is not in the cache.
+        """
+        T = mask.shape[1]
+        is_real = loaded["mask"][:, :T]
+        lengths = is_real.sum(1).tolist()
+        starts = []
+        for ids, length in zip(loaded["ids"].tolist(), lengths, strict=True):
+            starts.append(self.starts.get(tuple(ids[:length])))
+        if None in starts:
+            caption = loaded["captions"][starts.index(None)]
+            raise FuseDiTError(f"--cache-text does not know the caption {caption!r}: the shards "
+                               "have changed, or could not be read, since this run was started or "
+                               "resumed. Start the same command again")
+
+        # At padding, which the mask hides, <bos> is repeated.
+        starts = torch.tensor(starts)[:, None]                                   # [B,1]
+        rows = torch.where(is_real, starts + torch.arange(T), starts)            # [B,T]
+        rows = rows.to(mask.device, non_blocking=True)
+        features = self.flat.map(lambda t: t[rows])
+        return features._replace(keys=heads_first(features.keys), mask=mask, pooled=pooled,
+                                 values=heads_first(features.values))
+
+
+def batches_of_equal_length(captions):
+    """Cuts a list of token ids, sorted by length, into lists of one length, without padding."""
+    first = 0
+    while first < len(captions):
+        length = len(captions[first])
+        stop = first
+        while stop < len(captions) and len(captions[stop]) == length:
+            if (stop - first + 1) * length > BATCH_TOKENS and stop > first:
+                break
+            stop += 1
+        yield captions[first:stop]
+        first = stop
+
+
+@torch.no_grad()
+def encode(model, captions):
+    """TextFeatures of captions of the same number of tokens."""
+    ids = torch.tensor(captions, device=model.llm.embed_tokens.weight.device)
+    return model.encode_ids(ids, torch.ones_like(ids, dtype=torch.bool))
+
+
+def flatten(features):
+    """TextFeatures with the batch and its tokens as one dimension: [B,T,...] -> [B*T,...]."""
+    features = features._replace(keys=heads_first(features.keys),                # [B,T,K,h]
+                                 values=heads_first(features.values))
+    return features.map(lambda t: t.flatten(0, 1))
+
+
+def heads_first(tensors):
+    """[B,T,K,h] -> [B,K,T,h], or back, for each tensor that is not None."""
+    return tuple(None if t is None else t.transpose(1, 2) for t in tensors)
+
+
+def copy_rows(features, flat, row):
+    """Copy flattened features into flat, from this row on."""
+    stop = row + len(features.mask)
+    into = flat.map(lambda t: t[row:stop])
+    for target, source in zip((*into.keys, *into.values, into.hidden, into.mask),
+                              (*features.keys, *features.values, features.hidden, features.mask),
+                              strict=True):
+        if target is not None:
+            target.copy_(source)
