@@ -10,8 +10,8 @@ from typing import Literal, NamedTuple
 from fusedit_lib.data.emoji_captions import without_tone
 
 # synonym: another word for what the labels name, or for something that looks like it; hyponym: a
-# kind or an instance of it; hypernym: a class that it belongs to; paraphrase: a description of it, or
-# something that stands for it.
+# kind or an instance of it; hypernym: a class that it belongs to; paraphrase: a description of it,
+# or something that stands for it.
 Kind = Literal["synonym", "hyponym", "hypernym", "paraphrase"]
 
 FUNCTION_WORDS = frozenset(

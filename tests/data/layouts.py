@@ -206,9 +206,10 @@ def emoji_packages(folder):
         skins = []
         if i == 7:
             for tone in (1, 2, [1, 5]):
-                skins.append(dict(label="thing 7: tone", hexcode=f"{code}-1F3FB", tone=tone))
-        words.append(dict(label=f"thing {i}", hexcode=code, tags=[f"tag{i}", "thing"], skins=skins,
-                          group=7))
+                label = "thing 7: light skin tone"
+                skins.append(dict(label=label, hexcode=f"{code}-1F3FB", tone=tone))
+        tags = [f"tag{i}", "thing"]
+        words.append(dict(label=f"thing {i}", hexcode=code, tags=tags, skins=skins, group=7))
         write_file(packages / "google" / f"{code.lower()}-fe0f.png", saved(scene(i), "PNG"))
         if i < 25:
             write_file(packages / "fluent" / f"{code.lower()}.webp", saved(scene(i), "WEBP"))

@@ -313,7 +313,7 @@ def test_emoji_hold_out_style_concept_pairs(tmp_path):
     assert len(set(captions)) == emoji_captions.CAPTIONS and captions[0] == f"thing {i}, {in_words}"
     assert any(f"tag{i}" in caption for caption in captions)
     with_tone = train["google-1f607-1f3fb"]
-    assert text_of(with_tone, "original") == "thing 7: tone, flat"
+    assert text_of(with_tone, "original") == "thing 7: light skin tone, flat"
 
 
 # ---- restarts and processes ----------------------------------------------------------------------

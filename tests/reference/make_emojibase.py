@@ -1,4 +1,4 @@
-"""Write emojibase_labels.txt and emojibase_tag_words.txt from the packages of prepare_data.py.
+"""Write emojibase_labels.txt and emojibase_words.txt from the packages of prepare_data.py.
 
     python prepare_data.py emoji OUT                         # downloads the packages
     python -m tests.reference.make_emojibase PACKAGES        # the folder --packages of that command
@@ -16,28 +16,29 @@ WORD = re.compile(r"[^\W_]+")
 
 
 def main(packages):
-    """emojibase_labels.txt has a label per line; a style follows it if the label has only one."""
-    entries = json.loads((packages / "words" / "data.json").read_text())
-    styles = {entry["label"].lower(): set() for entry in entries}
+    """Write both files. packages: the folder of the downloaded packages.
+
+    emojibase_labels.txt has the labels of emoji that have images, one per line, without variants of
+    skin tone. After a tab follows the style, if there is an image in this style only.
+    emojibase_words.txt has the words of all tags and of other labels that are not in the first.
+    """
+    styles = {}
     for emoji in list_emoji(packages, seed=0):
         if without_tone(emoji.label) == emoji.label:
-            styles[emoji.label].add(emoji.style)
-
-    label_words = set()
-    tag_words = set()
-    for entry in entries:
-        label_words.update(WORD.findall(entry["label"].lower()))
-        for tag in tags_of(entry):
-            tag_words.update(WORD.findall(tag))
-
+            styles.setdefault(emoji.label, set()).add(emoji.style)
     lines = []
     for label, found in styles.items():
-        if len(found) == len(STYLES):
-            lines.append(label)
-        elif found:
-            lines.append(f"{label}\t{found.pop()}")
+        only = "" if len(found) == len(STYLES) else f"\t{found.pop()}"
+        lines.append(f"{label}{only}")
     write_lines(HERE / "emojibase_labels.txt", lines)
-    write_lines(HERE / "emojibase_tag_words.txt", sorted(tag_words - label_words))
+
+    texts = []
+    for entry in json.loads((packages / "words" / "data.json").read_text()):
+        variants = [entry, *entry.get("skins", [])]
+        texts += [variant["label"].lower() for variant in variants] + tags_of(entry)
+    words = WORD.findall(" ".join(texts))
+    known = WORD.findall(" ".join(styles))
+    write_lines(HERE / "emojibase_words.txt", sorted(set(words) - set(known)))
 
 
 def write_lines(path, lines):
