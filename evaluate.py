@@ -25,7 +25,15 @@ threads.limit_spinning()                    # has no effect once torch is import
 from fusedit import FuseDiTError
 from fusedit_lib import backend, cli, seeds
 from fusedit_lib.cli import HelpFormatter, jpeg_quality, number_list, positive
-from fusedit_lib.evaluation import benchmarks, figures, judging, metrics, results
+from fusedit_lib.evaluation import (
+    benchmarks,
+    emoji,
+    emoji_gallery,
+    figures,
+    judging,
+    metrics,
+    results,
+)
 from fusedit_lib.evaluation.drawing import (
     JPEG_QUALITY,
     SamplingRun,
@@ -35,6 +43,7 @@ from fusedit_lib.evaluation.drawing import (
     started_dtype,
 )
 from fusedit_lib.evaluation.report import report
+from fusedit_lib.evaluation.unseen_words import UNSEEN_WORDS
 from fusedit_lib.folders import last_checkpoint
 from fusedit_lib.sampling import check_guidance_span, latent_size
 
@@ -54,6 +63,7 @@ NEXT_COMMANDS = {
 SQUARE = {
     "shapes": "the detector resizes images to a square",
     "dpg": "DPG-Bench's scorer cuts squares out of the image grid",
+    "emoji": "the real images are squares",
 }
 
 
@@ -94,9 +104,18 @@ def draw_command(args):
 
 
 def load_benchmark(args):
-    """Load the prompts and file names of the benchmark from --prompts or the demo's grammar."""
+    """Load the prompts and file names of the benchmark from files or the demo's grammar.
+
+    The -n of emoji, which counts the prompts of each category, becomes the number of all prompts.
+    """
     if args.name == "shapes":
         return benchmarks.shapes(args.n, args.seed)
+    if args.name == "emoji":
+        images = emoji_gallery.read_images(args.data)
+        prompts = emoji.choose_prompts(images, UNSEEN_WORDS, args.seed)
+        if args.n is not None:
+            args.n = emoji.count_prompts(prompts, args.n)
+        return emoji.benchmark(prompts)
     load = {"geneval": benchmarks.geneval, "dpg": benchmarks.dpg, "mjhq": benchmarks.mjhq}
     return load[args.name](args.prompts)
 
@@ -163,6 +182,10 @@ def finish_run(run, settings, args):
     print(f"{run.out}/images: {drawn * settings['images']} images for {prompts}")
     if run.name == "shapes":
         judging.score_shapes(run.out, args.n, args.seed, settings)
+        return
+    if run.name == "emoji":
+        device = backend.pick_device(args.device)
+        judging.score_emoji(run.out, args.data, args.seed, settings, device)
         return
     print("next:")
     for command in NEXT_COMMANDS[run.name]:
@@ -281,6 +304,7 @@ def add_draw_commands(commands):
     group.add_argument("--ground-truth", action="store_true",
                        help="score the detector instead of a model: render N scenes exactly and "
                             "run the detector on them")
+    add_emoji_command(commands)
     add_draw_command(commands, "geneval", benchmarks.geneval,
                      "objects, counts, colours and positions, for GenEval's scorer",
                      "GenEval's prompts/evaluation_metadata.jsonl")
@@ -294,6 +318,18 @@ def add_draw_commands(commands):
                        help="quality of the JPEGs, from 1 to 100, which changes FID; below 90, "
                             "colour is stored at half the resolution; 75 gives the files of the "
                             "published script")
+
+
+def add_emoji_command(commands):
+    parser = add_draw_command(commands, "emoji", emoji.benchmark,
+                              "emoji, scored by the nearest real ones")
+    group = parser.add_argument_group("emoji")
+    group.add_argument("--data", type=Path, required=True, metavar="OUT",
+                       help="the real images: the OUT of `prepare_data.py emoji OUT`, where their "
+                            "features are stored, too")
+    group.add_argument("-n", type=positive, metavar="N",
+                       help="draw only the first N prompts of each category (default: all); a "
+                            "larger N adds the others to the same folder later")
 
 
 def add_fid_command(commands):

