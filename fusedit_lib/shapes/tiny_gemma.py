@@ -3,6 +3,7 @@
 It is trained on the text of training_text.py and saved like any other Gemma. The report shows the
 share of questions about unseen captions that the model answers correctly.
 """
+import contextlib
 import json
 import math
 import os
@@ -73,14 +74,11 @@ def learning_rate(step: int, steps: int, peak: float) -> float:
     return peak * min(step / warmup_steps, cosine)
 
 
-def train(steps, batch_size, lr, seed, device):
-    """Train a new model; returns it and its vocabulary. lr: the peak learning rate."""
-    torch.manual_seed(torch_seed(seed))
-    rng = random.Random(f"text {seed}")
-    words = vocabulary()
-    ids = {word: i for i, word in enumerate(words)}
-    texts = batches(rng, batch_size, ids)
-    model = build(len(words)).to(device)
+def train(model, texts, steps, lr, device) -> None:
+    """Train a model, which is in evaluation mode afterwards. lr: the peak learning rate.
+
+    texts: yields (token ids [B,T] padded on the right with PAD_ID, anything).
+    """
     optimizer = torch.optim.AdamW(model.parameters(), lr, betas=(0.9, 0.98), weight_decay=0.05)
 
     start = time.time()
@@ -100,7 +98,7 @@ def train(steps, batch_size, lr, seed, device):
             mean = sum(losses) / len(losses)
             tqdm.write(f"step {step}/{steps}  loss {mean:.4f}  {time.time() - start:.0f} s")
             losses = []
-    return model.eval(), words
+    model.eval()
 
 
 # ---------------------------------------------------------------------------- report
@@ -172,10 +170,11 @@ def check_replaceable(out: Path, overwrite: bool) -> None:
     raise FuseDiTError(f"{out} is not empty: {remedy}")
 
 
-def make(out: Path, steps, batch_size, lr, seed, device, overwrite=False) -> None:
-    """Train a model, print its report and save it to `out`.
+@contextlib.contextmanager
+def replaced_folder(out: Path, overwrite: bool):
+    """A temporary folder, for `with`, that becomes `out` at the end of the block.
 
-    `out` then contains the complete model. If anything fails, `out` is left unchanged.
+    If anything fails, `out` is left unchanged. Raises FuseDiTError as check_replaceable does.
     """
     check_replaceable(out, overwrite)
     out.parent.mkdir(parents=True, exist_ok=True)
@@ -183,10 +182,7 @@ def make(out: Path, steps, batch_size, lr, seed, device, overwrite=False) -> Non
     old = out.with_name(f".{out.name}.{os.getpid()}.old")
     try:
         tmp.mkdir()
-        model, words = train(steps, batch_size, lr, seed, device)
-        print_accuracy(model, words, "scenes like those in training", scenes.training_scene)
-        print_accuracy(model, words, "held-out compositions", held_out_scene)
-        save(model, words, tmp)
+        yield tmp
         if out.exists():
             os.replace(out, old)
         os.replace(tmp, out)
@@ -196,3 +192,20 @@ def make(out: Path, steps, batch_size, lr, seed, device, overwrite=False) -> Non
         shutil.rmtree(tmp, ignore_errors=True)
         shutil.rmtree(old, ignore_errors=True)
     print(f"wrote {out}")
+
+
+def make(out: Path, steps, batch_size, lr, seed, device, overwrite=False) -> None:
+    """Train a model, print its report and save it to `out`.
+
+    `out` then contains the complete model. If anything fails, `out` is left unchanged.
+    """
+    with replaced_folder(out, overwrite) as tmp:
+        torch.manual_seed(torch_seed(seed))
+        words = vocabulary()
+        ids = {word: i for i, word in enumerate(words)}
+        model = build(len(words)).to(device)
+        texts = batches(random.Random(f"text {seed}"), batch_size, ids)
+        train(model, texts, steps, lr, device)
+        print_accuracy(model, words, "scenes like those in training", scenes.training_scene)
+        print_accuracy(model, words, "held-out compositions", held_out_scene)
+        save(model, words, tmp)

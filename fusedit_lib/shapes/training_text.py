@@ -285,18 +285,27 @@ def batches(rng: random.Random, batch_size: int, ids: dict, draw_scene=scenes.tr
             pool=16):
     """Yield (token ids [B,T] padded on the right with 0, answers of each row) indefinitely.
 
-    draw_scene(rng): returns a random full scene. pool: number of batches whose texts are sorted by
-    length together. Texts of similar length then share a batch; otherwise half of the tokens would
-    be padding.
+    draw_scene(rng): returns a random full scene. pool: see padded_batches.
+    """
+    def draw_row():
+        description = scenes.omit_defaults(draw_scene(rng), rng)
+        return encode(random_text(description, rng), ids)
+
+    return padded_batches(rng, batch_size, draw_row, pool)
+
+
+def padded_batches(rng: random.Random, batch_size: int, draw_row: Callable, pool=16):
+    """Yield (token ids [B,T] padded on the right with 0, notes on each row) indefinitely.
+
+    draw_row(): returns the token ids of a random text, and notes on it. pool: number of batches
+    whose texts are sorted by length together. Texts of similar length then share a batch; otherwise
+    half of the tokens would be padding.
     """
     while True:
-        rows = []
-        for _ in range(batch_size * pool):
-            description = scenes.omit_defaults(draw_scene(rng), rng)
-            rows.append(encode(random_text(description, rng), ids))
+        rows = [draw_row() for _ in range(batch_size * pool)]
         rows.sort(key=lambda row: len(row[0]))
         for k in rng.sample(range(pool), pool):
             batch = rows[k * batch_size:(k + 1) * batch_size]
             longest = len(batch[-1][0])
             padded = [tokens + [PAD_ID] * (longest - len(tokens)) for tokens, _ in batch]
-            yield torch.tensor(padded), [answers for _, answers in batch]
+            yield torch.tensor(padded), [notes for _, notes in batch]
