@@ -1163,12 +1163,12 @@ PRESETS = {  # name -> what differs from the baseline
     "demo": {"base": "demo/gemma", "pos_embed": "2d-rope", "timestep_conditioning": "addition",
              "vae": None, "image_size": 32, "patch_size": 4, "in_channels": 3,
              "dit_hidden_size": 256, "shift": 4.0, "guidance": 3.0, "max_text_tokens": 32},
-    # the model in demo/emoji: four layers in the middle of a real Gemma, where words with the same
-    # meaning are most alike (docs/demo.md)
+    # the model in demo/emoji: it reads four layers in the middle of a real Gemma, where words with
+    # similar meanings are most alike, and draws latents of a small autoencoder (docs/demo.md)
     "emoji": {"base": "google/gemma-3-270m", "sandwich_norm": True, "pos_embed": "2d-rope",
-              "timestep_conditioning": None, "vae": None, "image_size": 64, "patch_size": 8,
-              "in_channels": 3, "dit_hidden_size": 320, "dit_num_hidden_layers": 4,
-              "initial_layers": 10, "shift": 4.0, "guidance": 3.0, "max_text_tokens": 40},
+              "timestep_conditioning": None, "vae": "demo/emoji/vae", "image_size": 64,
+              "patch_size": 4, "in_channels": 8, "initial_layers": 10, "dit_num_hidden_layers": 4,
+              "dit_hidden_size": 320, "guidance": 3.0, "max_text_tokens": 40},
     # the paper's runs, under their own names
     "baselinedit/self-attention": {"fusion": "shallow"},
     "baselinedit/cross-attention": {"fusion": "shallow", "attention": "cross"},
