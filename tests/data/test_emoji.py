@@ -111,7 +111,8 @@ def test_the_order_of_packing_does_not_change_the_captions(tmp_path):
     emoji_packages(tmp_path)
     first = packed(tmp_path, "a", "--shard-size", 3, "--workers", 1)
     assert packed(tmp_path, "b", "--shard-size", 7, "--workers", 2) == first
-    assert packed(tmp_path, "c", "--seed", 5) != first
+    other_seed = packed(tmp_path, "c", "--seed", 5)
+    assert all(other_seed[key] != first[key] for key in other_seed.keys() & first.keys())
 
 
 def test_the_length_of_captions_is_limited_line_by_line(tmp_path):
