@@ -129,11 +129,12 @@ class UsefulFlops(NamedTuple):
     per_token: float                        # for each text token
 
 
-def useful_flops(config, latents, train_llm, lora=False):
+def useful_flops(config, latents, train_llm, lora=False, cache_text=False):
     """UsefulFlops of a FuseDiTConfig, for the model FLOPs utilization (MFU).
 
-    Padding is not counted, and neither is the VAE if latents are read. Attention in Gemma, which is
-    quadratic in the caption length, takes less than 1 % and is treated as linear.
+    Padding is not counted, and neither is the VAE if latents are read, or Gemma with --cache-text.
+    Attention in Gemma, which is quadratic in the caption length, takes less than 1 % and is treated
+    as linear.
     """
     model = abstract_model(config)
     longest = config.max_text_tokens
@@ -142,6 +143,8 @@ def useful_flops(config, latents, train_llm, lora=False):
         forward = flops(model, config, text_tokens)
         if latents:
             forward = forward._replace(vae=0)
+        if cache_text:
+            forward = forward._replace(gemma=0)
         return step_flops(forward, train_llm, lora)
     per_token = (cost(longest) - cost(1)) / (longest - 1)
     return UsefulFlops(cost(1) - per_token, per_token)

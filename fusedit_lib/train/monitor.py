@@ -108,7 +108,7 @@ class Monitor:
         self.peak_flops = self.devices.peak_flops
         if self.peak_flops:                 # the MFU is the useful FLOP/s as a share of it
             self.useful_flops = costs.useful_flops(config, source.latents, run.train_llm,
-                                                   run.lora > 0)
+                                                   run.lora > 0, run.cache_text)
         if self.rank == 0:
             self.open_log()
         self.restart_clock(True)

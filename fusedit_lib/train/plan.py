@@ -35,6 +35,7 @@ from fusedit_lib.train.memory import (
     vae_memory,
     zero_memory,
 )
+from fusedit_lib.train.text_cache import token_bytes
 from fusedit_lib.vae import VAE, config_on_disk, latent_side, vae_config
 
 
@@ -96,6 +97,8 @@ def image_tokens(config):
 def print_model(run, config, model, vae, latents):
     """Print parameters, tokens and FLOPs. Returns the FLOPs of training on one image."""
     forward = flops(model, config)
+    if run.cache_text:
+        forward = forward._replace(gemma=0)
     per_image = step_flops(forward, run.train_llm, run.lora > 0)
     others = f"{(per_image - forward.vae) / 1e12:.3g} with precomputed latents"
     if latents:
@@ -295,6 +298,10 @@ def print_notes(run, config, devices, model, working):
         parts += f", VAE {drawing.vae.sum / 1e9:.2f}"
     print(f"  sample.py takes {drawing.all / 1e9:.2f} GB for an image, and with --offload "
           f"{drawing.largest / 1e9:.2f}, as much as the largest part ({parts})")
+    if run.cache_text:
+        size = token_bytes(model, compute_dtype(run))
+        print(f"  the memory of --cache-text is not counted: {size / 1e3:.3g} kB for each token of "
+              "the distinct captions, on every GPU")
 
 
 # ------------------------------------------------------------------------------ what would fit

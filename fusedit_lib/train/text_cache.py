@@ -9,6 +9,7 @@ and a training step gathers those of its batch. The order of the captions and th
 Gemma encodes them depend on the data alone. A resumed run therefore has the same features to the
 bit. Every rank encodes all captions.
 """
+import itertools
 import time
 
 import torch
@@ -50,16 +51,21 @@ def possible_captions(files, run):
     Raises LayoutError if the sample has none.
     """
     texts = list(find_captions(files, run.caption_key).values())
-    drawn = []
+    captions = []
     if run.original_caption_rate < 1:
-        drawn.append(texts[0])
-    if run.original_caption_rate > 0:
-        drawn.append(texts[-1])
-    if run.caption_pick == "whole":
-        return drawn
-    lines = []
-    for text in drawn:
-        lines += caption_lines(text)[:1 if run.caption_pick == "first" else None]
+        captions += captions_of(texts[0], run.caption_pick)
+    if run.original_caption_rate > 0:       # the original caption is the last
+        captions += captions_of(texts[-1], run.caption_pick)
+    return captions
+
+
+def captions_of(text, pick):
+    """All captions that layout.pick_caption may return for a text."""
+    if pick == "whole":
+        return [text]
+    lines = caption_lines(text)
+    if pick == "first":
+        return lines[:1]
     return lines
 
 
@@ -84,14 +90,12 @@ def distinct_captions(source, check):
     source: a Batches. check: called with the ids found so far after each shard.
     """
     found = set()
-    captions = {""}                         # that of --caption-drop
     with progress(source, len(source), "sample") as bar:
         for number in range(len(source.shards)):
-            captions |= shard_captions(source, number, bar)
+            captions = shard_captions(source, number, bar) | {""}          # --caption-drop
             all_ids, limit = fusedit.token_ids(source.tokenizer, sorted(captions), source.config)
             found.update(tuple(ids[:limit]) for ids in all_ids)
             check(found)
-            captions = set()
     return sorted(found, key=lambda ids: (len(ids), ids))
 
 
@@ -105,14 +109,14 @@ def progress(source, total, unit):
 
 # ------------------------------------------------------------------------------ memory
 
-def token_bytes(model):
-    """The bytes that the features of a token take."""
+def token_bytes(model, dtype):
+    """The bytes that the features of a token take. dtype: that of Gemma's weights."""
     gemma = model.llm.config
     numbers = gemma.hidden_size
     if model.config.fusion == "deep":
         layers = sum(i is not None for i in model.dit.text_layers)
         numbers = 2 * layers * gemma.num_key_value_heads * gemma.head_dim
-    return numbers * model.llm.embed_tokens.weight.itemsize
+    return numbers * dtype.itemsize
 
 
 def free_memory(device):
@@ -125,9 +129,10 @@ def free_memory(device):
 
 def check_memory(model, found):
     """Raise FuseDiTError if the features of captions, given by their ids, take too much memory."""
+    weight = model.llm.embed_tokens.weight
     tokens = sum(map(len, found))
-    needed = tokens * token_bytes(model)
-    free = free_memory(model.llm.embed_tokens.weight.device)
+    needed = tokens * token_bytes(model, weight.dtype)
+    free = free_memory(weight.device)
     if needed > MEMORY_SHARE * free:
         raise FuseDiTError(
             f"--cache-text needs {needed / 1e9:.3g} GB or more for {len(found):,} distinct "
@@ -149,24 +154,19 @@ class TextCache:
     def __init__(self, model, source):
         """Encodes the captions of the training data; see make_text_cache."""
         captions = distinct_captions(source, lambda found: check_memory(model, found))
-        total = sum(map(len, captions))
-        self.flat = None
         self.starts = {}
+        total = 0                           # tokens
+        for ids in captions:
+            self.starts[ids] = total
+            total += len(ids)
+
         began = time.perf_counter()
         with progress(source, len(captions), "caption") as bar:
-            row = 0
-            for ids in batches_of_equal_length(captions):
-                features = flatten(encode(model, ids))
-                if self.flat is None:
-                    self.flat = features.map(lambda t: t.new_empty(total, *t.shape[1:]))
-                copy_rows(features, self.flat, row)
-                for caption in ids:
-                    self.starts[caption] = row
-                    row += len(caption)
-                bar.update(len(ids))
+            self.flat = encode_all(model, captions, total, bar)
         seconds = time.perf_counter() - began
-        say_once(f"Gemma has encoded {len(captions):,} distinct captions ({total:,} tokens, "
-                 f"{total * token_bytes(model) / 1e9:.3g} GB) in {seconds:.0f} s, "
+        size = sum(tensor.nbytes for tensor in tensors(self.flat))
+        say_once(f"--cache-text: Gemma has encoded {len(captions):,} distinct captions ({total:,} "
+                 f"tokens, {size / 1e9:.3g} GB) in {seconds:.0f} s, "
                  f"{len(captions) / seconds:,.0f} captions/s")
 
     def features(self, loaded, mask, pooled=None):
@@ -193,49 +193,51 @@ class TextCache:
         rows = torch.where(is_real, starts + torch.arange(T), starts)            # [B,T]
         rows = rows.to(mask.device, non_blocking=True)
         features = self.flat.map(lambda t: t[rows])
-        return features._replace(keys=heads_first(features.keys), mask=mask, pooled=pooled,
-                                 values=heads_first(features.values))
+        return features._replace(keys=swap_heads(features.keys),                 # [B,K,T,h]
+                                 values=swap_heads(features.values), mask=mask, pooled=pooled)
 
 
 def batches_of_equal_length(captions):
     """Cuts a list of token ids, sorted by length, into lists of one length, without padding."""
-    first = 0
-    while first < len(captions):
-        length = len(captions[first])
-        stop = first
-        while stop < len(captions) and len(captions[stop]) == length:
-            if (stop - first + 1) * length > BATCH_TOKENS and stop > first:
-                break
-            stop += 1
-        yield captions[first:stop]
-        first = stop
+    for length, group in itertools.groupby(captions, len):
+        group = list(group)
+        count = max(1, BATCH_TOKENS // length)
+        for first in range(0, len(group), count):
+            yield group[first:first + count]
 
 
 @torch.no_grad()
-def encode(model, captions):
-    """TextFeatures of captions of the same number of tokens."""
-    ids = torch.tensor(captions, device=model.llm.embed_tokens.weight.device)
-    return model.encode_ids(ids, torch.ones_like(ids, dtype=torch.bool))
+def encode_all(model, captions, total, bar):
+    """The flat TextFeatures of captions, a sorted list of token ids. total: their tokens."""
+    device = model.llm.embed_tokens.weight.device
+    flat = None
+    row = 0
+    for batch in batches_of_equal_length(captions):
+        ids = torch.tensor(batch, device=device)
+        part = flatten(model.encode_ids(ids, torch.ones_like(ids, dtype=torch.bool)))
+        if flat is None:
+            flat = part.map(lambda t: t.new_empty(total, *t.shape[1:]))
+        stop = row + ids.numel()
+        for target, source in zip(tensors(flat), tensors(part), strict=True):
+            target[row:stop] = source
+        row = stop
+        bar.update(len(batch))
+    return flat
 
 
 def flatten(features):
-    """TextFeatures with the batch and its tokens as one dimension: [B,T,...] -> [B*T,...]."""
-    features = features._replace(keys=heads_first(features.keys),                # [B,T,K,h]
-                                 values=heads_first(features.values))
+    """TextFeatures with the samples and their tokens as one dimension: [B,T,...] -> [B*T,...]."""
+    features = features._replace(keys=swap_heads(features.keys),                 # [B,T,K,h]
+                                 values=swap_heads(features.values))
     return features.map(lambda t: t.flatten(0, 1))
 
 
-def heads_first(tensors):
-    """[B,T,K,h] -> [B,K,T,h], or back, for each tensor that is not None."""
-    return tuple(None if t is None else t.transpose(1, 2) for t in tensors)
+def swap_heads(keys):
+    """[B,K,T,h] -> [B,T,K,h], or back, for each tensor of a tuple that is not None."""
+    return tuple(None if k is None else k.transpose(1, 2) for k in keys)
 
 
-def copy_rows(features, flat, row):
-    """Copy flattened features into flat, from this row on."""
-    stop = row + len(features.mask)
-    into = flat.map(lambda t: t[row:stop])
-    for target, source in zip((*into.keys, *into.values, into.hidden, into.mask),
-                              (*features.keys, *features.values, features.hidden, features.mask),
-                              strict=True):
-        if target is not None:
-            target.copy_(source)
+def tensors(features):
+    """The tensors of TextFeatures, as a list."""
+    everything = (*features.keys, *features.values, features.hidden, features.mask)
+    return [tensor for tensor in everything if tensor is not None]
