@@ -1,4 +1,4 @@
-"""Pack images and their captions into WebDataset shards, and train the demo's tiny Gemma.
+"""Pack images and their captions into WebDataset shards, and train small models for demos.
 
     python prepare_data.py shapes shards/shapes -n 200000
     python prepare_data.py emoji shards/emoji                # 5,017 emoji, downloaded
@@ -13,6 +13,7 @@
     python prepare_data.py check shards/cc12m --grid cc12m.png
     python prepare_data.py index shards/others               # for shards that have no index.json
     python prepare_data.py tiny-gemma demo/gemma
+    python prepare_data.py tiny-vae shards/emoji/train tiny-vae
 
 For each sample, a shard contains the files KEY.image.jpg (or .png, .webp),
 KEY.synthetic_caption.txt (written by a model) and KEY.original_caption.txt (supplied with the
@@ -52,6 +53,7 @@ from fusedit_lib.data import (
     parquet,
     sa1b,
     shapes,
+    tiny_vae,
 )
 from fusedit_lib.data.images import FILTERS
 from fusedit_lib.shapes import tiny_gemma
@@ -217,6 +219,7 @@ def parse_args(argv=None):
     add_folder(commands)
     add_parquet(commands)
     add_tiny_gemma(commands)
+    add_tiny_vae(commands)
     add_cc12m(commands)
     add_sa1b_download(commands)
     add_sa1b(commands)
@@ -307,6 +310,24 @@ def add_tiny_gemma(commands):
     add_device(p)
     p.add_argument("--seed", type=cli.seed, default=0, help="random seed; -1: draw one")
     p.add_argument("--overwrite", action="store_true", help="replace the model in OUT")
+
+
+def add_tiny_vae(commands):
+    p = commands.add("tiny-vae", tiny_vae.tiny_vae, "train a small VAE on the images of shards",
+                     "shards/emoji/train tiny-vae", ". It encodes 4 x 4 pixels as 8 numbers. A "
+                     "diffusion model is then trained on its latents: see encode")
+    add_shard_folder(p)
+    add_out(p, "folder for the VAE")
+    p.add_argument("--image-size", type=positive, default=64, metavar="PIXELS",
+                   help="images are cropped to the central square and resized to this")
+    p.add_argument("--steps", type=positive, default=1200, metavar="N",
+                   help="number of training steps")
+    p.add_argument("--batch-size", type=positive, default=16, metavar="N",
+                   help="number of images per step")
+    p.add_argument("--lr", type=float, default=3e-3, help="peak learning rate")
+    add_device(p)
+    p.add_argument("--seed", type=cli.seed, default=0, help="random seed; -1: draw one")
+    p.add_argument("--overwrite", action="store_true", help="replace the VAE in OUT")
 
 
 def add_cc12m(commands):

@@ -5,6 +5,7 @@ import json
 import math
 import os
 import random
+import shutil
 import sys
 import unicodedata
 from pathlib import Path
@@ -36,6 +37,44 @@ def fsync(path):
     fd = os.open(path, os.O_RDONLY)
     os.fsync(fd)
     os.close(fd)
+
+
+@contextlib.contextmanager
+def atomic_folder(out, names, what, overwrite):
+    """`with atomic_folder(...) as tmp`: write to the folder tmp, which becomes `out`, a Path.
+
+    If anything fails, `out` is left unchanged. Raises FuseDiTError unless `out` is new, empty, or,
+    with overwrite, a folder of files with these names only. what: such a folder, in words.
+    """
+    check_replaceable(out, names, what, overwrite)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    tmp = out.with_name(f".{out.name}.{os.getpid()}.tmp")
+    old = out.with_name(f".{out.name}.{os.getpid()}.old")
+    try:
+        tmp.mkdir()
+        yield tmp
+        if out.exists():
+            os.replace(out, old)
+        os.replace(tmp, out)
+    finally:
+        if old.exists() and not out.exists():
+            os.replace(old, out)
+        shutil.rmtree(tmp, ignore_errors=True)
+        shutil.rmtree(old, ignore_errors=True)
+
+
+def check_replaceable(out, names, what, overwrite):
+    """Raise FuseDiTError unless atomic_folder may write to `out`."""
+    if not out.exists():
+        return
+    if out.is_dir():
+        found = {path.name for path in out.iterdir()}
+        if not found or (overwrite and found <= set(names)):
+            return
+    remedy = "give a new folder or --overwrite"
+    if overwrite:
+        remedy = f"give a new folder, since --overwrite only replaces {what}"
+    raise FuseDiTError(f"{out} is not empty: {remedy}")
 
 
 def file_stem(text, characters=60):

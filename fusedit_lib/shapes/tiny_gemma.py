@@ -3,12 +3,9 @@
 It is trained on the text of training_text.py and saved like any other Gemma. The report shows the
 share of questions about unseen captions that the model answers correctly.
 """
-import contextlib
 import json
 import math
-import os
 import random
-import shutil
 import time
 from itertools import islice
 from pathlib import Path
@@ -17,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from fusedit import FuseDiTError
+from fusedit_lib.files import atomic_folder
 from fusedit_lib.seeds import torch_seed
 from fusedit_lib.shapes import scenes
 from fusedit_lib.shapes.scenes import Scene
@@ -155,43 +152,9 @@ def save(model, words: list[str], folder: Path) -> None:
     path.write_text(json.dumps(config, indent=2) + "\n")
 
 
-def check_replaceable(out: Path, overwrite: bool) -> None:
-    """Raise FuseDiTError unless `out` is new, empty, or a tiny Gemma that may be overwritten."""
-    if not out.exists():
-        return
-    if out.is_dir():
-        names = {path.name for path in out.iterdir()}
-        if not names or (overwrite and names <= FILES):
-            return
-    if overwrite:
-        remedy = "give a new folder, since --overwrite only replaces a tiny Gemma"
-    else:
-        remedy = "give a new folder or --overwrite"
-    raise FuseDiTError(f"{out} is not empty: {remedy}")
-
-
-@contextlib.contextmanager
 def replaced_folder(out: Path, overwrite: bool):
-    """A temporary folder, for `with`, that becomes `out` at the end of the block.
-
-    If anything fails, `out` is left unchanged. Raises FuseDiTError as check_replaceable does.
-    """
-    check_replaceable(out, overwrite)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    tmp = out.with_name(f".{out.name}.{os.getpid()}.tmp")
-    old = out.with_name(f".{out.name}.{os.getpid()}.old")
-    try:
-        tmp.mkdir()
-        yield tmp
-        if out.exists():
-            os.replace(out, old)
-        os.replace(tmp, out)
-    finally:
-        if old.exists() and not out.exists():
-            os.replace(old, out)
-        shutil.rmtree(tmp, ignore_errors=True)
-        shutil.rmtree(old, ignore_errors=True)
-    print(f"wrote {out}")
+    """A temporary folder, for `with`, that becomes `out`: see atomic_folder."""
+    return atomic_folder(out, FILES, "a tiny Gemma", overwrite)
 
 
 def make(out: Path, steps, batch_size, lr, seed, device, overwrite=False) -> None:
@@ -209,3 +172,4 @@ def make(out: Path, steps, batch_size, lr, seed, device, overwrite=False) -> Non
         print_accuracy(model, words, "scenes like those in training", scenes.training_scene)
         print_accuracy(model, words, "held-out compositions", held_out_scene)
         save(model, words, tmp)
+    print(f"wrote {out}")

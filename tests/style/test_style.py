@@ -26,7 +26,7 @@ MACHINE_PATH = re.compile(r"(?<![\w.~-])/(?:work|root|home)/")  # not part of a 
 
 # Imports point down: a module may import those of lower levels, and its neighbours in a folder.
 LEVELS = {
-    "fusedit": 0, "fusedit_lib.threads": 0, "fusedit_lib.seeds": 0, "fusedit_lib.shapes": 1,
+    "fusedit": 0, "fusedit_lib.threads": 0, "fusedit_lib.seeds": 0, "fusedit_lib.shapes": 2,
     "fusedit_lib.files": 1, "fusedit_lib.backend": 1, "fusedit_lib.published": 2,
     "fusedit_lib.lora": 2, "fusedit_lib.folders": 3,
     "fusedit_lib.pretrained": 4, "fusedit_lib.vae": 4,
