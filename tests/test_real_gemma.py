@@ -9,6 +9,7 @@ import torch
 
 from fusedit import FuseDiTConfig, load_gemma, tokenize
 from fusedit_lib import gemma_package
+from fusedit_lib.cli import unknown_words
 from fusedit_lib.files import read_json
 from fusedit_lib.pretrained import build_model, gemma_config, gemma_tensors, open_gemma
 
@@ -113,6 +114,8 @@ def test_its_tokenizer(tokenizer):
     assert ids[1].tolist() == [tokenizer.bos_token_id, 0, 0, 0]
     assert mask.sum(1).tolist() == [4, 1]
     assert tokenizer("a red circle")["input_ids"] == ids[0].tolist()   # it adds <bos> itself
+    strange = ["a zorblax, 3d", "🦊‍", "ᚠ"]            # it composes what is not a token of bytes
+    assert unknown_words(tokenizer, strange, tokenizer(strange)["input_ids"]) == []
 
 
 def test_keys_and_values(ours, theirs):
