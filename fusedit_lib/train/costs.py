@@ -14,6 +14,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 from fusedit import FuseDiT
+from fusedit_lib import gemma_package
 from fusedit_lib.files import read_json
 from fusedit_lib.lora import add_adapters
 from fusedit_lib.folders import resolve
@@ -21,7 +22,7 @@ from fusedit_lib.pretrained import gemma_config
 from fusedit_lib.train.compiled import each_kind, gpu_layer, tpu_layer
 from fusedit_lib.vae import VAE, latent_side, vae_config
 
-# Shapes of the Gemma models in the paper, so that none has to be downloaded.
+# Shapes of Gemma models, so that none has to be downloaded: those in the paper, and the smallest.
 _GEMMA_2B = dict(model_type="gemma", vocab_size=256000, hidden_size=2048, intermediate_size=16384,
                  num_hidden_layers=18, num_attention_heads=8, num_key_value_heads=1)
 _GEMMA2_2B = dict(model_type="gemma2", vocab_size=256000, hidden_size=2304, intermediate_size=9216,
@@ -31,6 +32,7 @@ GEMMAS = {
     "google/gemma-2b-it": _GEMMA_2B,
     "google/paligemma-3b-pt-448": _GEMMA_2B | dict(vocab_size=257216),
     "google/gemma-2-2b": _GEMMA2_2B,
+    gemma_package.NAME: gemma_package.CONFIG,
 }
 
 

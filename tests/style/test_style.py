@@ -28,7 +28,7 @@ MACHINE_PATH = re.compile(r"(?<![\w.~-])/(?:work|root|home)/")  # not part of a 
 LEVELS = {
     "fusedit": 0, "fusedit_lib.threads": 0, "fusedit_lib.seeds": 0, "fusedit_lib.shapes": 2,
     "fusedit_lib.files": 1, "fusedit_lib.backend": 1, "fusedit_lib.published": 2,
-    "fusedit_lib.lora": 2, "fusedit_lib.folders": 3,
+    "fusedit_lib.lora": 2, "fusedit_lib.gemma_package": 2, "fusedit_lib.folders": 3,
     "fusedit_lib.pretrained": 4, "fusedit_lib.vae": 4,
     "fusedit_lib.export": 5, "fusedit_lib.cli": 5, "fusedit_lib.sampling": 6, "fusedit_lib.data": 7,
     "fusedit_lib.offload": 7,
