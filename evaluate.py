@@ -29,6 +29,7 @@ from fusedit_lib.evaluation import (
     benchmarks,
     emoji,
     emoji_gallery,
+    emoji_scorer,
     figures,
     judging,
     metrics,
@@ -65,6 +66,8 @@ SQUARE = {
     "dpg": "DPG-Bench's scorer cuts squares out of the image grid",
     "emoji": "the real images are squares",
 }
+
+EMOJI_SIZE = 64                             # pixels of the images of emoji --ground-truth
 
 
 # ---- benchmarks that draw ------------------------------------------------------------------------
@@ -185,7 +188,7 @@ def finish_run(run, settings, args):
         return
     if run.name == "emoji":
         device = backend.pick_device(args.device)
-        judging.score_emoji(run.out, args.data, args.seed, settings, device)
+        judging.score_emoji(run.out, args.data, args.seed, settings, device, args.nearest)
         return
     print("next:")
     for command in NEXT_COMMANDS[run.name]:
@@ -211,6 +214,19 @@ def shapes_command(args):
         judging.score_detector(args.n, seeds.settle(args.seed))
     else:
         draw_command(args)
+
+
+def emoji_command(args):
+    """Draw and score the emoji benchmark; with --ground-truth, score its scorer instead."""
+    if args.ground_truth:
+        device = backend.pick_device(args.device)
+        size = args.height or EMOJI_SIZE
+        judging.score_emoji_scorer(args.data, size, args.n, seeds.settle(args.seed), device)
+        return
+    if args.nearest is not None and len(args.steps) * len(args.guidance or [0]) > 1:
+        raise FuseDiTError("--nearest shows the images of one setting: give one number of --steps "
+                           "and one of --guidance")
+    draw_command(args)
 
 
 def fid_command(args):
@@ -323,6 +339,7 @@ def add_draw_commands(commands):
 def add_emoji_command(commands):
     parser = add_draw_command(commands, "emoji", emoji.benchmark,
                               "emoji, scored by the nearest real ones")
+    parser.set_defaults(command=emoji_command)
     group = parser.add_argument_group("emoji")
     group.add_argument("--data", type=Path, required=True, metavar="OUT",
                        help="the real images: the OUT of `prepare_data.py emoji OUT`, where their "
@@ -330,6 +347,13 @@ def add_emoji_command(commands):
     group.add_argument("-n", type=positive, metavar="N",
                        help="draw only the first N prompts of each category (default: all); a "
                             "larger N adds the others to the same folder later")
+    group.add_argument("--nearest", type=Path, metavar="FILE.png",
+                       help="show ten images of each category beside their nearest training "
+                            "images")
+    group.add_argument("--ground-truth", action="store_true",
+                       help="score the scorer instead of a model: N real images (default: "
+                            f"{emoji_scorer.IMAGES}), changed in several ways, and the real images "
+                            "of the other style")
 
 
 def add_fid_command(commands):

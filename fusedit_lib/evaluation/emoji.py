@@ -9,7 +9,7 @@ from math import comb
 from typing import NamedTuple
 
 from fusedit_lib.data.emoji_captions import STYLES, prompt_of
-from fusedit_lib.evaluation import results
+from fusedit_lib.evaluation import emoji_copies, results
 from fusedit_lib.evaluation.benchmarks import Benchmark
 
 SEEN = 200                                  # prompts from the training set
@@ -124,22 +124,32 @@ def judge(prompts, drawn, gallery):
     drawn: uint8 images [3,H,W], one per prompt. gallery: a Gallery.
     """
     found = gallery.neighbours(drawn, [prompt.style for prompt in prompts])
+    ratios = emoji_copies.copy_ratios(drawn, gallery)
     rows = []
-    for prompt, neighbours in zip(prompts, found, strict=True):
-        near = [gallery.images[number] for number in neighbours.concepts]
-        ranks = [rank for rank, image in enumerate(near) if image.concept in prompt.concepts]
-        nearest = gallery.images[neighbours.nearest]
-        all_concepts = len(near)
-        same_style = sum(image.style == prompt.style for image in gallery.images)
-        rows.append(dict(
-            category=prompt.category, kind=prompt.kind, unit=prompt.unit, prompt=prompt.text,
-            right=int(ranks[0] < NEAR), top_1=int(ranks[0] == 0),
-            style=int(nearest.style == prompt.style), rank=1 + ranks[0],
-            chance=chance(len(ranks), all_concepts, NEAR),
-            chance_top_1=chance(len(ranks), all_concepts, 1),
-            chance_style=same_style / len(gallery.images),
-            nearest=[image.label for image in near[:NEAR]]))
+    for prompt, neighbours, ratio in zip(prompts, found, ratios, strict=True):
+        row = dict(category=prompt.category, kind=prompt.kind, unit=prompt.unit,
+                   prompt=prompt.text)
+        row |= verdict(prompt, neighbours, gallery)
+        row |= dict(training=neighbours.training, copy_ratio=round(ratio, 4))
+        rows.append(row)
     return rows
+
+
+def verdict(prompt, neighbours, gallery):
+    """The values of MEASURES for a prompt, the rank of a right concept, and the nearest labels."""
+    near = [gallery.images[number] for number in neighbours.concepts]
+    ranks = [rank for rank, image in enumerate(near, 1) if image.concept in prompt.concepts]
+    same_style = sum(image.style == prompt.style for image in gallery.images)
+    nearest_style = gallery.images[neighbours.nearest].style
+    return dict(
+        right=int(ranks[0] <= NEAR),
+        top_1=int(ranks[0] == 1),
+        style=int(nearest_style == prompt.style),
+        rank=ranks[0],
+        chance=chance(len(ranks), len(near), NEAR),
+        chance_top_1=chance(len(ranks), len(near), 1),
+        chance_style=same_style / len(gallery.images),
+        nearest=[image.label for image in near[:NEAR]])
 
 
 def chance(right, concepts, near):

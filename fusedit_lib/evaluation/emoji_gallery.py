@@ -12,7 +12,7 @@ from fusedit_lib.data.shards import expand_shards, read_sample, sample_offsets
 from fusedit_lib.evaluation import emoji_features
 
 PARTS = ("train", "held-out")               # of the folder that prepare_data.py emoji writes
-
+TRAINING = 3                                # nearest training images to find
 SKIN_TONES = {f"1f3f{digit}" for digit in "bcdef"}         # code points
 
 
@@ -88,6 +88,7 @@ class Neighbours(NamedTuple):
     concepts: list[int]                     # the nearest image of each concept, nearest first, of
                                             # the asked style
     nearest: int                            # the nearest image of any style
+    training: list[int]                     # the TRAINING nearest training images of any style
 
 
 class Gallery:
@@ -121,10 +122,12 @@ class Gallery:
         features = emoji_features.extract(drawn, self.extractor, self.device)
         features = emoji_features.normalise(features, self.whitenings)
         similarities = features @ self.features.T
+        held_out = torch.tensor([image.part == "held-out" for image in self.images])
         found = []
         for row, style in zip(similarities, styles, strict=True):
             concepts = self.nearest_per_concept(row, style)
-            found.append(Neighbours(concepts, int(row.argmax())))
+            training = row.masked_fill(held_out, -torch.inf).topk(TRAINING).indices.tolist()
+            found.append(Neighbours(concepts, int(row.argmax()), training))
         return found
 
     def nearest_per_concept(self, similarities, style):

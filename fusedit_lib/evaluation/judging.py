@@ -4,7 +4,15 @@ import random
 from tqdm import tqdm
 
 from fusedit_lib.data.images import read_image, read_square
-from fusedit_lib.evaluation import emoji, emoji_features, figures, metrics, results
+from fusedit_lib.evaluation import (
+    emoji,
+    emoji_copies,
+    emoji_features,
+    emoji_scorer,
+    figures,
+    metrics,
+    results,
+)
 from fusedit_lib.evaluation.emoji_gallery import Gallery
 from fusedit_lib.evaluation.unseen_words import UNSEEN_WORDS
 from fusedit_lib.files import atomic_write, file_stem
@@ -46,19 +54,31 @@ def score_detector(n, seed):
           f"({1 - wrong / n:.2%})")
 
 
-def score_emoji(folder, data, seed, settings, device):
+def score_emoji(folder, data, seed, settings, device, nearest=None):
     """Score the images of the emoji benchmark in folder/images; writes emoji.json.
 
-    data: the folder with the real images.
+    data: the folder with the real images. nearest: a PNG to show images beside training images in.
     """
-    extractor = emoji_features.load_extractor(device)
-    gallery = Gallery(data, settings["height"], extractor, device)
+    gallery = open_gallery(data, settings["height"], device)
     prompts = emoji.choose_prompts(gallery.images, UNSEEN_WORDS, seed)
     prompts = prompts[:settings["prompts_drawn"]]
     drawn = read_drawn(folder, prompts, settings["height"])
-    result = emoji.make_result(emoji.judge(prompts, drawn, gallery), settings)
+    rows = emoji.judge(prompts, drawn, gallery)
+    result = emoji.make_result(rows, settings)
     emoji.print_result(result)
+    emoji_copies.print_copies(rows, gallery)
     results.write(result, folder / "emoji.json", overwrite=True)
+    if nearest is not None:
+        emoji_copies.draw_nearest(rows, drawn, gallery, nearest)
+
+
+def score_emoji_scorer(data, size, n, seed, device):
+    """Score the scorer of the emoji benchmark on n changed real images of size x size pixels."""
+    emoji_scorer.score(open_gallery(data, size, device), n or emoji_scorer.IMAGES, seed)
+
+
+def open_gallery(data, size, device):
+    return Gallery(data, size, emoji_features.load_extractor(device), device)
 
 
 def read_drawn(folder, prompts, size):

@@ -82,6 +82,8 @@ def read_measurements(path):
     result = load(path)
     if result["benchmark"] == "distance":
         return distance_measurements(result)
+    if "measures" in result:                # emoji
+        return emoji_measurements(result)
 
     name = BENCHMARKS.get(result["benchmark"], result["benchmark"])
     if "overall" in result:
@@ -121,6 +123,20 @@ def distance_measurements(result):
         kid += label.removeprefix("FD")     # appends the network's name
     return [Measurement(f"{label}, {sets}", result["distance"], None, False),
             Measurement(f"{kid} x 1000, {sets}", 1000 * result["kid"], None, False)]
+
+
+def emoji_measurements(result):
+    """Top-5 of each category of the emoji benchmark, and the style of all."""
+    measurements = []
+    top_5 = result["measures"]["top-5"]
+    for category, score in top_5["categories"].items():
+        count = sum(row["category"] == category for row in result["prompts"])
+        name = f"emoji, {category}, top-5, {count} prompts"
+        measurements.append(Measurement(name, score, top_5["intervals"][category], True))
+    style = result["measures"]["style"]
+    name = f"emoji, style, {len(result['prompts'])} prompts"
+    measurements.append(Measurement(name, style["overall"], style["intervals"]["overall"], True))
+    return measurements
 
 
 # ---- the table -----------------------------------------------------------------------------------

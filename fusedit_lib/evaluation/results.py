@@ -225,8 +225,9 @@ def compare(path_a, path_b):
         mean = sum(differences) / len(differences)
         better = sum(difference > 0 for difference in differences)
         worse = sum(difference < 0 for difference in differences)
+        p = metrics.paired_test({category: differences}).p
         print(f"{category:<16}{a['categories'][category]:6.3f} {b['categories'][category]:6.3f}  "
-              f"{mean:+.3f}   {better} prompts better, {worse} worse")
+              f"{mean:+.3f}   {better} prompts better, {worse} worse, p = {p:.4f}")
 
     test = metrics.paired_test(groups)
     if test.p >= 0.05:

@@ -1,0 +1,397 @@
+"""evaluate.py emoji: its prompts, and the scores of perfect, wrong and copying models."""
+import json
+import random
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from tiny_shards import index, png, write_shard
+
+import evaluate
+from fusedit import FuseDiTError
+from fusedit_lib.data.emoji_captions import STYLES, prompt_of
+from fusedit_lib.evaluation import (
+    drawing,
+    emoji,
+    emoji_copies,
+    emoji_features,
+    emoji_gallery,
+    judging,
+    metrics,
+    results,
+)
+from fusedit_lib.evaluation.unseen_words import UnseenWord
+
+SIDE = 32                                   # pixels, of the bundled demo
+CONCEPTS = 20
+OTHER_STYLE = {"google": "fluent", "fluent": "google"}
+WORDS = [UnseenWord("sedan", "synonym", ("thing 3",)),
+         UnseenWord("vehicle", "hypernym", ("thing 3", "thing 4", "thing 19"))]
+
+
+def command(*words):
+    args = evaluate.parse_args([str(word) for word in words])
+    args.command(args)
+
+
+# ---- shards --------------------------------------------------------------------------------------
+
+def pattern(style, concept, tone=""):
+    """An image of random squares; a tone or another style changes it, but not entirely."""
+    rng = np.random.default_rng(int(concept, 16))
+    squares = rng.uniform(30, 225, (4, 4, 3))
+    if tone:
+        squares[0, 0] = 255
+    if style == "fluent":
+        squares = 0.7 * squares + 0.3 * np.array([0, 128, 255])
+    squares = squares.repeat(SIDE // 4, 0).repeat(SIDE // 4, 1)
+    return Image.fromarray(squares.astype(np.uint8))
+
+
+def sample(style, concept, label, tone=""):
+    point = concept
+    if tone:
+        point = f"{concept}-{tone}"
+    files = {"image.png": png(pattern(style, concept, tone)),
+             "synthetic_caption.txt": f"an icon of {label}",
+             "original_caption.txt": prompt_of(label, style)}
+    return f"{style}-{point}", files
+
+
+def write_part(folder, samples):
+    folder.mkdir(parents=True)
+    write_shard(folder / "emoji-000000.tar", samples)
+    index(folder)
+
+
+@pytest.fixture
+def shards(tmp_path):
+    """Shards of 20 concepts; thing 0 has a skin tone, thing 19 is only flat."""
+    samples = []
+    held_out = []
+    for number in range(CONCEPTS):
+        for style in STYLES:
+            one = sample(style, f"1f6{number:02x}", f"thing {number}")
+            if number == 19 and style == "fluent":
+                continue
+            if (number, style) in ((1, "google"), (2, "fluent")):
+                held_out.append(one)
+            else:
+                samples.append(one)
+    tone = sample("google", "1f600", "thing 0: light skin tone", "1f3fb")
+    write_part(tmp_path / "shards/train", [*samples, tone])
+    write_part(tmp_path / "shards/held-out", held_out)
+    return tmp_path / "shards"
+
+
+@pytest.fixture
+def stub(monkeypatch):
+    """Features that are pixels at two resolutions, in place of EfficientNet's. Counts images."""
+    count = SimpleNamespace(images=0)
+
+    def prepare(image):
+        count.images += 1
+        return torch.from_numpy(np.array(image)).permute(2, 0, 1).float()
+
+    def network(x):
+        pool = torch.nn.functional.adaptive_avg_pool2d
+        return [pool(x, 4).flatten(1), pool(x, 2).flatten(1)]
+    extractor = emoji_features.BlockExtractor("pixels", prepare, network)
+    monkeypatch.setattr(emoji_features, "load_extractor", lambda device: extractor)
+    monkeypatch.setattr(evaluate, "UNSEEN_WORDS", WORDS)
+    monkeypatch.setattr(judging, "UNSEEN_WORDS", WORDS)
+    return count
+
+
+def prompts_of(folder, seed=0, words=WORDS):
+    return emoji.choose_prompts(emoji_gallery.read_images(folder), words, seed)
+
+
+def open_gallery(folder):
+    return emoji_gallery.Gallery(folder, SIDE, emoji_features.load_extractor("cpu"), "cpu")
+
+
+# ---- prompts -------------------------------------------------------------------------------------
+
+def test_prompts_are_fixed_by_the_seed(shards, monkeypatch):
+    monkeypatch.setattr(emoji, "SEEN", 8)
+    prompts = prompts_of(shards)
+    assert prompts == prompts_of(shards)
+    assert prompts != prompts_of(shards, 1)
+    by_category = {}
+    for prompt in prompts:
+        by_category.setdefault(prompt.category, []).append(prompt)
+    assert list(by_category) == list(emoji.CATEGORIES)
+    assert len({prompt.text for prompt in by_category["seen"]}) == 8
+    held_out = {"thing 1, flat", "thing 2, 3d"}
+    assert {prompt.text for prompt in by_category["held-out"]} == held_out
+    assert not held_out & {prompt.text for prompt in by_category["seen"]}
+    unseen = {prompt.text: len(prompt.concepts) for prompt in by_category["unseen words"]}
+    assert unseen == {"sedan, flat": 1, "sedan, 3d": 1, "vehicle, flat": 3, "vehicle, 3d": 2}
+
+
+def test_a_word_that_no_image_of_a_style_fits_is_left_out(shards):
+    prompts = prompts_of(shards, words=[UnseenWord("lorry", "synonym", ("thing 19",))])
+    texts = [prompt.text for prompt in prompts if prompt.category == "unseen words"]
+    assert texts == ["lorry, flat"]
+
+
+def test_n_counts_the_prompts_of_each_category(shards):
+    prompts = prompts_of(shards)
+    first = prompts[:emoji.count_prompts(prompts, 3)]
+    counts = [sum(prompt.category == category for prompt in first)
+              for category in emoji.CATEGORIES]
+    assert counts == [3, 2, 3]
+    assert emoji.count_prompts(prompts, 1000) == len(prompts)
+
+
+def test_skin_tones_are_one_concept(shards):
+    images = {image.key: image for image in emoji_gallery.read_images(shards)}
+    plain = images["google-1f600"]
+    light = images["google-1f600-1f3fb"]
+    assert (light.concept, light.label) == (plain.concept, plain.label) == ("1f600", "thing 0")
+    assert light.prompt == "thing 0: light skin tone, flat"
+    seen = [prompt for prompt in prompts_of(shards) if prompt.category == "seen"]
+    assert len(seen) == 2 * CONCEPTS - 1 - 2               # the tone is no pair of its own
+
+
+def test_a_held_out_image_says_what_training_contains(shards):
+    images = emoji_gallery.read_images(shards)
+    tone = images[0]._replace(part="held-out", style="google", concept="1f600")
+    kinds = [prompt.kind for prompt in emoji.held_out_prompts([*images, tone], random.Random(0))]
+    assert sorted(kinds) == ["other skin tone seen", "other style seen", "other style seen"]
+
+
+# ---- verdicts ------------------------------------------------------------------------------------
+
+def draw(monkeypatch, shards, tmp_path, choose, *flags):
+    """The result of a model that draws choose(style, concept) for each prompt."""
+    concepts = {image.prompt: image.concept for image in emoji_gallery.read_images(shards)}
+    for word in WORDS:
+        for style in STYLES:
+            concepts[prompt_of(word.prompt, style)] = "1f603"
+    styles = {words: style for style, words in STYLES.items()}
+
+    def generate(model, prompts, seeds, **settings):
+        images = []
+        for prompt in prompts:
+            style = styles[prompt.rpartition(", ")[2]]
+            images.append(pattern(*choose(style, concepts[prompt])))
+        return images
+    monkeypatch.setattr(drawing, "generate", generate)
+    command("emoji", "--data", shards, "--out", tmp_path / "out", "--device", "cpu", *flags)
+    return json.loads((tmp_path / "out/guidance-3-steps-25/emoji.json").read_text())
+
+
+def measured(result, measure):
+    return result["measures"][measure]["categories"]
+
+
+def test_a_perfect_model_scores_one(monkeypatch, shards, stub, tmp_path, capsys):
+    result = draw(monkeypatch, shards, tmp_path, lambda *pair: pair, "--nearest",
+                  tmp_path / "nearest.png")
+    for measure in emoji.MEASURES:
+        assert measured(result, measure) == dict.fromkeys(emoji.CATEGORIES, 1)
+    assert result["overall"] == 1
+    assert set(result["kinds"]) == {"held-out: other style seen", "unseen words: synonym",
+                                    "unseen words: hypernym"}
+    output = capsys.readouterr().out
+    assert "hypernym" in output
+    assert "unseen words" in output
+    width, height = Image.open(tmp_path / "nearest.png").size
+    assert width == 3 * (4 * emoji_copies.CELL + emoji_copies.GAP)
+    assert height == 6 * (emoji_copies.CELL + emoji_copies.LABEL)      # 10 + 2 + 4 images
+
+
+def test_another_concept_is_wrong(monkeypatch, shards, stub, tmp_path):
+    result = draw(monkeypatch, shards, tmp_path, lambda style, concept: (style, "1f60f"))
+    assert measured(result, "top-1")["held-out"] == 0
+    assert measured(result, "style") == dict.fromkeys(emoji.CATEGORIES, 1)
+    row = next(row for row in result["prompts"] if row["category"] == "held-out")
+    assert row["nearest"][0] == "thing 15"
+    assert row["rank"] > 1
+
+
+def test_another_style_is_seen(monkeypatch, shards, stub, tmp_path):
+    def choose(style, concept):
+        if concept == "1f613":              # thing 19, which is only flat
+            return style, concept
+        return OTHER_STYLE[style], concept
+    result = draw(monkeypatch, shards, tmp_path, choose)
+    assert measured(result, "style")["unseen words"] == 0
+    assert measured(result, "style")["held-out"] == 0
+    assert measured(result, "top-1")["held-out"] == 1      # the concept is right all the same
+
+
+def test_near_copies_are_counted(monkeypatch, shards, stub, tmp_path, capsys):
+    result = draw(monkeypatch, shards, tmp_path, lambda *pair: pair)
+    ratios = {row["prompt"]: row["copy_ratio"] for row in result["prompts"]}
+    assert ratios["thing 5, flat"] == 0
+    # Training has thing 1 only in the other style.
+    assert ratios["thing 1, flat"] > 0.1
+    assert "seen             1.000" in capsys.readouterr().out
+
+
+def test_a_tone_does_not_make_a_copy_less_near(shards, stub):
+    """Other tones of the nearest training image are not its neighbours."""
+    gallery = open_gallery(shards)
+    pixels = gallery.pixels[[image.key for image in gallery.images].index("google-1f600")]
+    almost = (pixels.float() + 4).clamp(0, 255).to(torch.uint8)
+    ratio, = emoji_copies.copy_ratios([almost], gallery)
+    training = emoji_copies.flat_pixels(gallery.pixels)
+    spacing = emoji_copies.distances(emoji_copies.flat_pixels([pixels]), training)[0]
+    others = [float(distance) for distance, image in zip(spacing, gallery.images, strict=True)
+              if image.concept != "1f600" and image.part == "train"]
+    assert ratio == pytest.approx(4 / min(others), rel=0.02)
+
+
+def test_the_nearest_are_concepts_and_not_their_tones(shards, stub):
+    gallery = open_gallery(shards)
+    query = gallery.pixels[[image.key for image in gallery.images].index("google-1f600")]
+    found, = gallery.neighbours([query], ["google"])
+    concepts = [gallery.images[number].concept for number in found.concepts]
+    assert len(concepts) == len(set(concepts)) == CONCEPTS
+    assert concepts[0] == "1f600"
+    assert len({gallery.images[number].part for number in found.training}) == 1
+
+
+def test_chance_is_exact():
+    assert emoji.chance(1, 20, 1) == pytest.approx(1 / 20)
+    assert emoji.chance(1, 20, 5) == pytest.approx(5 / 20)
+    assert emoji.chance(2, 4, 2) == pytest.approx(5 / 6)
+    assert emoji.chance(3, 3, 5) == 1
+
+
+def test_chance_is_averaged_over_prompts(monkeypatch, shards, stub, tmp_path):
+    result = draw(monkeypatch, shards, tmp_path, lambda *pair: pair)
+    flat = (1 / 20 + 3 / 20) / 2
+    solid = (1 / 19 + 2 / 19) / 2
+    expected = (flat + solid) / 2
+    assert result["measures"]["top-1"]["chance"]["unseen words"] == pytest.approx(expected)
+
+
+def test_two_styles_of_a_word_are_one_observation():
+    """The interval is that of half as many prompts if both styles agree."""
+    rng = random.Random(0)
+    pairs = []
+    singles = []
+    for number in range(40):
+        right = rng.randint(0, 1)
+        row = dict(category="unseen words", prompt="", right=right)
+        singles.append(row | dict(unit=f"{number}"))
+        pairs += [row | dict(unit=f"{number}"), row | dict(unit=f"{number}")]
+    assert results.summarise(pairs) == results.summarise(singles)
+    apart = [row | dict(unit=number) for number, row in enumerate(pairs)]
+    low, high = results.summarise(apart)["intervals"]["overall"]
+    wide_low, wide_high = results.summarise(pairs)["intervals"]["overall"]
+    assert high - low < 0.8 * (wide_high - wide_low)
+
+
+# ---- files ---------------------------------------------------------------------------------------
+
+def test_more_prompts_are_added_to_the_same_folder(monkeypatch, shards, stub, tmp_path):
+    few = draw(monkeypatch, shards, tmp_path, lambda *pair: pair, "-n", 1)
+    everything = draw(monkeypatch, shards, tmp_path, lambda *pair: pair)
+    assert [row["prompt"] for row in few["prompts"]] == [
+        row["prompt"] for row in everything["prompts"][:3]]
+    assert len(everything["prompts"]) == 37 + 2 + 4
+
+
+def test_features_of_real_images_are_stored(shards, stub):
+    first = open_gallery(shards)
+    computed = stub.images
+    assert computed == len(first.images)
+    again = open_gallery(shards)
+    assert stub.images == computed
+    assert torch.equal(again.features, first.features)
+
+    changed = [sample("google", "1f6ff", "thing 255"), sample("fluent", "1f6ff", "thing 255")]
+    write_shard(shards / "held-out/emoji-000000.tar", changed)
+    index(shards / "held-out")
+    open_gallery(shards)
+    assert stub.images == 2 * computed
+
+
+def test_results_are_compared_and_reported(monkeypatch, shards, stub, tmp_path, capsys):
+    draw(monkeypatch, shards, tmp_path / "a", lambda style, concept: (style, "1f60f"))
+    draw(monkeypatch, shards, tmp_path / "b", lambda *pair: pair)
+    a = tmp_path / "a/out/guidance-3-steps-25/emoji.json"
+    b = tmp_path / "b/out/guidance-3-steps-25/emoji.json"
+    capsys.readouterr()
+    command("compare", a, b)
+    output = capsys.readouterr().out
+    assert "B is better" in output
+    line = next(line for line in output.splitlines() if line.startswith("seen"))
+    assert float(line.rpartition("p = ")[2]) < 0.01
+    line = next(line for line in output.splitlines() if line.startswith("unseen"))
+    assert "1.000" in line
+
+    pytest.importorskip("matplotlib")
+    command("report", f"a={a}", f"b={b}", "--out", tmp_path / "report.md")
+    table = (tmp_path / "report.md").read_text()
+    assert "emoji, held-out, top-5, 2 prompts" in table
+    assert "emoji, style" in table
+
+
+def test_the_scorer_finds_changed_images(shards, stub, capsys):
+    command("emoji", "--data", shards, "--ground-truth", "-n", 30)
+    lines = capsys.readouterr().out.splitlines()
+    half = next(line for line in lines if line.startswith("half resolution"))
+    assert "1.000" in half
+    other = next(line for line in lines if line.startswith("as flat"))
+    assert other.split()[-4] == "0.000"                    # style
+    assert float(other.split()[3]) > 0.9                   # top-1
+
+
+@pytest.mark.parametrize("caption", ["a flat emoji of thing 0", "thing 0, 3d"])
+def test_other_captions_are_refused(shards, caption):
+    key, files = sample("google", "1f600", "thing 0")
+    write_shard(shards / "train/emoji-000000.tar",
+                [(key, files | {"original_caption.txt": caption})])
+    with pytest.raises(FuseDiTError, match=r"google-1f600 has the caption.*prepare_data.py emoji"):
+        emoji_gallery.read_images(shards)
+
+
+def test_a_folder_without_both_parts_is_refused(shards):
+    with pytest.raises(FuseDiTError, match=r"has no train/index.json.*prepare_data.py emoji"):
+        emoji_gallery.read_images(shards / "train")
+
+
+def test_a_figure_needs_one_setting(shards, tmp_path):
+    with pytest.raises(FuseDiTError, match="one number of --steps"):
+        command("emoji", "--data", shards, "--steps", "2,3", "--nearest", tmp_path / "a.png")
+
+
+# ---- features ------------------------------------------------------------------------------------
+
+def test_whitening_gives_equal_variances():
+    generator = torch.Generator().manual_seed(0)
+    features = torch.randn(5000, 3, generator=generator) * torch.tensor([1.0, 10.0, 0.01]) + 7
+    whitening = emoji_features.fit_whitening(features)
+    white = (features - whitening.mean) @ whitening.matrix
+    variances = white.var(0).sort().values
+    mean_variance = (1 + 100 + 0.0001) / 3
+    expected = torch.tensor([v / (v + mean_variance) for v in (0.0001, 1.0, 100.0)])
+    assert torch.allclose(variances, expected, rtol=0.1)
+    assert white.mean(0).abs().max() < 1e-3
+
+
+def test_features_of_efficientnet():
+    """The last block's features are those that its head reads."""
+    pytest.importorskip("efficientnet_lite_pytorch")
+    extractor = emoji_features.load_extractor("cpu")
+    images = [torch.from_numpy(np.array(pattern(style, "1f601"))).permute(2, 0, 1)
+              for style in STYLES]
+    features = emoji_features.extract(images, extractor, "cpu")
+    assert [block.shape for block in features] == [(2, 4 * 112), (2, 4 * 320)]
+
+    model = metrics.efficientnet_lite0("cpu")
+    seen = []
+    model._conv_head.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))
+    with torch.no_grad():
+        model.extract_features(torch.stack([extractor.prepare(
+            Image.fromarray(image.permute(1, 2, 0).numpy())) for image in images]))
+    quarters = torch.nn.functional.adaptive_avg_pool2d(seen[0], 2).flatten(1)
+    assert torch.allclose(features[1], quarters, atol=1e-4)
