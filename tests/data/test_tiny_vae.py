@@ -86,10 +86,10 @@ def test_it_learns_to_reconstruct_images(trained, images):
     held_out = images[::tiny_vae.HELD_OUT]
     assert f"PSNR of {len(held_out)} images" in printed
     assert psnr == pytest.approx(tiny_vae.decoded_psnr(vae, held_out, "cpu"), abs=0.3)
-    assert noisy < psnr
+    assert noisy == pytest.approx(tiny_vae.decoded_psnr(vae, held_out, "cpu", 0.2), abs=0.3)
 
 
-def test_psnr_is_that_of_the_mean_squared_error():
+def test_psnr_is_that_of_the_squared_error_with_noise():
     class Darker(VAE):
         """A VAE whose decoder returns its latents, which are pixels / 2."""
         def encode(self, pixels):
@@ -98,9 +98,13 @@ def test_psnr_is_that_of_the_mean_squared_error():
         def decode(self, latents):
             return latents
 
-    white = torch.full((3, 3, 8, 8), 255, dtype=torch.uint8)
-    # A change by a quarter of the range of pixels: -10 log10(1/16)
-    assert tiny_vae.decoded_psnr(Darker(tiny_vae.CONFIG), white, "cpu") == pytest.approx(12.0412)
+    vae = Darker(tiny_vae.CONFIG)
+    white = torch.full((3, 3, 32, 32), 255, dtype=torch.uint8)
+    torch.manual_seed(0)
+    # pixels 0.5 instead of 1, a change by a quarter of their range: -10 log10(0.25^2)
+    assert tiny_vae.decoded_psnr(vae, white, "cpu") == pytest.approx(12.04, abs=0.01)
+    # with noise of 0.2, a tenth of the range: -10 log10(0.25^2 + 0.1^2)
+    assert tiny_vae.decoded_psnr(vae, white, "cpu", 0.2) == pytest.approx(11.40, abs=0.05)
 
 
 def test_latents_have_mean_0_and_variance_1(trained, images):
