@@ -1,8 +1,8 @@
 """The emoji benchmark: the prompts, and the verdicts on drawn images.
 
 A drawn image is right if its nearest real images show what its prompt asks for. The real images are
-those of the asked style, from the training set and the held-out set. Skin tones of an emoji count as
-one concept.
+those of the asked style, from the training set and the held-out set. Skin tones of an emoji count
+as one concept.
 """
 import random
 from math import comb
@@ -110,8 +110,8 @@ def unseen_prompts(images, words, rng):
 
 
 def benchmark(prompts):
-    """Emoji with prompts from the training set, held-out prompts, and prompts with words that are in
-    no caption. An image is right if its nearest real images show what the prompt asks for."""
+    """Emoji: prompts of the training set, held-out prompts, and prompts in words that no caption
+    contains. An image is right if its nearest real images show what the prompt asks for."""
     files = [[f"{k:05}.png"] for k in range(len(prompts))]
     return Benchmark([prompt.text for prompt in prompts], files)
 

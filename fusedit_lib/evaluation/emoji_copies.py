@@ -1,8 +1,8 @@
 """Copies of training images: how near drawn emoji are to the images that a model was trained on.
 
 Distances are root mean squares of the differences of pixels, from 0 to 255. A drawn image is a near
-copy of its nearest training image if it is nearer to it than NEAR_COPY times the distance from there
-to the nearest training image of another concept.
+copy of its nearest training image if its distance to it is less than NEAR_COPY times the distance
+from there to the nearest training image of another concept.
 """
 import textwrap
 
