@@ -36,19 +36,17 @@ def copy_ratios(drawn, gallery):
     """For each image, uint8 [3,H,W], its distance to the nearest training image in units of the
     distance from there to the nearest training image of another concept."""
     numbers = [k for k, image in enumerate(gallery.images) if image.part == "train"]
-    concepts = [gallery.images[k].concept for k in numbers]
     training = flat_pixels(gallery.pixels[k] for k in numbers)
     to_training, nearest = distances(flat_pixels(drawn), training).min(1)
 
-    ratios = []
-    spacings = {}                           # number of a training image -> to another concept
-    for distance, k in zip(to_training.tolist(), nearest.tolist(), strict=True):
-        if k not in spacings:
-            others = distances(training[k:k + 1], training)[0]
-            same = [concept == concepts[k] for concept in concepts]
-            spacings[k] = float(others.masked_fill(torch.tensor(same), torch.inf).min())
-        ratios.append(distance / max(spacings[k], 1e-3))
-    return ratios
+    # Each concept as an integer, to compare them all at once.
+    concepts = {image.concept: number for number, image in enumerate(gallery.images)}
+    concepts = torch.tensor([concepts[gallery.images[k].concept] for k in numbers])
+    found, place = nearest.unique(return_inverse=True)
+    between = distances(training[found], training)
+    same = concepts[found][:, None] == concepts
+    spacing = between.masked_fill(same, torch.inf).min(1).values
+    return (to_training / spacing[place].clamp(min=1e-3)).tolist()
 
 
 def print_copies(rows, gallery):

@@ -254,7 +254,15 @@ def test_the_nearest_are_concepts_and_not_their_tones(shards, stub):
     concepts = [gallery.images[number].concept for number in found.concepts]
     assert len(concepts) == len(set(concepts)) == CONCEPTS
     assert concepts[0] == "1f600"
-    assert len({gallery.images[number].part for number in found.training}) == 1
+
+
+def test_the_nearest_training_images_are_not_held_out(shards, stub):
+    gallery = open_gallery(shards)
+    number = [image.key for image in gallery.images].index("google-1f601")
+    found, = gallery.neighbours([gallery.pixels[number]], ["google"])
+    assert found.nearest == number
+    assert len(found.training) == emoji_gallery.TRAINING
+    assert {gallery.images[number].part for number in found.training} == {"train"}
 
 
 def test_chance_is_exact():
