@@ -4,10 +4,10 @@
 
 A DiT that reads a layer can draw a word that it was never trained on only if Gemma's values there
 resemble those of a word that it was trained on. This script measures how much they do, without
-training anything. The words are emojibase's: the tag "furry" belongs to few emoji, among them
-"hamster". Every tag that at most three emoji have is looked up among all labels, by the cosine
-similarity of the values, averaged over the words' tokens and standardised. The table shows how often
-the nearest labels include one that has the tag. Words that a label and its tag share do not count.
+training anything. The words are emojibase's: every tag that at most three emoji have is looked up
+among all labels, by the cosine similarity of the values, which are averaged over the tokens and
+standardised. The table shows how often the nearest labels include one of an emoji with this tag.
+Tags that are a word of such a label do not count.
 """
 import argparse
 import json
