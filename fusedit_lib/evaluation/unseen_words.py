@@ -2,8 +2,10 @@
 
 prepare_data.py emoji writes captions from the labels and tags of emojibase. The content words of a
 prompt, which are all but FUNCTION_WORDS, occur in no label and in no tag, neither in the singular
-nor in the plural. A model that was trained on the captions has read none of them; only its language
-model knows them. A style is to be added: "sedan, flat" or "sedan, 3d".
+nor in the plural. Nor are they formed from a word that names their right answers, as "piglet" and
+"bobsled" would be; only "swedish" and the other adjectives of flags are. A model that was trained
+on the captions has read none of them; only its language model knows them. A style is to be added:
+"sedan, flat" or "sedan, 3d".
 """
 from typing import Literal, NamedTuple
 
@@ -47,45 +49,38 @@ MONKEYS = ("monkey face", "monkey", "see-no-evil monkey", "hear-no-evil monkey",
 WHALES = ("whale", "spouting whale")
 CHEERFUL = ("grinning face", "grinning face with big eyes", "grinning face with smiling eyes",
             "beaming face with smiling eyes", "grinning squinting face", "smiling face",
-            "smiling face with smiling eyes", "slightly smiling face", "partying face",
-            "star-struck")
+            "smiling face with smiling eyes", "smiling face with open hands",
+            "face with tears of joy", "partying face", "star-struck")
 LAUGHING = ("face with tears of joy", "rolling on the floor laughing", "grinning squinting face",
             "grinning face", "grinning face with big eyes", "grinning face with smiling eyes",
-            "beaming face with smiling eyes", "grinning face with sweat")
+            "beaming face with smiling eyes", "grinning face with sweat", "cat with tears of joy")
 FURIOUS = ("angry face", "enraged face", "face with steam from nose",
-           "face with symbols on mouth", "angry face with horns")
+           "face with symbols on mouth", "angry face with horns", "pouting cat")
 SAD = ("crying face", "loudly crying face", "pensive face", "disappointed face", "frowning face",
        "slightly frowning face", "worried face", "sad but relieved face",
-       "downcast face with sweat", "face holding back tears")
+       "downcast face with sweat", "face holding back tears", "crying cat")
 SURPRISED = ("astonished face", "hushed face", "face with open mouth", "exploding head",
              "flushed face", "face screaming in fear", "shaking face",
-             "face with open eyes and hand over mouth", "anguished face")
+             "face with open eyes and hand over mouth", "anguished face",
+             "frowning face with open mouth", "weary cat")
 AFRAID = ("fearful face", "face screaming in fear", "anxious face with sweat", "anguished face",
-          "frowning face with open mouth")
+          "frowning face with open mouth", "weary cat")
 HOUSES = ("house", "house with garden", "houses", "hut", "derelict house")
 MOUNTAINS = ("mountain", "snow-capped mountain", "mount fuji")
 CARS = ("automobile", "oncoming automobile")
-LARGE_SHIPS = ("ship", "passenger ship", "ferry", "motor boat")
-BOATS = ("sailboat", "canoe", "speedboat", *LARGE_SHIPS)
-PLANES = ("airplane", "small airplane", "airplane departure", "airplane arrival")
-SNOWFALL = ("cloud with snow", "snowflake", "snowman", "snowman without snow")
-RAINFALL = ("cloud with rain", "sun behind rain cloud", "cloud with lightning and rain",
-            "umbrella with rain drops")
+LARGE_SHIPS = ("ship", "passenger ship", "ferry")
+ROWING_BOATS = ("person rowing boat", "man rowing boat", "woman rowing boat")
+BOATS = ("sailboat", "canoe", "speedboat", "motor boat", *LARGE_SHIPS, *ROWING_BOATS)
+LARGE_PLANES = ("airplane", "airplane departure", "airplane arrival")
+SNOWFALL = ("cloud with snow", "snowflake", "snowman")
+RAINFALL = ("cloud with rain", "sun behind rain cloud", "umbrella with rain drops")
 UMBRELLAS = ("umbrella", "umbrella on ground", "umbrella with rain drops", "closed umbrella",
              "beach with umbrella")
 CITIES = ("cityscape", "cityscape at dusk", "office building", "night with stars", "sunset")
-CLOCKS = ("watch", "alarm clock", "stopwatch", "timer clock", "mantelpiece clock",
-          *(f"{hour} o’clock" for hour in
-            "one two three four five six seven eight nine ten eleven twelve".split()),
-          *(f"{hour}-thirty" for hour in
-            "one two three four five six seven eight nine ten eleven twelve".split()))
 BOOKS = ("books", "open book", "closed book", "green book", "blue book", "orange book",
          "notebook", "notebook with decorative cover")
-SHOES = ("man’s shoe", "running shoe", "hiking boot", "flat shoe", "high-heeled shoe",
-         "woman’s sandal", "thong sandal", "woman’s boot", "ballet shoes")
 HATS = ("top hat", "woman’s hat", "billed cap", "graduation cap", "military helmet",
         "rescue worker’s helmet", "crown")
-LOCKS = ("locked", "unlocked", "locked with key", "locked with pen")
 CARD_SUITS = ("joker", "spade suit", "heart suit", "diamond suit", "club suit")
 BEERS = ("beer mug", "clinking beer mugs")
 BLADES = ("dagger", "crossed swords")
@@ -95,42 +90,38 @@ HAMMERS = ("hammer", "hammer and pick", "hammer and wrench")
 # ---------------------------------------------------------------------------- the prompts
 ANIMALS = [
     UnseenWord("hound", "synonym", DOGS),
-    UnseenWord("beagle", "hyponym", DOGS),
+    UnseenWord("beagle", "hyponym", tuple(label for label in DOGS if label != "poodle")),
     UnseenWord("it barks", "paraphrase", DOGS),
-    UnseenWord("tabby", "hyponym", CATS),
+    UnseenWord("tabby", "hyponym", tuple(label for label in CATS if label != "black cat")),
     UnseenWord("it purrs", "paraphrase", CATS),
     UnseenWord("stallion", "hyponym", HORSES),
     UnseenWord("pony", "hyponym", HORSES),
     UnseenWord("it neighs", "paraphrase", HORSES),
     UnseenWord("swine", "synonym", PIGS),
-    UnseenWord("piglet", "hyponym", PIGS),
     UnseenWord("it oinks", "paraphrase", PIGS),
-    UnseenWord("heifer", "hyponym", CATTLE),
+    UnseenWord("heifer", "hyponym", ("cow face", "cow")),
     UnseenWord("bovine", "hypernym", (*CATTLE, "bison")),
     UnseenWord("it brays", "paraphrase", ("donkey",)),
     UnseenWord("it bleats", "paraphrase", ("ewe", "goat", "ram")),
-    UnseenWord("chimpanzee", "hyponym", (*MONKEYS, "orangutan", "gorilla")),
+    UnseenWord("chimpanzee", "synonym", (*MONKEYS, "orangutan", "gorilla")),
     UnseenWord("primate", "hypernym", (*MONKEYS, "orangutan", "gorilla")),
     UnseenWord("pachyderm", "hypernym",
                ("elephant", "rhinoceros", "hippopotamus", "mammoth")),
-    UnseenWord("rhino", "synonym", ("rhinoceros",)),
     UnseenWord("the sovereign of the savanna", "paraphrase", ("lion",)),
-    UnseenWord("reindeer", "hyponym", ("deer", "moose")),
     UnseenWord("hare", "synonym", ("rabbit", "rabbit face")),
     UnseenWord("rodent", "hypernym",
                ("mouse", "mouse face", "rat", "hamster", "chipmunk", "beaver")),
     UnseenWord("porcupine", "synonym", ("hedgehog",)),
-    UnseenWord("wallaby", "hyponym", ("kangaroo",)),
+    UnseenWord("wallaby", "synonym", ("kangaroo",)),
     UnseenWord("cobra", "hyponym", ("snake",)),
     UnseenWord("alligator", "synonym", ("crocodile",)),
     UnseenWord("toad", "synonym", ("frog",)),
     UnseenWord("it croaks", "paraphrase", ("frog",)),
     UnseenWord("iguana", "hyponym", ("lizard",)),
-    UnseenWord("something prehistoric", "paraphrase",
-               ("sauropod", "t-rex", "mammoth", "dodo")),
+    UnseenWord("something prehistoric", "paraphrase", ("sauropod", "t-rex", "mammoth")),
     UnseenWord("cockerel", "synonym", ("rooster", "chicken")),
-    UnseenWord("falcon", "hyponym", ("eagle",)),
-    UnseenWord("sparrow", "hyponym", ("bird", "black bird", "dove")),
+    UnseenWord("falcon", "synonym", ("eagle",)),
+    UnseenWord("sparrow", "hyponym", ("bird", "black bird")),
     UnseenWord("pigeon", "synonym", ("dove", "bird")),
     UnseenWord("macaw", "hyponym", ("parrot",)),
     UnseenWord("it quacks", "paraphrase", ("duck",)),
@@ -138,14 +129,12 @@ ANIMALS = [
     UnseenWord("moby dick", "hyponym", WHALES),
     UnseenWord("porpoise", "synonym", ("dolphin",)),
     UnseenWord("trout", "hyponym", ("fish",)),
-    UnseenWord("clownfish", "hyponym", ("tropical fish",)),
     UnseenWord("crustacean", "hypernym", ("crab", "lobster", "shrimp")),
     UnseenWord("cephalopod", "hypernym", ("octopus", "squid")),
     UnseenWord("clam", "synonym", ("oyster",)),
     UnseenWord("wasp", "synonym", ("honeybee",)),
     UnseenWord("moth", "synonym", ("butterfly",)),
     UnseenWord("tarantula", "hyponym", ("spider",)),
-    UnseenWord("it weaves silk", "paraphrase", ("spider", "spider web")),
     UnseenWord("conifer", "hypernym", ("evergreen tree", "christmas tree")),
     UnseenWord("oak", "hyponym", ("deciduous tree",)),
     UnseenWord("nosegay", "synonym", ("bouquet",)),
@@ -159,12 +148,10 @@ FOOD = [
     UnseenWord("spud", "synonym", ("potato",)),
     UnseenWord("yam", "synonym", ("roasted sweet potato",)),
     UnseenWord("spinach", "hyponym", ("leafy green",)),
-    UnseenWord("shallot", "hyponym", ("onion", "garlic")),
-    UnseenWord("cheeseburger", "hyponym", ("hamburger",)),
+    UnseenWord("shallot", "hyponym", ("onion",)),
     UnseenWord("bratwurst", "hyponym", ("hot dog",)),
     UnseenWord("sourdough", "hyponym", ("bread", "baguette bread")),
     UnseenWord("cheddar", "hyponym", ("cheese wedge",)),
-    UnseenWord("rodents crave it", "paraphrase", ("cheese wedge",)),
     UnseenWord("laid by hens", "paraphrase",
                ("egg", "cooking", "nest with eggs", "hatching chick")),
     UnseenWord("sirloin", "hyponym", ("cut of meat",)),
@@ -219,7 +206,6 @@ FACES = [
     UnseenWord("automaton", "synonym", ("robot",)),
     UnseenWord("martian", "hyponym", ("alien", "alien monster")),
     UnseenWord("excrement", "synonym", ("pile of poo",)),
-    UnseenWord("heartache", "synonym", ("broken heart",)),
 ]
 PEOPLE = [
     UnseenWord("physician", "synonym", persons("health worker")),
@@ -227,9 +213,7 @@ PEOPLE = [
     UnseenWord("warlock", "synonym", ("mage", "man mage")),
     UnseenWord("cosmonaut", "synonym", persons("astronaut")),
     UnseenWord("neil armstrong", "hyponym", ("astronaut", "man astronaut")),
-    UnseenWord("fireman", "synonym", ("firefighter", "man firefighter")),
     UnseenWord("sherlock holmes", "hyponym", ("detective", "man detective")),
-    UnseenWord("superman", "hyponym", ("superhero", "man superhero")),
     UnseenWord("bricklayer", "hyponym", persons("construction worker")),
     UnseenWord("aviator", "synonym", persons("pilot")),
     UnseenWord("vocalist", "synonym", persons("singer")),
@@ -242,7 +226,6 @@ PEOPLE = [
                 "woman running: facing right")),
     UnseenWord("nostrils", "synonym", ("nose", "pig nose")),
     UnseenWord("molar", "hyponym", ("tooth",)),
-    UnseenWord("eyeball", "synonym", ("eye", "eyes")),
     UnseenWord("femur", "hyponym", ("bone",)),
     UnseenWord("cherub", "synonym", ("baby angel", "smiling face with halo")),
 ]
@@ -256,13 +239,10 @@ TRAVEL = [
     UnseenWord("freighter", "hyponym", LARGE_SHIPS),
     UnseenWord("titanic", "hyponym", LARGE_SHIPS),
     UnseenWord("watercraft", "hypernym", BOATS),
-    UnseenWord("kayak", "synonym",
-               ("canoe", "person rowing boat", "man rowing boat", "woman rowing boat")),
+    UnseenWord("kayak", "synonym", ("canoe", *ROWING_BOATS)),
     UnseenWord("catamaran", "hyponym", ("sailboat",)),
-    UnseenWord("jetliner", "hyponym", PLANES),
-    UnseenWord("boeing", "hyponym", PLANES),
+    UnseenWord("boeing", "hyponym", LARGE_PLANES),
     UnseenWord("rotorcraft", "hypernym", ("helicopter",)),
-    UnseenWord("spaceship", "synonym", ("rocket", "flying saucer")),
     UnseenWord("petrol", "paraphrase", ("fuel pump", "oil drum")),
     UnseenWord("expressway", "synonym", ("motorway",)),
     UnseenWord("infirmary", "synonym", ("hospital",)),
@@ -279,7 +259,8 @@ TRAVEL = [
     UnseenWord("where emperors reside", "paraphrase", ("castle", "japanese castle")),
     UnseenWord("cathedral", "hyponym", ("church",)),
     UnseenWord("arena", "synonym", ("stadium",)),
-    UnseenWord("seashore", "synonym", ("beach with umbrella", "desert island")),
+    UnseenWord("seashore", "synonym",
+               ("beach with umbrella", "umbrella on ground", "desert island")),
     UnseenWord("summit", "synonym", MOUNTAINS),
     UnseenWord("everest", "hyponym", MOUNTAINS),
     UnseenWord("lava", "paraphrase", ("volcano",)),
@@ -289,14 +270,13 @@ TRAVEL = [
     UnseenWord("drizzle", "hyponym", RAINFALL),
     UnseenWord("parasol", "synonym", UMBRELLAS),
     UnseenWord("asteroid", "synonym", ("comet", "shooting star")),
-    UnseenWord("galaxy", "synonym", ("milky way",)),
+    UnseenWord("galaxy", "hypernym", ("milky way",)),
     UnseenWord("jupiter", "hyponym", ("ringed planet",)),
     UnseenWord("inferno", "synonym", ("fire",)),
     UnseenWord("tsunami", "hyponym", ("water wave",)),
     UnseenWord("breeze", "synonym",
                ("wind face", "leaf fluttering in wind", "dashing away")),
-    UnseenWord("valise", "synonym", ("luggage",)),
-    UnseenWord("timepiece", "hypernym", CLOCKS),
+    UnseenWord("valise", "synonym", ("luggage", "briefcase")),
     UnseenWord("worn around the wrist", "paraphrase", ("watch",)),
     UnseenWord("it measures temperature", "paraphrase",
                ("thermometer", "face with thermometer")),
@@ -309,7 +289,6 @@ ACTIVITIES = [
     UnseenWord("quarterback", "paraphrase", ("american football",)),
     UnseenWord("scrum", "paraphrase", ("rugby football",)),
     UnseenWord("pugilism", "synonym", ("boxing glove",)),
-    UnseenWord("bobsled", "synonym", ("sled",)),
     UnseenWord("pyrotechnics", "synonym", ("fireworks", "sparkler", "firecracker")),
     UnseenWord("yuletide", "synonym",
                ("christmas tree", "santa claus", "mrs. claus", "mx claus", "wrapped gift")),
@@ -320,19 +299,15 @@ OBJECTS = [
     UnseenWord("bugle", "synonym", ("trumpet", "postal horn")),
     UnseenWord("harpsichord", "hyponym", ("musical keyboard",)),
     UnseenWord("melody", "synonym", ("musical note", "musical notes", "musical score")),
-    UnseenWord("earphones", "synonym", ("headphone",)),
     UnseenWord("spectacles", "synonym", ("glasses", "sunglasses")),
     UnseenWord("parka", "hyponym", ("coat",)),
     UnseenWord("mittens", "synonym", ("gloves",)),
     UnseenWord("gown", "hyponym", ("dress",)),
-    UnseenWord("footwear", "hypernym", SHOES),
     UnseenWord("headgear", "hypernym", HATS),
     UnseenWord("fedora", "hyponym", ("top hat", "woman’s hat")),
     UnseenWord("tiara", "hyponym", ("crown",)),
     UnseenWord("sapphire", "hyponym", ("gem stone", "ring")),
-    UnseenWord("iphone", "hyponym", ("mobile phone", "mobile phone with arrow")),
     UnseenWord("macbook", "hyponym", ("laptop",)),
-    UnseenWord("diskette", "synonym", ("floppy disk",)),
     UnseenWord("it broadcasts programmes", "paraphrase", ("television", "radio")),
     UnseenWord("polaroid", "hyponym", ("camera", "camera with flash")),
     UnseenWord("encyclopedia", "hyponym", BOOKS),
@@ -340,8 +315,6 @@ OBJECTS = [
     UnseenWord("parchment", "hyponym", ("scroll",)),
     UnseenWord("penny", "hyponym", ("coin",)),
     UnseenWord("thumbtack", "synonym", ("pushpin", "round pushpin")),
-    UnseenWord("dustbin", "synonym", ("wastebasket",)),
-    UnseenWord("padlock", "synonym", LOCKS),
     UnseenWord("mallet", "synonym", HAMMERS),
     UnseenWord("wielded by thor", "paraphrase", HAMMERS),
     UnseenWord("tomahawk", "hyponym", ("axe",)),
@@ -351,7 +324,6 @@ OBJECTS = [
     UnseenWord("injection", "synonym", ("syringe",)),
     UnseenWord("aspirin", "hyponym", ("pill",)),
     UnseenWord("swallowed to cure migraines", "paraphrase", ("pill",)),
-    UnseenWord("it attracts ferrous material", "paraphrase", ("magnet",)),
     UnseenWord("it enlarges tiny organisms", "paraphrase",
                ("microscope", "magnifying glass tilted left", "magnifying glass tilted right")),
     UnseenWord("settee", "synonym", ("couch and lamp",)),
@@ -360,7 +332,6 @@ OBJECTS = [
     UnseenWord("entrance", "synonym", ("door",)),
     UnseenWord("casket", "synonym", ("coffin",)),
     UnseenWord("where corpses are interred", "paraphrase", ("headstone", "coffin")),
-    UnseenWord("cigar", "synonym", ("cigarette",)),
 ]
 SYMBOLS = [
     UnseenWord("hashtag", "synonym", ("keycap: #",)),
