@@ -98,10 +98,13 @@ def draw_command(args):
         cli.announce(loaded, list(dict.fromkeys(benchmark.prompts[:args.n])), args.negative)
 
     runs = sampling_runs(args, folder, loaded, len(benchmark.prompts))
+    gallery = None
+    if args.name == "emoji" and backend.rank_and_world()[0] == 0:
+        gallery = open_gallery(args, runs[0].height)       # if this fails, fail before drawing
     all_settings = [claim_folder(run, benchmark, loaded.model) for run in runs]
     for run, settings in zip(runs, all_settings, strict=True):
         if draw_missing(run, benchmark, loaded.model, loaded.vae, settings):
-            finish_run(run, settings, args)
+            finish_run(run, settings, args, gallery)
     if is_sweep:
         draw_sweep(runs, folder)
 
@@ -175,8 +178,15 @@ def sampling_runs(args, folder, loaded, total):
     return runs
 
 
-def finish_run(run, settings, args):
-    """Score the images of a run, or print the commands that do."""
+def open_gallery(args, size):
+    return judging.open_gallery(args.data, size, backend.pick_device(args.device))
+
+
+def finish_run(run, settings, args, gallery):
+    """Score the images of a run, or print the commands that do.
+
+    gallery: of emoji, or None in processes that have not opened it.
+    """
     drawn = settings["prompts_drawn"]
     total = settings["prompts_total"]
     prompts = f"{drawn} prompts"
@@ -187,8 +197,9 @@ def finish_run(run, settings, args):
         judging.score_shapes(run.out, args.n, args.seed, settings)
         return
     if run.name == "emoji":
-        device = backend.pick_device(args.device)
-        judging.score_emoji(run.out, args.data, args.seed, settings, device, args.nearest)
+        if gallery is None:
+            gallery = open_gallery(args, run.height)
+        judging.score_emoji(run.out, gallery, args.seed, settings, args.nearest)
         return
     print("next:")
     for command in NEXT_COMMANDS[run.name]:
@@ -219,6 +230,9 @@ def shapes_command(args):
 def emoji_command(args):
     """Draw and score the emoji benchmark; with --ground-truth, score its scorer instead."""
     if args.ground_truth:
+        if args.nearest is not None:
+            raise FuseDiTError("--nearest shows drawn images, and --ground-truth draws none: give "
+                               "one of them")
         device = backend.pick_device(args.device)
         size = args.height or EMOJI_SIZE
         judging.score_emoji_scorer(args.data, size, args.n, seeds.settle(args.seed), device)
@@ -283,8 +297,8 @@ def add_draw_command(commands, name, documented, summary, prompts_help=None):
     group.add_argument("--negative", default="", metavar="TEXT",
                        help="negative prompt: a description of what to steer away from")
     group.add_argument("--seed", type=cli.seed, default=0, metavar="N",
-                       help="random seed for the noise, and for the prompts of the shapes "
-                            "benchmark; -1: draw one, which the output folder keeps")
+                       help="random seed for the noise, and for the prompts of shapes and of "
+                            "emoji; -1: draw one, which the output folder keeps")
     group.add_argument("--height", type=positive, metavar="PIXELS",
                        help="height of the images (default: the size the model was trained at)")
     group.add_argument("--width", type=positive, metavar="PIXELS",

@@ -5,27 +5,35 @@ those of the asked style, from the training set and the held-out set. Skin tones
 as one concept.
 """
 import random
-from math import comb
 from typing import NamedTuple
 
 from fusedit_lib.data.emoji_captions import STYLES, prompt_of
-from fusedit_lib.evaluation import emoji_copies, results
+from fusedit_lib.evaluation import results
 from fusedit_lib.evaluation.benchmarks import Benchmark
+from fusedit_lib.evaluation.emoji_chance import RandomReal, shuffle_tests
+from fusedit_lib.evaluation.emoji_gallery import NEAR, held_out_categories
 
 SEEN = 200                                  # prompts from the training set
-CATEGORIES = ("seen", "held-out", "unseen words")
-NEAR = 5                                    # concepts among which the asked one must be
+CATEGORIES = ("seen", "held-out", "other tone", "unseen words")
 
-# name of a measure -> (key of its value in a row, key of the value by chance)
-MEASURES = {"top-1": ("top_1", "chance_top_1"), "top-5": ("right", "chance"),
-            "style": ("style", "chance_style")}
+
+class Measure(NamedTuple):
+    """A measure of the drawn images."""
+    key: str                                # of its value in a row
+    chance: str                             # key of the value that a random real image would have
+    near: int | None                        # concepts among which a right one must be
+
+
+MEASURES = {"top-1": Measure("top_1", "chance_top_1", 1),
+            "top-5": Measure("right", "chance", NEAR),
+            "style": Measure("style", "chance_style", None)}
 
 
 class Prompt(NamedTuple):
     """A prompt and what counts as right."""
     category: str                           # one of CATEGORIES
-    kind: str                               # of unseen words: synonym, ...; of pairs: see kind_of
-    unit: str                               # prompts with the same unit are not independent
+    kind: str                               # of unseen words: synonym, ...
+    unit: str                               # prompts with the same answers share a unit
     text: str
     style: str                              # a key of STYLES
     concepts: frozenset[str]                # that count as right
@@ -40,7 +48,7 @@ def choose_prompts(images, words, seed):
     drawn from the training set, and the order.
     """
     rng = random.Random(f"emoji prompts {seed}")
-    groups = [seen_prompts(images, rng), held_out_prompts(images, rng),
+    groups = [seen_prompts(images, rng), *held_out_prompts(images, rng),
               unseen_prompts(images, words, rng)]
     prompts = []
     for turn in range(max(len(group) for group in groups)):
@@ -57,9 +65,10 @@ def count_prompts(prompts, n):
     return sum(min(n, size) for size in sizes.values())
 
 
-def pair_prompt(image, category, kind=""):
-    return Prompt(category, kind, image.prompt, image.prompt, image.style,
-                  frozenset([image.concept]))
+def pair_prompt(image, category):
+    """The Prompt that is an image's own caption. All skin tones of an emoji are one unit."""
+    unit = f"{image.style}-{image.concept}"
+    return Prompt(category, "", unit, image.prompt, image.style, frozenset([image.concept]))
 
 
 def seen_prompts(images, rng):
@@ -73,21 +82,13 @@ def seen_prompts(images, rng):
 
 
 def held_out_prompts(images, rng):
-    """Prompts of all held-out images.
-
-    Their kind says what training contains of the pair: only the concept in the other style, or
-    the same style too, in another skin tone.
-    """
-    trained = {(image.style, image.concept) for image in images if image.part == "train"}
-    prompts = []
-    for image in images:
-        if image.part == "held-out":
-            kind = "other style seen"
-            if (image.style, image.concept) in trained:
-                kind = "other skin tone seen"
-            prompts.append(pair_prompt(image, "held-out", kind))
-    rng.shuffle(prompts)
-    return prompts
+    """Two lists: Prompts of the held-out images of the category "held-out", and of "other tone"."""
+    groups = []
+    for category, numbers in held_out_categories(images).items():
+        prompts = [pair_prompt(images[number], category) for number in numbers]
+        rng.shuffle(prompts)
+        groups.append(prompts)
+    return groups
 
 
 def unseen_prompts(images, words, rng):
@@ -99,12 +100,13 @@ def unseen_prompts(images, words, rng):
     rng.shuffle(words)
     prompts = []
     for word in words:
+        unit = " | ".join(sorted(word.labels))
         for style in STYLES:
             right = set()
             for label in word.labels:
                 right |= concepts.get((style, label), set())
             if right:
-                prompts.append(Prompt("unseen words", word.kind, word.prompt,
+                prompts.append(Prompt("unseen words", word.kind, unit,
                                       prompt_of(word.prompt, style), style, frozenset(right)))
     return prompts
 
@@ -118,88 +120,99 @@ def benchmark(prompts):
 
 # ---- verdicts ------------------------------------------------------------------------------------
 
+class Verdict(NamedTuple):
+    """The scores of one drawn image."""
+    prompt: Prompt
+    near: list[str]                         # the NEAR nearest concepts of the asked style
+    row: dict                               # as results.make_result expects it; "right" is top-5
+
+
 def judge(prompts, drawn, gallery):
-    """Rows, one per prompt, as results.make_result expects them; "right" is top-5.
+    """Verdicts, one per prompt.
 
     drawn: uint8 images [3,H,W], one per prompt. gallery: a Gallery.
     """
+    random_real = RandomReal(gallery)
     found = gallery.neighbours(drawn, [prompt.style for prompt in prompts])
-    ratios = emoji_copies.copy_ratios(drawn, gallery)
-    rows = []
-    for prompt, neighbours, ratio in zip(prompts, found, ratios, strict=True):
+    verdicts = []
+    for prompt, neighbours in zip(prompts, found, strict=True):
+        near = [gallery.images[number] for number in neighbours.concepts]
         row = dict(category=prompt.category, kind=prompt.kind, unit=prompt.unit,
                    prompt=prompt.text)
-        row |= verdict(prompt, neighbours, gallery)
-        row |= dict(training=neighbours.training, copy_ratio=round(ratio, 4))
-        rows.append(row)
-    return rows
+        row |= scores(prompt, [image.concept for image in near])
+        row |= dict(
+            style=int(gallery.images[neighbours.nearest].style == prompt.style),
+            chance=random_real.score(prompt, NEAR),
+            chance_top_1=random_real.score(prompt, 1),
+            chance_style=random_real.share[prompt.style],
+            nearest=[image.label for image in near[:NEAR]],
+            training=neighbours.training)
+        verdicts.append(Verdict(prompt, [image.concept for image in near[:NEAR]], row))
+    return verdicts
 
 
-def verdict(prompt, neighbours, gallery):
-    """The values of MEASURES for a prompt, the rank of a right concept, and the nearest labels."""
-    near = [gallery.images[number] for number in neighbours.concepts]
-    ranks = [rank for rank, image in enumerate(near, 1) if image.concept in prompt.concepts]
-    same_style = sum(image.style == prompt.style for image in gallery.images)
-    nearest_style = gallery.images[neighbours.nearest].style
-    return dict(
-        right=int(ranks[0] <= NEAR),
-        top_1=int(ranks[0] == 1),
-        style=int(nearest_style == prompt.style),
-        rank=ranks[0],
-        chance=chance(len(ranks), len(near), NEAR),
-        chance_top_1=chance(len(ranks), len(near), 1),
-        chance_style=same_style / len(gallery.images),
-        nearest=[image.label for image in near[:NEAR]])
-
-
-def chance(right, concepts, near):
-    """The probability that `near` different concepts drawn at random include a right one."""
-    near = min(near, concepts)
-    return 1 - comb(concepts - right, near) / comb(concepts, near)
+def scores(prompt, concepts):
+    """The rank of the first right concept, from 1, among the concepts with the nearest first, and
+    whether the prompt is right at top-5 and top-1."""
+    rank = 1 + next(k for k, concept in enumerate(concepts) if concept in prompt.concepts)
+    return dict(right=int(rank <= NEAR), top_1=int(rank == 1), rank=rank)
 
 
 # ---- the result ----------------------------------------------------------------------------------
 
-def make_result(rows, settings):
-    """The result of evaluate.py: top-5, the other measures, chance, and kinds within categories."""
-    result = results.make_result("emoji", rows, settings)
-    result["measures"] = measure(rows)
-    kinds = list(dict.fromkeys((row["category"], row["kind"]) for row in rows if row["kind"]))
-    result["kinds"] = {}
-    for category, kind in sorted(kinds):
-        some = [row for row in rows if (row["category"], row["kind"]) == (category, kind)]
-        result["kinds"][f"{category}: {kind}"] = measure(some)
+def make_result(verdicts, settings):
+    """The result of evaluate.py: top-5, the other measures, and kinds within categories."""
+    result = results.make_result("emoji", [verdict.row for verdict in verdicts], settings)
+    result["measures"] = measure(verdicts)
+    by_kind = {}
+    for verdict in verdicts:
+        if verdict.prompt.kind:
+            name = f"{verdict.prompt.category}: {verdict.prompt.kind}"
+            by_kind.setdefault(name, []).append(verdict)
+    result["kinds"] = {name: measure(by_kind[name]) for name in sorted(by_kind)}
     return result
 
 
-def measure(rows):
-    """{measure: its "overall", "categories", "intervals" and, by category, "chance"}."""
+def measure(verdicts):
+    """{measure: its "overall", "categories", "intervals" and, by category, "chance" and, except
+    for the style, "shuffled"}."""
+    rows = [verdict.row for verdict in verdicts]
     measured = {}
-    for name, (key, chance_key) in MEASURES.items():
-        measured[name] = results.summarise(rows, key)
-        measured[name]["chance"] = results.summarise(rows, chance_key)["categories"]
+    for name, one in MEASURES.items():
+        measured[name] = results.summarise(rows, one.key)
+        measured[name]["chance"] = results.category_means(rows, one.chance)
+        if one.near is not None:
+            tests = shuffle_tests(verdicts, one.near)
+            measured[name]["shuffled"] = {category: test._asdict()
+                                          for category, test in tests.items()}
     return measured
 
 
 def print_result(result):
-    """Print a table of each measure with its interval and chance, for categories and kinds."""
-    rows = result["prompts"]
-    head = "".join(f"{name:<29}" for name in MEASURES)
-    print(f"{'':<34}{'prompts':>7}  {head}")
-    for category in result["categories"]:
-        count = sum(row["category"] == category for row in rows)
-        print_line(category, count, result["measures"], category)
-        for name, measured in result["kinds"].items():
-            if name.startswith(f"{category}: "):
-                count = sum(f"{row['category']}: {row['kind']}" == name for row in rows)
-                print_line("  " + name.removeprefix(f"{category}: "), count, measured, category)
-    print("with 95 % intervals, and what drawing a real image at random would score")
+    """Print a table of each measure for the categories and their kinds."""
+    for name in MEASURES:
+        head = f"{name:<20}prompts  score  95 % interval   chance"
+        if "shuffled" in result["measures"][name]:
+            head += "  shuffled       p"
+        print(head)
+        for category in result["categories"]:
+            some = [row for row in result["prompts"] if row["category"] == category]
+            print_line(category, len(some), result["measures"][name], category)
+            for title, measured in result["kinds"].items():
+                if title.startswith(f"{category}: "):
+                    kind = title.removeprefix(f"{category}: ")
+                    count = sum(row["kind"] == kind for row in some)
+                    print_line(f"  {kind}", count, measured[name], category)
+        print()
+    print("chance: a real image of the asked style, drawn at random; shuffled: the same images with "
+          "the prompts of others;\np: the probability that shuffled images score as high")
 
 
-def print_line(name, count, measured, category):
-    cells = ""
-    for values in measured.values():
-        score = values["categories"][category]
-        interval = results.format_interval(values["intervals"][category])
-        cells += f"{score:5.3f} {interval} {values['chance'][category]:5.3f}   "
-    print(f"{name:<34}{count:>7}  {cells.rstrip()}")
+def print_line(title, count, values, category):
+    score = values["categories"][category]
+    interval = results.format_interval(values["intervals"][category])
+    line = f"{title:<20}{count:>7}  {score:5.3f}  {interval}  {values['chance'][category]:5.3f}"
+    if "shuffled" in values:
+        test = values["shuffled"][category]
+        line += f"  {test['score']:8.3f}  {test['p']:6.4f}"
+    print(line)

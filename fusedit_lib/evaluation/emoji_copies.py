@@ -10,6 +10,7 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 
 from fusedit_lib.data.emoji_captions import STYLES
+from fusedit_lib.evaluation.emoji_gallery import held_out_categories
 from fusedit_lib.files import atomic_write
 
 NEAR_COPY = 0.5
@@ -49,19 +50,26 @@ def copy_ratios(drawn, gallery):
     return (to_training / spacing[place].clamp(min=1e-3)).tolist()
 
 
+def add_ratios(rows, drawn, gallery):
+    """Add the copy ratio of its image, uint8 [3,H,W], to each row."""
+    for row, ratio in zip(rows, copy_ratios(drawn, gallery), strict=True):
+        row["copy_ratio"] = round(ratio, 4)
+
+
 def print_copies(rows, gallery):
     """Print the share of near copies in each category of the rows, and among real images."""
-    held_out = [k for k, image in enumerate(gallery.images) if image.part == "held-out"]
     ratios = {}
     for row in rows:
         ratios.setdefault(row["category"], []).append(row["copy_ratio"])
-    if held_out:
-        ratios["real, held-out"] = copy_ratios([gallery.pixels[k] for k in held_out], gallery)
+    for category, numbers in held_out_categories(gallery.images).items():
+        if numbers:
+            real = [gallery.pixels[number] for number in numbers]
+            ratios[f"real, {category}"] = copy_ratios(real, gallery)
     print("near copies of training images:")
     for name, values in ratios.items():
         copies = sum(value < NEAR_COPY for value in values)
         median = sorted(values)[len(values) // 2]
-        print(f"{name:<16}{copies / len(values):6.3f}   {copies} of {len(values)}, median ratio "
+        print(f"{name:<18}{copies / len(values):6.3f}   {copies} of {len(values)}, median ratio "
               f"{median:.2f}")
 
 

@@ -81,25 +81,29 @@ def extract(images, extractor, device):
     return [torch.cat(block) for block in zip(*batches, strict=True)]
 
 
-def stored_features(images, path, extractor, device):
-    """The features, a list of [n,D], of uint8 images [3,H,W].
-
-    They are stored in the file `path` when they are computed, and read from there while the images
-    and the extractor stay the same.
-    """
-    digest = hashlib.sha256(extractor.label.encode())
+def digest(images, extractor):
+    """A digest of uint8 images [3,H,W] and of the kind of features that are extracted."""
+    found = hashlib.sha256(extractor.label.encode())
     for image in images:
-        digest.update(image.numpy().tobytes())
-    digest = digest.hexdigest()
+        found.update(image.numpy().tobytes())
+    return found.hexdigest()
+
+
+def stored_features(images, path, key, extractor, device):
+    """The features, a list of [n,D], of uint8 images [3,H,W], whose digest is `key`.
+
+    They are stored in the file `path` when they are computed, and read from there while the digest
+    stays the same.
+    """
     if path.exists():
         with safe_open(path, "pt") as file:
-            if file.metadata().get("digest") == digest:
+            if file.metadata().get("digest") == key:
                 return [file.get_tensor(name) for name in sorted(file.keys())]
 
     features = extract(images, extractor, device)
     tensors = {f"block_{number}": block for number, block in enumerate(features)}
     with atomic_write(path) as tmp:
-        save_file(tensors, tmp, {"digest": digest})
+        save_file(tensors, tmp, {"digest": key})
     return features
 
 

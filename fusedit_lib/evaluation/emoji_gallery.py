@@ -1,4 +1,5 @@
 """The real images of emoji shards, and which of them are nearest to another image."""
+import hashlib
 from collections import defaultdict
 from typing import NamedTuple
 
@@ -12,6 +13,7 @@ from fusedit_lib.data.shards import expand_shards, read_sample, sample_offsets
 from fusedit_lib.evaluation import emoji_features
 
 PARTS = ("train", "held-out")               # of the folder that prepare_data.py emoji writes
+NEAR = 5                                    # nearest concepts of each real image to find
 TRAINING = 3                                # nearest training images to find
 SKIN_TONES = {f"1f3f{digit}" for digit in "bcdef"}         # code points
 
@@ -70,6 +72,22 @@ def real_image(key, files, part):
     return RealImage(key, part, style, concept, without_tone(label), prompt, data)
 
 
+def held_out_categories(images):
+    """Numbers of held-out RealImages by what training contains of their emoji.
+
+    "held-out": at most the other style; "other tone": the same style, in another skin tone.
+    """
+    trained = {(image.style, image.concept) for image in images if image.part == "train"}
+    numbers = {"held-out": [], "other tone": []}
+    for number, image in enumerate(images):
+        if image.part == "held-out":
+            category = "held-out"
+            if (image.style, image.concept) in trained:
+                category = "other tone"
+            numbers[category].append(number)
+    return numbers
+
+
 def decode(images, size):
     """The pixels, uint8 [3,size,size], of RealImages. Raises FuseDiTError."""
     decoded = []
@@ -91,6 +109,14 @@ class Neighbours(NamedTuple):
     training: list[int]                     # the TRAINING nearest training images of any style
 
 
+def gallery_digest(images, features_digest):
+    """A digest of RealImages and of their features: results with the same one are comparable."""
+    digest = hashlib.sha256(features_digest.encode())
+    for image in images:
+        digest.update(f"{image.part} {image.key} {image.prompt}\n".encode())
+    return digest.hexdigest()
+
+
 class Gallery:
     """The real images with their features, in which the neighbours of other images are found."""
 
@@ -104,7 +130,10 @@ class Gallery:
         self.device = device
         self.pixels = decode(self.images, size)
         path = folder / f"features-{size}.safetensors"
-        features = emoji_features.stored_features(self.pixels, path, extractor, device)
+        features_digest = emoji_features.digest(self.pixels, extractor)
+        features = emoji_features.stored_features(self.pixels, path, features_digest, extractor,
+                                                  device)
+        self.digest = gallery_digest(self.images, features_digest)
         self.whitenings = [emoji_features.fit_whitening(block) for block in features]
         self.features = emoji_features.normalise(features, self.whitenings)      # [n,D]
 
@@ -116,6 +145,20 @@ class Gallery:
     def concepts(self, style):
         """{concept: numbers of its images} of a style."""
         return self.of_style.get(style, {})
+
+    def nearest_of_real(self, style):
+        """The NEAR nearest concepts [images,NEAR] of each real image of a style, the nearest first.
+
+        Concepts are numbered in the order of self.concepts(style). If there are fewer than NEAR,
+        they are all listed.
+        """
+        concepts = list(self.concepts(style).values())
+        numbers = [number for images in concepts for number in images]
+        concept = torch.repeat_interleave(torch.tensor([len(images) for images in concepts]))
+        similarities = self.features[numbers] @ self.features[numbers].T
+        best = torch.full((len(numbers), len(concepts)), -torch.inf)
+        best.scatter_reduce_(1, concept.expand_as(similarities), similarities, "amax")
+        return best.topk(min(NEAR, len(concepts))).indices
 
     def neighbours(self, drawn, styles):
         """The Neighbours of uint8 images [3,H,W], which were asked for in these styles."""

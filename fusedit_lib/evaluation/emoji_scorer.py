@@ -87,4 +87,5 @@ def score(gallery, n, seed):
                 category = f"as {emoji.STYLES[style]}"
                 prompts.append(emoji.pair_prompt(image, category)._replace(style=style))
                 drawn.append(gallery.pixels[number])
-    emoji.print_result(emoji.make_result(emoji.judge(prompts, drawn, gallery), {}))
+    verdicts = emoji.judge(prompts, drawn, gallery)
+    emoji.print_result(emoji.make_result(verdicts, {}))

@@ -54,18 +54,19 @@ def score_detector(n, seed):
           f"({1 - wrong / n:.2%})")
 
 
-def score_emoji(folder, data, seed, settings, device, nearest=None):
+def score_emoji(folder, gallery, seed, settings, nearest=None):
     """Score the images of the emoji benchmark in folder/images; writes emoji.json.
 
-    data: the folder with the real images. nearest: a PNG to show images beside training images in.
+    gallery: see open_gallery. nearest: a PNG to show images beside training images in.
     """
-    gallery = open_gallery(data, settings["height"], device)
     prompts = emoji.choose_prompts(gallery.images, UNSEEN_WORDS, seed)
     prompts = prompts[:settings["prompts_drawn"]]
     drawn = read_drawn(folder, prompts, settings["height"])
-    rows = emoji.judge(prompts, drawn, gallery)
-    result = emoji.make_result(rows, settings)
+    result = emoji.make_result(emoji.judge(prompts, drawn, gallery),
+                               settings | dict(gallery=gallery.digest))
     emoji.print_result(result)
+    rows = result["prompts"]
+    emoji_copies.add_ratios(rows, drawn, gallery)
     emoji_copies.print_copies(rows, gallery)
     results.write(result, folder / "emoji.json", overwrite=True)
     if nearest is not None:
@@ -78,6 +79,10 @@ def score_emoji_scorer(data, size, n, seed, device):
 
 
 def open_gallery(data, size, device):
+    """The Gallery of the shards in the folder `data`, at size x size pixels. Raises FuseDiTError.
+
+    The first time, this computes the features of all real images and stores them in the folder.
+    """
     return Gallery(data, size, emoji_features.load_extractor(device), device)
 
 

@@ -268,15 +268,23 @@ class PairedTest(NamedTuple):
     """The difference between two models on the same prompts."""
     mean: float                             # of the categories' mean differences
     interval: list[float]                   # 95 %
-    p: float                                # see paired_test
+    p: float                                # see sign_flip_p
 
 
 def paired_test(groups):
     """Test the differences {category: values} between two models on the same prompts.
 
-    Returns a PairedTest. Its p is the probability of a difference at least this large, in either
-    direction, if the models were equally good, that is, if the signs of the differences were random
-    (a sign-flip permutation test).
+    Returns a PairedTest.
+    """
+    mean = np.mean([np.mean(values) for values in groups.values()])
+    return PairedTest(float(mean), intervals(groups, (-1, 1))["overall"], sign_flip_p(groups))
+
+
+def sign_flip_p(groups):
+    """The p of the differences {category: values}, by a sign-flip permutation test.
+
+    It is the probability of a difference at least this large, in either direction, if the models
+    were equally good, that is, if the signs of the differences were random.
     """
     rng = np.random.default_rng(0)
     mean = np.mean([np.mean(values) for values in groups.values()])
@@ -286,5 +294,4 @@ def paired_test(groups):
         flipped.append((signs * np.asarray(values)).mean(1))
     flipped = np.mean(flipped, 0)
     as_large = int((np.abs(flipped) >= abs(mean) - 1e-12).sum())
-    p = (1 + as_large) / (1 + RESAMPLES)
-    return PairedTest(float(mean), intervals(groups, (-1, 1))["overall"], p)
+    return (1 + as_large) / (1 + RESAMPLES)

@@ -1,8 +1,8 @@
 """Writes, reads and compares results, and makes them from the output of official scorers.
 
-A result is a JSON file that names its "benchmark". The results of shapes and GenEval also contain
-"overall" (the mean of the categories), "categories", their 95 % "intervals", the "settings" and all
-"prompts". That of DPG-Bench contains the scorer's own overall score, and "num_prompts" instead of
+A result is a JSON file that names its "benchmark". The results of shapes, emoji and GenEval also
+contain "overall" (the mean of the categories), "categories", their 95 % "intervals", the "settings"
+and all "prompts". That of DPG-Bench contains the scorer's own overall score, and "num_prompts" instead of
 "prompts".
 """
 import json
@@ -31,10 +31,16 @@ def make_result(benchmark, rows, settings):
 
 def summarise(rows, key="right"):
     """"overall", "categories" and "intervals" of a result, from the rows' values of a key."""
-    groups = values_by_category(rows, key)
-    scores = {category: sum(values) / len(values) for category, values in groups.items()}
+    scores = category_means(rows, key)
     overall = sum(scores.values()) / len(scores)
-    return dict(overall=overall, categories=scores, intervals=metrics.intervals(groups))
+    intervals = metrics.intervals(values_by_category(rows, key))
+    return dict(overall=overall, categories=scores, intervals=intervals)
+
+
+def category_means(rows, key="right"):
+    """{category: the mean of the rows' values of a key, in which units have equal weights}."""
+    groups = values_by_category(rows, key)
+    return {category: sum(values) / len(values) for category, values in groups.items()}
 
 
 def values_by_category(rows, key="right"):
@@ -207,8 +213,11 @@ def read_lines(path):
 # ---- comparing -----------------------------------------------------------------------------------
 
 def compare(path_a, path_b):
-    """Compare two results of one benchmark on the same prompts, prompt by prompt, and test whether
-    the difference between B and A may be due to chance."""
+    """Compare two results of one benchmark on the same prompts, and test whether the difference
+    between B and A may be due to chance.
+
+    Pairs of prompts are compared or, if prompts share units as those of emoji do, pairs of units.
+    """
     a = load(path_a)
     b = load(path_b)
     same_prompts = prompt_keys(a) == prompt_keys(b)
@@ -216,6 +225,11 @@ def compare(path_a, path_b):
         raise FuseDiTError(f"{path_a} and {path_b} do not have the same prompts: compare runs of "
                            "one benchmark with the same -n and --seed")
 
+    if gallery(a) != gallery(b):
+        print("A and B were scored with different real images: compare with care")
+    counted = "prompts"
+    if any("unit" in row for row in a["prompts"]):
+        counted = "units"
     rows = []
     for row_a, row_b in zip(a["prompts"], b["prompts"], strict=True):
         rows.append(row_a | dict(right=row_b["right"] - row_a["right"]))
@@ -225,9 +239,9 @@ def compare(path_a, path_b):
         mean = sum(differences) / len(differences)
         better = sum(difference > 0 for difference in differences)
         worse = sum(difference < 0 for difference in differences)
-        p = metrics.paired_test({category: differences}).p
+        p = metrics.sign_flip_p({category: differences})
         print(f"{category:<16}{a['categories'][category]:6.3f} {b['categories'][category]:6.3f}  "
-              f"{mean:+.3f}   {better} prompts better, {worse} worse, p = {p:.4f}")
+              f"{mean:+.3f}   {better} {counted} better, {worse} worse, p = {p:.4f}")
 
     test = metrics.paired_test(groups)
     if test.p >= 0.05:
@@ -243,3 +257,8 @@ def compare(path_a, path_b):
 def prompt_keys(result):
     """Category and text of each prompt, which must be the same in both results being compared."""
     return [(row["category"], row["prompt"]) for row in result.get("prompts", ())]
+
+
+def gallery(result):
+    """The digest of the real images with which emoji were scored, None for other benchmarks."""
+    return result.get("settings", {}).get("gallery")

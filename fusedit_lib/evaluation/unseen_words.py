@@ -9,8 +9,6 @@ on the captions has read none of them; only its language model knows them. A sty
 """
 from typing import Literal, NamedTuple
 
-from fusedit_lib.data.emoji_captions import without_tone
-
 # synonym: another word for what the labels name, or for something that looks like it; hyponym: a
 # kind or an instance of it; hypernym: a class that it belongs to; paraphrase: a description of it,
 # or something that stands for it.
@@ -25,10 +23,6 @@ class UnseenWord(NamedTuple):
     prompt: str
     kind: Kind
     labels: tuple[str, ...]                 # in lower case, without skin tones
-
-    def accepts(self, label: str) -> bool:
-        """True if an emoji with this label, in any skin tone, is a right answer."""
-        return without_tone(label) in self.labels
 
 
 def persons(*roles: str) -> tuple[str, ...]:

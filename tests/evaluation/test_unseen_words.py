@@ -7,7 +7,7 @@ from typing import get_args
 import pytest
 
 from fusedit_lib.data.emoji_captions import STYLES, CaptionWriter
-from fusedit_lib.evaluation.unseen_words import FUNCTION_WORDS, UNSEEN_WORDS, Kind, persons
+from fusedit_lib.evaluation.unseen_words import FUNCTION_WORDS, UNSEEN_WORDS, Kind
 
 REFERENCE = Path(__file__).parents[1] / "reference"
 WORD = re.compile(r"[^\W_]+")
@@ -84,11 +84,3 @@ def test_the_prompts_differ_and_all_kinds_occur():
     kinds = Counter(unseen.kind for unseen in UNSEEN_WORDS)
     assert set(kinds) == set(get_args(Kind)) and min(kinds.values()) >= 10
     assert all(prompt == prompt.lower() for prompt in prompts)
-
-
-def test_answers_in_any_skin_tone_are_accepted():
-    (physician,) = (unseen for unseen in UNSEEN_WORDS if unseen.prompt == "physician")
-    assert physician.labels == persons("health worker")
-    assert physician.accepts("woman health worker")
-    assert physician.accepts("woman health worker: dark skin tone")
-    assert not physician.accepts("woman teacher: dark skin tone")
