@@ -1,4 +1,5 @@
 """evaluate.py emoji: its prompts, and the scores of perfect, wrong and copying models."""
+import itertools
 import json
 import random
 from types import SimpleNamespace
@@ -15,6 +16,7 @@ from fusedit_lib.data.emoji_captions import STYLES, prompt_of
 from fusedit_lib.evaluation import (
     drawing,
     emoji,
+    emoji_chance,
     emoji_copies,
     emoji_features,
     emoji_gallery,
@@ -68,7 +70,8 @@ def write_part(folder, samples):
 
 @pytest.fixture
 def shards(tmp_path):
-    """Shards of 20 concepts; thing 0 has a skin tone, thing 19 is only flat."""
+    """Shards of 20 concepts; flat thing 0 has two skin tones, one held out; thing 19 is only flat.
+    """
     samples = []
     held_out = []
     for number in range(CONCEPTS):
@@ -81,8 +84,9 @@ def shards(tmp_path):
             else:
                 samples.append(one)
     tone = sample("google", "1f600", "thing 0: light skin tone", "1f3fb")
+    dark = sample("google", "1f600", "thing 0: dark skin tone", "1f3ff")
     write_part(tmp_path / "shards/train", [*samples, tone])
-    write_part(tmp_path / "shards/held-out", held_out)
+    write_part(tmp_path / "shards/held-out", [*held_out, dark])
     return tmp_path / "shards"
 
 
@@ -128,6 +132,8 @@ def test_prompts_are_fixed_by_the_seed(shards, monkeypatch):
     held_out = {"thing 1, flat", "thing 2, 3d"}
     assert {prompt.text for prompt in by_category["held-out"]} == held_out
     assert not held_out & {prompt.text for prompt in by_category["seen"]}
+    assert [prompt.text for prompt in by_category["other tone"]] == [
+        "thing 0: dark skin tone, flat"]
     unseen = {prompt.text: len(prompt.concepts) for prompt in by_category["unseen words"]}
     assert unseen == {"sedan, flat": 1, "sedan, 3d": 1, "vehicle, flat": 3, "vehicle, 3d": 2}
 
@@ -143,7 +149,7 @@ def test_n_counts_the_prompts_of_each_category(shards):
     first = prompts[:emoji.count_prompts(prompts, 3)]
     counts = [sum(prompt.category == category for prompt in first)
               for category in emoji.CATEGORIES]
-    assert counts == [3, 2, 3]
+    assert counts == [3, 2, 1, 3]
     assert emoji.count_prompts(prompts, 1000) == len(prompts)
 
 
@@ -157,11 +163,20 @@ def test_skin_tones_are_one_concept(shards):
     assert len(seen) == 2 * CONCEPTS - 1 - 2               # the tone is no pair of its own
 
 
-def test_a_held_out_image_says_what_training_contains(shards):
+def test_prompts_with_the_same_answers_share_a_unit(shards):
+    words = [*WORDS, UnseenWord("coach", "synonym", ("thing 19", "thing 4", "thing 3"))]
+    units = {prompt.text: prompt.unit for prompt in prompts_of(shards, words=words)}
+    assert units["coach, flat"] == units["vehicle, flat"] == units["vehicle, 3d"]
+    assert units["sedan, flat"] not in (units["coach, flat"], units["thing 3, flat"])
+    assert units["thing 3, flat"] != units["thing 3, 3d"]
+
     images = emoji_gallery.read_images(shards)
-    tone = images[0]._replace(part="held-out", style="google", concept="1f600")
-    kinds = [prompt.kind for prompt in emoji.held_out_prompts([*images, tone], random.Random(0))]
-    assert sorted(kinds) == ["other skin tone seen", "other style seen", "other style seen"]
+    tone, = (image for image in images if image.prompt == "thing 0: dark skin tone, flat")
+    lighter = tone._replace(prompt="thing 0: medium skin tone, flat")
+    held_out, other_tone = emoji.held_out_prompts([*images, lighter], random.Random(0))
+    assert len({prompt.unit for prompt in held_out}) == 2
+    assert len(other_tone) == 2
+    assert len({prompt.unit for prompt in other_tone}) == 1
 
 
 # ---- verdicts ------------------------------------------------------------------------------------
@@ -195,14 +210,13 @@ def test_a_perfect_model_scores_one(monkeypatch, shards, stub, tmp_path, capsys)
     for measure in emoji.MEASURES:
         assert measured(result, measure) == dict.fromkeys(emoji.CATEGORIES, 1)
     assert result["overall"] == 1
-    assert set(result["kinds"]) == {"held-out: other style seen", "unseen words: synonym",
-                                    "unseen words: hypernym"}
+    assert set(result["kinds"]) == {"unseen words: synonym", "unseen words: hypernym"}
     output = capsys.readouterr().out
     assert "hypernym" in output
     assert "unseen words" in output
     width, height = Image.open(tmp_path / "nearest.png").size
     assert width == 3 * (4 * emoji_copies.CELL + emoji_copies.GAP)
-    assert height == 6 * (emoji_copies.CELL + emoji_copies.LABEL)      # 10 + 2 + 4 images
+    assert height == 6 * (emoji_copies.CELL + emoji_copies.LABEL)      # 10 + 2 + 1 + 4 images
 
 
 def test_another_concept_is_wrong(monkeypatch, shards, stub, tmp_path):
@@ -265,19 +279,82 @@ def test_the_nearest_training_images_are_not_held_out(shards, stub):
     assert {gallery.images[number].part for number in found.training} == {"train"}
 
 
-def test_chance_is_exact():
-    assert emoji.chance(1, 20, 1) == pytest.approx(1 / 20)
-    assert emoji.chance(1, 20, 5) == pytest.approx(5 / 20)
-    assert emoji.chance(2, 4, 2) == pytest.approx(5 / 6)
-    assert emoji.chance(3, 3, 5) == 1
+# ---- chance --------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("near", [1, 5])
+def test_chance_is_the_mean_score_of_the_real_images(shards, stub, near):
+    """Each real image of the style is scored as if it were drawn."""
+    gallery = open_gallery(shards)
+    random_real = emoji_chance.RandomReal(gallery)
+    for prompt in prompts_of(shards):
+        pixels = [gallery.pixels[number] for number, image in enumerate(gallery.images)
+                  if image.style == prompt.style]
+        hits = 0
+        for found in gallery.neighbours(pixels, [prompt.style] * len(pixels)):
+            concepts = {gallery.images[number].concept for number in found.concepts[:near]}
+            hits += bool(concepts & prompt.concepts)
+        assert random_real.score(prompt, near) == pytest.approx(hits / len(pixels))
 
 
 def test_chance_is_averaged_over_prompts(monkeypatch, shards, stub, tmp_path):
+    """22 real images are flat, because of the tones, and 19 are not."""
     result = draw(monkeypatch, shards, tmp_path, lambda *pair: pair)
-    flat = (1 / 20 + 3 / 20) / 2
+    flat = (1 / 22 + 3 / 22) / 2
     solid = (1 / 19 + 2 / 19) / 2
     expected = (flat + solid) / 2
     assert result["measures"]["top-1"]["chance"]["unseen words"] == pytest.approx(expected)
+    assert result["measures"]["top-1"]["chance"]["other tone"] == pytest.approx(3 / 22)
+    assert result["measures"]["style"]["chance"]["other tone"] == pytest.approx(22 / 41)
+
+
+def test_shuffling_is_a_permutation_test(monkeypatch):
+    """Its p is the share of all permutations that score at least as high, within blocks."""
+    rng = np.random.default_rng(0)
+    blocks = [(rng.random((n, n)) < 0.3).astype(float) for n in (4, 3)]
+    scores = []
+    for orders in itertools.product(*(itertools.permutations(range(n)) for n in (4, 3))):
+        scores.append(sum(block[range(len(block)), order].sum()
+                          for block, order in zip(blocks, orders, strict=True)) / 7)
+    actual = scores[0]                      # of the order that changes nothing
+    assert min(scores) < actual < max(scores)
+    expected = np.mean([score >= actual - 1e-9 for score in scores])
+    test = emoji_chance.shuffle_test(blocks)
+    assert test.p == pytest.approx(expected, abs=0.02)
+    assert test.score == pytest.approx(np.mean(scores), abs=0.01)
+
+    monkeypatch.setattr(emoji_chance, "SHUFFLES", 99)
+    assert emoji_chance.shuffle_test([np.eye(20)]).p == 1 / 100
+
+
+def verdicts_of(*pairs):
+    """Verdicts on perfect images of concepts a, b, ...: pairs of a concept and a style."""
+    found = []
+    for concept, style in pairs:
+        prompt = emoji.Prompt("unseen words", "", concept, "", style, frozenset([concept]))
+        found.append(emoji.Verdict(prompt, [concept], {}))
+    return found
+
+
+def test_units_are_shuffled_whole_and_only_among_the_same_styles():
+    """Two units have two orders, whether or not they have images in both styles."""
+    pairs = list(itertools.product("ab", STYLES))
+    both = emoji_chance.shuffle_tests(verdicts_of(*pairs), 1)["unseen words"]
+    assert both.p == pytest.approx(1 / 2, abs=0.02)
+    apart = verdicts_of(("a", "google"), ("b", "fluent"))
+    assert emoji_chance.shuffle_tests(apart, 1)["unseen words"] == (1, 1)
+
+
+def test_a_model_that_ignores_its_prompts_is_no_better_than_shuffled(
+        monkeypatch, shards, stub, tmp_path, capsys):
+    perfect = draw(monkeypatch, shards, tmp_path / "a", lambda *pair: pair)
+    assert perfect["measures"]["top-1"]["shuffled"]["seen"]["p"] == pytest.approx(1 / 10_001)
+    capsys.readouterr()
+    ignorant = draw(monkeypatch, shards, tmp_path / "b", lambda style, concept: (style, "1f60f"))
+    test = ignorant["measures"]["top-1"]["shuffled"]["seen"]
+    assert test["score"] == pytest.approx(measured(ignorant, "top-1")["seen"])
+    assert test["p"] == 1
+    line = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("seen"))
+    assert line.endswith(f"{test['score']:.3f}  1.0000")
 
 
 def test_two_styles_of_a_word_are_one_observation():
@@ -303,8 +380,8 @@ def test_more_prompts_are_added_to_the_same_folder(monkeypatch, shards, stub, tm
     few = draw(monkeypatch, shards, tmp_path, lambda *pair: pair, "-n", 1)
     everything = draw(monkeypatch, shards, tmp_path, lambda *pair: pair)
     assert [row["prompt"] for row in few["prompts"]] == [
-        row["prompt"] for row in everything["prompts"][:3]]
-    assert len(everything["prompts"]) == 37 + 2 + 4
+        row["prompt"] for row in everything["prompts"][:4]]
+    assert len(everything["prompts"]) == 37 + 2 + 1 + 4
 
 
 def test_features_of_real_images_are_stored(shards, stub):
@@ -335,22 +412,53 @@ def test_results_are_compared_and_reported(monkeypatch, shards, stub, tmp_path, 
     assert float(line.rpartition("p = ")[2]) < 0.01
     line = next(line for line in output.splitlines() if line.startswith("unseen"))
     assert "1.000" in line
+    assert "2 units better, 0 worse" in line
+    assert "different real images" not in output
+
+    result = json.loads(b.read_text())
+    result["settings"]["gallery"] = "another"
+    (tmp_path / "other.json").write_text(json.dumps(result))
+    command("compare", a, tmp_path / "other.json")
+    assert "scored with different real images" in capsys.readouterr().out
 
     pytest.importorskip("matplotlib")
     command("report", f"a={a}", f"b={b}", "--out", tmp_path / "report.md")
     table = (tmp_path / "report.md").read_text()
     assert "emoji, held-out, top-5, 2 prompts" in table
+    assert "emoji, other tone, top-5, 1 prompts" in table
     assert "emoji, style" in table
 
 
-def test_the_scorer_finds_changed_images(shards, stub, capsys):
+def test_the_digest_of_the_gallery_covers_images_and_their_names(shards, stub):
+    before = open_gallery(shards).digest
+    assert open_gallery(shards).digest == before
+    images = emoji_gallery.read_images(shards)
+    renamed = [images[0]._replace(prompt="apple, flat"), *images[1:]]
+    assert emoji_gallery.gallery_digest(images, "a") != emoji_gallery.gallery_digest(images, "b")
+    assert emoji_gallery.gallery_digest(images, "a") != emoji_gallery.gallery_digest(renamed, "a")
+
+
+def test_the_scorer_is_opened_before_drawing(monkeypatch, shards, stub, tmp_path):
+    def missing(device):
+        raise ModuleNotFoundError(name="efficientnet_lite_pytorch")
+    monkeypatch.setattr(emoji_features, "load_extractor", missing)
+    with pytest.raises(ModuleNotFoundError):
+        draw(monkeypatch, shards, tmp_path, lambda *pair: pytest.fail("drew an image"))
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_scorer_finds_changed_images(monkeypatch, shards, stub, capsys):
+    monkeypatch.setattr(emoji_copies, "copy_ratios", lambda *_: pytest.fail("not printed"))
     command("emoji", "--data", shards, "--ground-truth", "-n", 30)
-    lines = capsys.readouterr().out.splitlines()
-    half = next(line for line in lines if line.startswith("half resolution"))
-    assert "1.000" in half
-    other = next(line for line in lines if line.startswith("as flat"))
-    assert other.split()[-4] == "0.000"                    # style
-    assert float(other.split()[3]) > 0.9                   # top-1
+    tables = capsys.readouterr().out.split("\n\n")
+    cells = {}                              # (measure, change) -> the line after its name
+    for table in tables[:3]:
+        head, *lines = table.splitlines()
+        for line in lines:
+            cells[head.split()[0], line[:20].strip()] = line[20:].split()
+    assert cells["top-5", "half resolution"][:2] == ["30", "1.000"]
+    assert cells["style", "as flat"][1] == "0.000"
+    assert float(cells["top-1", "as flat"][1]) > 0.9
 
 
 @pytest.mark.parametrize("caption", ["a flat emoji of thing 0", "thing 0, 3d"])
@@ -365,6 +473,11 @@ def test_other_captions_are_refused(shards, caption):
 def test_a_folder_without_both_parts_is_refused(shards):
     with pytest.raises(FuseDiTError, match=r"has no train/index.json.*prepare_data.py emoji"):
         emoji_gallery.read_images(shards / "train")
+
+
+def test_a_figure_needs_drawn_images(shards, tmp_path):
+    with pytest.raises(FuseDiTError, match="--ground-truth draws none"):
+        command("emoji", "--data", shards, "--ground-truth", "--nearest", tmp_path / "a.png")
 
 
 def test_a_figure_needs_one_setting(shards, tmp_path):
