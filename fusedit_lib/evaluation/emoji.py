@@ -204,8 +204,8 @@ def print_result(result):
                     count = sum(row["kind"] == kind for row in some)
                     print_line(f"  {kind}", count, measured[name], category)
         print()
-    print("chance: a real image of the asked style, drawn at random; shuffled: the same images with "
-          "the prompts of others;\np: the probability that shuffled images score as high")
+    print("chance: a real image of the asked style, drawn at random; shuffled: the drawn images\n"
+          "with other prompts of the category and style; p: how often that scores as high")
 
 
 def print_line(title, count, values, category):
