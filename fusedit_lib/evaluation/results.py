@@ -2,8 +2,8 @@
 
 A result is a JSON file that names its "benchmark". The results of shapes, emoji and GenEval also
 contain "overall" (the mean of the categories), "categories", their 95 % "intervals", the "settings"
-and all "prompts". That of DPG-Bench contains the scorer's own overall score, and "num_prompts" instead of
-"prompts".
+and all "prompts". That of DPG-Bench contains the scorer's own overall score, and "num_prompts"
+instead of "prompts".
 """
 import json
 from collections import defaultdict
