@@ -32,7 +32,7 @@ NEAREST = (1, 5, 20)                        # columns of the table
 
 
 def rare_tags(entries):
-    """{tag: the labels of the emoji that have it}, for tags of one word that is in no such label."""
+    """{tag: the labels of the emoji that have it}, for words that are in no such label."""
     labels_with = defaultdict(set)
     for entry in entries:
         label = entry["label"].lower()

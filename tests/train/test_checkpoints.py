@@ -331,7 +331,7 @@ def test_another_source_of_gemma_gives_a_warning(folder, capsys, monkeypatch):
     run, config = folder
 
     def resume_from(source):
-        """What is printed if a checkpoint is resumed with a source of Gemma."""
+        """Resume from the checkpoint with a source of Gemma; returns what is printed."""
         monkeypatch.setattr(checkpoints, "gemma_source", lambda base: source)
         checkpoint = checkpoints.load_checkpoint(Path(run.out) / "step-0000001")
         writer = checkpoints.CheckpointWriter(run, config, checkpoint, "some")

@@ -131,7 +131,7 @@ def test_gemma_runs_without_padding_and_once_per_caption(gemma, several, monkeyp
     assert sum(tensor.nbytes for tensor in flat) == size
 
 
-def test_gemma_encodes_a_batch_with_a_caption_that_is_not_in_the_cache(gemma, several, data, capsys):
+def test_gemma_encodes_batches_with_captions_not_in_the_cache(gemma, several, data, capsys):
     """But not if ZeRO 3 has sharded Gemma, which it marks with ds_id."""
     say_once.cache_clear()
     source = tiny_batches(gemma, several, "--max-skipped", "1")
