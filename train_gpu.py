@@ -206,4 +206,5 @@ def main():
 
 if __name__ == "__main__":
     cli.run(main, "--micro-batch (gradient accumulation keeps --batch the same), or add --compile, "
-                  "--zero 2, --ema-offload or --remat; --plan names flags with which a run fits")
+                  "--zero 2, --ema-offload or --remat, or leave out --cache-text; --plan names "
+                  "flags with which a run fits")

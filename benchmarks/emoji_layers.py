@@ -32,7 +32,7 @@ NEAREST = (1, 5, 20)                        # columns of the table
 
 
 def rare_tags(entries):
-    """{tag: the labels of the emoji that have it}, for tags that share no word with a label."""
+    """{tag: the labels of the emoji that have it}, for words that are in no such label."""
     labels_with = defaultdict(set)
     for entry in entries:
         label = entry["label"].lower()
@@ -40,8 +40,8 @@ def rare_tags(entries):
             labels_with[tag].add(label)
     rare = {}
     for tag, labels in labels_with.items():
-        words = set(" ".join(labels).replace(":", "").split())
-        if len(labels) <= RARE and tag.isalpha() and not words & set(tag.split()):
+        words = " ".join(labels).replace(":", "").split()
+        if len(labels) <= RARE and tag.isalpha() and tag not in words:
             rare[tag] = labels
     return rare
 

@@ -196,8 +196,8 @@ def parse_args():
     p.add_argument("shards", type=Path, metavar="SHARDS",
                    help="the folder OUT/train of prepare_data.py emoji")
     p.add_argument("out", type=Path, metavar="OUT", help="folder for the model and its tokenizer")
-    p.add_argument("--layers", type=cli.positive, default=6, metavar="N",
-                   help="number of layers; at least as many as the DiT has")
+    p.add_argument("--layers", type=cli.positive, default=4, metavar="N",
+                   help="number of layers; the DiT of the preset emoji reads 4")
     p.add_argument("--steps", type=cli.positive, default=2000, metavar="N",
                    help="number of training steps")
     p.add_argument("--batch-size", type=cli.positive, default=64, metavar="N",

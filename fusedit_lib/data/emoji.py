@@ -22,10 +22,6 @@ from fusedit_lib.data.items import Item, in_chunks, make_sample, output_settings
 
 TONES = (1, 5)                              # light and dark, among emojibase's skin tones
 
-# Names of emojibase's groups, by their numbers.
-GROUPS = ("smileys and emotion", "people and body", "components", "animals and nature",
-          "food and drink", "travel and places", "activities", "objects", "symbols", "flags")
-
 
 class Package(NamedTuple):
     """An npm package at a fixed version."""
@@ -87,7 +83,6 @@ class Emoji(NamedTuple):
     concept: str                            # the code points of the emoji
     style: str                              # a key of STYLES
     label: str                              # its name in lower case: "waving hand: dark skin tone"
-    group: str                              # one of GROUPS
     item: Item                              # the image and its captions
 
 
@@ -126,7 +121,7 @@ def list_emoji(packages: Path, seed: int) -> list[Emoji]:
                     synthetic_caption=writer.write(key, style, label, tags_of(entry)),
                     original_caption=prompt_of(label, style))
                 item = Item(key, images[style][concept], captions, number=len(result))
-                result.append(Emoji(concept, style, label, GROUPS[entry["group"]], item))
+                result.append(Emoji(concept, style, label, item))
     return result
 
 

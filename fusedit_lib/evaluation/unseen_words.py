@@ -4,8 +4,9 @@ prepare_data.py emoji writes captions from the labels and tags of emojibase. The
 prompt, which are all but FUNCTION_WORDS, occur in no label and in no tag, neither in the singular
 nor in the plural. Nor are they formed from a word that names their right answers, as "piglet" and
 "bobsled" would be; only "swedish" and the other adjectives of flags are. A model that was trained
-on the captions has read none of them; only its language model knows them. A style is to be added:
-"sedan, flat" or "sedan, 3d".
+on the captions has read none of them; only its language model knows them. It does read pieces of
+words, though: 44 of the 226 prompts consist entirely of tokens of Gemma 3 that occur in some
+caption. A style is to be added: "sedan, flat" or "sedan, 3d".
 """
 from typing import Literal, NamedTuple
 

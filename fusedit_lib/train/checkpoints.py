@@ -26,8 +26,12 @@ from safetensors import SafetensorError, safe_open
 
 from fusedit import FuseDiTError
 from fusedit_lib.files import atomic_write, fsync, open_tensors, read_json, save_file
+from fusedit_lib.folders import gemma_source
 from fusedit_lib.lora import write_adapter
 from fusedit_lib.train import distributed
+
+# The values of folders.gemma_source, in words.
+NAMED = {"package": "the package's", "release": "Google's release", "": "a local folder"}
 
 
 def list_checkpoints(out):
@@ -87,6 +91,7 @@ class Checkpoint(NamedTuple):
     skipped_steps: int                      # steps whose loss or gradient was not finite
     state: dict                             # weight.NAME, exp_avg.NAME, exp_avg_sq.NAME
     ema: dict                               # by parameter name
+    gemma: str = ""                         # folders.gemma_source; "": unknown, or not asked
 
 
 def load_checkpoint(folder):
@@ -132,6 +137,7 @@ class CheckpointWriter:
         self.config = config
         self.out = Path(run.out)
         self.data_digest = data_digest
+        self.gemma = gemma_source(config.base)
         self.rank = dist.get_rank()
         self.world = dist.get_world_size()
         self.thread = None                  # writes this rank's files
@@ -155,6 +161,9 @@ class CheckpointWriter:
             if checkpoint and checkpoint.data != data_digest:
                 print_warning(f"WARNING: --data has changed since step {first}: its samples now "
                               "come in a different order, so some are repeated and some delayed")
+            if checkpoint and checkpoint.gemma not in ("", self.gemma) and not run.train_llm:
+                print_warning(f"WARNING: Gemma was {NAMED[checkpoint.gemma]} until step {first}, "
+                              f"and is {NAMED[self.gemma]} now: the weights may differ by rounding")
         dist.barrier()
 
     def open_folder(self, first):
@@ -217,7 +226,7 @@ class CheckpointWriter:
             self.warn(step, problem)
             return
 
-        self.state = dict(step=step, data=self.data_digest) | counts
+        self.state = dict(step=step, data=self.data_digest, gemma=self.gemma) | counts
         self.thread = threading.Thread(target=self.write, args=(tmp, ema, state))
         self.thread.start()
 

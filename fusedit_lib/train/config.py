@@ -14,7 +14,7 @@ import fusedit
 from fusedit import FuseDiTConfig, FuseDiTError
 from fusedit_lib import backend, cli, published, seeds
 from fusedit_lib.data.layout import MAX_SKIPPED
-from fusedit_lib.data.shards import expand_shards
+from fusedit_lib.data.shards import expand_shards, is_url
 from fusedit_lib.files import read_json
 from fusedit_lib.folders import find_local, is_hub_id, repository
 from fusedit_lib.pretrained import model_folder, open_config
@@ -269,6 +269,10 @@ def check_settings(run):
     if run.cache_text and run.train_llm:
         raise FuseDiTError("--cache-text needs a frozen Gemma, whose text features stay the same: "
                            "leave it out, or leave out --train-llm")
+    if run.cache_text and any(map(is_url, run.data)):
+        raise FuseDiTError("--cache-text reads all shards at each start, on every rank, so --data "
+                           "must not be URLs: copy the shards to a local folder first, or leave "
+                           "out --cache-text")
     if run.deepspeed_config:
         check_json(run.deepspeed_config)
 

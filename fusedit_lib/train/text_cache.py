@@ -149,10 +149,12 @@ class TextCache:
     flat    TextFeatures of all captions, one after the other: keys and values are
             [total tokens,K,h], hidden is [total tokens,D] and mask [total tokens]
     starts  {token ids of a caption: its first row in flat}
+    model   the FuseDiT, which encodes batches with a caption that is not among them
     """
 
     def __init__(self, model, source):
         """Encodes the captions of the training data; see make_text_cache."""
+        self.model = model
         captions = distinct_captions(source, lambda found: check_memory(model, found))
         self.starts = {}
         total = 0                           # tokens
@@ -173,8 +175,8 @@ class TextCache:
         """TextFeatures of a micro-batch.
 
         loaded: the dict from Batches. mask: [B,T] on the device, cut to the batch's text length.
-        pooled: CLIP's pooled vectors, for CLIP modulation. Raises FuseDiTError for a caption that
-        is not in the cache.
+        pooled: CLIP's pooled vectors, for CLIP modulation. Gemma encodes a batch with a caption
+        that is not in the cache, because its sample could not be read at the start.
         """
         T = mask.shape[1]
         is_real = loaded["mask"][:, :T]
@@ -183,10 +185,7 @@ class TextCache:
         for ids, length in zip(loaded["ids"].tolist(), lengths, strict=True):
             starts.append(self.starts.get(tuple(ids[:length])))
         if None in starts:
-            caption = loaded["captions"][starts.index(None)]
-            raise FuseDiTError(f"--cache-text does not know the caption {caption!r}: the shards "
-                               "have changed, or could not be read, since this run was started or "
-                               "resumed. Start the same command again")
+            return self.encode(loaded, starts.index(None), mask, pooled)
 
         # At padding, which the mask hides, <bos> is repeated.
         starts = torch.tensor(starts)[:, None]                                   # [B,1]
@@ -195,6 +194,23 @@ class TextCache:
         features = self.flat.map(lambda t: t[rows])
         return features._replace(keys=swap_heads(features.keys),                 # [B,K,T,h]
                                  values=swap_heads(features.values), mask=mask, pooled=pooled)
+
+    @torch.no_grad()
+    def encode(self, loaded, unknown, mask, pooled):
+        """TextFeatures of a micro-batch without the cache; the arguments are those of features().
+
+        unknown: the index of a caption that is not in the cache, for the message. Raises
+        FuseDiTError if ZeRO 3 has sharded Gemma, which would need all ranks at the same time.
+        """
+        if hasattr(self.model.llm.embed_tokens.weight, "ds_id"):
+            caption = loaded["captions"][unknown]
+            raise FuseDiTError(f"--cache-text does not know the caption {caption!r}: the shards "
+                               "have changed, or could not be read, since this run was started or "
+                               "resumed. Start the same command again")
+        say_once("note: some captions could not be read when this run was started or resumed, and "
+                 "are not in --cache-text: Gemma encodes their batches")
+        ids = loaded["ids"][:, :mask.shape[1]].to(mask.device)
+        return self.model.encode_ids(ids, mask, pooled)
 
 
 def batches_of_equal_length(captions):

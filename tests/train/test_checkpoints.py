@@ -1,4 +1,5 @@
 """A checkpoint is complete or absent, even if the run is killed or the disk is full."""
+import json
 import os
 from dataclasses import replace
 from pathlib import Path
@@ -324,6 +325,34 @@ def test_changed_data_gives_a_warning(folder, capsys):
     assert not capsys.readouterr().err
     resume(run, config, 1, data="more")
     assert "--data has changed since step 1" in capsys.readouterr().err
+
+
+def test_another_source_of_gemma_gives_a_warning(folder, capsys, monkeypatch):
+    run, config = folder
+
+    def resume_from(source):
+        """Resume from the checkpoint with a source of Gemma; returns what is printed."""
+        monkeypatch.setattr(checkpoints, "gemma_source", lambda base: source)
+        checkpoint = checkpoints.load_checkpoint(Path(run.out) / "step-0000001")
+        writer = checkpoints.CheckpointWriter(run, config, checkpoint, "some")
+        writer.lock.release()
+        return capsys.readouterr().err
+
+    monkeypatch.setattr(checkpoints, "gemma_source", lambda base: "package")
+    save(run, config, 1)
+    assert resume_from("package") == ""
+    warning = "Gemma was the package's until step 1, and is Google's release now"
+    assert warning in resume_from("release")
+    assert "and is a local folder now" in resume_from("")
+    run.train_llm = True                    # Gemma's weights are those of the checkpoint
+    assert resume_from("release") == ""
+
+    state = Path(run.out) / "step-0000001/train_state/state.json"
+    stored = json.loads(state.read_text())
+    del stored["gemma"]                     # as in a run of an earlier version
+    state.write_text(json.dumps(stored))
+    run.train_llm = False
+    assert resume_from("package") == ""
 
 
 def test_a_model_folder_is_not_a_run(folder):

@@ -1,4 +1,5 @@
 """--cache-text: Gemma encodes each distinct caption once, and nothing else changes."""
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -10,8 +11,9 @@ from tiny_shards import index, scene, tiny_batches, write_shard
 from fusedit import FuseDiTError, TextFeatures
 from fusedit_lib import pretrained
 from fusedit_lib.data.batches import to_device
+from fusedit_lib.files import say_once
 from fusedit_lib.train import costs, plan, text_cache
-from fusedit_lib.train.config import check_run, model_config
+from fusedit_lib.train.config import check_run, check_settings, model_config
 from fusedit_lib.train.flags import parse_run
 from fusedit_lib.train.text_cache import TextCache, distinct_captions, make_text_cache
 
@@ -129,12 +131,23 @@ def test_gemma_runs_without_padding_and_once_per_caption(gemma, several, monkeyp
     assert sum(tensor.nbytes for tensor in flat) == size
 
 
-def test_a_caption_that_is_not_in_the_cache_is_an_error(gemma, several, data):
+def test_gemma_encodes_batches_with_captions_not_in_the_cache(gemma, several, data, capsys):
+    """But not if ZeRO 3 has sharded Gemma, which it marks with ds_id."""
+    say_once.cache_clear()
     source = tiny_batches(gemma, several, "--max-skipped", "1")
-    cache = TextCache(build(source), source)
+    model = build(source)
+    cache = TextCache(model, source)
     loaded = tiny_batches(gemma, data, "--caption-drop", "0")[0]
+    batch = to_device(loaded, torch.device("cpu"), cut_text=True)
+    pooled = torch.zeros(4, 8)
+    got = cache.features(loaded, batch.mask, pooled)
+    want = model.encode_ids(batch.ids, batch.mask, pooled)
+    torch.testing.assert_close(got, want, rtol=0, atol=0)
+    assert "Gemma encodes their batches" in capsys.readouterr().err
+
+    model.llm.embed_tokens.weight.ds_id = 0
     with pytest.raises(FuseDiTError, match="does not know the caption 'a .* square'"):
-        cache.features(loaded, loaded["mask"])
+        cache.features(loaded, batch.mask)
 
 
 def test_forward_takes_features_only_with_the_flag(gemma, data):
@@ -196,6 +209,13 @@ def test_too_many_captions_for_the_memory_are_refused(gemma, data, tmp_path):
 def test_it_is_refused_with_train_llm():
     with pytest.raises(FuseDiTError, match="--cache-text needs a frozen Gemma.*--train-llm"):
         check_run(parse_run(["--cache-text", "--train-llm"], ""))
+
+
+def test_shards_in_a_bucket_are_refused(several):
+    run = parse_run(["--cache-text", "--data", str(several), "gs://bucket/shards/"], "")
+    with pytest.raises(FuseDiTError, match="--data must not be URLs: copy the shards"):
+        check_settings(run)
+    check_settings(replace(run, data=[str(several)]))
 
 
 def test_train_tpu_does_not_have_it(capsys):
