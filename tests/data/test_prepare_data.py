@@ -288,7 +288,7 @@ def test_help_has_an_example_and_usage_errors_exit_2():
 def test_every_command_has_one_line_of_help():
     out, _ = command("--help")
     rows = re.findall(r"^    ([a-z0-9-]+)\s+\S.*$", out[out.index("  COMMAND"):], re.M)
-    assert len(rows) == 12 and {"shapes", "sa1b-download", "encode"} <= set(rows)
+    assert len(rows) == 13 and {"shapes", "sa1b-download", "encode"} <= set(rows)
 
 
 def test_the_old_name_of_grid_is_accepted(capsys):

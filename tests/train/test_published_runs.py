@@ -49,8 +49,8 @@ def test_the_settings_are_those_of_the_published_config(name):
     assert published_settings(name) == want
 
 
-def test_every_preset_but_the_demo_has_published_settings():
-    assert set(RUNS) == set(fusedit.PRESETS) - {"demo", "fusedit"}
+def test_every_preset_of_the_paper_has_published_settings():
+    assert set(RUNS) == set(fusedit.PRESETS) - {"demo", "emoji", "fusedit"}
     assert published_settings("fusedit") == published_settings("fusedit/large-scale")
     with pytest.raises(FuseDiTError, match="paper's runs .demo has none.: .*fusedit/large-scale"):
         parse_run(["--like-published"], "")
