@@ -41,7 +41,7 @@ ALL_RUNS = dict(
 )
 LARGE_RUN = dict(steps=1_000_000)
 DIFFERENCES = {"fusedit/large-scale": LARGE_RUN, "fusedit": LARGE_RUN}
-NOT_PUBLISHED = ("demo",)                   # presets that have no published run
+NOT_PUBLISHED = ("demo", "emoji")           # presets that have no published run
 
 
 def published_settings(preset):
