@@ -1,6 +1,7 @@
 """prepare_data.py tiny-vae, which trains a small VAE on the images of shards."""
 import json
 import re
+from collections import Counter
 
 import numpy as np
 import pytest
@@ -87,6 +88,25 @@ def test_it_learns_to_reconstruct_images(trained, images):
     assert f"PSNR of {len(held_out)} images" in printed
     assert psnr == pytest.approx(tiny_vae.decoded_psnr(vae, held_out, "cpu"), abs=0.3)
     assert noisy == pytest.approx(tiny_vae.decoded_psnr(vae, held_out, "cpu", 0.2), abs=0.3)
+
+
+def test_half_of_a_batch_is_mirrored_and_half_has_its_colours_in_random_order():
+    image = torch.tensor([[0, 90], [30, 120], [60, 150]], dtype=torch.uint8)       # [3,W]
+    torch.manual_seed(0)
+    batch = tiny_vae.random_batch(image[None, :, None], 2000)
+    seen = Counter()
+    for pixels in ((batch[:, :, 0] + 1) * 127.5).round().int():
+        is_mirrored = int(pixels[0, 0] > pixels[0, 1])
+        if is_mirrored:
+            pixels = pixels.flip(1)
+        assert torch.equal(pixels[:, 1] - pixels[:, 0], torch.full((3,), 90))
+        seen[is_mirrored, tuple(pixels[:, 0].tolist())] += 1
+    assert len(seen) == 2 * 6
+    for (_, order), count in seen.items():
+        expected = 2000 / 2 / 2 / 6         # the recoloured half is in any of six orders
+        if order == (0, 30, 60):
+            expected += 2000 / 2 / 2        # the other half
+        assert count == pytest.approx(expected, abs=5 * expected ** 0.5)
 
 
 def test_psnr_is_that_of_the_squared_error_with_noise():
