@@ -320,7 +320,7 @@ def add_tiny_vae(commands):
     add_out(p, "folder for the VAE")
     p.add_argument("--image-size", type=positive, default=64, metavar="PIXELS",
                    help="images are cropped to the central square and resized to this")
-    p.add_argument("--steps", type=positive, default=1200, metavar="N",
+    p.add_argument("--steps", type=positive, default=2000, metavar="N",
                    help="number of training steps")
     p.add_argument("--batch-size", type=positive, default=16, metavar="N",
                    help="number of images per step")
