@@ -2,11 +2,12 @@
 import json
 import re
 from collections import Counter
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageDraw
 from safetensors import safe_open
 from safetensors.torch import load_file
 from test_prepare_data import command, files, pack
@@ -20,6 +21,7 @@ from fusedit_lib.vae import VAE, VAEConfig, load_vae
 SIZE = 16
 IMAGES = 150                                # in two shards, and one that is not readable
 STEPS = 80
+DEMO_VAE = Path(prepare_data.__file__).parent / "demo" / "emoji" / "vae"
 
 
 def draw(rng):
@@ -237,3 +239,19 @@ def test_wrong_input_is_refused(shards, tmp_path):
     with pytest.raises(FuseDiTError, match="one has 1 readable images; at least 2 are needed"):
         make(one, tmp_path / "vae")
     assert [path.name for path in tmp_path.iterdir()] == ["one"]
+
+
+# ------------------------------------------------------------------------------ the bundled VAE
+
+@pytest.mark.parametrize("colour", ["red", "green", "blue", "yellow", "purple", "teal", "brown"])
+def test_the_vae_of_the_emoji_demo_keeps_colours(colour):
+    image = Image.new("RGB", (64, 64), "white")
+    ImageDraw.Draw(image).ellipse((8, 8, 56, 56), fill=colour)
+    pixels = tiny_vae.to_pixels(torch.from_numpy(np.array(image)).permute(2, 0, 1)[None])
+    vae = load_vae(DEMO_VAE)
+    with torch.no_grad():
+        decoded = vae.decode(vae.encode(pixels)).float()
+    assert (decoded - pixels).abs().mean() < 0.08
+    middle = (slice(None), slice(None), slice(24, 40), slice(24, 40))
+    assert decoded[middle].mean((0, 2, 3)).tolist() == pytest.approx(
+        pixels[middle].mean((0, 2, 3)).tolist(), abs=0.15)
