@@ -42,6 +42,8 @@ def test_a_mesh_that_does_not_fit_is_refused(text):
     ("dit.patch_embed.proj.weight", (8, 16, 2, 2), ("fsdp", None, None, None)),
     ("dit.proj_out.bias", (64,), (None,)),
     ("dit.proj_out.weight", (64, 8), ("fsdp", "tensor")),
+    ("dit.text_mix.logits", (4, 8), (None, None)),
+    ("dit.text_mix.time_weight", (4, 8, 512), (None, None, None)),
     ("llm.embed_tokens.weight", (256, 8), ("fsdp", "tensor")),
     ("tokens", (8, 5, 8), ("fsdp", None, None)),
     ("mlp.down_proj.input", (8, 5, 8), ("fsdp", None, "tensor"))])
@@ -142,6 +144,11 @@ POINTS = [
     {"timestep_conditioning": "adaln-single", "pos_embed": "m-rope"},
     {"attention": "cross", "timestep_conditioning": "addition", "pos_embed": "ape"},
     {"fusion": "shallow", "timestep_conditioning": "adaln-zero", "sandwich_norm": False},
+    {"fusion": "shallow", "text_states": "uniform"},
+    {"fusion": "shallow", "text_states": "static", "attention": "cross"},
+    {"fusion": "shallow", "text_states": "depth"},
+    {"fusion": "shallow", "text_states": "time", "timestep_conditioning": "addition"},
+    {"fusion": "shallow", "text_states": "joint", "attention": "cross"},
     {"shared_attention_layers": [0, 1, 3]},
     {"shared_attention_layers": [3]}]
 
