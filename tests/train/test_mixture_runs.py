@@ -5,6 +5,7 @@ import warm
 from conftest import ROOT
 from launching import assert_equal, flags, launch, launch_all, losses, metrics, state
 from PIL import Image
+from starting import start_flags
 
 from fusedit_lib import pretrained
 
@@ -38,8 +39,13 @@ def test_a_run_trains_its_gates_saves_resumes_exports_and_draws(gemma, data, tmp
         return job(gemma, data, tmp_path / name, "joint", steps, *more)
 
     whole = tmp_path / "whole"
-    launch_all([joint("whole", 4, "--save-every", "2", "--val-data", str(data), "--val-every", "2"),
-                joint("part", 2), joint("part", 4), joint("cached", 4, "--cache-text")])
+    validated = ("--val-data", str(data), "--val-every", "2")
+    launch_all([
+        joint("whole", 4, "--save-every", "2", *validated),
+        joint("part", 2),
+        joint("part", 4),
+        joint("cached", 4, "--cache-text"),
+    ])
     launch(joint("three", 4, "--zero", "3", "--cache-text"), n=2)
     assert_equal(state(whole, 4), state(tmp_path / "part", 4))
     for name in ("cached", "three"):
@@ -61,22 +67,23 @@ def test_a_run_trains_its_gates_saves_resumes_exports_and_draws(gemma, data, tmp
     assert np.array_equal(drawn(tmp_path / "exported", tmp_path / "again"), image)
 
 
+def started(model, data, out, text_states, check=True):
+    """Starts a run of one step from a model, with another mixture. Returns a CompletedProcess."""
+    argv = start_flags(model, data, out, "--set", f"text_states={text_states}")
+    return launch(argv, check=check)
+
+
 def test_a_run_starts_from_a_model_that_reads_one_layer(gemma, data, tmp_path):
     """With --init, where only the mixture starts fresh. The other way round, it has no place."""
-    one = job(gemma, data, tmp_path / "one", "layer", 2)
-    launch(one)
-    init = ["--init", str(tmp_path / "one"), "--data", str(data), "--steps", "1", "--batch", "8",
-            "--workers", "0", "--log-every", "1", "--dtype", "float32", "--sample-every", "0",
-            "--out", str(tmp_path / "depth"), "--set", "text_states=depth"]
-    done = launch(init)
+    layer = tmp_path / "layer"
+    depth = tmp_path / "depth"
+    launch(job(gemma, data, layer, "layer", 2))
+    done = started(layer, data, depth, "depth")
     assert "4 weights start fresh: text_mix\n" in done.stderr       # of 2 layers in 2 blocks
-    model = pretrained.load_model(tmp_path / "depth")
+    model = pretrained.load_model(depth)
     assert model.config.text_states == "depth"
 
-    back = ["layer" if word == "depth" else word.replace("=depth", "=layer") for word in init]
-    back[back.index("--init") + 1] = str(tmp_path / "depth")
-    back[back.index("--out") + 1] = str(tmp_path / "back")
-    done = launch(back, check=False)
+    done = started(depth, data, tmp_path / "back", "layer", check=False)
     assert done.returncode == 1
     assert "text_states was 'depth', is now 'layer'" in done.stderr
 
@@ -96,8 +103,11 @@ def test_every_mixture_trains_the_same_at_every_stage(gemma, data, tmp_path, tex
     def named(name, *more):
         return job(gemma, data, tmp_path / name, text_states, 3, *more)
 
-    launch_all([named("one", "--zero", "0"), named("remat", "--remat", "--micro-batch", "2"),
-                named("compiled", "--compile")])
+    launch_all([
+        named("one", "--zero", "0"),
+        named("remat", "--remat", "--micro-batch", "2"),
+        named("compiled", "--compile"),
+    ])
     stages = ("0", "1", "2", "3", "2-offload")
     launch_all([named(zero, "--zero", zero) for zero in stages], n=2)
     for name in ("remat", "compiled", *stages):
