@@ -101,14 +101,14 @@ def test_a_run_is_not_resumed_with_another_mixture(gemma, data, tmp_path):
 def test_every_mixture_trains_the_same_at_every_stage(gemma, data, tmp_path, text_states):
     """As two ranks, with Adam on the CPU, with gradient accumulation, --remat and --compile."""
     def named(name, *more):
-        return job(gemma, data, tmp_path / name, text_states, 3, *more)
+        return job(gemma, data, tmp_path / name, text_states, 3, "--lr", "3e-3", *more)
 
     launch_all([
         named("one", "--zero", "0"),
         named("remat", "--remat", "--micro-batch", "2"),
         named("compiled", "--compile"),
     ])
-    stages = ("0", "1", "2", "3", "2-offload")
+    stages = ("1", "3", "2-offload")
     launch_all([named(zero, "--zero", zero) for zero in stages], n=2)
     for name in ("remat", "compiled", *stages):
         assert losses(tmp_path / name) == pytest.approx(losses(tmp_path / "one"), rel=1e-4), name

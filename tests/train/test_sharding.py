@@ -204,6 +204,29 @@ def test_a_scanned_stack_computes_the_same_as_its_layers(gemma_folder, changes, 
     assert torch.equal(again, got)
 
 
+@pytest.mark.parametrize("text_states, is_shared", [
+    ("layer", True), ("static", True), ("time", True), ("depth", False), ("joint", False)])
+def test_a_text_that_all_blocks_share_is_carried(gemma_folder, text_states, is_shared):
+    """Only texts that differ from block to block are stacked."""
+    config = FuseDiTConfig(base=str(gemma_folder), fusion="shallow", text_states=text_states,
+                           in_channels=3, vae=None, timestep_conditioning=None)
+    model = pretrained.build_model(config)
+    ids = torch.full((2, 5), 7)
+    text = (2, 5, 32)
+    carried = []
+    stacked = []
+
+    def recording_scan(step, carry, rows):
+        carried.extend(tensor.shape for tensor in carry[1].values())
+        stacked.extend(tensor.shape for tensor in rows[1].values())
+        return plain_scan(step, carry, rows)
+
+    model.dit.layers = scan.ScannedStack(model.dit.layers, recording_scan, lambda tensor, _: tensor)
+    model(torch.zeros(2, 3, 8, 8), torch.tensor([0.3, 0.9]), (ids, ids > 0))
+    assert (text in carried) == is_shared
+    assert ((4, *text) in stacked) != is_shared
+
+
 def test_only_layers_of_one_kind_are_scanned():
     """The layers at the beginning are scanned; the others keep their numbers."""
     def layer(width, flag=False):
