@@ -222,8 +222,8 @@ def test_the_texts_of_all_blocks_are_planned(gemma_folder, budget):
     """
     kept = {}
     for text_states in ("static", "depth"):
-        argv = flags(gemma_folder, "x", "y", "--set", "fusion=shallow", f"text_states={text_states}",
-                     "max_text_tokens=64", "dit_hidden_size=48")
+        argv = flags(gemma_folder, "x", "y", "--set", "fusion=shallow",
+                     f"text_states={text_states}", "max_text_tokens=64", "dit_hidden_size=48")
         config = model_config(parse_run(argv, ""))
         model = costs.abstract_model(config)
         kept[text_states] = costs.activations(model, config, 4, torch.bfloat16, budget=budget)
