@@ -39,19 +39,14 @@ def reader_batches(reader, rng, ids):
     return padded_batches(rng, BATCH, draw_row)
 
 
-def reader_folder(reader, out: Path) -> Path:
-    """The folder of a reader. out: the OUT of ablations.py."""
+def make_reader(reader, out: Path, steps, device) -> Path:
+    """Train a reader in OUT/readers, unless it is there. Returns its folder.
+
+    It is trained like the bundled one (tiny_gemma.make), on other text. out: OUT.
+    """
     if reader == "questions":
         return BUNDLED
-    return out / "readers" / reader
-
-
-def make_reader(reader, out: Path, steps, device) -> Path:
-    """Train a reader, unless its folder exists. Returns the folder.
-
-    It is trained like the bundled one (tiny_gemma.make), on other text.
-    """
-    folder = reader_folder(reader, out)
+    folder = out / "readers" / f"{reader}-{steps}-steps"
     if folder.exists():
         return folder
     print(f"training the reader {reader!r}: {steps} steps")

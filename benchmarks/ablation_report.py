@@ -144,6 +144,15 @@ def markdown(rows):
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
 
+def categories_table(by_point):
+    """The mean score of each point in each category as Markdown."""
+    lines = [["point", *scenes.CATEGORIES], ["---"] * (1 + len(scenes.CATEGORIES))]
+    for name, runs in by_point.items():
+        groups = rights(runs)
+        lines.append([name, *(f"{np.mean(groups[category]):.3f}" for category in groups)])
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+
+
 def notes(runs, spread, against):
     """The sentences below the table."""
     first = runs[0]
@@ -196,7 +205,8 @@ def report(runs, rates, out, against):
                            f"{fusedit.suggest(against, by_point)}")
     spread = seed_spread(by_point)
     rows = [table_row(name, own, by_point[against], spread) for name, own in by_point.items()]
-    text = f"{markdown(rows)}\n{notes(runs, spread, against)}{rates_table(rates)}"
+    text = (f"{markdown(rows)}\n{notes(runs, spread, against)}\n{categories_table(by_point)}"
+            f"{rates_table(rates)}")
     with atomic_write(out / "report.md") as tmp:
         tmp.write_text(text, "utf-8")
     draw(by_point, spread, out / "report.png")

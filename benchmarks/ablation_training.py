@@ -30,6 +30,7 @@ from fusedit_lib.train.schedule import ema_decay, learning_rate
 DATA_SEED = 0                               # of the scenes, which are the same for all seeds
 EVALUATION_SEED = 0                         # of prompts and noise, as in `evaluate.py shapes`
 CAPTION_DROP = 0.1                          # share of captions left out, as guidance requires
+DRAWN_AT_ONCE = 120                         # images; 600 are five whole batches
 CHUNK = 500                                 # scenes that a process renders at a time
 WARM = 3                                    # steps before a CUDA graph is recorded
 
@@ -213,6 +214,7 @@ class Settings(NamedTuple):
     distinct: int                           # scenes that the images are taken from
     prompts: int                            # of the evaluation
     dtype: str                              # "bf16" or "float32"
+    reader_steps: int                       # of the readers that were trained for the experiment
 
 
 class Trained(NamedTuple):
@@ -281,7 +283,8 @@ def score(model, settings):
     """The result of the shapes benchmark, as `evaluate.py shapes` would compute it."""
     benchmark = benchmarks.shapes(settings.prompts, EVALUATION_SEED)
     images = []
-    for numbers in tqdm(batches_of(range(settings.prompts), 32), desc="drawing", disable=None):
+    batches = batches_of(range(settings.prompts), DRAWN_AT_ONCE)
+    for numbers in tqdm(batches, desc="drawing", disable=None):
         images += generate(model, [benchmark.prompts[k] for k in numbers],
                            [image_seed(EVALUATION_SEED, k, 0) for k in numbers])
     return judging.judge_shapes(images, settings.prompts, EVALUATION_SEED)

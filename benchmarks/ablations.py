@@ -60,7 +60,11 @@ def append_run(out, row):
     """Add a finished run to OUT/runs.jsonl, which other processes may be writing, too."""
     path = out / "runs.jsonl"
     with FileLock(out / ".runs.lock"):
-        lines = [json.dumps(run) + "\n" for run in [*read_runs(out), row]]
+        runs = read_runs(out)
+        if any((run["point"], run["seed"]) == (row["point"], row["seed"]) for run in runs):
+            print("another process has finished this run in the meantime: its result is kept")
+            return
+        lines = [json.dumps(run) + "\n" for run in [*runs, row]]
         with atomic_write(path) as tmp:
             tmp.write_text("".join(lines))
 
@@ -70,8 +74,9 @@ def check_settings(runs, settings, out):
     for run in runs:
         for name, value in settings._asdict().items():
             if run[name] != value:
-                raise FuseDiTError(f"the runs in {out} have --{name} {run[name]}, not {value}: "
-                                   f"give --{name} {run[name]}, or choose another OUT")
+                flag = f"--{name.replace('_', '-')}"
+                raise FuseDiTError(f"the runs in {out} have {flag} {run[name]}, not {value}: "
+                                   f"give {flag} {run[name]}, or choose another OUT")
 
 
 def finished(rows, run):
@@ -137,7 +142,8 @@ def sweep(points, bases, scenes, settings, images, args):
             model = new_model(point, bases[point.reader], settings.dtype, args.seeds[0],
                               scenes.pixels.device)
             trained = train(model, scenes, settings, images, lr, args.seeds[0], args.compile)
-            torch.compiler.reset()
+            if args.compile:
+                torch.compiler.reset()
             losses[f"{lr:g}"] = trained.loss
             print(f"{family(point)}: {name} at {lr:g}: loss {trained.loss:.4f}", flush=True)
         finite = {lr: loss for lr, loss in losses.items() if loss < float("inf")}
@@ -223,7 +229,8 @@ def parse_args():
 
     group = p.add_argument_group("training, the same for all runs in OUT")
     group.add_argument("--images", type=cli.positive, default=100_000, metavar="N",
-                       help="number of images that each run is trained on")
+                       help="number of images that each run is trained on, rounded down to whole "
+                            "batches")
     group.add_argument("--batch", type=cli.positive, default=32, metavar="N",
                        help="number of images in a step")
     group.add_argument("--distinct", type=cli.positive, default=200_000, metavar="N",
@@ -234,7 +241,7 @@ def parse_args():
                        help=f"learning rate of all runs (default: that chosen by --sweep-lr, or "
                             f"{DEFAULT_RATE:g})")
     group.add_argument("--reader-steps", type=cli.positive, default=1200, metavar="N",
-                       help="training steps of the readers that OUT/readers does not have yet; "
+                       help="training steps of the readers that do not come with the repository; "
                             "the bundled one was trained for 1200")
     group.add_argument("--dtype", **cli.DTYPE,
                        help="precision; auto is bf16 where the device has it natively, otherwise "
@@ -256,6 +263,9 @@ def main():
         ablation_report.report(read_runs(args.out), read_rates(args.out), args.out, args.against)
         return
     points = choose(args.points)
+    args.seeds = list(dict.fromkeys(args.seeds))
+    if args.lr is not None and args.lr <= 0:
+        raise FuseDiTError(f"--lr {args.lr:g} must be above 0")
     images = args.sweep_lr or args.images
     if images < args.batch:
         raise FuseDiTError(f"{images} images are less than a batch of {args.batch}: give more "
@@ -268,7 +278,8 @@ def main():
     torch.set_float32_matmul_precision("high")
     backend.configure(device, dtype)
     args.distinct = min(args.distinct, args.images)
-    settings = Settings(args.images, args.batch, args.distinct, args.prompts, args.dtype)
+    settings = Settings(args.images, args.batch, args.distinct, args.prompts, args.dtype,
+                        args.reader_steps)
     check_settings(read_runs(args.out), settings, args.out)
     args.out.mkdir(parents=True, exist_ok=True)
 

@@ -1,8 +1,10 @@
 """benchmarks/ablations.py: the points, what makes runs fair, a tiny experiment, the statistics."""
+import contextlib
 import json
 import random
 import sys
 from collections import Counter
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -30,7 +32,8 @@ from ablation_points import POINTS, SHALLOW, Point
 from ablation_training import Settings
 
 CPU = torch.device("cpu")
-SETTINGS = Settings(images=64, batch=8, distinct=40, prompts=12, dtype="float32")
+SETTINGS = Settings(images=64, batch=8, distinct=40, prompts=12, dtype="float32",
+                    reader_steps=2)
 TINY = ["--images", "32", "--batch", "16", "--distinct", "20", "--prompts", "6", "--no-compile",
         "--reader-steps", "2", "--dtype", "float32", "--device", "cpu"]
 POINTS_OF_EXPERIMENT = "baseline", "reader-captions"
@@ -258,7 +261,7 @@ def test_runs_are_lines_with_everything_that_is_needed(experiment):
 
 def test_saved_models_can_be_loaded(experiment):
     loaded = load_model(experiment / "models/reader-captions-seed-1")
-    assert loaded.config.base == str(experiment / "readers/captions")
+    assert loaded.config.base == str(experiment / "readers/captions-2-steps")
     assert loaded.config.timestep_conditioning == "adaln-zero"
     drawn = generate(loaded, ["a red circle"], steps=2)
     assert drawn[0].size == (32, 32)
@@ -297,6 +300,9 @@ def test_a_restart_trains_only_what_is_missing(experiment):
 @pytest.mark.parametrize("argv, message", [
     (["--images", "128"], "the runs in {out} have --images 32, not 128: give --images 32, or "
                           "choose another OUT"),
+    (["--reader-steps", "3"], "the runs in {out} have --reader-steps 2, not 3: give --reader-steps "
+                              "2, or choose another OUT"),
+    (["--lr", "0"], "--lr 0 must be above 0"),
     (["--lr", "0.001"], "baseline, seed 0 has already been trained with lr 0.002, not 0.001: "
                         "choose another OUT, or delete its line from runs.jsonl to train it again"),
     (["--batch", "33"], "32 images are less than a batch of 33: give more --images or a smaller "
@@ -320,14 +326,15 @@ def test_the_report_has_a_table_and_a_figure(experiment):
     text = (experiment / "report.md").read_text()
     assert text in done.stdout
     lines = [line for line in text.splitlines() if line.startswith("|")]
-    cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
+    cells = [[cell.strip() for cell in line[1:-1].split("|")] for line in lines]
     assert cells[0] == list(ablation_report.HEADER)
-    titles = [row[0] for row in cells[2:]]
-    assert titles == ["baseline", "reader-captions"]
+    assert [row[0] for row in cells[2:4]] == ["baseline", "reader-captions"]
     losses = [row["loss"] for row in rows_of(experiment) if row["point"] == "baseline"]
     assert cells[2][:3] == ["baseline", "2", "7.19 M"]
     assert cells[2][4] == f"{sum(losses) / 2:.4f}" and cells[2][-1] == ""
     assert cells[3][-1] in ("no difference seen", "better", "worse")
+    assert cells[4] == ["point", *scenes.CATEGORIES]
+    assert [row[0] for row in cells[6:]] == ["baseline", "reader-captions"]
     assert "2 degrees of freedom" in text and "no sweep" in text
     assert (experiment / "report.png").stat().st_size > 10_000
 
@@ -354,6 +361,14 @@ def test_the_sweep_chooses_the_rate_of_later_runs(tmp_path):
     text = (out / "report.md").read_text()
     assert "| deep, none | no-time, 16 images | 0.001: " in text
     assert text.count("not tested: one seed") == 1
+
+
+def test_a_run_that_another_process_has_finished_is_kept_once(tmp_path, capsys):
+    ablations.append_run(tmp_path, dict(point="baseline", seed=0, score=0.5))
+    ablations.append_run(tmp_path, dict(point="baseline", seed=1, score=0.6))
+    ablations.append_run(tmp_path, dict(point="baseline", seed=0, score=0.7))
+    assert [row["score"] for row in rows_of(tmp_path)] == [0.5, 0.6]
+    assert "another process" in capsys.readouterr().out
 
 
 # ---- statistics ----------------------------------------------------------------------------------
@@ -444,8 +459,75 @@ def test_a_control_is_named_in_the_table():
     assert cells[:5] == ["a-wide (as many parameters as baseline)", "2", "7.19 M", "50", "0.1000"]
 
 
+def test_categories_have_their_own_scores():
+    runs = [made_up_run("a", 0, "100010" * 5), made_up_run("a", 1, "110010" * 5)]
+    lines = ablation_report.categories_table({"a": runs}).splitlines()
+    assert lines[2] == "| a | 1.000 | 0.500 | 0.000 | 0.000 | 1.000 | 0.000 |"
+
+
 def test_points_are_paired_by_seed():
     a = made_up("a", 3, 0.5)
     assert ablation_report.compare(a[:1], a[1:], ablation_report.Spread(0.0, 0)) is None
     comparison = ablation_report.compare(a, a[1:], ablation_report.Spread(0.0, 0))
     assert comparison.difference == 0 and comparison.p > 0.9
+
+
+# ---- the CUDA graph, without a GPU ---------------------------------------------------------------
+
+class Recorder:
+    """Takes the place of torch.cuda: a graph repeats the step that was called while recording."""
+
+    def __init__(self, monkeypatch, fails=False):
+        self.fails = fails
+        self.replayed = 0
+        self.repeat = None
+        recorder = self
+
+        class Graph:
+            def replay(self):
+                recorder.replayed += 1
+                recorder.repeat()
+
+        stream = SimpleNamespace(wait_stream=lambda other: None)
+        monkeypatch.setattr(torch.cuda, "Stream", lambda: stream)
+        monkeypatch.setattr(torch.cuda, "current_stream", lambda: stream)
+        monkeypatch.setattr(torch.cuda, "stream", lambda _: contextlib.nullcontext())
+        monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
+        monkeypatch.setattr(torch.cuda, "graph", self.recording)
+
+    @contextlib.contextmanager
+    def recording(self, graph):
+        yield
+        if self.fails:
+            raise RuntimeError("operation not permitted\nwhen stream is capturing")
+
+
+class SumStep:
+    """A step whose loss is the sum of the images."""
+    adam = None
+    set_learning_rate = None
+
+    def __init__(self, recorder):
+        self.recorder = recorder
+
+    def __call__(self, batch):
+        loss = batch.x.sum()
+        self.recorder.repeat = lambda: loss.copy_(batch.x.sum())
+        return loss
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_a_graph_sees_every_batch(monkeypatch, capsys, some_scenes, fails):
+    recorder = Recorder(monkeypatch, fails)
+    step = ablation_training.GraphedStep(SumStep(recorder))
+    batches = []                            # of one shape, as on a GPU
+    for batch in ablation_training.run_batches(some_scenes, 64, 8, seed=1):
+        batches.append(batch._replace(ids=batch.ids[:, :8], mask=batch.mask[:, :8]))
+    losses = [step(batch) for batch in batches]
+    assert torch.stack(losses).tolist() == [batch.x.sum().item() for batch in batches]
+    printed = capsys.readouterr().out
+    if fails:
+        assert recorder.replayed == 0
+        assert printed == "no CUDA graph (operation not permitted): the steps run without one\n"
+    else:
+        assert recorder.replayed == len(batches) - ablation_training.WARM and printed == ""
