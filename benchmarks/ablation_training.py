@@ -5,9 +5,11 @@ seed. The images are rendered once and stay in memory.
 """
 import math
 import os
+import statistics
 import time
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
+from itertools import pairwise
 from typing import NamedTuple
 
 import torch
@@ -220,7 +222,7 @@ class Settings(NamedTuple):
 class Trained(NamedTuple):
     """The result of training."""
     loss: float                             # mean of the last tenth of the steps
-    images_per_s: float                     # without the first tenth of the steps
+    images_per_s: float                     # median of ten parts of the run
     seconds: float                          # all steps, and compiling
 
 
@@ -257,12 +259,14 @@ def train(model, scenes, settings, images, lr, seed, compiled):
     ema = [weight.detach().clone() for weight in adam.high]
 
     losses = []
+    part = max(1, run.steps // 10)
+    marks = []                              # the times at the beginning of each part
     begin = time.perf_counter()
     batches = run_batches(scenes, run.steps * run.batch, run.batch, seed)
     for step, batch in enumerate(tqdm(batches, total=run.steps, unit="step", disable=None)):
-        if step == run.steps // 10:
+        if step % part == 0:
             wait(device)
-            counted_from = time.perf_counter()
+            marks.append(time.perf_counter())
         step_of.set_learning_rate(learning_rate(run, step))
         losses.append(step_of(batch))
         decay = ema_decay(run, step + 1)
@@ -270,13 +274,14 @@ def train(model, scenes, settings, images, lr, seed, compiled):
             with torch.no_grad():
                 torch._foreach_lerp_(ema, adam.high, 1 - decay)
     wait(device)
-    end = time.perf_counter()
+    marks.append(time.perf_counter())
 
     with torch.no_grad():
         torch._foreach_copy_(adam.low, ema)
-    last = losses[-max(1, run.steps // 10):]
-    counted = (run.steps - run.steps // 10) * run.batch
-    return Trained(float(torch.stack(last).mean()), counted / (end - counted_from), end - begin)
+    whole_parts = pairwise(marks[:run.steps // part + 1])
+    seconds_of_part = statistics.median(end - start for start, end in whole_parts)
+    loss = float(torch.stack(losses[-part:]).mean())
+    return Trained(loss, part * run.batch / seconds_of_part, marks[-1] - begin)
 
 
 def score(model, settings):

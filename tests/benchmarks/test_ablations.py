@@ -275,7 +275,9 @@ def test_a_model_is_scored_as_evaluate_does(tmp_path):
     rows = ablation_training.score(load_model(ROOT / "demo"), SETTINGS)
     assert rows == result["prompts"]
     scored = ablations.compact(rows)
-    assert scored["verdicts"].count("1") > 6
+    rights = [row["right"] for row in result["prompts"]]
+    assert scored["verdicts"] == "".join(map(str, rights))
+    assert rights != rights[::-1] and sum(rights) > 6
     assert scored["score"] == result["overall"]
     assert scored["categories"] == result["categories"]
 
@@ -342,13 +344,14 @@ def test_the_report_has_a_table_and_a_figure(experiment):
 def test_the_sweep_chooses_the_rate_of_later_runs(tmp_path):
     out = tmp_path / "out"
     argv = [out, "--points", "no-time", "final", "--seeds", 0, *TINY]
-    done = run_program(*argv, "--sweep-lr", 16)
+    done = run_program(*argv, "--sweep-lr", 32)
     assert done.returncode == 0, done.stderr[-3000:]
     rates = json.loads((out / "rates.json").read_text())
     assert list(rates) == ["deep, none"] and not (out / "runs.jsonl").exists()
     swept = rates["deep, none"]
-    assert swept["point"] == "no-time" and swept["images"] == 16
+    assert swept["point"] == "no-time" and swept["images"] == 32
     assert list(swept["losses"]) == ["0.001", "0.002", "0.004"]
+    assert len(set(swept["losses"].values())) == 3
     assert f"{swept['best']:g}" == min(swept["losses"], key=swept["losses"].get)
 
     swept["best"] = 0.0037
@@ -359,7 +362,7 @@ def test_the_sweep_chooses_the_rate_of_later_runs(tmp_path):
     done = run_program(out, "--report", "--against", "no-time")
     assert done.returncode == 0, done.stderr[-3000:]
     text = (out / "report.md").read_text()
-    assert "| deep, none | no-time, 16 images | 0.001: " in text
+    assert "| deep, none | no-time, 32 images | 0.001: " in text
     assert text.count("not tested: one seed") == 1
 
 
@@ -406,6 +409,13 @@ def test_a_clear_difference_is_seen_and_none_is_not():
     comparison, spread = compared(made_up("others", 3, 0.6), base)
     assert comparison.interval[0] < 0 < comparison.interval[1]
     assert ablation_report.verdict(comparison, spread) == "no difference seen"
+
+
+@pytest.mark.parametrize("difference, p, words", [
+    (0.1, 0.049, "better"), (-0.1, 0.049, "worse"), (0.1, 0.051, "no difference seen")])
+def test_a_claim_needs_a_p_below_5_percent(difference, p, words):
+    comparison = ablation_report.Comparison(difference, [-1, 1], p)
+    assert ablation_report.verdict(comparison, ablation_report.Spread(0.0, 2)) == words
 
 
 def test_seeds_that_differ_widen_the_interval():
