@@ -9,9 +9,9 @@ images, in the same order, with the same noise. Its images for the prompts of `e
 are scored by the same pixel detector. Each finished run is a line of OUT/runs.jsonl. The same
 command resumes: it skips the runs that are there. --report draws a table and a figure of them.
 
-A first try, of a few minutes on two CPU cores:
+A first try, of a few minutes on a CPU:
 
-    python benchmarks/ablations.py try --points baseline no-time --images 640 --distinct 500
+    python benchmarks/ablations.py try --points baseline no-time --images 640 --prompts 60
 """
 import argparse
 import json
