@@ -12,6 +12,7 @@ from functools import partial
 from itertools import pairwise
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from ablation_points import config_of
 from common import Adam, machine, wait
@@ -53,15 +54,13 @@ class Order(NamedTuple):
 
 
 def render_chunk(image_size, numbers):
-    """The pixels [n,3,H,W] and the captions, two per scene, of a range of scene numbers."""
-    data = bytearray()
-    captions = []
-    for i in numbers:
-        scene = captioned_scene(DATA_SEED, image_size, i)
-        data += scene.image.tobytes()
-        captions.append(scene.captions)
-    pixels = torch.frombuffer(data, dtype=torch.uint8)
-    return pixels.view(-1, image_size, image_size, 3).movedim(3, 1).contiguous(), captions
+    """The pixels [n,H,W,3] and the captions, two per scene, of a range of scene numbers.
+
+    It runs in a process that was forked, where torch's threads would not work, so it uses NumPy.
+    """
+    found = [captioned_scene(DATA_SEED, image_size, i) for i in numbers]
+    pixels = np.stack([np.asarray(scene.image) for scene in found])
+    return pixels, [scene.captions for scene in found]
 
 
 def render_scenes(n, image_size):
@@ -75,7 +74,7 @@ def render_scenes(n, image_size):
         for part, part_captions in tqdm(done, total=len(chunks), desc="rendering", disable=None):
             pixels.append(part)
             captions += part_captions
-    return torch.cat(pixels), captions
+    return torch.from_numpy(np.concatenate(pixels)).movedim(3, 1).contiguous(), captions
 
 
 def make_scenes(n, model, device):
