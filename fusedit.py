@@ -234,6 +234,8 @@ class FuseDiTConfig:
     shared_attention_layers: Literal["all"] | tuple = "all"  # the Gemma layers that may be read
     text_hidden_states_index: int = -1      # the hidden state that shallow fusion reads: i is the
                                             # input of layer i, -1 the output of the final norm
+    # layer: that hidden state; the others: a mixture of all layers' hidden states, see TextMix
+    text_states: Literal["layer", "uniform", "static", "depth", "time", "joint"] = "layer"
     max_text_tokens: int = 256              # longer prompts are truncated
     instruction: str = ""                   # put before every prompt except the empty one
     apply_chat_template: bool = False       # wrap prompts as instruction-tuned Gemmas expect
@@ -280,6 +282,13 @@ class FuseDiTConfig:
         if layers != "all" and not all(type(i) is int for i in layers):
             raise FuseDiTError("config field shared_attention_layers must be 'all' or a list of "
                                "layer numbers")
+        if self.text_states != "layer" and self.fusion == "deep":
+            raise FuseDiTError(f"config field text_states is {self.text_states!r}, which needs "
+                               "fusion shallow: in deep fusion, a block reads its own Gemma layer")
+        if self.text_states != "layer" and self.text_hidden_states_index != -1:
+            raise FuseDiTError("config field text_hidden_states_index is "
+                               f"{self.text_hidden_states_index}, but text_states "
+                               f"{self.text_states!r} reads all layers: leave it at -1")
         if self.clip and not self.text_modulation_embeds_dim:
             raise FuseDiTError("config field clip needs text_modulation_embeds_dim (ViT-L: 768)")
         if self.text_modulation_embeds_dim and not self.timestep_conditioning:
@@ -368,9 +377,9 @@ def sinusoidal(positions, width):
     return torch.cat([angles.sin(), angles.cos()], dim=-1)
 
 
-def timestep_features(sigma, width=256):
-    """Sinusoidal embedding [B,width] of the timestep 1000 sigma. Note the order: cosines first."""
-    sines, cosines = sinusoidal(1000 * sigma, width).chunk(2, dim=-1)
+def timestep_features(sigma, width=256, scale=1000):
+    """Sinusoidal embedding [B,width] of the timestep scale * sigma. Note: cosines come first."""
+    sines, cosines = sinusoidal(scale * sigma, width).chunk(2, dim=-1)
     return torch.cat([cosines, sines], dim=-1)
 
 
@@ -566,7 +575,8 @@ class TextFeatures(NamedTuple):
     """Everything the DiT needs to know about its prompts, computed once and used at every step."""
     keys: tuple                         # one per DiT block: [B,K,T,h] of the Gemma layer that it
     values: tuple                       #   reads, or None. Shallow fusion: all are None
-    hidden: torch.Tensor | None         # [B,T,D] shallow fusion: the hidden state that is read
+    hidden: torch.Tensor | None         # shallow fusion: the hidden state that is read [B,T,D], or
+                                        #   all layers' [B,T,L,D], which TextMix mixes
     mask: torch.Tensor                  # [B,T] True at real tokens (at least <bos>), not at padding
     pooled: torch.Tensor | None = None  # [B,text_modulation_embeds_dim] CLIP's pooled vector
 
@@ -705,6 +715,21 @@ class Gemma(nn.Module):
         return keys, values, hidden
 
 
+def states_to_read(text_states, hidden):
+    """The part of the hidden states from Gemma.forward that shallow fusion reads.
+
+    layer: the last one [B,T,D]. Otherwise those after all layers, whose different sizes LayerNorm
+    (without parameters) makes equal: all of them [B,T,L,D], or for uniform their mean.
+    """
+    if text_states == "layer":
+        return hidden[-1]
+    states = [F.layer_norm(state, state.shape[-1:]) for state in hidden[1:]]
+    states = torch.stack(states, dim=2)                         # [B,T,L,D]
+    if text_states == "uniform":
+        return states.mean(2)
+    return states
+
+
 def load_gemma(folder, device="cpu", dtype=torch.float32):
     """A frozen Gemma from a folder that transformers saved: config.json and *.safetensors.
 
@@ -755,8 +780,8 @@ class DiTBlock(TransformerLayer):
 
     config.fusion determines where the text's keys and values come from:
         deep      from a Gemma layer, as Gemma computed them
-        shallow   projected by this block itself, from one hidden state of Gemma, which all blocks
-                  share (after DiT.context_embedder has brought it to the DiT's width)
+        shallow   projected by this block itself, from one hidden state of Gemma, or a mixture of
+                  all of them (after DiT.context_embedder has brought it to the DiT's width)
 
     config.attention determines how the image attends to them:
         self      in one softmax over text and image
@@ -803,19 +828,19 @@ class DiTBlock(TransformerLayer):
             return (cond + self.scale_shift_table)[:, None].chunk(6, dim=-1)
         return 0, 0, 1, 0, 0, 1
 
-    def forward(self, img, text_k, text_v, cond, rope, text_hidden, text_mask, joint_mask):
+    def forward(self, img, text_k, text_v, text_hidden, cond, rope, text_mask, joint_mask):
         """Returns img [B,N,D] after this block (and None, since LayerStack expects a pair).
 
         text_k, text_v   [B,K,T,h] of a Gemma layer (deep fusion), or None
+        text_hidden      [B,T,D], the embedded hidden state (shallow fusion), or None
         cond             see modulation
         rope             [2,B,1,N,h/2], from image_rope, or None
-        text_hidden      [B,T,D], the embedded hidden state (shallow fusion), or None
         text_mask        [B,1,1,T], added to the scores: 0 at real tokens, -inf at padding
         joint_mask       [B,1,1,T+N], the same for [text ; image]
         """
         shift_attn, scale_attn, gate_attn, shift_mlp, scale_mlp, gate_mlp = self.modulation(cond)
 
-        # shallow fusion: this block's own keys and values of the one hidden state
+        # shallow fusion: this block's own keys and values of the hidden state
         if self.shallow:
             attn = self.self_attn if self.joint else self.cross_attn
             text_k, text_v = attn.text_kv(text_hidden)          # [B,K,T,h], without positions
@@ -845,6 +870,36 @@ class DiTBlock(TransformerLayer):
 
         img = self.add_mlp(img, shift_mlp, scale_mlp, gate_mlp)
         return img, None
+
+
+class TextMix(nn.Module):
+    """Mixtures of the hidden states after Gemma's L layers, for shallow fusion (arXiv 2602.03510).
+
+    The weights of a mixture are the softmax of L numbers, which start at 0 (the plain mean, as in
+    "uniform"). config.text_states determines them:
+        static, depth   learned: for all DiT blocks together, or for each
+        time, joint     computed from sigma by a gate, Linear(128, 512), SiLU, Linear(512, L): one
+                        for all blocks, or one for each; they are computed together
+    """
+    def __init__(self, kind, L, blocks):
+        super().__init__()
+        if kind in ("static", "time"):
+            blocks = 1
+        self.depends_on_sigma = kind in ("time", "joint")
+        self.logits = nn.Parameter(torch.zeros(blocks, L))      # also the bias of the gates
+        if self.depends_on_sigma:
+            self.time_embedder = nn.Linear(128, blocks * 512)
+            self.time_weight = nn.Parameter(torch.zeros(blocks, L, 512))
+
+    def forward(self, states, sigma):
+        """Mixtures [n,B,T,D] of states [B,T,L,D] at sigma [B], for n blocks (1: for all blocks)."""
+        logits = self.logits[None]                                             # [1,n,L]
+        if self.depends_on_sigma:
+            y = self.time_embedder(timestep_features(sigma, 128, scale=1).to(states.dtype))
+            y = F.silu(y).unflatten(1, (len(self.logits), 512))                # [B,n,512]
+            logits = logits + torch.einsum("bni,nli->bnl", y, self.time_weight)
+        weights = logits.softmax(-1)[:, None]                                  # [B,1,n,L]
+        return (weights @ states).movedim(2, 0)
 
 
 def embedding_mlp(width_in, width):
@@ -887,6 +942,9 @@ class DiT(nn.Module):
         if c.fusion == "shallow":
             self.context_embedder = nn.Sequential(RMSNorm(gemma.hidden_size, eps),
                                                   nn.Linear(gemma.hidden_size, D))
+        self.text_mix = None
+        if c.text_states not in ("layer", "uniform"):
+            self.text_mix = TextMix(c.text_states, gemma.num_hidden_layers, len(self.layers))
 
     def init_weights(self):
         """Fresh weights, for training from scratch (models.py:285-324).
@@ -905,6 +963,8 @@ class DiT(nn.Module):
             nn.init.zeros_(p)
         elif "proj_out" in name or ".linear." in name:          # output and AdaLN-Zero projections
             nn.init.zeros_(p)
+        elif name in ("text_mix.logits", "text_mix.time_weight"):               # a plain mean
+            nn.init.zeros_(p)
         elif "embedder" in name or "t_block" in name:
             nn.init.normal_(p, std=0.02)
         else:                                                   # patch embedding, attention, MLP
@@ -916,6 +976,21 @@ class DiT(nn.Module):
         if self.config.text_modulation_embeds_dim:
             temb = temb + self.condition_embedder(pooled.to(dtype))
         return temb
+
+    def text_contexts(self, text, sigma, dtype):
+        """For each block, the text [B,T,D] that it projects; in deep fusion None.
+
+        Mixtures that do not depend on sigma could be made once per prompt. But this would take a
+        second kind of TextFeatures, to save 0.9 % of the DiT's FLOPs (depth, in the paper's setup).
+        """
+        blocks = len(self.text_layers)
+        if text.hidden is None:
+            return [None] * blocks
+        hidden = text.hidden.to(dtype)
+        if self.text_mix is None:
+            return [self.context_embedder(hidden)] * blocks
+        contexts = self.context_embedder(self.text_mix(hidden, sigma))         # [n,B,T,D]
+        return list(contexts.unbind()) * (blocks // len(contexts))
 
     def final_modulation(self, temb):
         """shift, scale of the last norm, each [B,1,D]; or neutral numbers.
@@ -956,7 +1031,7 @@ class DiT(nn.Module):
     def forward(self, x_t, sigma, text: TextFeatures):
         """Velocity [B,C,H,W] at x_t [B,C,H,W] (H, W: multiples of P) and sigma [B], given text.
 
-        Without timestep_conditioning sigma is not used.
+        Without timestep_conditioning sigma is not used, except by text_states time and joint.
         """
         c = self.config
         P = c.patch_size
@@ -987,12 +1062,9 @@ class DiT(nn.Module):
         joint_mask = F.pad(text_mask, (0, rows * cols))                              # [B,1,1,T+N]
 
         # the blocks
-        text_hidden = None
-        if c.fusion == "shallow":
-            text_hidden = self.context_embedder(text.hidden.to(dtype))               # [B,T,D]
-        per_block = list(zip(text.keys, text.values, strict=True))
-        assert len(per_block) == len(self.text_layers), len(per_block)
-        img, _ = self.layers(img, per_block, (cond, rope, text_hidden, text_mask, joint_mask))
+        contexts = self.text_contexts(text, sigma, dtype)
+        per_block = list(zip(text.keys, text.values, contexts, strict=True))
+        img, _ = self.layers(img, per_block, (cond, rope, text_mask, joint_mask))
 
         shift, scale = self.final_modulation(temb)
         out = self.proj_out(modulate(self.norm_out(img), shift, scale))              # [B,N,P*P*C]
@@ -1071,7 +1143,8 @@ class FuseDiT(nn.Module):
         layers = self.dit.text_layers
         if self.config.fusion == "shallow":
             no_text = (None,) * len(layers)
-            return TextFeatures(no_text, no_text, hidden[self.last_layer], mask, pooled)
+            states = states_to_read(self.config.text_states, hidden)
+            return TextFeatures(no_text, no_text, states, mask, pooled)
         keys = tuple(None if i is None else keys[i] for i in layers)
         values = tuple(None if i is None else values[i] for i in layers)
         return TextFeatures(keys, values, None, mask, pooled)

@@ -132,6 +132,28 @@ def case(name, image_size=0):
     return Case(config, gemma_config(costs.GEMMAS[config.base]), 256, (40, 120))
 
 
+# ---------------------------------------------------------------------------- optimizer
+class Adam:
+    """AdamW on float32 copies of the weights, with gradient clipping, as in DeepSpeed's bf16."""
+
+    def __init__(self, weights, lr=1e-4, **options):
+        """options: those of torch.optim.AdamW, such as betas."""
+        self.low = list(weights)            # in the dtype of the model
+        self.high = [p.detach().float().requires_grad_() for p in self.low]
+        options = dict(weight_decay=1e-4, fused=True) | options
+        self.adam = torch.optim.AdamW(self.high, lr, **options)
+
+    def step(self):
+        for high, low in zip(self.high, self.low, strict=True):
+            high.grad = low.grad.float()
+            low.grad = None
+        torch.nn.utils.clip_grad_norm_(self.high, 1.0, foreach=True)
+        self.adam.step()
+        self.adam.zero_grad()
+        with torch.no_grad():
+            torch._foreach_copy_(self.low, self.high)
+
+
 # ---------------------------------------------------------------------------- two formulations
 def encode_text(model, batch):
     """The keys and values of a batch's text, padded only as far as train_gpu.py pads it."""

@@ -19,6 +19,7 @@ threads.limit_spinning()                    # before torch is imported
 
 import torch
 from common import (
+    Adam,
     alternate,
     encode_text,
     finish,
@@ -40,25 +41,6 @@ from fusedit_lib import backend, cli
 
 SIGMA = 0.7                                 # noise level, where it is not drawn at random
 PARAMETER = "dit.layers.0.mlp.down_proj.weight"            # its gradient is compared
-
-
-class Adam:
-    """AdamW on float32 copies of the weights, with gradient clipping, as in DeepSpeed's bf16."""
-
-    def __init__(self, weights):
-        self.low = list(weights)            # in the dtype of the model
-        self.high = [p.detach().float().requires_grad_() for p in self.low]
-        self.adam = torch.optim.AdamW(self.high, 1e-4, weight_decay=1e-4, fused=True)
-
-    def step(self):
-        for high, low in zip(self.high, self.low, strict=True):
-            high.grad = low.grad.float()
-            low.grad = None
-        torch.nn.utils.clip_grad_norm_(self.high, 1.0, foreach=True)
-        self.adam.step()
-        self.adam.zero_grad()
-        with torch.no_grad():
-            torch._foreach_copy_(self.low, self.high)
 
 
 def training_loss(model, vae, batch, fast):

@@ -95,6 +95,8 @@ def needed_elsewhere(model):
         missing.append("Gemma's tokenizer.model")
     if is_deep(model) and None in model.dit.text_layers:
         missing.append("text in every DiT block")
+    if model.config.text_states != "layer":
+        missing.append("text_states layer")
     if not model.config.vae:
         missing.append("a VAE")
     elif vae_config(model.config.vae).latents_mean is not None:

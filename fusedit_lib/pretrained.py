@@ -287,6 +287,7 @@ def config_hint(config, dit_tensors):
     written = json.loads((file.metadata() or {}).get("config", "{}"))
     if not written:
         return ""
+    written = asdict(FuseDiTConfig()) | written     # older files lack newer fields
     ignored = {"base": None, "vae": None, "guidance": None}        # they do not affect the shapes
     here = asdict(config) | ignored
     written |= ignored

@@ -1,6 +1,9 @@
 """Shapes: the demo's data set, rendered images of coloured shapes with generated captions."""
 import random
 from functools import partial
+from typing import NamedTuple
+
+from PIL import Image
 
 from fusedit_lib.data import packing
 from fusedit_lib.data.images import encode_png
@@ -8,18 +11,29 @@ from fusedit_lib.data.items import in_chunks, output_settings
 from fusedit_lib.shapes import render, scenes
 
 
-def shapes_sample(seed: int, image_size: int, i: int) -> dict:
-    """Sample number i of a seed: an image with a side of image_size pixels, and two captions.
+class CaptionedScene(NamedTuple):
+    image: Image.Image
+    captions: list[str]                     # two, each of which omits different details
 
-    The sample depends only on the arguments, so any process can draw it.
+
+def captioned_scene(seed: int, image_size: int, i: int) -> CaptionedScene:
+    """Scene number i of a seed, drawn with a side of image_size pixels.
+
+    It depends only on the arguments, so any process can draw it.
     """
     rng = random.Random(f"shapes {seed} {i}")
     scene = scenes.training_scene(rng)
     discs = scenes.layout(scene, rng)
     image = render.render(scene, discs, image_size)
     captions = []
-    for _ in range(2):                      # each omits different details of the scene
+    for _ in range(2):
         captions.append(scenes.caption(scenes.omit_defaults(scene, rng), rng))
+    return CaptionedScene(image, captions)
+
+
+def shapes_sample(seed: int, image_size: int, i: int) -> dict:
+    """Sample number i of a seed: captioned_scene as the files of a shard."""
+    image, captions = captioned_scene(seed, image_size, i)
     return {"__key__": f"{i:09d}", "image.png": encode_png(image),
             "synthetic_caption.txt": captions[0].encode(),
             "original_caption.txt": captions[1].encode()}

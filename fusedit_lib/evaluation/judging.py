@@ -24,19 +24,25 @@ def score_shapes(folder, n, seed, settings):
 
     Existing files are overwritten, since both are determined by the images.
     """
-    rows = []
     images = []
-    for k, (category, described, prompt) in enumerate(scenes.evaluation_prompts(n, seed)):
-        image = read_image((folder / "images" / f"{k:05}.png").read_bytes())
-        mistake = detector.mismatch(described, detector.detect(image))
-        rows.append(dict(category=category, prompt=prompt, right=int(not mistake), why=mistake))
-        images.append(image)
-
+    for k in range(n):
+        images.append(read_image((folder / "images" / f"{k:05}.png").read_bytes()))
+    rows = judge_shapes(images, n, seed)
     result = results.make_result("shapes", rows, settings)
     results.print_result(result)
     results.write(result, folder / "shapes.json", overwrite=True)
     with atomic_write(folder / "shapes.png") as tmp:
         figures.verdict_grid(scenes.CATEGORIES, rows, images).save(tmp, "PNG")
+
+
+def judge_shapes(images, n, seed):
+    """The rows of a result of the shapes benchmark, from an image for each of its n prompts."""
+    rows = []
+    prompts = scenes.evaluation_prompts(n, seed)
+    for (category, described, prompt), image in zip(prompts, images, strict=True):
+        mistake = detector.mismatch(described, detector.detect(image))
+        rows.append(dict(category=category, prompt=prompt, right=int(not mistake), why=mistake))
+    return rows
 
 
 def score_detector(n, seed):

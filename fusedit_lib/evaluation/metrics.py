@@ -245,15 +245,22 @@ def intervals(groups, bounds=(0, 1)):
     means = {}
     for name, values in groups.items():
         means[name] = bootstrap_means(rng, values, bounds, 0.5)
-    # New samples, for which the half prompt at each bound is divided among the categories.
-    drawn = [bootstrap_means(rng, values, bounds, 0.5 / len(groups)) for values in groups.values()]
-    means["overall"] = np.mean(drawn, 0)
+    means["overall"] = overall_means(rng, groups, bounds)
 
     percentiles = {}
     for name, samples in means.items():
         low, high = np.percentile(samples, (2.5, 97.5))
         percentiles[name] = [round(float(low), 4), round(float(high), 4)]
     return percentiles
+
+
+def overall_means(rng, groups, bounds):
+    """RESAMPLES means of the categories' means. groups, bounds: as for intervals.
+
+    The half prompt at each bound is divided among the categories.
+    """
+    drawn = [bootstrap_means(rng, values, bounds, 0.5 / len(groups)) for values in groups.values()]
+    return np.mean(drawn, 0)
 
 
 def bootstrap_means(rng, values, bounds, extra):

@@ -243,7 +243,8 @@ class BlockRecorder:
 def record_forward(model, config, batch, dtype, train_llm, stacks):
     """Runs a forward pass. Returns (bytes saved outside the layers of stacks, a BlockRecorder).
 
-    The text's keys and values are among these bytes. model: an abstract_model, which is modified.
+    The text's keys and values are among these bytes, or in shallow fusion its hidden states and
+    what context_embedder makes of them. model: an abstract_model, which is modified.
     stacks: lists of layers.
     """
     model.to(dtype)
@@ -253,6 +254,8 @@ def record_forward(model, config, batch, dtype, train_llm, stacks):
     blocks = BlockRecorder(saved)
     for layers in stacks:
         blocks.attach(layers)
+    if config.fusion == "shallow":
+        model.dit.context_embedder.register_forward_hook(lambda module, args, out: saved.add(out))
     with FusedAttention(), saved.record():
         text = model.encode_ids(ids, mask, pooled)
         for tensor in (*text.keys, *text.values, text.hidden):

@@ -47,16 +47,19 @@ class ScannedStack(nn.ModuleDict):
     def forward(self, x, per_layer, common):
         """The same as fusedit.LayerStack.forward. Returns (x, output of each layer).
 
-        A scan computes gradients of its carry and its rows only, so common inputs with a gradient
-        are carried from layer to layer. All other tensors are rows, one per layer.
+        A scan computes gradients of its carry and its rows only, so inputs with a gradient that
+        are the same for all layers are carried from layer to layer. They may be common inputs, or
+        in the tuples of all layers, as the text of shallow fusion. All other tensors are rows, one
+        per layer.
         """
-        inputs = stack_inputs(per_layer[:self.count]) + list(common)
+        inputs = list(zip(*per_layer[:self.count], strict=True)) + [(value,) for value in common]
         rows, carried, constants = {}, {}, {}
-        for i, value in enumerate(inputs):
+        for i, values in enumerate(inputs):
+            value = values[0]
             if not torch.is_tensor(value):
                 constants[i] = value
-            elif i < len(per_layer[0]):
-                rows[i] = value
+            elif any(other is not value for other in values):
+                rows[i] = torch.stack(values)
             elif value.requires_grad:
                 carried[i] = value
             else:
@@ -133,17 +136,6 @@ def stack_layers(layers):
     for name, weight in list(stacked.named_parameters()):
         rows = [layer.get_parameter(name).detach() for layer in layers]
         set_parameter(stacked, name, nn.Parameter(torch.stack(rows), weight.requires_grad))
-    return stacked
-
-
-def stack_inputs(per_layer):
-    """Stacks the inputs of each layer, a list of tuples, into one list of tensors or None."""
-    stacked = []
-    for values in zip(*per_layer, strict=True):
-        if values[0] is None:
-            stacked.append(None)
-        else:
-            stacked.append(torch.stack(values))
     return stacked
 
 

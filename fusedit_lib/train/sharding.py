@@ -23,7 +23,7 @@ RULES = (
     (r"(q|k|v|gate|up)_proj\.weight", ("tensor", "fsdp")),      # [heads or MLP width, D]
     (r"(o|down)_proj\.input", ("fsdp", None, "tensor")),        # [B,S,heads or MLP width]
     (r"^tokens$", ("fsdp",)),                                   # [B,S,D], between two blocks
-    (r"norm\.weight|bias|scale_shift_table", ()),               # small: replicated
+    (r"norm\.weight|bias|scale_shift_table|text_mix", ()),      # small: replicated
     (r"patch_embed", ("fsdp",)),                                # [D, channels, P, P]
     (r"", ("fsdp", "tensor")),                                  # o_proj, down_proj and all others
 )

@@ -113,6 +113,8 @@ def token_bytes(model, dtype):
     """The bytes that the features of a token take. dtype: that of Gemma's weights."""
     gemma = model.llm.config
     numbers = gemma.hidden_size
+    if model.dit.text_mix is not None:      # the hidden states of all layers
+        numbers *= gemma.num_hidden_layers
     if model.config.fusion == "deep":
         layers = sum(i is not None for i in model.dit.text_layers)
         numbers = 2 * layers * gemma.num_key_value_heads * gemma.head_dim
@@ -147,7 +149,8 @@ class TextCache:
     """The features of captions, without padding, on the device of the model.
 
     flat    TextFeatures of all captions, one after the other: keys and values are
-            [total tokens,K,h], hidden is [total tokens,D] and mask [total tokens]
+            [total tokens,K,h], hidden is [total tokens,D] or [total tokens,L,D] and mask is
+            [total tokens]
     starts  {token ids of a caption: its first row in flat}
     model   the FuseDiT, which encodes batches with a caption that is not among them
     """

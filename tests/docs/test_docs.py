@@ -625,7 +625,9 @@ def missing_tensors(text):
     """DiT tensors that are not listed, and listed ones that do not exist."""
     listed = list(itertools.chain(*map(expand_braces, first_names(text, "tensor"))))
     in_no_preset = {"dit.patch_embed.pos_embed",
-                    "dit.layers.N.post_cross_attention_layernorm.weight"}
+                    "dit.layers.N.post_cross_attention_layernorm.weight", "dit.text_mix.logits",
+                    "dit.text_mix.time_embedder.weight", "dit.text_mix.time_embedder.bias",
+                    "dit.text_mix.time_weight"}
     return difference(listed, dit_tensors() | in_no_preset)
 
 

@@ -166,6 +166,43 @@ def test_attention_is_exact_at_full_size():
     assert float(done.stdout) < 0.02
 
 
+GRAPHED = """
+import sys
+import torch
+root, device = sys.argv[1], torch.device(sys.argv[2])
+sys.path.insert(0, root + "/benchmarks")
+from ablation_points import POINTS
+from ablation_readers import BUNDLED
+from ablation_training import (GraphedStep, Settings, TrainingStep, make_scenes, new_model,
+                               run_batches, run_config)
+
+run = run_config(Settings(160, 16, 64, 6, "float32", 1), 160, 1e-3, 0)
+
+def losses(graphed):
+    model = new_model(POINTS["baseline"], BUNDLED, "float32", 0, device)
+    step = TrainingStep(model, run, device)
+    if graphed:
+        step = GraphedStep(step)
+    found = []
+    for i, batch in enumerate(run_batches(make_scenes(64, model, device), 160, 16, 0)):
+        step.set_learning_rate(1e-3 / (1 + i))
+        found.append(step(batch))
+    assert not graphed or step.graph is not None
+    return torch.stack(found)
+
+usual = losses(False)
+print(float(usual.std()), float((losses(True) - usual).abs().max()))
+"""
+
+
+def test_the_cuda_graph_of_the_ablations_is_their_training_step():
+    done = subprocess.run([sys.executable, "-c", GRAPHED, ROOT, DEVICE], env=ENV, text=True,
+                          capture_output=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    spread, error = map(float, done.stdout.split()[-2:])
+    assert error < 0.01 * spread
+
+
 @pytest.mark.skipif(FOUND < 2, reason="there is only one GPU")
 @pytest.mark.parametrize("zero", "123")
 def test_two_gpus_match_the_cpu(gemma, data, tmp_path, first_step, on_cpu, zero):

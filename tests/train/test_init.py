@@ -122,6 +122,7 @@ KINDS = {
     "cross": ["attention=cross", "timestep_conditioning=addition", "pos_embed=ape"],
     "shallow": ["fusion=shallow", "timestep_conditioning=adaln-zero", "qk_norm=false"],
     "shallow-cross": ["fusion=shallow", "attention=cross", "text_hidden_states_index=1"],
+    "joint": ["fusion=shallow", "text_states=joint"],
     "latents": [f"vae={VAE}", "in_channels=16", "patch_size=1", "text_modulation_embeds_dim=24",
                 "clip=CLIP", "timestep_conditioning=adaln-zero"]}
 
@@ -288,6 +289,9 @@ ADDED = {
                         ["clip=CLIP", "text_modulation_embeds_dim=24"], "condition_embedder"),
     "a VAE": ([], ["vae=VAE", "in_channels=4", "patch_size=1"],
               "patch_embed.proj.weight, proj_out"),
+    "a mixture": (["fusion=shallow"], ["text_states=joint"], "text_mix"),
+    "gates": (["fusion=shallow", "text_states=depth"], ["text_states=joint"],
+              "text_mix.time_weight, text_mix.time_embedder"),
     "larger patches": ([], ["patch_size=8"], "patch_embed.proj.weight, proj_out"),
     "cross-attention": ([], ["attention=cross"],
                         "layers.*.cross_attn, layers.*.post_cross_attention_layernorm")}

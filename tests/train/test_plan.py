@@ -139,6 +139,7 @@ def test_planned_memory_matches_allocations(three_layers, data, tmp_path, zero, 
 @pytest.mark.slow
 @pytest.mark.parametrize("more", [
     ["--compile"], ["--compile", "--memory-budget", "0.5"], ["--ema-offload"],
+    ["--set", "fusion=shallow", "text_states=joint"],
     ["--zero", "3"], ["--zero", "2-offload", "--dtype", "float32"], ["--zero", "3-offload"]])
 def test_planned_memory_on_one_gpu_matches_allocations(three_layers, data, tmp_path, more):
     """Compiled blocks, without and with a memory budget, and an EMA in CPU memory."""
@@ -210,6 +211,27 @@ def test_activations_grow_with_the_batch_and_shrink_with_remat(gemma_folder):
     four = costs.activations(model, config, 4, torch.bfloat16)
     assert four.kept == pytest.approx(4 * one.kept, rel=0.05)
     assert four.remat < 0.8 * four.kept
+
+
+@pytest.mark.parametrize("budget", [None, 1], ids=["plain", "compiled"])
+def test_the_texts_of_all_blocks_are_planned(gemma_folder, budget):
+    """In bf16, with text_states depth, where each block has a text of its own.
+
+    For each of 3 more texts, RMSNorm keeps two forms of it in float32, and its Linear what it reads
+    and returns in bf16.
+    """
+    kept = {}
+    for text_states in ("static", "depth"):
+        argv = flags(gemma_folder, "x", "y", "--set", "fusion=shallow",
+                     f"text_states={text_states}", "max_text_tokens=64", "dit_hidden_size=48")
+        config = model_config(parse_run(argv, ""))
+        model = costs.abstract_model(config)
+        kept[text_states] = costs.activations(model, config, 4, torch.bfloat16, budget=budget)
+    tokens = 4 * 64
+    texts = 3 * tokens * (2 * 4 * 32 + 2 * 32 + 2 * 48)
+    for field in ("kept", "remat"):
+        more = getattr(kept["depth"], field) - getattr(kept["static"], field)
+        assert more == pytest.approx(texts, rel=0.05)
 
 
 def test_a_scanned_layer_saves_results_of_matrix_products():

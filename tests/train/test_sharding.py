@@ -42,6 +42,8 @@ def test_a_mesh_that_does_not_fit_is_refused(text):
     ("dit.patch_embed.proj.weight", (8, 16, 2, 2), ("fsdp", None, None, None)),
     ("dit.proj_out.bias", (64,), (None,)),
     ("dit.proj_out.weight", (64, 8), ("fsdp", "tensor")),
+    ("dit.text_mix.logits", (4, 8), (None, None)),
+    ("dit.text_mix.time_weight", (4, 8, 512), (None, None, None)),
     ("llm.embed_tokens.weight", (256, 8), ("fsdp", "tensor")),
     ("tokens", (8, 5, 8), ("fsdp", None, None)),
     ("mlp.down_proj.input", (8, 5, 8), ("fsdp", None, "tensor"))])
@@ -142,6 +144,11 @@ POINTS = [
     {"timestep_conditioning": "adaln-single", "pos_embed": "m-rope"},
     {"attention": "cross", "timestep_conditioning": "addition", "pos_embed": "ape"},
     {"fusion": "shallow", "timestep_conditioning": "adaln-zero", "sandwich_norm": False},
+    {"fusion": "shallow", "text_states": "uniform"},
+    {"fusion": "shallow", "text_states": "static", "attention": "cross"},
+    {"fusion": "shallow", "text_states": "depth"},
+    {"fusion": "shallow", "text_states": "time", "timestep_conditioning": "addition"},
+    {"fusion": "shallow", "text_states": "joint", "attention": "cross"},
     {"shared_attention_layers": [0, 1, 3]},
     {"shared_attention_layers": [3]}]
 
@@ -195,6 +202,29 @@ def test_a_scanned_stack_computes_the_same_as_its_layers(gemma_folder, changes, 
     assert len(model.dit.layers.steps) == 2
     again, _ = forward_and_backward()
     assert torch.equal(again, got)
+
+
+@pytest.mark.parametrize("text_states, is_shared", [
+    ("layer", True), ("static", True), ("time", True), ("depth", False), ("joint", False)])
+def test_a_text_that_all_blocks_share_is_carried(gemma_folder, text_states, is_shared):
+    """Only texts that differ from block to block are stacked."""
+    config = FuseDiTConfig(base=str(gemma_folder), fusion="shallow", text_states=text_states,
+                           in_channels=3, vae=None, timestep_conditioning=None)
+    model = pretrained.build_model(config)
+    ids = torch.full((2, 5), 7)
+    text = (2, 5, 32)
+    carried = []
+    stacked = []
+
+    def recording_scan(step, carry, rows):
+        carried.extend(tensor.shape for tensor in carry[1].values())
+        stacked.extend(tensor.shape for tensor in rows[1].values())
+        return plain_scan(step, carry, rows)
+
+    model.dit.layers = scan.ScannedStack(model.dit.layers, recording_scan, lambda tensor, _: tensor)
+    model(torch.zeros(2, 3, 8, 8), torch.tensor([0.3, 0.9]), (ids, ids > 0))
+    assert (text in carried) == is_shared
+    assert ((4, *text) in stacked) != is_shared
 
 
 def test_only_layers_of_one_kind_are_scanned():

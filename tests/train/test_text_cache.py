@@ -82,6 +82,7 @@ def test_an_unreadable_sample_has_no_caption(gemma, tmp_path):
 
 @pytest.mark.parametrize("shape", [
     ("fusion=deep",), ("fusion=shallow",), ("attention=cross",),
+    ("fusion=shallow", "text_states=uniform"), ("fusion=shallow", "text_states=joint"),
     ("dit_num_hidden_layers=2", "shared_attention_layers=[1]")])
 def test_features_equal_those_of_encode_ids(gemma, several, monkeypatch, shape):
     """In batches of a few captions, and whatever fusion reads. The padding is not compared."""
@@ -108,10 +109,13 @@ def test_features_equal_those_of_encode_ids(gemma, several, monkeypatch, shape):
                     model.dit(x, torch.full((4,), 0.5), want), 1e-5)
 
 
-def test_gemma_runs_without_padding_and_once_per_caption(gemma, several, monkeypatch):
+@pytest.mark.parametrize("shape", [
+    ("fusion=deep",), ("fusion=shallow",), ("fusion=shallow", "text_states=uniform"),
+    ("fusion=shallow", "text_states=static")])
+def test_gemma_runs_without_padding_and_once_per_caption(gemma, several, monkeypatch, shape):
     """The features of a caption take token_bytes for each token."""
     monkeypatch.setattr(text_cache, "BATCH_TOKENS", 12)
-    source = tiny_batches(gemma, several, "--max-skipped", "1", *RATES)
+    source = tiny_batches(gemma, several, "--max-skipped", "1", "--set", *shape, *RATES)
     model = build(source)
     encoded = []
     encode_ids = model.encode_ids
@@ -126,9 +130,9 @@ def test_gemma_runs_without_padding_and_once_per_caption(gemma, several, monkeyp
     cache = TextCache(model, source)
     captions = distinct_captions(source, ignore)
     assert encoded == captions
-    flat = (*cache.flat.keys, *cache.flat.values)
+    flat = (*cache.flat.keys, *cache.flat.values, cache.flat.hidden)
     size = sum(map(len, captions)) * text_cache.token_bytes(model, torch.float32)
-    assert sum(tensor.nbytes for tensor in flat) == size
+    assert sum(tensor.nbytes for tensor in flat if tensor is not None) == size
 
 
 def test_gemma_encodes_batches_with_captions_not_in_the_cache(gemma, several, data, capsys):

@@ -74,6 +74,10 @@ VARIANTS = {
     "shallow": ["--set", "fusion=shallow", "timestep_conditioning=adaln-zero"],
     "shallow-cross": ["--set", "fusion=shallow", "attention=cross", "initial_layers=1",
                       "text_hidden_states_index=1", "dit_num_hidden_layers=2"],
+    "static": ["--set", "fusion=shallow", "text_states=static", "attention=cross"],
+    "depth": ["--set", "fusion=shallow", "text_states=depth"],
+    "time": ["--set", "fusion=shallow", "text_states=time", "timestep_conditioning=addition"],
+    "joint": ["--set", "fusion=shallow", "text_states=joint"],
     "llm": ["--train-llm"],
     # With a VAE and CLIP's pooled vector.
     "latents": ["--set", f"vae={REFERENCE}/released_layout/pipeline/vae", "in_channels=16",

@@ -1,0 +1,225 @@
+"""The table and the figure of ablations.py, with intervals over seeds and prompts.
+
+A score varies for two reasons: the prompts are a sample of all prompts, and another seed would have
+given another model. An interval adds both. The prompts are resampled by the bootstrap of
+evaluate.py. The spread between seeds is estimated from all points together, since a single point
+has few seeds, and enters by Student's t. A difference is taken between images of the same prompt
+and the same seed.
+"""
+import statistics
+from collections import defaultdict
+from typing import NamedTuple
+
+import numpy as np
+from ablation_points import POINTS
+
+import fusedit
+from fusedit import FuseDiTError
+from fusedit_lib.evaluation import figures, metrics, results
+from fusedit_lib.evaluation.figures import Measurement
+from fusedit_lib.files import atomic_write
+from fusedit_lib.shapes import scenes
+
+HEADER = ("point", "seeds", "parameters", "images/s", "loss", "score", "95 % interval",
+          "difference", "p", "")
+
+
+class Spread(NamedTuple):
+    """The spread of the scores between seeds of the same point."""
+    variance: float
+    degrees: int                            # of freedom; 0: no point has two seeds
+
+
+class Comparison(NamedTuple):
+    """A point compared with another, on the seeds and prompts that both have."""
+    difference: float
+    interval: list[float]                   # 95 %
+    p: float
+
+
+# ---------------------------------------------------------------------------- statistics
+def rights(runs):
+    """{category: the mean over runs of the verdicts on a prompt, for each prompt}."""
+    return results.values_by_category([row for run in runs for row in prompt_rows(run)])
+
+
+def prompt_rows(run):
+    """The verdicts of a run as rows for results.values_by_category; a unit is a prompt."""
+    count = len(scenes.CATEGORIES)          # evaluation_prompts takes the categories in turn
+    return [dict(category=scenes.CATEGORIES[k % count], unit=k, right=int(digit))
+            for k, digit in enumerate(run["verdicts"])]
+
+
+def overall(groups):
+    """The mean of the categories' means."""
+    return float(np.mean([np.mean(values) for values in groups.values()]))
+
+
+def seed_spread(by_point):
+    """The Spread between the seeds of a point, assumed to be the same for all points.
+
+    by_point: {point: runs}.
+    """
+    squares = 0.0
+    degrees = 0
+    for runs in by_point.values():
+        scores = [run["score"] for run in runs]
+        squares += float(np.var(scores)) * len(scores)
+        degrees += len(scores) - 1
+    return Spread(squares / max(1, degrees), degrees)
+
+
+def draws(groups, bounds, spread, seeds, models):
+    """Draws of an overall score that vary with the prompts and the seeds.
+
+    groups, bounds: as for metrics.intervals. seeds: the number of seeds that the values are means
+    of. models: 1 for a score, 2 for a difference of two.
+    """
+    rng = np.random.default_rng(0)
+    drawn = metrics.overall_means(rng, groups, bounds)
+    if spread.degrees:
+        deviation = (models * spread.variance / seeds) ** 0.5
+        drawn = drawn + deviation * rng.standard_t(spread.degrees, len(drawn))
+    return np.clip(drawn, *bounds)
+
+
+def percentiles(drawn):
+    low, high = np.percentile(drawn, (2.5, 97.5))
+    return [float(low), float(high)]
+
+
+def score_interval(runs, spread):
+    return percentiles(draws(rights(runs), (0, 1), spread, len(runs), 1))
+
+
+def compare(runs, others, spread):
+    """The Comparison of a point's runs with another's, or None if they have no seed in common."""
+    by_seed = {run["seed"]: run for run in others}
+    pairs = [(run, by_seed[run["seed"]]) for run in runs if run["seed"] in by_seed]
+    if not pairs:
+        return None
+    rows = []
+    for run, other in pairs:
+        for row, other_row in zip(prompt_rows(run), prompt_rows(other), strict=True):
+            rows.append(row | dict(right=row["right"] - other_row["right"]))
+    groups = results.values_by_category(rows)
+    drawn = draws(groups, (-1, 1), spread, len(pairs), 2)
+    beyond = min((drawn <= 0).sum(), (drawn >= 0).sum())
+    p = min(1.0, 2 * (1 + int(beyond)) / (1 + len(drawn)))
+    return Comparison(overall(groups), percentiles(drawn), p)
+
+
+def verdict(comparison, spread):
+    """The claim that a Comparison allows, in words."""
+    if not spread.degrees:
+        return "not tested: one seed"
+    if comparison.p >= 0.05:
+        return "no difference seen"
+    return "better" if comparison.difference > 0 else "worse"
+
+
+# ---------------------------------------------------------------------------- the table
+def table_row(name, runs, others, spread):
+    """The cells of a point's row; others: the runs that it is compared with."""
+    first = runs[0]
+    title = name
+    if first["control"]:
+        title += f" (as many parameters as {first['control']})"
+    speed = statistics.median(run["images_per_s"] for run in runs)
+    loss = statistics.mean(run["loss"] for run in runs)
+    score = statistics.mean(run["score"] for run in runs)
+    cells = [title, str(len(runs)), f"{first['parameters'] / 1e6:.2f} M", f"{speed:,.0f}",
+             f"{loss:.4f}", f"{score:.3f}", results.format_interval(score_interval(runs, spread))]
+    comparison = None
+    if runs is not others:
+        comparison = compare(runs, others, spread)
+    if comparison is None:
+        return [*cells, "", "", ""]
+    return [*cells, f"{comparison.difference:+.3f}", f"{comparison.p:.4f}",
+            verdict(comparison, spread)]
+
+
+def markdown(rows):
+    lines = [HEADER, ["---"] * len(HEADER), *rows]
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+
+
+def categories_table(by_point):
+    """The mean score of each point in each category as Markdown."""
+    lines = [["point", *scenes.CATEGORIES], ["---"] * (1 + len(scenes.CATEGORIES))]
+    for name, runs in by_point.items():
+        groups = rights(runs)
+        lines.append([name, *(f"{np.mean(groups[category]):.3f}" for category in groups)])
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+
+
+def notes(runs, spread, against):
+    """The sentences below the table."""
+    first = runs[0]
+    devices = sorted({run["device"] for run in runs})
+    text = (f"Each run: {first['images']:,} images of {first['distinct']:,} scenes in batches of "
+            f"{first['batch']}, {first['dtype']}; {first['prompts']} prompts. Trained on "
+            f"{', '.join(devices)}.")
+    if len(devices) > 1:
+        text += " The speeds are those of different devices."
+    text += f"\n\nDifferences and p values are those to {against}, over seeds and prompts."
+    if spread.degrees:
+        text += (f" The standard deviation between seeds is {spread.variance ** 0.5:.4f} "
+                 f"({spread.degrees} degrees of freedom).")
+    else:
+        text += (" Every point has one seed, so the intervals do not contain the spread between "
+                 "seeds, and nothing can be claimed: train more --seeds.")
+    return text + (" Of 20 points that are equally good, one is expected to have p < 0.05 by "
+                   "chance.\n")
+
+
+def rates_table(rates):
+    """The sweep of learning rates as Markdown; empty if there was none."""
+    if not rates:
+        return "\nThere was no sweep of the learning rate (--sweep-lr).\n"
+    lines = ["\n| family | swept with | loss by learning rate | chosen |\n|---|---|---|---|\n"]
+    for family, swept in rates.items():
+        losses = ", ".join(f"{rate}: {loss:.4f}" for rate, loss in swept["losses"].items())
+        lines.append(f"| {family} | {swept['point']}, {swept['images']:,} images | {losses} | "
+                     f"{swept['best']:g} |\n")
+    return "".join(lines)
+
+
+def in_order(runs):
+    """{point: its runs}, in the order of POINTS."""
+    found = defaultdict(list)
+    for run in runs:
+        found[run["point"]].append(run)
+    known = [name for name in POINTS if name in found]
+    return {name: found[name] for name in [*known, *(found.keys() - POINTS.keys())]}
+
+
+def report(runs, rates, out, against):
+    """Write out/report.md and out/report.png, and print the former. Raises FuseDiTError."""
+    import matplotlib  # noqa: F401         if it is missing, fail now rather than at the end
+    if not runs:
+        raise FuseDiTError(f"{out} has no finished runs: train some first, without --report")
+    by_point = in_order(runs)
+    if against not in by_point:
+        raise FuseDiTError(f"{out} has no runs of {against!r} to compare with; "
+                           f"{fusedit.suggest(against, by_point)}")
+    spread = seed_spread(by_point)
+    rows = [table_row(name, own, by_point[against], spread) for name, own in by_point.items()]
+    text = (f"{markdown(rows)}\n{notes(runs, spread, against)}\n{categories_table(by_point)}"
+            f"{rates_table(rates)}")
+    with atomic_write(out / "report.md") as tmp:
+        tmp.write_text(text, "utf-8")
+    draw(by_point, spread, out / "report.png")
+    print(f"{text}\n{out}/report.md and report.png")
+
+
+def draw(by_point, spread, path):
+    """Draw the scores with their intervals, and the losses."""
+    scores = {}
+    losses = {}
+    for name, runs in by_point.items():
+        score = statistics.mean(run["score"] for run in runs)
+        loss = statistics.mean(run["loss"] for run in runs)
+        scores[name] = Measurement("score", score, score_interval(runs, spread), True)
+        losses[name] = Measurement("loss", loss, None, False)
+    figures.compare_models({"score": scores, "loss": losses}, list(by_point), path)

@@ -1,0 +1,543 @@
+"""benchmarks/ablations.py: the points, what makes runs fair, a tiny experiment, the statistics."""
+import contextlib
+import json
+import random
+import sys
+from collections import Counter
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+import warm
+from conftest import ROOT
+from launching import ENV
+
+import fusedit
+from fusedit import PRESETS, FuseDiTConfig, FuseDiTError, GemmaConfig
+from fusedit_lib.data.shapes import captioned_scene
+from fusedit_lib.pretrained import load_model
+from fusedit_lib.sampling import generate
+from fusedit_lib.shapes import scenes
+from fusedit_lib.shapes.training_text import split_words, vocabulary
+from fusedit_lib.train.schedule import learning_rate
+
+sys.path.insert(0, str(ROOT / "benchmarks"))
+import ablation_points
+import ablation_readers
+import ablation_report
+import ablation_training
+import ablations
+from ablation_points import POINTS, SHALLOW, Point
+from ablation_training import Settings
+
+CPU = torch.device("cpu")
+SETTINGS = Settings(images=64, batch=8, distinct=40, prompts=12, dtype="float32",
+                    reader_steps=2)
+TINY = ["--images", "32", "--batch", "16", "--distinct", "20", "--prompts", "6", "--no-compile",
+        "--reader-steps", "2", "--dtype", "float32", "--device", "cpu"]
+POINTS_OF_EXPERIMENT = "baseline", "reader-captions"
+GEMMA = GemmaConfig.from_dict(json.loads((ROOT / "demo/gemma/config.json").read_text()))
+
+
+# ---- the points ----------------------------------------------------------------------------------
+
+def test_the_baseline_is_the_papers_at_the_size_of_the_demo():
+    config = ablation_points.config_of(POINTS["baseline"], "demo/gemma")
+    for name, value in vars(FuseDiTConfig()).items():
+        assert getattr(config, name) == (ablation_points.WORLD | {"base": "demo/gemma"}).get(
+            name, value)
+    demo = PRESETS["demo"]
+    assert ablation_points.WORLD.items() < demo.items()
+
+
+def test_the_axes_of_the_paper_and_the_later_readers_are_there():
+    changes = [point.changes for point in POINTS.values()]
+    for value in ("1d-rope", "2d-rope", "m-rope"):
+        assert {"pos_embed": value} in changes
+    for value in ("adaln-single", "addition", None):
+        assert {"timestep_conditioning": value} in changes
+    assert {"fusion": "shallow", "attention": "cross"} in changes
+    later = [POINTS["penultimate"].changes.get("text_states", "layer")]
+    for name in ("uniform", "static", "depth", "time", "joint"):
+        assert POINTS[name].changes == SHALLOW | {"text_states": name}
+        later.append(POINTS[name].changes["text_states"])
+    assert len(set(later)) == 6
+    final = {name: value for name, value in PRESETS["fusedit"].items() if name != "base"}
+    assert POINTS["final"].changes == final
+    assert {point.reader for point in POINTS.values()} == ablation_points.READERS.keys()
+
+
+def test_equal_width_and_depth_but_for_what_a_point_is_about():
+    baseline = ablation_points.config_of(POINTS["baseline"], "-")
+    for name, point in POINTS.items():
+        if not point.control:
+            assert "dit_hidden_size" not in point.changes, name
+        blocks = point.changes.get("dit_num_hidden_layers", 8)
+        assert blocks == (4 if name.startswith("layers-") else 8)
+        assert blocks + point.changes.get("initial_layers", 0) <= GEMMA.num_hidden_layers
+    assert baseline.dit_hidden_size == 256
+
+
+def test_controls_have_the_parameters_of_their_point():
+    controls = {name: point for name, point in POINTS.items() if point.control}
+    assert len(controls) == 3
+    for name, point in controls.items():
+        own = ablation_points.count_parameters(point, GEMMA)
+        wanted = ablation_points.count_parameters(POINTS[point.control], GEMMA)
+        assert own == pytest.approx(wanted, rel=0.005), name
+        narrow = POINTS[name.removesuffix("-wide")]
+        assert narrow.changes == {key: value for key, value in point.changes.items()
+                                  if key != "dit_hidden_size"}
+        assert ablation_points.count_parameters(narrow, GEMMA) < 0.7 * wanted
+
+
+def test_points_with_fields_that_do_not_exist_are_left_out(monkeypatch, capsys):
+    monkeypatch.setitem(POINTS, "new", Point({"no_such_field": 1}))
+    assert list(ablation_points.choose(["baseline", "new"])) == ["baseline"]
+    message = "left out: new, since FuseDiTConfig has no field no_such_field\n"
+    assert capsys.readouterr().out == message
+    with pytest.raises(FuseDiTError, match="no point is left"):
+        ablation_points.choose(["new"])
+    with pytest.raises(FuseDiTError, match="did you mean deep-cross or shallow-cross"):
+        ablation_points.choose(["cross"])
+    monkeypatch.setitem(POINTS, "new", Point({}, reader="caption"))
+    with pytest.raises(FuseDiTError, match="unknown reader 'caption'; did you mean captions"):
+        ablation_points.choose(["new"])
+
+
+def test_families_are_those_of_fusion_and_time_conditioning():
+    assert ablation_points.family(POINTS["2d-rope"]) == "deep, adaln-zero"
+    assert ablation_points.family(POINTS["final"]) == "deep, none"
+    assert ablation_points.family(POINTS["joint"]) == "shallow, adaln-zero"
+    assert ablation_points.family(POINTS["addition-wide"]) == "deep, addition"
+
+
+# ---- the readers ---------------------------------------------------------------------------------
+
+def test_the_text_of_the_readers():
+    words = vocabulary()
+    ids = {word: i for i, word in enumerate(words)}
+    texts = {}
+    for reader in ("captions", "twice"):
+        batch, _ = next(ablation_readers.reader_batches(reader, random.Random(3), ids))
+        rows = [[words[token] for token in row if token] for row in batch.tolist()]
+        assert len(rows) == 64
+        assert all(row[0] == "<bos>" and row[-1] == "<eos>" for row in rows)
+        texts[reader] = [row[1:-1] for row in rows]
+    assert all(row.count(".") == 1 and row[-1] == "." for row in texts["captions"])
+    for row in texts["twice"]:
+        half = len(row) // 2
+        assert row[:half] == row[half:] and row[half - 1] == "."
+    assert len({tuple(row) for row in texts["captions"]}) > 50
+    with pytest.raises(FuseDiTError, match="no text is known for the reader 'other'"):
+        ablation_readers.reader_text("other", scenes.training_scene(random.Random(0)),
+                                     random.Random(0))
+
+
+# ---- data, order and noise -----------------------------------------------------------------------
+
+@pytest.fixture(scope="module")
+def model():
+    return ablation_training.new_model(POINTS["baseline"], ablation_readers.BUNDLED, "float32", 0,
+                                       CPU)
+
+
+@pytest.fixture(scope="module")
+def some_scenes(model):
+    return ablation_training.make_scenes(40, model, CPU)
+
+
+def test_the_scenes_are_those_of_prepare_data(some_scenes, model):
+    assert some_scenes.pixels.shape == (40, 3, 32, 32)
+    words = model.tokenizer.convert_ids_to_tokens(range(len(vocabulary())))
+    assert words == vocabulary()            # the readers share one tokenizer
+    for i in (0, 39):
+        scene = captioned_scene(0, 32, i)
+        assert np.array_equal(some_scenes.pixels[i].movedim(0, 2).numpy(), np.asarray(scene.image))
+        for row, caption in zip(some_scenes.captions[i].tolist(), scene.captions, strict=True):
+            tokens = some_scenes.ids[row][some_scenes.mask[row]].tolist()
+            assert [words[token] for token in tokens] == ["<bos>", *split_words(caption)]
+    assert some_scenes.mask[0].sum() == 1   # the empty caption
+    assert len(some_scenes.ids.unique(dim=0)) == len(some_scenes.ids)
+
+
+def test_the_order_is_of_whole_passes(some_scenes):
+    order = ablation_training.draw_order(some_scenes, 100, seed=5)
+    assert Counter(order.scenes[:40].tolist()) == Counter(range(40))
+    assert Counter(order.scenes[40:80].tolist()) == Counter(range(40))
+    assert not torch.equal(order.scenes[:40], order.scenes[40:80])
+    own = some_scenes.captions[order.scenes]
+    is_own = (own == order.captions[:, None]).any(1)
+    is_dropped = order.captions == 0
+    assert (is_own ^ is_dropped).all()
+    many = ablation_training.draw_order(some_scenes, 20_000, seed=5)
+    assert (many.captions == 0).float().mean() == pytest.approx(0.1, abs=0.01)
+    assert (many.captions == some_scenes.captions[many.scenes, 1]).float().mean() > 0.4
+
+
+def test_batches_depend_on_the_seed_alone(some_scenes):
+    """They are the same for every point, although weights are drawn in between."""
+    first = list(ablation_training.run_batches(some_scenes, 64, 8, seed=1))
+    torch.manual_seed(77)
+    again = list(ablation_training.run_batches(some_scenes, 64, 8, seed=1))
+    other = list(ablation_training.run_batches(some_scenes, 64, 8, seed=2))
+    assert len(first) == 8
+    for a, b, c in zip(first, again, other, strict=True):
+        for name in ("x", "ids", "mask", "normal", "eps"):
+            assert torch.equal(getattr(a, name), getattr(b, name))
+        assert not torch.equal(a.x, c.x) and not torch.equal(a.eps, c.eps)
+        assert a.x.min() >= -1 and a.x.max() <= 1 and a.mask[:, 0].all()
+    noise = torch.cat([batch.eps for batch in first])
+    assert len(noise.flatten(1).unique(dim=0)) == 64
+
+
+def test_a_run_is_that_of_plain_adamw(some_scenes, model):
+    """Weights of the EMA and the loss, computed step by step with torch.optim."""
+    def fresh():
+        return ablation_training.new_model(POINTS["no-time"], ablation_readers.BUNDLED, "float32",
+                                           3, CPU)
+
+    trained_model = fresh()
+    trained = ablation_training.train(trained_model, some_scenes, SETTINGS, 64, 3e-3, 3, False)
+
+    plain = fresh()
+    run = ablation_training.run_config(SETTINGS, 64, 3e-3, 3)
+    assert run.steps == 8
+    weights = list(plain.dit.parameters())
+    ema = [weight.detach().clone() for weight in weights]
+    adam = torch.optim.AdamW(weights, betas=(0.9, 0.99), weight_decay=1e-4)
+    for step, batch in enumerate(ablation_training.run_batches(some_scenes, 64, 8, 3)):
+        adam.param_groups[0]["lr"] = learning_rate(run, step)
+        sigma = fusedit.logit_normal_sigma(batch.normal, 4.0)
+        text = plain.encode_ids(batch.ids, batch.mask)
+        loss = fusedit.flow_loss(plain.dit, batch.x, text, sigma, batch.eps).mean()
+        adam.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(weights, 1.0)
+        adam.step()
+        if step + 1 == 5:                   # the first update of the EMA: 1 / (9 + 1)
+            ema = [0.1 * a + 0.9 * w.detach() for a, w in zip(ema, weights, strict=True)]
+    assert trained.loss == pytest.approx(loss.item(), abs=1e-6)
+    for ours, expected in zip(trained_model.dit.parameters(), ema, strict=True):
+        torch.testing.assert_close(ours.detach(), expected, rtol=0, atol=1e-4)
+
+
+# ---- a tiny experiment ---------------------------------------------------------------------------
+
+def run_program(*argv, program="benchmarks/ablations.py"):
+    return warm.run([ROOT / program, *map(str, argv)], ENV)
+
+
+def rows_of(out):
+    return [json.loads(line) for line in (out / "runs.jsonl").read_text().splitlines()]
+
+
+@pytest.fixture(scope="module")
+def experiment(tmp_path_factory):
+    """An OUT with two points and two seeds."""
+    out = tmp_path_factory.mktemp("ablations") / "out"
+    done = run_program(out, "--points", *POINTS_OF_EXPERIMENT, "--seeds", 0, 1, "--save-models",
+                       *TINY)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return out
+
+
+def test_runs_are_lines_with_everything_that_is_needed(experiment):
+    rows = rows_of(experiment)
+    assert [(row["seed"], row["point"]) for row in rows] == [
+        (seed, name) for seed in (0, 1) for name in POINTS_OF_EXPERIMENT]
+    for row in rows:
+        assert row["images"] == 32 and row["lr"] == 2e-3 and row["distinct"] == 20
+        assert len(row["verdicts"]) == 6 and set(row["verdicts"]) <= {"0", "1"}
+        assert row["score"] == pytest.approx(row["verdicts"].count("1") / 6)
+        assert set(row["categories"]) == set(scenes.CATEGORIES)
+        assert row["loss"] > 0.1 and row["images_per_s"] > 0 and row["seconds"] > 0
+        assert row["device"] and row["dtype"] == "float32" and row["torch"]
+    assert rows[0]["parameters"] == ablation_points.count_parameters(POINTS["baseline"], GEMMA)
+    assert rows[1]["reader"] == "captions" and rows[1]["control"] == ""
+    assert rows[0]["loss"] != rows[2]["loss"]              # another seed
+
+
+def test_saved_models_can_be_loaded(experiment):
+    loaded = load_model(experiment / "models/reader-captions-seed-1")
+    assert loaded.config.base == str(experiment / "readers/captions-2-steps")
+    assert loaded.config.timestep_conditioning == "adaln-zero"
+    drawn = generate(loaded, ["a red circle"], steps=2)
+    assert drawn[0].size == (32, 32)
+
+
+def test_a_model_is_scored_as_evaluate_does(tmp_path):
+    done = run_program("shapes", "-n", 12, "--dtype", "float32", "--device", "cpu", "--out",
+                       tmp_path, program="evaluate.py")
+    assert done.returncode == 0, done.stderr[-3000:]
+    result = json.loads(next(tmp_path.rglob("shapes.json")).read_text())
+    rows = ablation_training.score(load_model(ROOT / "demo"), SETTINGS)
+    assert rows == result["prompts"]
+    scored = ablations.compact(rows)
+    rights = [row["right"] for row in result["prompts"]]
+    assert scored["verdicts"] == "".join(map(str, rights))
+    assert rights != rights[::-1] and sum(rights) > 6
+    assert scored["score"] == result["overall"]
+    assert scored["categories"] == result["categories"]
+
+
+def test_a_restart_trains_only_what_is_missing(experiment):
+    before = (experiment / "runs.jsonl").read_text()
+    lines = before.splitlines(keepends=True)
+    try:
+        (experiment / "runs.jsonl").write_text("".join(lines[:3]) + lines[3][:50])     # killed
+        done = run_program(experiment, "--points", *POINTS_OF_EXPERIMENT, "--seeds", 0, 1, *TINY)
+        assert done.returncode == 0, done.stderr[-3000:]
+        assert "reader-captions, seed 1: run 1 of 1" in done.stdout
+        assert "training the reader" not in done.stdout and "baseline" not in done.stdout
+        again = rows_of(experiment)
+    finally:
+        (experiment / "runs.jsonl").write_text(before)
+    for row, known in zip(again, map(json.loads, lines), strict=True):
+        for name in ("point", "seed", "loss", "verdicts"):
+            assert row[name] == known[name]
+
+
+@pytest.mark.parametrize("argv, message", [
+    (["--images", "128"], "the runs in {out} have --images 32, not 128: give --images 32, or "
+                          "choose another OUT"),
+    (["--reader-steps", "3"], "the runs in {out} have --reader-steps 2, not 3: give --reader-steps "
+                              "2, or choose another OUT"),
+    (["--lr", "0"], "--lr 0 must be above 0"),
+    (["--lr", "0.001"], "baseline, seed 0 has already been trained with lr 0.002, not 0.001: "
+                        "choose another OUT, or delete its line from runs.jsonl to train it again"),
+    (["--batch", "33"], "32 images are less than a batch of 33: give more --images or a smaller "
+                        "--batch"),
+    (["--points", "rope"], "unknown point 'rope'; did you mean 1d-rope or 2d-rope or m-rope?"),
+    (["--report", "--against", "final"], "{out} has no runs of 'final' to compare with; known: "
+                                         "baseline, reader-captions"),
+])
+def test_mistakes_are_named_with_their_remedy(experiment, argv, message):
+    before = (experiment / "runs.jsonl").read_text()
+    done = run_program(experiment, "--points", "baseline", *TINY, *argv)
+    assert done.returncode == 1
+    error = done.stderr.strip().splitlines()[-1]
+    assert error == "ablations.py: error: " + message.format(out=experiment)
+    assert (experiment / "runs.jsonl").read_text() == before
+
+
+def test_the_report_has_a_table_and_a_figure(experiment):
+    done = run_program(experiment, "--report")
+    assert done.returncode == 0, done.stderr[-3000:]
+    text = (experiment / "report.md").read_text()
+    assert text in done.stdout
+    lines = [line for line in text.splitlines() if line.startswith("|")]
+    cells = [[cell.strip() for cell in line[1:-1].split("|")] for line in lines]
+    assert cells[0] == list(ablation_report.HEADER)
+    assert [row[0] for row in cells[2:4]] == ["baseline", "reader-captions"]
+    losses = [row["loss"] for row in rows_of(experiment) if row["point"] == "baseline"]
+    assert cells[2][:3] == ["baseline", "2", "7.19 M"]
+    assert cells[2][4] == f"{sum(losses) / 2:.4f}" and cells[2][-1] == ""
+    assert cells[3][-1] in ("no difference seen", "better", "worse")
+    assert cells[4] == ["point", *scenes.CATEGORIES]
+    assert [row[0] for row in cells[6:]] == ["baseline", "reader-captions"]
+    assert "2 degrees of freedom" in text and "no sweep" in text
+    assert (experiment / "report.png").stat().st_size > 10_000
+
+
+def test_the_sweep_chooses_the_rate_of_later_runs(tmp_path):
+    out = tmp_path / "out"
+    argv = [out, "--points", "no-time", "final", "--seeds", 0, *TINY]
+    done = run_program(*argv, "--sweep-lr", 32)
+    assert done.returncode == 0, done.stderr[-3000:]
+    rates = json.loads((out / "rates.json").read_text())
+    assert list(rates) == ["deep, none"] and not (out / "runs.jsonl").exists()
+    swept = rates["deep, none"]
+    assert swept["point"] == "no-time" and swept["images"] == 32
+    assert list(swept["losses"]) == ["0.001", "0.002", "0.004"]
+    assert len(set(swept["losses"].values())) == 3
+    assert f"{swept['best']:g}" == min(swept["losses"], key=swept["losses"].get)
+
+    swept["best"] = 0.0037
+    (out / "rates.json").write_text(json.dumps(rates))
+    done = run_program(*argv)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert [row["lr"] for row in rows_of(out)] == [0.0037, 0.0037]
+    done = run_program(out, "--report", "--against", "no-time")
+    assert done.returncode == 0, done.stderr[-3000:]
+    text = (out / "report.md").read_text()
+    assert "| deep, none | no-time, 32 images | 0.001: " in text
+    assert text.count("not tested: one seed") == 1
+
+
+def test_a_run_that_another_process_has_finished_is_kept_once(tmp_path, capsys):
+    ablations.append_run(tmp_path, dict(point="baseline", seed=0, score=0.5))
+    ablations.append_run(tmp_path, dict(point="baseline", seed=1, score=0.6))
+    ablations.append_run(tmp_path, dict(point="baseline", seed=0, score=0.7))
+    assert [row["score"] for row in rows_of(tmp_path)] == [0.5, 0.6]
+    assert "another process" in capsys.readouterr().out
+
+
+# ---- statistics ----------------------------------------------------------------------------------
+
+def made_up_run(point, seed, verdicts):
+    rows = ablation_report.prompt_rows({"verdicts": verdicts})
+    score = ablation_report.overall(ablation_report.results.values_by_category(rows))
+    return dict(point=point, seed=seed, verdicts=verdicts, score=score)
+
+
+def made_up(point, seeds, share, offsets=(0, 0, 0), n=600):
+    """Runs whose images are right with a probability of share, which varies with the seed."""
+    runs = []
+    for seed in range(seeds):
+        rng = np.random.default_rng([seed, len(point)])
+        right = rng.random(n) < share + offsets[seed]
+        runs.append(made_up_run(point, seed, "".join(map(str, right.astype(int)))))
+    return runs
+
+
+def compared(a, b):
+    spread = ablation_report.seed_spread({"a": a, "b": b})
+    return ablation_report.compare(a, b, spread), spread
+
+
+def test_a_clear_difference_is_seen_and_none_is_not():
+    base = made_up("base", 3, 0.6)
+    comparison, spread = compared(made_up("other", 3, 0.8), base)
+    assert spread.degrees == 4 and spread.variance < 0.03 ** 2
+    assert comparison.difference == pytest.approx(0.2, abs=0.03)
+    assert comparison.interval[0] > 0.1 and comparison.p < 0.01
+    assert ablation_report.verdict(comparison, spread) == "better"
+    comparison, _ = compared(base, made_up("other", 3, 0.8))
+    assert ablation_report.verdict(comparison, spread) == "worse"
+    comparison, spread = compared(made_up("others", 3, 0.6), base)
+    assert comparison.interval[0] < 0 < comparison.interval[1]
+    assert ablation_report.verdict(comparison, spread) == "no difference seen"
+
+
+@pytest.mark.parametrize("difference, p, words", [
+    (0.1, 0.049, "better"), (-0.1, 0.049, "worse"), (0.1, 0.051, "no difference seen")])
+def test_a_claim_needs_a_p_below_5_percent(difference, p, words):
+    comparison = ablation_report.Comparison(difference, [-1, 1], p)
+    assert ablation_report.verdict(comparison, ablation_report.Spread(0.0, 2)) == words
+
+
+def test_seeds_that_differ_widen_the_interval():
+    """600 prompts would show the difference of these runs, but not that of their designs."""
+    offsets = (-0.15, 0, 0.15)
+    base = made_up("base", 3, 0.6, offsets)
+    other = made_up("other", 3, 0.7, offsets[::-1])
+    comparison, spread = compared(other, base)
+    assert ablation_report.verdict(comparison, spread) == "no difference seen"
+    alone = ablation_report.Spread(0.0, 0)
+    without = ablation_report.compare(other, base, alone)
+    assert without.p < 0.01 and ablation_report.verdict(without, alone) == "not tested: one seed"
+    narrow = ablation_report.score_interval(base, alone)
+    wide = ablation_report.score_interval(base, spread)
+    assert wide[1] - wide[0] > 2 * (narrow[1] - narrow[0])
+
+
+def test_the_spread_is_pooled_over_points():
+    by_point = {"a": [dict(score=0.5), dict(score=0.7)], "b": [dict(score=0.2)],
+                "c": [dict(score=0.1), dict(score=0.2), dict(score=0.3)]}
+    spread = ablation_report.seed_spread(by_point)
+    assert spread.degrees == 3 and spread.variance == pytest.approx((0.02 + 0.02) / 3)
+
+
+def test_the_p_value_is_right_if_there_is_no_difference():
+    """About one in 20 experiments with equal designs, whose seeds differ, has p < 0.05."""
+    rng = np.random.default_rng(0)
+    small = []
+    for _ in range(200):
+        a = made_up_many(rng)
+        b = made_up_many(rng)
+        comparison, _ = compared(a, b)
+        small.append(comparison.p < 0.05)
+    assert sum(small) <= 0.08 * len(small)
+
+
+def made_up_many(rng):
+    """Three seeds of a design with a score of about 0.6, whose seeds have a deviation of 0.03."""
+    runs = []
+    for seed in range(3):
+        right = rng.random(120) < 0.6 + 0.03 * rng.standard_normal()
+        runs.append(made_up_run("a", seed, "".join(map(str, right.astype(int)))))
+    return runs
+
+
+def test_a_control_is_named_in_the_table():
+    runs = made_up("a", 2, 0.5)
+    runs = [run | dict(control="baseline", images_per_s=50, loss=0.1, parameters=7_186_992)
+            for run in runs]
+    cells = ablation_report.table_row("a-wide", runs, runs, ablation_report.Spread(0.0, 1))
+    assert cells[:5] == ["a-wide (as many parameters as baseline)", "2", "7.19 M", "50", "0.1000"]
+
+
+def test_categories_have_their_own_scores():
+    runs = [made_up_run("a", 0, "100010" * 5), made_up_run("a", 1, "110010" * 5)]
+    lines = ablation_report.categories_table({"a": runs}).splitlines()
+    assert lines[2] == "| a | 1.000 | 0.500 | 0.000 | 0.000 | 1.000 | 0.000 |"
+
+
+def test_points_are_paired_by_seed():
+    a = made_up("a", 3, 0.5)
+    assert ablation_report.compare(a[:1], a[1:], ablation_report.Spread(0.0, 0)) is None
+    comparison = ablation_report.compare(a, a[1:], ablation_report.Spread(0.0, 0))
+    assert comparison.difference == 0 and comparison.p > 0.9
+
+
+# ---- the CUDA graph, without a GPU ---------------------------------------------------------------
+
+class Recorder:
+    """Takes the place of torch.cuda: a graph repeats the step that was called while recording."""
+
+    def __init__(self, monkeypatch, fails=False):
+        self.fails = fails
+        self.replayed = 0
+        self.repeat = None
+        recorder = self
+
+        class Graph:
+            def replay(self):
+                recorder.replayed += 1
+                recorder.repeat()
+
+        stream = SimpleNamespace(wait_stream=lambda other: None)
+        monkeypatch.setattr(torch.cuda, "Stream", lambda: stream)
+        monkeypatch.setattr(torch.cuda, "current_stream", lambda: stream)
+        monkeypatch.setattr(torch.cuda, "stream", lambda _: contextlib.nullcontext())
+        monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
+        monkeypatch.setattr(torch.cuda, "graph", self.recording)
+
+    @contextlib.contextmanager
+    def recording(self, graph):
+        yield
+        if self.fails:
+            raise RuntimeError("operation not permitted\nwhen stream is capturing")
+
+
+class SumStep:
+    """A step whose loss is the sum of the images."""
+    adam = None
+    set_learning_rate = None
+
+    def __init__(self, recorder):
+        self.recorder = recorder
+
+    def __call__(self, batch):
+        loss = batch.x.sum()
+        self.recorder.repeat = lambda: loss.copy_(batch.x.sum())
+        return loss
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_a_graph_sees_every_batch(monkeypatch, capsys, some_scenes, fails):
+    recorder = Recorder(monkeypatch, fails)
+    step = ablation_training.GraphedStep(SumStep(recorder))
+    batches = []                            # of one shape, as on a GPU
+    for batch in ablation_training.run_batches(some_scenes, 64, 8, seed=1):
+        batches.append(batch._replace(ids=batch.ids[:, :8], mask=batch.mask[:, :8]))
+    losses = [step(batch) for batch in batches]
+    assert torch.stack(losses).tolist() == [batch.x.sum().item() for batch in batches]
+    printed = capsys.readouterr().out
+    if fails:
+        assert recorder.replayed == 0
+        assert printed == "no CUDA graph (operation not permitted): the steps run without one\n"
+    else:
+        assert recorder.replayed == len(batches) - ablation_training.WARM and printed == ""
