@@ -3,7 +3,6 @@
 A point is a line of POINTS: the config fields in which it differs from the baseline of the paper,
 at the size of the demo. docs/ablations.md says how to add one.
 """
-from dataclasses import fields
 from typing import NamedTuple
 
 import torch
@@ -99,8 +98,7 @@ READERS = {
 def choose(names=None):
     """{name: Point} of these names, or of all points.
 
-    Points with config fields that this version of fusedit.py does not have are left out, and a line
-    says so. Raises FuseDiTError for an unknown name, or if no point is left.
+    Raises FuseDiTError for an unknown name, and for a point with an unknown reader or config field.
     """
     chosen = {}
     for name in names or POINTS:
@@ -110,20 +108,10 @@ def choose(names=None):
         if point.reader not in READERS:
             raise FuseDiTError(f"point {name}: unknown reader {point.reader!r}; "
                                f"{fusedit.suggest(point.reader, READERS)}")
-        unknown = unknown_fields(point)
-        if unknown:
-            print(f"left out: {name}, since FuseDiTConfig has no field {', '.join(unknown)}")
-            continue
+        for field in point.changes:
+            FuseDiTConfig.check_field(field)
         chosen[name] = point
-    if not chosen:
-        raise FuseDiTError("no point is left to train: choose others with --points")
     return chosen
-
-
-def unknown_fields(point):
-    """The config fields of a point that FuseDiTConfig does not have."""
-    known = {field.name for field in fields(FuseDiTConfig)}
-    return sorted(set(point.changes) - known)
 
 
 def config_of(point, base):

@@ -92,12 +92,11 @@ def test_controls_have_the_parameters_of_their_point():
         assert ablation_points.count_parameters(narrow, GEMMA) < 0.7 * wanted
 
 
-def test_points_with_fields_that_do_not_exist_are_left_out(monkeypatch, capsys):
-    monkeypatch.setitem(POINTS, "new", Point({"no_such_field": 1}))
-    assert list(ablation_points.choose(["baseline", "new"])) == ["baseline"]
-    message = "left out: new, since FuseDiTConfig has no field no_such_field\n"
-    assert capsys.readouterr().out == message
-    with pytest.raises(FuseDiTError, match="no point is left"):
+def test_points_that_are_misspelt_are_refused(monkeypatch):
+    assert list(ablation_points.choose(["final", "baseline"])) == ["final", "baseline"]
+    assert ablation_points.choose() == POINTS
+    monkeypatch.setitem(POINTS, "new", Point({"pos_embeds": "ape"}))
+    with pytest.raises(FuseDiTError, match="unknown config field 'pos_embeds'; did you mean pos_e"):
         ablation_points.choose(["new"])
     with pytest.raises(FuseDiTError, match="did you mean deep-cross or shallow-cross"):
         ablation_points.choose(["cross"])

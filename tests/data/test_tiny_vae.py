@@ -2,11 +2,11 @@
 import json
 import re
 from collections import Counter
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from conftest import ROOT
 from PIL import Image, ImageDraw
 from safetensors import safe_open
 from safetensors.torch import load_file
@@ -21,7 +21,7 @@ from fusedit_lib.vae import VAE, VAEConfig, load_vae
 SIZE = 16
 IMAGES = 150                                # in two shards, and one that is not readable
 STEPS = 80
-DEMO_VAE = Path(prepare_data.__file__).parent / "demo" / "emoji" / "vae"
+DEMO_VAE = ROOT / "demo" / "emoji" / "vae"
 
 
 def draw(rng):
