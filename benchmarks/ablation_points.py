@@ -1,4 +1,4 @@
-"""The design points of ablations.py, and the readers: the frozen Gemmas that they read.
+"""The design points of ablations.py.
 
 A point is a line of POINTS: the config fields in which it differs from the baseline of the paper,
 at the size of the demo. docs/ablations.md says how to add one.
@@ -6,6 +6,7 @@ at the size of the demo. docs/ablations.md says how to add one.
 from typing import NamedTuple
 
 import torch
+from ablation_readers import READERS
 
 import fusedit
 from fusedit import FuseDiTConfig, FuseDiTError, GemmaConfig
@@ -20,7 +21,7 @@ BASELINE = "baseline"
 class Point(NamedTuple):
     """A design point: what differs from the baseline."""
     changes: dict                           # config fields
-    reader: str = "questions"               # one of READERS
+    reader: str = "questions"               # the frozen Gemma: one of READERS
     control: str = ""                       # for a control: the point whose number of parameters it
                                             # has, by another width
 
@@ -83,14 +84,6 @@ POINTS = {
     "addition-time": Point(SHALLOW | {"timestep_conditioning": "addition", "text_states": "time"}),
     "addition-joint": Point(SHALLOW | {"timestep_conditioning": "addition",
                                        "text_states": "joint"}),
-}
-
-# The text that each reader was trained on. "questions" comes with the repository; the others are
-# trained in the same way by ablation_readers.py.
-READERS = {
-    "questions": "captions, each followed by questions and their answers (the demo's)",
-    "captions": "captions alone",
-    "twice": "captions, each said twice",
 }
 
 

@@ -1,10 +1,12 @@
-"""The readers of ablations.py: small frozen Gemmas that differ in the text they were trained on."""
+"""The readers of ablations.py: small frozen Gemmas that differ in the text they were trained on.
+
+A reader is an entry of READERS. docs/ablations.md says how to add one.
+"""
 import random
 from pathlib import Path
 
 import torch
 
-from fusedit import FuseDiTError
 from fusedit_lib.cli import DEMO
 from fusedit_lib.seeds import torch_seed
 from fusedit_lib.shapes import scenes, tiny_gemma
@@ -16,15 +18,23 @@ LEARNING_RATE = 2e-3                        # prepare_data.py tiny-gemma, with w
                                             # reader was made
 
 
-def reader_text(reader, description, rng):
-    """A training text of the reader "captions" or "twice", as a list of Parts."""
-    caption = scenes.caption(description, rng) + " ."
-    if reader == "captions":
-        return [Part(caption, "")]
-    if reader == "twice":
-        return [Part(caption, ""), Part(caption, "twice")]
-    raise FuseDiTError(f"no text is known for the reader {reader!r}: add it to reader_text in "
-                       "benchmarks/ablation_readers.py")
+def captions_alone(caption, rng):
+    return [caption]
+
+
+def captions_twice(caption, rng):
+    return [caption, caption]
+
+
+# name -> the function that makes a training text from a caption, which ends with " .". It returns a
+# list of pieces, of which those that no longer fit into MAX_TOKENS are left out. rng is a
+# random.Random for texts that vary. All words have to be in the vocabulary of the shapes, because
+# the readers share a tokenizer.
+READERS = {
+    "questions": None,                      # comes with the repository (training_text.py)
+    "captions": captions_alone,
+    "twice": captions_twice,
+}
 
 
 def reader_batches(reader, rng, ids):
@@ -34,7 +44,9 @@ def reader_batches(reader, rng, ids):
     """
     def draw_row():
         description = scenes.omit_defaults(scenes.training_scene(rng), rng)
-        return encode(reader_text(reader, description, rng), ids)
+        caption = scenes.caption(description, rng) + " ."
+        pieces = READERS[reader](caption, rng)
+        return encode([Part(words, kind="") for words in pieces], ids)
 
     return padded_batches(rng, BATCH, draw_row)
 

@@ -135,8 +135,8 @@ def table_row(name, runs, others, spread):
         comparison = compare(runs, others, spread)
     if comparison is None:
         return [*cells, "", "", ""]
-    return [*cells, f"{comparison.difference:+.3f}", f"{comparison.p:.4f}",
-            verdict(comparison, spread)]
+    p = f"{comparison.p:.4f}" if spread.degrees else ""
+    return [*cells, f"{comparison.difference:+.3f}", p, verdict(comparison, spread)]
 
 
 def markdown(rows):

@@ -7,7 +7,6 @@ import math
 import os
 import statistics
 import time
-from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from itertools import pairwise
 from typing import NamedTuple
@@ -20,6 +19,7 @@ from tqdm import tqdm
 
 import fusedit
 from fusedit_lib import backend
+from fusedit_lib.data import packing
 from fusedit_lib.data.batches import to_device
 from fusedit_lib.data.shapes import captioned_scene
 from fusedit_lib.evaluation import benchmarks, judging
@@ -66,15 +66,17 @@ def render_chunk(image_size, numbers):
 def render_scenes(n, image_size):
     """The pixels [n,3,H,W] and the captions of the scenes of `prepare_data.py shapes -n N`."""
     chunks = batches_of(range(n), CHUNK)
-    workers = min(len(chunks), os.cpu_count())
-    pixels = []
-    captions = []
-    with ProcessPoolExecutor(workers) as pool:
-        done = pool.map(partial(render_chunk, image_size), chunks)
-        for part, part_captions in tqdm(done, total=len(chunks), desc="rendering", disable=None):
-            pixels.append(part)
-            captions += part_captions
-    return torch.from_numpy(np.concatenate(pixels)).movedim(3, 1).contiguous(), captions
+    rendered = {}                           # chunk -> its pixels and captions
+    with tqdm(total=len(chunks), desc="rendering", disable=None) as progress:
+        render = partial(render_chunk, image_size)
+        for event in packing.in_parallel(render, chunks, os.cpu_count()):
+            if event is not None:
+                chunk, result = event
+                rendered[chunk] = result
+                progress.update()
+    pixels = np.concatenate([rendered[chunk][0] for chunk in chunks])
+    captions = [pair for chunk in chunks for pair in rendered[chunk][1]]
+    return torch.from_numpy(pixels).movedim(3, 1).contiguous(), captions
 
 
 def make_scenes(n, model, device):
@@ -245,7 +247,8 @@ def new_model(point, base, dtype, seed, device):
 def train(model, scenes, settings, images, lr, seed, compiled):
     """Train a model, which then has its EMA weights. Returns Trained.
 
-    compiled: compile the blocks of both towers.
+    compiled: compile the blocks of both towers. A line per tenth of the run is printed where no
+    progress bar is shown.
     """
     device = scenes.pixels.device
     run = run_config(settings, images, lr, seed)
@@ -262,10 +265,14 @@ def train(model, scenes, settings, images, lr, seed, compiled):
     marks = []                              # the times at the beginning of each part
     begin = time.perf_counter()
     batches = run_batches(scenes, run.steps * run.batch, run.batch, seed)
-    for step, batch in enumerate(tqdm(batches, total=run.steps, unit="step", disable=None)):
+    progress = tqdm(batches, total=run.steps, unit="step", disable=None)
+    for step, batch in enumerate(progress):
         if step % part == 0:
             wait(device)
             marks.append(time.perf_counter())
+            if progress.disable and step > 0:
+                print(f"  step {step} of {run.steps}: loss {losses[-1]:.4f}, "
+                      f"{marks[-1] - begin:,.0f} s", flush=True)
         step_of.set_learning_rate(learning_rate(run, step))
         losses.append(step_of(batch))
         decay = ema_decay(run, step + 1)

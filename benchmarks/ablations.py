@@ -189,22 +189,26 @@ def train_all(missing, bases, scenes, settings, args):
               f"{row['images_per_s']:,.0f} images/s", flush=True)
 
 
-def prepare(args, points, device):
-    """The readers of the points, {name: folder}, and the Scenes. Raises FuseDiTError.
+def prepare(args, points, distinct, device):
+    """The readers of the points, {name: folder}, and so many Scenes. Raises FuseDiTError.
 
     Readers that OUT does not have yet are trained.
     """
+    for name, point in points.items():                     # finds a wrong value before training
+        try:
+            config_of(point, "-")
+        except FuseDiTError as e:
+            raise FuseDiTError(f"point {name}: {e}") from None
     bases = {}
     for point in points.values():
         if point.reader not in bases:
             bases[point.reader] = make_reader(point.reader, args.out, args.reader_steps, device)
-        config_of(point, bases[point.reader])              # finds a wrong value before training
     first = next(iter(points.values()))
     model = new_model(first, bases[first.reader], args.dtype, 0, device)
     kernel = backend.check_attention(model, None, device, backend.torch_dtype(args.dtype))
     if kernel:
         print(kernel)
-    return bases, make_scenes(args.distinct, model, device)
+    return bases, make_scenes(distinct, model, device)
 
 
 def parse_args():
@@ -277,19 +281,19 @@ def main():
         backend.check_compiler(device)
     torch.set_float32_matmul_precision("high")
     backend.configure(device, dtype)
-    args.distinct = min(args.distinct, args.images)
-    settings = Settings(args.images, args.batch, args.distinct, args.prompts, args.dtype,
+    distinct = min(args.distinct, args.images)
+    settings = Settings(args.images, args.batch, distinct, args.prompts, args.dtype,
                         args.reader_steps)
     check_settings(read_runs(args.out), settings, args.out)
     args.out.mkdir(parents=True, exist_ok=True)
 
     if args.sweep_lr:
-        bases, scenes = prepare(args, points, device)
+        bases, scenes = prepare(args, points, min(args.distinct, args.sweep_lr), device)
         sweep(points, bases, scenes, settings, args.sweep_lr, args)
         return
     missing = missing_runs(points, args)
     if missing:
-        bases, scenes = prepare(args, points, device)
+        bases, scenes = prepare(args, points, distinct, device)
         train_all(missing, bases, scenes, settings, args)
     print(f"next: python benchmarks/ablations.py {args.out} --report")
 

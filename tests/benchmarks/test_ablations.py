@@ -1,7 +1,9 @@
 """benchmarks/ablations.py: the points, what makes runs fair, a tiny experiment, the statistics."""
 import contextlib
 import json
+import os
 import random
+import signal
 import sys
 from collections import Counter
 from types import SimpleNamespace
@@ -11,7 +13,7 @@ import pytest
 import torch
 import warm
 from conftest import ROOT
-from launching import ENV
+from launching import ENV, read_until
 
 import fusedit
 from fusedit import PRESETS, FuseDiTConfig, FuseDiTError, GemmaConfig
@@ -65,7 +67,7 @@ def test_the_axes_of_the_paper_and_the_later_readers_are_there():
     assert len(set(later)) == 6
     final = {name: value for name, value in PRESETS["fusedit"].items() if name != "base"}
     assert POINTS["final"].changes == final
-    assert {point.reader for point in POINTS.values()} == ablation_points.READERS.keys()
+    assert {point.reader for point in POINTS.values()} == ablation_readers.READERS.keys()
 
 
 def test_equal_width_and_depth_but_for_what_a_point_is_about():
@@ -129,9 +131,6 @@ def test_the_text_of_the_readers():
         half = len(row) // 2
         assert row[:half] == row[half:] and row[half - 1] == "."
     assert len({tuple(row) for row in texts["captions"]}) > 50
-    with pytest.raises(FuseDiTError, match="no text is known for the reader 'other'"):
-        ablation_readers.reader_text("other", scenes.training_scene(random.Random(0)),
-                                     random.Random(0))
 
 
 # ---- data, order and noise -----------------------------------------------------------------------
@@ -159,6 +158,31 @@ def test_the_scenes_are_those_of_prepare_data(some_scenes, model):
             assert [words[token] for token in tokens] == ["<bos>", *split_words(caption)]
     assert some_scenes.mask[0].sum() == 1   # the empty caption
     assert len(some_scenes.ids.unique(dim=0)) == len(some_scenes.ids)
+
+
+ENDLESS_RENDERING = """
+import signal, sys, time
+sys.path.insert(0, "benchmarks")
+import ablation_training
+
+def render_chunk(image_size, numbers):
+    signal.signal(signal.SIGINT, signal.SIG_IGN)       # like a worker that is stuck
+    print("rendering", flush=True)
+    time.sleep(1000)
+
+ablation_training.render_chunk = render_chunk
+ablation_training.render_scenes(2000, 32)
+"""
+
+
+def test_ctrl_c_ends_the_rendering():
+    process = warm.start(["-c", ENDLESS_RENDERING], ENV, ROOT)
+    try:
+        read_until(process, "rendering")
+        os.killpg(process.pid, signal.SIGINT)              # as a terminal does
+        assert process.wait(timeout=200) != 0
+    finally:
+        process.kill()
 
 
 def test_the_order_is_of_whole_passes(some_scenes):
@@ -347,6 +371,7 @@ def test_the_sweep_chooses_the_rate_of_later_runs(tmp_path):
     assert done.returncode == 0, done.stderr[-3000:]
     rates = json.loads((out / "rates.json").read_text())
     assert list(rates) == ["deep, none"] and not (out / "runs.jsonl").exists()
+    assert done.stdout.count("  step 1 of 2: loss ") == 3
     swept = rates["deep, none"]
     assert swept["point"] == "no-time" and swept["images"] == 32
     assert list(swept["losses"]) == ["0.001", "0.002", "0.004"]
@@ -362,7 +387,34 @@ def test_the_sweep_chooses_the_rate_of_later_runs(tmp_path):
     assert done.returncode == 0, done.stderr[-3000:]
     text = (out / "report.md").read_text()
     assert "| deep, none | no-time, 32 images | 0.001: " in text
-    assert text.count("not tested: one seed") == 1
+    assert text.count(" |  | not tested: one seed |") == 1              # without a p
+
+
+SWEEP_UP_TO_THE_SCENES = """
+import sys
+sys.path.insert(0, "benchmarks")
+import ablations
+
+def make_scenes(n, model, device):
+    sys.exit(f"{n} scenes")
+
+ablations.make_scenes = make_scenes
+ablations.main()
+"""
+
+
+def test_the_sweep_renders_only_the_scenes_that_it_trains_on(tmp_path):
+    done = warm.run(["-c", SWEEP_UP_TO_THE_SCENES, tmp_path, "--points", "no-time", "--sweep-lr",
+                     "64", "--no-compile", "--device", "cpu"], ENV, ROOT)
+    assert done.stderr.splitlines()[-1] == "64 scenes"
+
+
+def test_a_wrong_value_is_named_with_its_point(tmp_path):
+    args = SimpleNamespace(out=tmp_path, reader_steps=2, dtype="float32")
+    point = Point({"qk_norm": "yes"}, reader="captions")
+    with pytest.raises(FuseDiTError, match="point new: config field qk_norm is 'yes'"):
+        ablations.prepare(args, {"new": point}, 20, CPU)
+    assert not any(tmp_path.iterdir())                     # no reader has been trained
 
 
 def test_a_run_that_another_process_has_finished_is_kept_once(tmp_path, capsys):
