@@ -171,7 +171,7 @@ def render_chunk(image_size, numbers):
     time.sleep(1000)
 
 ablation_training.render_chunk = render_chunk
-ablation_training.render_scenes(2000, 32)
+ablation_training.render_scenes(500, 32)            # one chunk, for one worker
 """
 
 
