@@ -69,8 +69,8 @@ def training_sigmas(shift, device=None):
 def logit_normal_sigma(normal, shift):
     """Noise levels [B] for training, from standard normal draws [B] (trainers.py:231-243).
 
-    sigmoid(normal) is logit-normal: it favours the middle of the list of noise levels (0.75, if
-    shift = 3), where the velocity is hardest to predict (SD3, section 3.1).
+    sigmoid(normal) is logit-normal: it favours the middle of the list of noise levels (sigma 0.5
+    before the shift), where the velocity is hardest to predict (SD3, section 3.1).
     """
     u = normal.sigmoid()                                # near 0: much noise; near 1: little
     index = (u * 1000).long().clamp(max=999)            # in low precision u can round up to 1
@@ -90,9 +90,6 @@ def flow_loss(model, x, text, sigma, eps):
 
         eps = torch.randn_like(x)
         sigma = logit_normal_sigma(torch.randn(len(x), device=x.device), shift)
-
-    (In train_gpu.py and train_tpu.py the data loader does this, from the run's seed and the
-    sample's position in the run, so that a resumed run draws the same numbers.)
     """
     x = x.float()
     s = sigma[:, None, None, None]
@@ -120,9 +117,9 @@ def sample(dit, noise, text, uncond, steps, guidance, shift, guidance_span=(0, 1
     velocities in one batch of 2B and extrapolates away from the empty prompt's:
     v_uncond + guidance * (v - v_uncond). Guidance is off if guidance is 1, and at steps whose sigma
     lies outside guidance_span; the DiT then runs on the prompts alone.
-    callback(i, x) is called after every step.
+    callback(i, x_t) is called after every step.
     """
-    x = noise.float()
+    x_t = noise.float()
     sigmas = sampling_sigmas(steps, shift).tolist()
     if guidance != 1:
         text_and_uncond = text.concat(uncond)
@@ -131,16 +128,16 @@ def sample(dit, noise, text, uncond, steps, guidance, shift, guidance_span=(0, 1
         next_sigma = sigmas[i + 1]
 
         if guidance != 1 and guidance_span[0] <= sigma <= guidance_span[1]:
-            sigma_batch = x.new_full((2 * len(x),), sigma)
-            v, v_uncond = dit(torch.cat([x, x]), sigma_batch, text_and_uncond).chunk(2)
+            sigma_batch = x_t.new_full((2 * len(x_t),), sigma)
+            v, v_uncond = dit(torch.cat([x_t, x_t]), sigma_batch, text_and_uncond).chunk(2)
             v = v_uncond + guidance * (v - v_uncond)
         else:
-            v = dit(x, x.new_full((len(x),), sigma), text)
+            v = dit(x_t, x_t.new_full((len(x_t),), sigma), text)
 
-        x = x + (next_sigma - sigma) * v
+        x_t = x_t + (next_sigma - sigma) * v
         if callback is not None:
-            callback(i, x)
-    return x
+            callback(i, x_t)
+    return x_t
 
 
 # ------------------------------------------------------------------------------ configuration
@@ -431,9 +428,9 @@ def image_rope(kind, rows, cols, offset, h, device):
               range of h/4 frequencies
     m-rope    the h/2 frequencies are split: the fast half encodes the row, the slow half the column
 
-    The base theta is 10000, whatever Gemma's own is. Text and image therefore rotate with the same
-    frequencies only with 1d-rope or m-rope, and Gemma 1 or 2. In these cases, a score between text
-    and image depends only on the difference of their positions.
+    The base theta is 10000, whatever Gemma's own is. So only 1d-rope and m-rope rotate the image
+    with the frequencies of the text, and only in Gemma 1, Gemma 2 and sliding-window layers of
+    Gemma 3. A score between text and image then depends on the difference of their positions alone.
     """
     if kind == "ape":
         return None
@@ -462,7 +459,7 @@ def attention(q, k, v, mask=None, scale=None):
     """
     # H/K query heads share one key head. Instead of copying keys H/K times (as the published code
     # does, models.py:485), stack the queries of a group as extra rows of one head.
-    B, K, S, h = k.shape
+    B, K, _, h = k.shape
     group = q.shape[1] // K
     q_rows = q.reshape(B, K, -1, h)                                            # [B,K,H/K*N,h]
     if mask is not None and mask.dim() == 2:
@@ -614,8 +611,7 @@ class GemmaLayer(TransformerLayer):
     def forward(self, x, rope, mask, scale, rotate_keys):
         """Returns x [B,T,D] after this layer, and the LayerStates.
 
-        After keep_layers, the deepest layer has no queries and no MLP left. It returns x unchanged,
-        and its states.
+        After keep_layers, the deepest layer has no queries and no MLP, and returns x unchanged.
         """
         y = self.input_layernorm(x)
         k, v = self.self_attn.kv(y)                             # [B,K,T,h]
@@ -715,21 +711,6 @@ class Gemma(nn.Module):
         return keys, values, hidden
 
 
-def states_to_read(text_states, hidden):
-    """The part of the hidden states from Gemma.forward that shallow fusion reads.
-
-    layer: the last one [B,T,D]. Otherwise those after all layers, whose different sizes LayerNorm
-    (without parameters) makes equal: all of them [B,T,L,D], or for uniform their mean.
-    """
-    if text_states == "layer":
-        return hidden[-1]
-    states = [F.layer_norm(state, state.shape[-1:]) for state in hidden[1:]]
-    states = torch.stack(states, dim=2)                         # [B,T,L,D]
-    if text_states == "uniform":
-        return states.mean(2)
-    return states
-
-
 def load_gemma(folder, device="cpu", dtype=torch.float32):
     """A frozen Gemma from a folder that transformers saved: config.json and *.safetensors.
 
@@ -761,7 +742,10 @@ def load_gemma(folder, device="cpu", dtype=torch.float32):
 
 # ------------------------------------------------------------------------------ the DiT
 class AdaNorm(nn.Module):
-    """RMSNorm plus the Linear that computes its AdaLN-Zero modulation, which the caller applies."""
+    """RMSNorm plus the Linear that computes an AdaLN-Zero modulation, which the caller applies.
+
+    In a block it is that of the MLP, too. Released checkpoints store it here.
+    """
     def __init__(self, width, chunks, eps):
         super().__init__()
         self.norm = RMSNorm(width, eps)
@@ -779,7 +763,7 @@ class DiTBlock(TransformerLayer):
     """A Gemma layer whose tokens are image patches, which also attend to the text.
 
     config.fusion determines where the text's keys and values come from:
-        deep      from a Gemma layer, as Gemma computed them
+        deep      from a Gemma layer, as Gemma computed them (for cross-attention, before RoPE)
         shallow   projected by this block itself, from one hidden state of Gemma, or a mixture of
                   all of them (after DiT.context_embedder has brought it to the DiT's width)
 
@@ -797,15 +781,15 @@ class DiTBlock(TransformerLayer):
     def __init__(self, c: FuseDiTConfig, gemma: GemmaConfig, width, reads_text):
         eps = gemma.rms_norm_eps
         shallow = c.fusion == "shallow"
-        joint = reads_text and c.attention == "self"
-        attn = Attention(width, gemma, c.qk_norm, has_text_kv=joint and shallow)
+        text_in_self_attn = reads_text and c.attention == "self"
+        attn = Attention(width, gemma, c.qk_norm, has_text_kv=text_in_self_attn and shallow)
         norm = RMSNorm(width, eps)
         if c.timestep_conditioning == "adaln-zero":
             norm = AdaNorm(width, 6, eps)
         super().__init__(width, gemma, c.sandwich_norm, attn, norm)
         self.conditioning = c.timestep_conditioning
         self.shallow = shallow
-        self.joint = joint
+        self.text_in_self_attn = text_in_self_attn
 
         self.cross_attn = None
         if reads_text and c.attention == "cross":
@@ -828,11 +812,11 @@ class DiTBlock(TransformerLayer):
             return (cond + self.scale_shift_table)[:, None].chunk(6, dim=-1)
         return 0, 0, 1, 0, 0, 1
 
-    def forward(self, img, text_k, text_v, text_hidden, cond, rope, text_mask, joint_mask):
+    def forward(self, img, text_k, text_v, text_context, cond, rope, text_mask, joint_mask):
         """Returns img [B,N,D] after this block (and None, since LayerStack expects a pair).
 
         text_k, text_v   [B,K,T,h] of a Gemma layer (deep fusion), or None
-        text_hidden      [B,T,D], the embedded hidden state (shallow fusion), or None
+        text_context     [B,T,D], the embedded hidden state (shallow fusion), or None
         cond             see modulation
         rope             [2,B,1,N,h/2], from image_rope, or None
         text_mask        [B,1,1,T], added to the scores: 0 at real tokens, -inf at padding
@@ -842,17 +826,17 @@ class DiTBlock(TransformerLayer):
 
         # shallow fusion: this block's own keys and values of the hidden state
         if self.shallow:
-            attn = self.self_attn if self.joint else self.cross_attn
-            text_k, text_v = attn.text_kv(text_hidden)          # [B,K,T,h], without positions
+            attn = self.self_attn if self.text_in_self_attn else self.cross_attn
+            text_k, text_v = attn.text_kv(text_context)         # [B,K,T,h], without positions
 
         # queries, keys and values of the image
         y = modulate(self.input_layernorm(img), shift_attn, scale_attn)
         q = self.self_attn.q(y, rope)                           # [B,H,N,h]
         k, v = self.self_attn.kv(y, rope)                       # [B,K,N,h]
 
-        # self-attention: one softmax over [text ; image], or over the image alone. (Scores are
-        # scaled by h^(-1/2), even where Gemma scales its own differently.)
-        if self.joint:
+        # self-attention: one softmax over [text ; image], or over the image alone; scores are
+        # scaled by h^(-1/2), even if Gemma scales its own differently
+        if self.text_in_self_attn:
             k = torch.cat([text_k, k], dim=2)                   # [B,K,T+N,h]
             v = torch.cat([text_v, v], dim=2)
             z = attention(q, k, v, joint_mask)
@@ -872,33 +856,53 @@ class DiTBlock(TransformerLayer):
         return img, None
 
 
-class TextMix(nn.Module):
-    """Mixtures of the hidden states after Gemma's L layers, for shallow fusion (arXiv 2602.03510).
+def states_to_read(text_states, hidden):
+    """The part of the hidden states from Gemma.forward that shallow fusion reads.
 
-    The weights of a mixture are the softmax of L numbers, which start at 0 (the plain mean, as in
-    "uniform"). config.text_states determines them:
-        static, depth   learned: for all DiT blocks together, or for each
-        time, joint     computed from sigma by a gate, Linear(128, 512), SiLU, Linear(512, L): one
-                        for all blocks, or one for each; they are computed together
+    layer     the last one [B,T,D]: Gemma has run no further than the state that is read
+    uniform   the mean [B,T,D] of the outputs of all L layers, the last one after the final norm
+    others    all these outputs [B,T,L,D], for TextMix
     """
+    if text_states == "layer":
+        return hidden[-1]
+    # without parameters: it brings all outputs to the same magnitude
+    states = [F.layer_norm(state, state.shape[-1:]) for state in hidden[1:]]
+    states = torch.stack(states, dim=2)                         # [B,T,L,D]
+    if text_states == "uniform":
+        return states.mean(2)
+    return states
+
+
+class TextMix(nn.Module):
+    """Weighted means of what Gemma's L layers computed, for shallow fusion (arXiv 2602.03510).
+
+    config.text_states determines the weights:
+        static, depth   learned: one set for all DiT blocks, or one for each
+        time, joint     computed from sigma by a small MLP: one for all blocks, or one for each
+    They are the softmax of L numbers that start at 0: every mixture is the plain mean at first.
+    """
+    sigma_features = 128
+    mlp_width = 512
+
     def __init__(self, kind, L, blocks):
         super().__init__()
         if kind in ("static", "time"):
             blocks = 1
         self.depends_on_sigma = kind in ("time", "joint")
-        self.logits = nn.Parameter(torch.zeros(blocks, L))      # also the bias of the gates
+        self.logits = nn.Parameter(torch.zeros(blocks, L))      # with sigma: the MLPs' last bias
         if self.depends_on_sigma:
-            self.time_embedder = nn.Linear(128, blocks * 512)
-            self.time_weight = nn.Parameter(torch.zeros(blocks, L, 512))
+            self.time_embedder = nn.Linear(self.sigma_features, blocks * self.mlp_width)
+            self.time_weight = nn.Parameter(torch.zeros(blocks, L, self.mlp_width))
 
     def forward(self, states, sigma):
         """Mixtures [n,B,T,D] of states [B,T,L,D] at sigma [B], for n blocks (1: for all blocks)."""
         logits = self.logits[None]                                             # [1,n,L]
         if self.depends_on_sigma:
-            y = self.time_embedder(timestep_features(sigma, 128, scale=1).to(states.dtype))
-            y = F.silu(y).unflatten(1, (len(self.logits), 512))                # [B,n,512]
+            features = timestep_features(sigma, self.sigma_features, scale=1)  # not 1000 sigma
+            y = F.silu(self.time_embedder(features.to(states.dtype)))
+            y = y.unflatten(1, (-1, self.mlp_width))                           # [B,n,mlp_width]
             logits = logits + torch.einsum("bni,nli->bnl", y, self.time_weight)
-        weights = logits.softmax(-1)[:, None]                                  # [B,1,n,L]
+        weights = logits.softmax(-1)[:, None]                                  # [B or 1,1,n,L]
         return (weights @ states).movedim(2, 0)
 
 
@@ -980,8 +984,7 @@ class DiT(nn.Module):
     def text_contexts(self, text, sigma, dtype):
         """For each block, the text [B,T,D] that it projects; in deep fusion None.
 
-        Mixtures that do not depend on sigma could be made once per prompt. But this would take a
-        second kind of TextFeatures, to save 0.9 % of the DiT's FLOPs (depth, in the paper's setup).
+        (Mixtures without sigma are computed at every step, too, which costs 1 % of the FLOPs.)
         """
         blocks = len(self.text_layers)
         if text.hidden is None:
@@ -990,7 +993,9 @@ class DiT(nn.Module):
         if self.text_mix is None:
             return [self.context_embedder(hidden)] * blocks
         contexts = self.context_embedder(self.text_mix(hidden, sigma))         # [n,B,T,D]
-        return list(contexts.unbind()) * (blocks // len(contexts))
+        if len(contexts) == 1:                                  # static, time: one for all blocks
+            return [contexts[0]] * blocks
+        return list(contexts)
 
     def final_modulation(self, temb):
         """shift, scale of the last norm, each [B,1,D]; or neutral numbers.
@@ -1061,7 +1066,7 @@ class DiT(nn.Module):
         text_mask = torch.where(text.mask, 0.0, -math.inf).to(dtype)[:, None, None]  # [B,1,1,T]
         joint_mask = F.pad(text_mask, (0, rows * cols))                              # [B,1,1,T+N]
 
-        # the blocks
+        # the blocks: img = block(img, k, v, context, cond, rope, text_mask, joint_mask)
         contexts = self.text_contexts(text, sigma, dtype)
         per_block = list(zip(text.keys, text.values, contexts, strict=True))
         img, _ = self.layers(img, per_block, (cond, rope, text_mask, joint_mask))
@@ -1076,7 +1081,7 @@ def layers_to_read(c: FuseDiTConfig, L):
 
     DiT block i reads Gemma layer i + initial_layers, if shared_attention_layers allows it
     (models.py:782-800). In shallow fusion only the length of the list matters. L: the number of
-    Gemma's layers. Raises FuseDiTError if a layer that is needed is missing, or if none is read.
+    Gemma's layers. Raises FuseDiTError if one that may be read does not exist, or if none is read.
     """
     count = c.dit_num_hidden_layers
     if count is None:
@@ -1183,7 +1188,8 @@ def token_ids(tokenizer, prompts, config, instruction=None):
     """The token ids of each prompt, not truncated, and the length to truncate them to.
 
     The instruction (None: that of the config) and the chat template go around every prompt except
-    the empty one. They do not count towards max_text_tokens (pipelines.py:220-234).
+    the empty one. The limit is max_text_tokens plus the length of the config's instruction and of
+    the template, also if another instruction is given (pipelines.py:220-234).
     """
     if instruction is None:
         instruction = config.instruction
