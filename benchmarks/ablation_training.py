@@ -18,6 +18,7 @@ from common import Adam, machine, wait
 from tqdm import tqdm
 
 import fusedit
+from fusedit import FuseDiTError
 from fusedit_lib import backend
 from fusedit_lib.data import packing
 from fusedit_lib.data.batches import to_device
@@ -161,8 +162,8 @@ class TrainingStep:
 class GraphedStep:
     """A TrainingStep as one CUDA graph, which a GPU runs without waiting for Python.
 
-    The first WARM steps run as usual, on a stream of their own; then the graph is recorded. If that
-    fails, all steps run as usual. (Written without a GPU at hand, and not run on one yet.)
+    The first WARM steps run as usual, on a stream of their own; then the graph is recorded.
+    (Written without a GPU at hand, and not run on one yet.)
     """
     def __init__(self, step):
         self.step = step
@@ -173,18 +174,17 @@ class GraphedStep:
         self.static = None                  # the batch and the loss that the graph reads and writes
         self.loss = None
         self.calls = 0
-        self.failed = False
 
     def __call__(self, batch):
         self.calls += 1
-        if self.calls <= WARM or self.failed:
+        if self.calls <= WARM:
             self.stream.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(self.stream):
                 loss = self.step(batch)
             torch.cuda.current_stream().wait_stream(self.stream)
             return loss
-        if self.graph is None and not self.record(batch):
-            return self(batch)
+        if self.graph is None:
+            self.record(batch)
         for static, new in zip(self.static, batch, strict=True):
             if static is not None:
                 static.copy_(new)
@@ -194,7 +194,8 @@ class GraphedStep:
     def record(self, batch):
         """Record the graph of a step on a copy of the batch, without running it.
 
-        Returns False if that is not possible.
+        Raises FuseDiTError if that is not possible. The usual steps could not go on: gradients and
+        torch's allocator are then left as they were in the middle of the recording.
         """
         self.static = [None if tensor is None else tensor.clone() for tensor in batch]
         graph = torch.cuda.CUDAGraph()
@@ -202,11 +203,10 @@ class GraphedStep:
             with torch.cuda.graph(graph):
                 self.loss = self.step(type(batch)(*self.static))
         except RuntimeError as e:
-            print(f"no CUDA graph ({backend.first_line(e)}): the steps run without one")
-            self.failed = True
-            return False
+            reason = backend.first_line(e.__context__ or e)    # e itself may only be the aftermath
+            raise FuseDiTError(f"the training step cannot be recorded as a CUDA graph ({reason}): "
+                               "give --no-cuda-graph") from e
         self.graph = graph
-        return True
 
 
 # ---------------------------------------------------------------------------- a run
@@ -218,6 +218,12 @@ class Settings(NamedTuple):
     prompts: int                            # of the evaluation
     dtype: str                              # "bf16" or "float32"
     reader_steps: int                       # of the readers that were trained for the experiment
+
+
+class Execution(NamedTuple):
+    """The ways in which steps are made faster. They change results by rounding only."""
+    compile: bool                           # compile the blocks of both towers
+    cuda_graph: bool                        # record the training step as a CUDA graph
 
 
 class Trained(NamedTuple):
@@ -244,18 +250,17 @@ def new_model(point, base, dtype, seed, device):
     return model
 
 
-def train(model, scenes, settings, images, lr, seed, compiled):
+def train(model, scenes, settings, images, lr, seed, execution):
     """Train a model, which then has its EMA weights. Returns Trained.
 
-    compiled: compile the blocks of both towers. A line per tenth of the run is printed where no
-    progress bar is shown.
+    A line per tenth of the run is printed where no progress bar is shown. execution: Execution
     """
     device = scenes.pixels.device
     run = run_config(settings, images, lr, seed)
-    if compiled:
+    if execution.compile:
         backend.compile_model(model, None)
     step_of = TrainingStep(model, run, device)
-    if device.type == "cuda":
+    if execution.cuda_graph:
         step_of = GraphedStep(step_of)
     adam = step_of.adam
     ema = [weight.detach().clone() for weight in adam.high]
@@ -301,19 +306,19 @@ def score(model, settings):
     return judging.judge_shapes(images, settings.prompts, EVALUATION_SEED)
 
 
-def run_point(point, base, scenes, settings, lr, seed, compiled, folder=None):
+def run_point(point, base, scenes, settings, lr, seed, execution, folder=None):
     """Train and score a Point. Returns the measured part of its row in runs.jsonl.
 
     folder: for the model with its EMA weights; None: it is not kept.
     """
     device = scenes.pixels.device
     model = new_model(point, base, settings.dtype, seed, device)
-    trained = train(model, scenes, settings, settings.images, lr, seed, compiled)
+    trained = train(model, scenes, settings, settings.images, lr, seed, execution)
     model.eval()
     rows = score(model, settings)
     if folder is not None:
         save_model(folder, model.config, model.dit.state_dict())
-    if compiled:
+    if execution.compile:
         torch.compiler.reset()              # the code of this model's graphs is not used again
     parameters = sum(p.numel() for p in model.dit.parameters())
     return dict(parameters=parameters, **trained._asdict(), device=machine(device),

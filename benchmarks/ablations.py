@@ -26,7 +26,7 @@ import ablation_report
 import torch
 from ablation_points import BASELINE, POINTS, Point, choose, config_of, family
 from ablation_readers import make_reader
-from ablation_training import Settings, make_scenes, new_model, run_point, train
+from ablation_training import Execution, Settings, make_scenes, new_model, run_point, train
 from filelock import FileLock
 
 from fusedit import FuseDiTError
@@ -141,8 +141,8 @@ def sweep(points, bases, scenes, settings, images, args):
         for lr in RATES:
             model = new_model(point, bases[point.reader], settings.dtype, args.seeds[0],
                               scenes.pixels.device)
-            trained = train(model, scenes, settings, images, lr, args.seeds[0], args.compile)
-            if args.compile:
+            trained = train(model, scenes, settings, images, lr, args.seeds[0], args.execution)
+            if args.execution.compile:
                 torch.compiler.reset()
             losses[f"{lr:g}"] = trained.loss
             print(f"{family(point)}: {name} at {lr:g}: loss {trained.loss:.4f}", flush=True)
@@ -180,7 +180,7 @@ def train_all(missing, bases, scenes, settings, args):
         if args.save_models:
             folder = args.out / "models" / f"{run.name}-seed-{run.seed}"
         measured = run_point(run.point, bases[run.point.reader], scenes, settings, run.lr,
-                             run.seed, args.compile, folder)
+                             run.seed, args.execution, folder)
         scored = compact(measured.pop("rows"))
         row = dict(point=run.name, seed=run.seed, **settings._asdict(), lr=run.lr,
                    **run.point._asdict(), **measured, **scored)
@@ -255,6 +255,8 @@ def parse_args():
     group.add_argument("--compile", action=argparse.BooleanOptionalAction,
                        help="compile the blocks of both towers, once per run (default: only on a "
                             "CPU, since on a GPU a CUDA graph makes the steps fast already)")
+    group.add_argument("--cuda-graph", action=argparse.BooleanOptionalAction,
+                       help="record the training step as one CUDA graph (default: on a GPU)")
     group.add_argument("--save-models", action="store_true",
                        help="keep each model in OUT/models, for sample.py and evaluate.py")
     return p.parse_args()
@@ -275,10 +277,17 @@ def main():
         raise FuseDiTError(f"{images} images are less than a batch of {args.batch}: give more "
                            "--images or a smaller --batch")
     device, dtype = cli.pick_dtype(args)
+    if device.index:
+        torch.cuda.set_device(device)       # a CUDA graph records on the current device
     if args.compile is None:
         args.compile = device.type == "cpu"
     if args.compile:
         backend.check_compiler(device)
+    if args.cuda_graph is None:
+        args.cuda_graph = device.type == "cuda"
+    if args.cuda_graph and device.type != "cuda":
+        raise FuseDiTError("--cuda-graph needs a GPU")
+    args.execution = Execution(args.compile, args.cuda_graph)
     torch.set_float32_matmul_precision("high")
     backend.configure(device, dtype)
     distinct = min(args.distinct, args.images)

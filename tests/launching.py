@@ -12,7 +12,10 @@ from conftest import ROOT
 from safetensors.torch import load_file
 from tiny_shards import SHAPE
 
-ENV = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": f"{ROOT}:{ROOT}/tests:{ROOT}/tests/train"}
+PYTHONPATH = f"{ROOT}:{ROOT}/tests:{ROOT}/tests/train"
+if os.environ.get("PYTHONPATH"):
+    PYTHONPATH += os.pathsep + os.environ["PYTHONPATH"]
+ENV = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": PYTHONPATH}
 
 
 def flags(gemma, data, out, *more):

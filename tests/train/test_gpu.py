@@ -28,7 +28,10 @@ def count_gpus():
 
 def environment():
     """An environment in which processes see the GPUs that were visible to pytest."""
-    env = os.environ | {"PYTHONPATH": f"{ROOT}:{ROOT}/tests", "CUDA_VISIBLE_DEVICES": GPUS}
+    paths = [str(ROOT), f"{ROOT}/tests"]
+    if os.environ.get("PYTHONPATH"):        # packages that benchmarks/gpu has installed
+        paths.append(os.environ["PYTHONPATH"])
+    env = os.environ | {"PYTHONPATH": os.pathsep.join(paths), "CUDA_VISIBLE_DEVICES": GPUS}
     if GPUS == "all":
         del env["CUDA_VISIBLE_DEVICES"]
     return env
@@ -170,16 +173,16 @@ GRAPHED = """
 import sys
 import torch
 root, device = sys.argv[1], torch.device(sys.argv[2])
+torch.set_float32_matmul_precision("high")
 sys.path.insert(0, root + "/benchmarks")
 from ablation_points import POINTS
 from ablation_readers import BUNDLED
 from ablation_training import (GraphedStep, Settings, TrainingStep, make_scenes, new_model,
                                run_batches, run_config)
 
-run = run_config(Settings(160, 16, 64, 6, "float32", 1), 160, 1e-3, 0)
-
-def losses(graphed):
-    model = new_model(POINTS["baseline"], BUNDLED, "float32", 0, device)
+def losses(point, dtype, graphed):
+    model = new_model(POINTS[point], BUNDLED, dtype, 0, device)
+    run = run_config(Settings(160, 16, 64, 6, dtype, 1), 160, 1e-3, 0)
     step = TrainingStep(model, run, device)
     if graphed:
         step = GraphedStep(step)
@@ -190,17 +193,24 @@ def losses(graphed):
     assert not graphed or step.graph is not None
     return torch.stack(found)
 
-usual = losses(False)
-print(float(usual.std()), float((losses(True) - usual).abs().max()))
+for argument in sys.argv[3:]:
+    point, dtype = argument.split(",")
+    usual = losses(point, dtype, graphed=False)
+    error = (losses(point, dtype, graphed=True) - usual).abs().max()
+    print(point, float(usual.std()), float(error))
 """
 
 
 def test_the_cuda_graph_of_the_ablations_is_their_training_step():
-    done = subprocess.run([sys.executable, "-c", GRAPHED, ROOT, DEVICE], env=ENV, text=True,
-                          capture_output=True)
+    points = ["baseline,float32", "baseline,bf16", "deep-cross,bf16", "shallow-cross,bf16",
+              "joint,bf16"]
+    done = subprocess.run([sys.executable, "-c", GRAPHED, ROOT, DEVICE, *points], env=ENV,
+                          text=True, capture_output=True)
     assert done.returncode == 0, done.stderr[-3000:]
-    spread, error = map(float, done.stdout.split()[-2:])
-    assert error < 0.01 * spread
+    lines = [line.split() for line in done.stdout.splitlines() if line.count(" ") == 2]
+    assert len(lines) == len(points)
+    for point, spread, error in lines:
+        assert float(error) < 0.02 * float(spread), point
 
 
 @pytest.mark.skipif(FOUND < 2, reason="there is only one GPU")
