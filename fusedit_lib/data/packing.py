@@ -213,8 +213,8 @@ def in_parallel(function, jobs, workers):
     workers = min(workers, len(jobs))
     fork = multiprocessing.get_context("fork")             # starts fast and shares _items_done
     with ProcessPoolExecutor(workers, fork, start_worker, [os.getpid()]) as pool:
-        waiting = {pool.submit(function, job): job for job in jobs}
         try:
+            waiting = {pool.submit(function, job): job for job in jobs}
             while waiting:
                 finished, _ = wait(waiting, 0.3, FIRST_COMPLETED)
                 for future in finished:

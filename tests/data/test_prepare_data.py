@@ -1,6 +1,7 @@
 """prepare_data.py: reproducible shards, no half-written files, and a count of bad inputs."""
 import io
 import json
+import os
 import random
 import re
 import tarfile
@@ -214,6 +215,28 @@ def test_a_run_that_fails_midway_is_resumed(tmp_path, capsys):
 
 def nothing(item):
     raise Skip("empty")
+
+
+INTERRUPTED = """
+import time
+from fusedit_lib.data import packing
+
+class Jobs(list):
+    def __iter__(self):
+        yield 1000
+        raise KeyboardInterrupt             # while jobs are still handed to the workers
+
+for _ in packing.in_parallel(time.sleep, Jobs([1000, 1000]), 2):
+    pass
+"""
+
+
+def test_an_interrupted_run_does_not_wait_for_its_jobs():
+    process = warm.start(["-c", INTERRUPTED], os.environ | {"PYTHONPATH": str(ROOT)})
+    try:
+        assert process.wait(timeout=200) != 0
+    finally:
+        process.kill()
 
 
 def test_nothing_to_pack_leaves_no_folder_that_the_run_has_created(tmp_path):
