@@ -744,7 +744,7 @@ def load_gemma(folder, device="cpu", dtype=torch.float32):
 class AdaNorm(nn.Module):
     """RMSNorm plus the Linear that computes an AdaLN-Zero modulation, which the caller applies.
 
-    In a block it is that of the MLP, too. Released checkpoints store it here.
+    A block's Linear also computes the modulation of its MLP. Released checkpoints store it here.
     """
     def __init__(self, width, chunks, eps):
         super().__init__()
@@ -865,7 +865,7 @@ def states_to_read(text_states, hidden):
     """
     if text_states == "layer":
         return hidden[-1]
-    # without parameters: it brings all outputs to the same magnitude
+    # The outputs differ in magnitude; a LayerNorm without parameters makes them alike.
     states = [F.layer_norm(state, state.shape[-1:]) for state in hidden[1:]]
     states = torch.stack(states, dim=2)                         # [B,T,L,D]
     if text_states == "uniform":
@@ -984,7 +984,7 @@ class DiT(nn.Module):
     def text_contexts(self, text, sigma, dtype):
         """For each block, the text [B,T,D] that it projects; in deep fusion None.
 
-        (Mixtures without sigma are computed at every step, too, which costs 1 % of the FLOPs.)
+        (Mixtures without sigma are computed at every step, too: at most 1 % of the DiT's FLOPs.)
         """
         blocks = len(self.text_layers)
         if text.hidden is None:

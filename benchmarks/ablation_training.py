@@ -253,7 +253,7 @@ def new_model(point, base, dtype, seed, device):
 def train(model, scenes, settings, images, lr, seed, execution):
     """Train a model, which then has its EMA weights. Returns Trained.
 
-    A line per tenth of the run is printed where no progress bar is shown. execution: Execution
+    execution: an Execution. Where no progress bar is shown, a line per tenth of the run is printed.
     """
     device = scenes.pixels.device
     run = run_config(settings, images, lr, seed)

@@ -190,7 +190,7 @@ def train_all(missing, bases, scenes, settings, args):
 
 
 def prepare(args, points, distinct, device):
-    """The readers of the points, {name: folder}, and so many Scenes. Raises FuseDiTError.
+    """The readers of the points, {name: folder}, and `distinct` Scenes. Raises FuseDiTError.
 
     Readers that OUT does not have yet are trained.
     """
