@@ -191,7 +191,7 @@ def in_order(runs):
     for run in runs:
         found[run["point"]].append(run)
     known = [name for name in POINTS if name in found]
-    return {name: found[name] for name in [*known, *(found.keys() - POINTS.keys())]}
+    return {name: found[name] for name in [*known, *sorted(found.keys() - POINTS.keys())]}
 
 
 def report(runs, rates, out, against):

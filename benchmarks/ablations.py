@@ -127,15 +127,22 @@ def rate_of(point, rates, lr):
     return DEFAULT_RATE
 
 
+def write_rate(out, family_name, chosen):
+    """Put the sweep of a family into OUT/rates.json, which other processes may be writing, too."""
+    with FileLock(out / ".rates.lock"):
+        rates = read_rates(out) | {family_name: chosen}
+        with atomic_write(out / "rates.json") as tmp:
+            tmp.write_text(json.dumps(rates, indent=1) + "\n")
+
+
 def sweep(points, bases, scenes, settings, images, args):
     """Train the first point of each family at three rates; writes OUT/rates.json.
 
     The rate with the lowest loss at the end is chosen. A family that has been swept with this
     number of images is skipped.
     """
-    rates = read_rates(args.out)
     for name, point in points.items():
-        if rates.get(family(point), {}).get("images") == images:
+        if read_rates(args.out).get(family(point), {}).get("images") == images:
             continue
         losses = {}
         for lr in RATES:
@@ -151,9 +158,8 @@ def sweep(points, bases, scenes, settings, images, args):
             raise FuseDiTError(f"{name} diverges at every rate of {', '.join(losses)}: lower RATES "
                                "in benchmarks/ablations.py")
         best = float(min(finite, key=finite.get))
-        rates[family(point)] = dict(point=name, images=images, losses=losses, best=best)
-        with atomic_write(args.out / "rates.json") as tmp:
-            tmp.write_text(json.dumps(rates, indent=1) + "\n")
+        write_rate(args.out, family(point),
+                   dict(point=name, images=images, losses=losses, best=best))
     print(f"{args.out}/rates.json: runs use these rates from now on")
 
 

@@ -411,6 +411,23 @@ def test_the_sweep_renders_only_the_scenes_that_it_trains_on(tmp_path):
     assert done.stderr.splitlines()[-1] == "64 scenes"
 
 
+def test_the_sweep_keeps_what_another_process_has_found_meanwhile(tmp_path, monkeypatch):
+    other = {"shallow, adaln-zero": {"point": "shallow-self", "images": 64, "best": 0.001}}
+
+    def train(*_):
+        (tmp_path / "rates.json").write_text(json.dumps(other))
+        return SimpleNamespace(loss=0.25)
+
+    monkeypatch.setattr(ablations, "new_model", lambda *_: None)
+    monkeypatch.setattr(ablations, "train", train)
+    args = SimpleNamespace(out=tmp_path, seeds=[0], execution=Execution(False, False))
+    ablations.sweep({"no-time": POINTS["no-time"]}, {"questions": None},
+                    SimpleNamespace(pixels=torch.zeros(1)), SETTINGS, 64, args)
+    rates = ablations.read_rates(tmp_path)
+    assert list(rates) == ["shallow, adaln-zero", "deep, none"]
+    assert rates["deep, none"]["losses"] == {"0.001": 0.25, "0.002": 0.25, "0.004": 0.25}
+
+
 def test_a_wrong_value_is_named_with_its_point(tmp_path):
     args = SimpleNamespace(out=tmp_path, reader_steps=2, dtype="float32")
     point = Point({"qk_norm": "yes"}, reader="captions")
