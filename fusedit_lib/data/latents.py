@@ -144,12 +144,20 @@ def encode_shards(tars, vae, args, descriptions, samples, rank):
         disable = True
     total = sum(samples[tar.name] for tar in tars)
     noted = Counter()
-    with tqdm(total=total, unit="image", desc="encoding", disable=disable, smoothing=0.05) as bar:
-        for tar in tars:
-            # delete temporary files of a killed run
-            for old in args.folder.glob(f".{latents_path(tar).name}.*.tmp"):
-                old.unlink()
-            noted += encode_shard(tar, vae, args, descriptions[tar], bar.update)
+    finished = 0
+    bar = tqdm(total=total, unit="image", desc="encoding", disable=disable, smoothing=0.05)
+    try:
+        with bar:
+            for tar in tars:
+                # delete temporary files of a killed run
+                for old in args.folder.glob(f".{latents_path(tar).name}.*.tmp"):
+                    old.unlink()
+                noted += encode_shard(tar, vae, args, descriptions[tar], bar.update)
+                finished += 1
+    except BaseException:
+        print(f"stopped: {finished} of {len(tars)} shards are encoded; repeat the command to "
+              "resume", file=sys.stderr)
+        raise
     for kind, count in noted.items():
         print(f"noted {kind}: {count} images", file=sys.stderr)
 

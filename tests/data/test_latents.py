@@ -16,7 +16,7 @@ from tiny_shards import index, numbered, png, scene, write_shard
 
 from fusedit import FuseDiTError
 from fusedit_lib import backend
-from fusedit_lib.data import images
+from fusedit_lib.data import images, latents
 from fusedit_lib.data.shards import ShardReader, can_read_latents, expand_shards, read_index
 from fusedit_lib.folders import vae_fingerprint
 from fusedit_lib.pretrained import load_model
@@ -94,6 +94,24 @@ def test_the_compile_flag_compiles_the_vae(shards, monkeypatch):
     encode(shards, "--overwrite", "--compile")
     assert len(compiled) == 1
     assert hasattr(compiled[0], "encoder")
+
+
+def test_an_interrupted_run_says_how_to_resume(shards, capsys, monkeypatch):
+    encode_shard = latents.encode_shard
+
+    def interrupt(tar, *args):
+        if tar.name == "s-000001.tar":
+            raise KeyboardInterrupt
+        return encode_shard(tar, *args)
+
+    monkeypatch.setattr(latents, "encode_shard", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        encode(shards)
+    assert "stopped: 1 of 3 shards are encoded; repeat the command to resume\n" in (
+        capsys.readouterr().err)
+    monkeypatch.undo()
+    encode(shards)
+    assert len(list(shards.glob("*.latents.safetensors"))) == 3
 
 
 @pytest.mark.slow
