@@ -172,8 +172,8 @@ def sampling_runs(args, folder, loaded, total):
     for guidance in scales:
         for steps in args.steps:
             out = folder / f"guidance-{guidance:g}{span}-steps-{steps}"
-            runs.append(SamplingRun(args.name, out, loaded.path, args.seed, steps, guidance,
-                                    [low, high], args.negative, height, width, n,
+            runs.append(SamplingRun(args.name, out, loaded.path, not args.no_ema, args.seed,
+                                    steps, guidance, [low, high], args.negative, height, width, n,
                                     args.jpeg_quality, args.batch_size))
     return runs
 

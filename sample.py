@@ -169,7 +169,7 @@ def save_png(job, image, model_path, args):
     """Write the image to a file named after its prompt and seed. Returns the path."""
     path = unused_path(args.out / f"{file_stem(job.prompt)}-{job.seed}.png", ".gif")
     info = png_info(job.prompt, job.seed, args.steps, args.guidance, args.guidance_span,
-                    args.negative, model_path, args.set)
+                    args.negative, model_path, not args.no_ema, args.set)
     if args.lora:
         info.add_itxt("lora", args.lora)
     with atomic_write(path) as tmp:

@@ -6,10 +6,12 @@ at the size of the demo. docs/ablations.md says how to add one.
 from typing import NamedTuple
 
 import torch
-from ablation_readers import READERS
+from ablation_readers import BUNDLED, READERS
 
 import fusedit
 from fusedit import FuseDiTConfig, FuseDiTError, GemmaConfig
+from fusedit_lib.files import read_json
+from fusedit_lib.pretrained import check_build
 
 # All points have the images, the width and the sampler of the demo. Everything else is the default
 # of FuseDiTConfig: the paper's baseline.
@@ -27,6 +29,7 @@ class Point(NamedTuple):
 
 
 SHALLOW = {"fusion": "shallow"}
+FINAL = {"pos_embed": "2d-rope", "timestep_conditioning": None, "sandwich_norm": True}
 FOUR_BLOCKS = {"dit_num_hidden_layers": 4}
 
 POINTS = {
@@ -54,7 +57,8 @@ POINTS = {
                           control=BASELINE),
 
     # the paper's final design
-    "final": Point({"pos_embed": "2d-rope", "timestep_conditioning": None, "sandwich_norm": True}),
+    "final": Point(FINAL),
+    "final-wide": Point(FINAL | {"dit_hidden_size": 488}, control=BASELINE),
 
     # the text that the reader was trained on: the baseline has "with questions"
     "reader-captions": Point({}, reader="captions"),
@@ -112,6 +116,15 @@ def config_of(point, base):
     return FuseDiTConfig.from_dict(WORLD | {"base": str(base)} | point.changes)
 
 
+def check(point):
+    """Raise FuseDiTError unless a model of this Point can be built."""
+    if point.control and point.control not in POINTS:
+        raise FuseDiTError(f"control of an unknown point {point.control!r}; "
+                           f"{fusedit.suggest(point.control, POINTS)}")
+    check_build(config_of(point, "-"))
+    count_parameters(point)
+
+
 def family(point):
     """The name of the points that share a learning rate with this one.
 
@@ -123,8 +136,9 @@ def family(point):
     return f"{fusion}, {time}"
 
 
-def count_parameters(point, gemma: GemmaConfig):
+def count_parameters(point):
     """The number of trained parameters of a point, counted without memory for them."""
+    gemma = GemmaConfig.from_dict(read_json(BUNDLED / "config.json"))      # all have this shape
     with torch.device("meta"):
         model = fusedit.FuseDiT(config_of(point, "-"), gemma)
     return sum(p.numel() for p in model.dit.parameters())

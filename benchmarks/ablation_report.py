@@ -3,8 +3,8 @@
 A score varies for two reasons: the prompts are a sample of all prompts, and another seed would have
 given another model. An interval adds both. The prompts are resampled by the bootstrap of
 evaluate.py. The spread between seeds is estimated from all points together, since a single point
-has few seeds, and enters by Student's t. A difference is taken between images of the same prompt
-and the same seed.
+has few seeds, and enters by Student's t. The chance in single verdicts is in both spreads, so it is
+taken out of the first. A difference is taken between images of the same prompt and the same seed.
 """
 import statistics
 from collections import defaultdict
@@ -38,21 +38,21 @@ class Comparison(NamedTuple):
 
 
 # ---------------------------------------------------------------------------- statistics
-def rights(runs):
-    """{category: the mean over runs of the verdicts on a prompt, for each prompt}."""
-    return results.values_by_category([row for run in runs for row in prompt_rows(run)])
+def verdicts(runs):
+    """The verdicts of a point's runs, an array [seeds, prompts]: 1 if the image is right."""
+    return np.array([[int(digit) for digit in run["verdicts"]] for run in runs])
 
 
-def prompt_rows(run):
-    """The verdicts of a run as rows for results.values_by_category; a unit is a prompt."""
+def by_category(values):
+    """{category: the columns of its prompts} of an array [seeds, prompts]."""
     count = len(scenes.CATEGORIES)          # evaluation_prompts takes the categories in turn
-    return [dict(category=scenes.CATEGORIES[k % count], unit=k, right=int(digit))
-            for k, digit in enumerate(run["verdicts"])]
+    found = scenes.CATEGORIES[:values.shape[1]]
+    return {category: values[:, k::count] for k, category in enumerate(found)}
 
 
-def overall(groups):
-    """The mean of the categories' means."""
-    return float(np.mean([np.mean(values) for values in groups.values()]))
+def overall(values):
+    """The mean of the categories' means of an array [seeds, prompts]."""
+    return float(np.mean([columns.mean() for columns in by_category(values).values()]))
 
 
 def seed_spread(by_point):
@@ -69,16 +69,34 @@ def seed_spread(by_point):
     return Spread(squares / max(1, degrees), degrees)
 
 
-def draws(groups, bounds, spread, seeds, models):
+def share_of_prompts(values):
+    """The share of the variance between the prompts' means that is not chance, from 0 to 1.
+
+    values: [seeds, prompts]. Two models of the same point do not always agree on a prompt. So its
+    mean over the seeds varies by chance, too, and this chance is in the spread between seeds as
+    well. With one seed it cannot be told from the rest, and the share is 1.
+    """
+    seeds = len(values)
+    total = np.mean([columns.mean(0).var() for columns in by_category(values).values()])
+    if seeds == 1 or total == 0:
+        return 1.0
+    chance = values.var(0, ddof=1).mean() / seeds
+    return max(0.0, 1 - chance / total)
+
+
+def draws(values, bounds, spread, models):
     """Draws of an overall score that vary with the prompts and the seeds.
 
-    groups, bounds: as for metrics.intervals. seeds: the number of seeds that the values are means
-    of. models: 1 for a score, 2 for a difference of two.
+    values: [seeds, prompts], between the two bounds. models: 1 for a score, 2 for a difference of
+    two.
     """
     rng = np.random.default_rng(0)
-    drawn = metrics.overall_means(rng, groups, bounds)
+    means = {category: columns.mean(0) for category, columns in by_category(values).items()}
+    drawn = metrics.overall_means(rng, means, bounds)
     if spread.degrees:
-        deviation = (models * spread.variance / seeds) ** 0.5
+        centre = overall(values)
+        drawn = centre + share_of_prompts(values) ** 0.5 * (drawn - centre)
+        deviation = (models * spread.variance / len(values)) ** 0.5
         drawn = drawn + deviation * rng.standard_t(spread.degrees, len(drawn))
     return np.clip(drawn, *bounds)
 
@@ -89,7 +107,7 @@ def percentiles(drawn):
 
 
 def score_interval(runs, spread):
-    return percentiles(draws(rights(runs), (0, 1), spread, len(runs), 1))
+    return percentiles(draws(verdicts(runs), (0, 1), spread, 1))
 
 
 def compare(runs, others, spread):
@@ -98,15 +116,12 @@ def compare(runs, others, spread):
     pairs = [(run, by_seed[run["seed"]]) for run in runs if run["seed"] in by_seed]
     if not pairs:
         return None
-    rows = []
-    for run, other in pairs:
-        for row, other_row in zip(prompt_rows(run), prompt_rows(other), strict=True):
-            rows.append(row | dict(right=row["right"] - other_row["right"]))
-    groups = results.values_by_category(rows)
-    drawn = draws(groups, (-1, 1), spread, len(pairs), 2)
+    own, others = zip(*pairs, strict=True)
+    differences = verdicts(own) - verdicts(others)
+    drawn = draws(differences, (-1, 1), spread, 2)
     beyond = min((drawn <= 0).sum(), (drawn >= 0).sum())
     p = min(1.0, 2 * (1 + int(beyond)) / (1 + len(drawn)))
-    return Comparison(overall(groups), percentiles(drawn), p)
+    return Comparison(overall(differences), percentiles(drawn), p)
 
 
 def verdict(comparison, spread):
@@ -135,8 +150,10 @@ def table_row(name, runs, others, spread):
         comparison = compare(runs, others, spread)
     if comparison is None:
         return [*cells, "", "", ""]
+    low, high = comparison.interval
+    difference = f"{comparison.difference:+.3f} [{low:+.3f}, {high:+.3f}]"
     p = f"{comparison.p:.4f}" if spread.degrees else ""
-    return [*cells, f"{comparison.difference:+.3f}", p, verdict(comparison, spread)]
+    return [*cells, difference, p, verdict(comparison, spread)]
 
 
 def markdown(rows):
@@ -148,8 +165,9 @@ def categories_table(by_point):
     """The mean score of each point in each category as Markdown."""
     lines = [["point", *scenes.CATEGORIES], ["---"] * (1 + len(scenes.CATEGORIES))]
     for name, runs in by_point.items():
-        groups = rights(runs)
-        lines.append([name, *(f"{np.mean(groups[category]):.3f}" for category in groups)])
+        groups = by_category(verdicts(runs))
+        scores = [f"{columns.mean():.3f}" for columns in groups.values()]
+        lines.append([name, *scores])
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
 
@@ -161,16 +179,17 @@ def notes(runs, spread, against):
             f"{first['batch']}, {first['dtype']}; {first['prompts']} prompts. Trained on "
             f"{', '.join(devices)}.")
     if len(devices) > 1:
-        text += " The speeds are those of different devices."
-    text += f"\n\nDifferences and p values are those to {against}, over seeds and prompts."
+        text += (" On different devices the speeds are not comparable, and a seed gives other "
+                 "noise.")
+    text += f"\n\nDifferences and p values are relative to {against}, over seeds and prompts."
     if spread.degrees:
         text += (f" The standard deviation between seeds is {spread.variance ** 0.5:.4f} "
                  f"({spread.degrees} degrees of freedom).")
     else:
         text += (" Every point has one seed, so the intervals do not contain the spread between "
                  "seeds, and nothing can be claimed: train more --seeds.")
-    return text + (" Of 20 points that are equally good, one is expected to have p < 0.05 by "
-                   "chance.\n")
+    return text + (" Of 20 points that are equally good, up to one is expected to have p < 0.05 "
+                   "by chance.\n")
 
 
 def rates_table(rates):

@@ -1,8 +1,8 @@
 """Asks the paper's questions again in the world of coloured shapes, with seeds and intervals.
 
-    python benchmarks/ablations.py ablations --sweep-lr             choose the learning rates
-    python benchmarks/ablations.py ablations --images 100000 --seeds 0 1 2
-    python benchmarks/ablations.py ablations --report
+    python benchmarks/ablations.py runs/ablations --sweep-lr        choose the learning rates
+    python benchmarks/ablations.py runs/ablations --images 100000 --seeds 0 1 2
+    python benchmarks/ablations.py runs/ablations --report
 
 Every design point (benchmarks/ablation_points.py) is trained once per seed: on the same number of
 images, in the same order, with the same noise. Its images for the prompts of `evaluate.py shapes`
@@ -11,7 +11,8 @@ command resumes: it skips the runs that are there. --report draws a table and a 
 
 A first try, of a few minutes on a CPU:
 
-    python benchmarks/ablations.py try --points baseline no-time --images 640 --prompts 60
+    python benchmarks/ablations.py runs/try --points baseline no-time --seeds 0 1 --images 640 \
+        --prompts 60 --no-compile
 """
 import argparse
 import json
@@ -24,7 +25,7 @@ threads.limit_spinning()                    # before torch is imported
 
 import ablation_report
 import torch
-from ablation_points import BASELINE, POINTS, Point, choose, config_of, family
+from ablation_points import BASELINE, POINTS, Point, check, choose, family
 from ablation_readers import make_reader
 from ablation_training import Execution, Settings, make_scenes, new_model, run_point, train
 from filelock import FileLock
@@ -69,14 +70,17 @@ def append_run(out, row):
             tmp.write_text("".join(lines))
 
 
-def check_settings(runs, settings, out):
-    """Raise FuseDiTError unless the finished runs of OUT have these Settings."""
-    for run in runs:
-        for name, value in settings._asdict().items():
-            if run[name] != value:
+def check_settings(rows, settings, out):
+    """Raise FuseDiTError unless the rows, finished runs or sweeps of OUT, have these settings.
+
+    settings: {name: value} of the settings that must agree.
+    """
+    for row in rows:
+        for name, value in settings.items():
+            if row[name] != value:
                 flag = f"--{name.replace('_', '-')}"
-                raise FuseDiTError(f"the runs in {out} have {flag} {run[name]}, not {value}: "
-                                   f"give {flag} {run[name]}, or choose another OUT")
+                raise FuseDiTError(f"the runs in {out} have {flag} {row[name]}, not {value}: "
+                                   f"give {flag} {row[name]}, or choose another OUT")
 
 
 def finished(rows, run):
@@ -88,7 +92,7 @@ def finished(rows, run):
         if (row["point"], row["seed"]) != (run.name, run.seed):
             continue
         now = dict(changes=run.point.changes, reader=run.point.reader, lr=run.lr)
-        for key, value in now.items():
+        for key, value in json.loads(json.dumps(now)).items():         # a tuple becomes a list
             if row[key] != value:
                 raise FuseDiTError(
                     f"{run.name}, seed {run.seed} has already been trained with {key} {row[key]}, "
@@ -118,6 +122,11 @@ def read_rates(out):
     return read_json(path)
 
 
+def sweep_settings(settings):
+    """The Settings that sweeps and runs of an OUT must have in common, as a dict."""
+    return {name: getattr(settings, name) for name in ("batch", "dtype", "reader_steps")}
+
+
 def rate_of(point, rates, lr):
     """The learning rate of a point: --lr, or the best one of its family's sweep, or the demo's."""
     if lr is not None:
@@ -138,11 +147,19 @@ def write_rate(out, family_name, chosen):
 def sweep(points, bases, scenes, settings, images, args):
     """Train the first point of each family at three rates; writes OUT/rates.json.
 
-    The rate with the lowest loss at the end is chosen. A family that has been swept with this
-    number of images is skipped.
+    The rate with the lowest loss at the end is chosen. A family that has been swept with the same
+    point, number of images and seed is skipped.
     """
+    shared = sweep_settings(settings)
+    swept = set()
     for name, point in points.items():
-        if read_rates(args.out).get(family(point), {}).get("images") == images:
+        if family(point) in swept:
+            continue
+        swept.add(family(point))
+        wanted = dict(point=name, images=images, seed=args.seeds[0])
+        earlier = read_rates(args.out).get(family(point), {})
+        if wanted.items() <= earlier.items():
+            print(f"{family(point)}: swept already, best rate {earlier['best']:g}")
             continue
         losses = {}
         for lr in RATES:
@@ -159,7 +176,7 @@ def sweep(points, bases, scenes, settings, images, args):
                                "in benchmarks/ablations.py")
         best = float(min(finite, key=finite.get))
         write_rate(args.out, family(point),
-                   dict(point=name, images=images, losses=losses, best=best))
+                   wanted | shared | dict(losses=losses, best=best))
     print(f"{args.out}/rates.json: runs use these rates from now on")
 
 
@@ -202,7 +219,7 @@ def prepare(args, points, distinct, device):
     """
     for name, point in points.items():                     # finds a wrong value before training
         try:
-            config_of(point, "-")
+            check(point)
         except FuseDiTError as e:
             raise FuseDiTError(f"point {name}: {e}") from None
     bases = {}
@@ -299,7 +316,10 @@ def main():
     distinct = min(args.distinct, args.images)
     settings = Settings(args.images, args.batch, distinct, args.prompts, args.dtype,
                         args.reader_steps)
-    check_settings(read_runs(args.out), settings, args.out)
+    rows = [*read_runs(args.out), *read_rates(args.out).values()]
+    check_settings(rows, sweep_settings(settings), args.out)
+    if not args.sweep_lr:
+        check_settings(read_runs(args.out), settings._asdict(), args.out)
     args.out.mkdir(parents=True, exist_ok=True)
 
     if args.sweep_lr:

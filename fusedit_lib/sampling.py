@@ -129,11 +129,11 @@ def check_seeds(prompts, seeds):
 
 
 def check_guidance_span(span):
-    """Raise FuseDiTError unless span is (low, high) with low <= high."""
+    """Raise FuseDiTError unless span is (low, high) with 0 <= low <= high <= 1."""
     low, high = span
-    if low > high:
-        raise FuseDiTError(f"guidance span {low:g} {high:g}: the lower noise level comes first, as "
-                           "in 0 0.9")
+    if not 0 <= low <= high <= 1:
+        raise FuseDiTError(f"guidance span {low:g} {high:g}: give two noise levels from 0 to 1, "
+                           "the lower one first, as in 0 0.9")
 
 
 def latent_size(config, vae, height=None, width=None):
@@ -210,14 +210,18 @@ def image_grid(images, columns, side=192):
     return grid
 
 
-def png_info(prompt, seed, steps, guidance, guidance_span, negative, model, overrides=()):
+def png_info(prompt, seed, steps, guidance, guidance_span, negative, model, ema=True,
+             overrides=()):
     """PNG text chunks from which an image can be drawn again.
 
-    model: path of its checkpoint. overrides: the words of --set.
+    model: path of its checkpoint. ema: whether the EMA of its weights was used. overrides: the
+    words of --set.
     """
     low, high = guidance_span
     fields = {"prompt": prompt, "seed": seed, "steps": steps, "guidance": guidance,
               "guidance_span": f"{low:g} {high:g}", "negative": negative, "model": model}
+    if not ema:
+        fields["weights"] = "raw (--no-ema)"
     if overrides:
         fields["set"] = shlex.join(overrides)
     info = PngInfo()

@@ -56,6 +56,7 @@ def test_an_old_model_draws_the_same_image(old, tmp_path, name, flags_name, more
     assert abs(got - want).max() <= 1
     assert (got == want).mean() > 0.99
     assert text["prompt"] == "a red square"
+    assert text.get("weights") == ("raw (--no-ema)" if more else None)
     if name != "released":
         assert text["model"] == str(old / "run" / "step-0000004")
 

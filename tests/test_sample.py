@@ -259,7 +259,8 @@ def test_unknown_words_and_long_prompts_are_reported(model, tmp_path):
     (["--prompts", "{blank}"], 1, "is empty"),
     (["--prompts", "{latin}"], 1, "not UTF-8 (byte 3)"),
     (["--prompt", "caf\udce9"], 1, "'caf\\udce9' is not UTF-8"),
-    (["--prompt", "x", "--guidance-span", "0.9", "0.1"], 1, "lower noise level comes first"),
+    (["--prompt", "x", "--guidance-span", "0.9", "0.1"], 1, "from 0 to 1, the lower one first"),
+    (["--prompt", "x", "--guidance-span", "2", "3"], 1, "guidance span 2 3: give two noise levels"),
     (["--prompt", "x", "--out", "{blank}/deep"], 1, "deep"),
     (["--prompt", "x", "--set", "guidance"], 1, "--set takes field=value, not 'guidance'"),
     (["--prompt", "x", "--set", "=1"], 1, "--set takes field=value, not '=1'"),
@@ -380,7 +381,7 @@ def test_generate_rejects_bad_arguments(model):
         sampling.generate(loaded, "a star")
     with pytest.raises(FuseDiTError, match="width 7 is not a multiple of 2 pixels"):
         sampling.generate(loaded, ["a star"], [0], width=7)
-    with pytest.raises(FuseDiTError, match="lower noise level comes first"):
+    with pytest.raises(FuseDiTError, match="guidance span 1 0: give two noise levels from 0 to 1"):
         sampling.generate(loaded, ["a star"], [0], guidance_span=(1, 0))
     latents = load_model(PIPELINE)
     with pytest.raises(FuseDiTError, match="pass it as vae="):

@@ -35,6 +35,7 @@ class SamplingRun(NamedTuple):
     name: str                               # of the benchmark
     out: Path
     model: str                              # path of the checkpoint
+    ema: bool                               # whether the EMA of its weights is used
     seed: int
     steps: int
     guidance: float
@@ -348,7 +349,7 @@ class ImageWriter:
                 unfinished.append(job)
         run = self.run
         info = png_info(self.benchmark.prompts[number.prompt], seeds, run.steps, run.guidance,
-                        run.guidance_span, run.negative, run.model)
+                        run.guidance_span, run.negative, run.model, run.ema)
         job = self.pool.submit(save_image, image, path, info, run.jpeg_quality)
         self.jobs = [*unfinished, job]
 

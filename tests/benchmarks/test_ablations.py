@@ -3,6 +3,7 @@ import contextlib
 import json
 import os
 import random
+import re
 import signal
 import sys
 from collections import Counter
@@ -30,7 +31,7 @@ import ablation_readers
 import ablation_report
 import ablation_training
 import ablations
-from ablation_points import POINTS, SHALLOW, Point
+from ablation_points import FOUR_BLOCKS, POINTS, SHALLOW, Point
 from ablation_training import Execution, Settings
 
 CPU = torch.device("cpu")
@@ -83,15 +84,15 @@ def test_equal_width_and_depth_but_for_what_a_point_is_about():
 
 def test_controls_have_the_parameters_of_their_point():
     controls = {name: point for name, point in POINTS.items() if point.control}
-    assert len(controls) == 3
+    assert len(controls) == 4
     for name, point in controls.items():
-        own = ablation_points.count_parameters(point, GEMMA)
-        wanted = ablation_points.count_parameters(POINTS[point.control], GEMMA)
+        own = ablation_points.count_parameters(point)
+        wanted = ablation_points.count_parameters(POINTS[point.control])
         assert own == pytest.approx(wanted, rel=0.005), name
         narrow = POINTS[name.removesuffix("-wide")]
         assert narrow.changes == {key: value for key, value in point.changes.items()
                                   if key != "dit_hidden_size"}
-        assert ablation_points.count_parameters(narrow, GEMMA) < 0.7 * wanted
+        assert ablation_points.count_parameters(narrow) < 0.7 * wanted
 
 
 def test_points_that_are_misspelt_are_refused(monkeypatch):
@@ -278,7 +279,7 @@ def test_runs_are_lines_with_everything_that_is_needed(experiment):
         assert set(row["categories"]) == set(scenes.CATEGORIES)
         assert row["loss"] > 0.1 and row["images_per_s"] > 0 and row["seconds"] > 0
         assert row["device"] and row["dtype"] == "float32" and row["torch"]
-    assert rows[0]["parameters"] == ablation_points.count_parameters(POINTS["baseline"], GEMMA)
+    assert rows[0]["parameters"] == ablation_points.count_parameters(POINTS["baseline"])
     assert rows[1]["reader"] == "captions" and rows[1]["control"] == ""
     assert rows[0]["loss"] != rows[2]["loss"]              # another seed
 
@@ -360,6 +361,7 @@ def test_the_report_has_a_table_and_a_figure(experiment):
     assert cells[2][:3] == ["baseline", "2", "7.19 M"]
     assert cells[2][4] == f"{sum(losses) / 2:.4f}" and cells[2][-1] == ""
     assert cells[3][-1] in ("no difference seen", "better", "worse")
+    assert re.fullmatch(r"[+-]0\.\d{3} \[-0\.\d{3}, \+0\.\d{3}\]", cells[3][-3])
     assert cells[4] == ["point", *scenes.CATEGORIES]
     assert [row[0] for row in cells[6:]] == ["baseline", "reader-captions"]
     assert "2 degrees of freedom" in text and "no sweep" in text
@@ -379,6 +381,15 @@ def test_the_sweep_chooses_the_rate_of_later_runs(tmp_path):
     assert list(swept["losses"]) == ["0.001", "0.002", "0.004"]
     assert len(set(swept["losses"].values())) == 3
     assert f"{swept['best']:g}" == min(swept["losses"], key=swept["losses"].get)
+
+    for more, message in ((["--points", "final", "--seeds", 0], "error: the runs in {out} have "
+                           "--batch 16, not 8: give --batch 16, or choose another OUT"),
+                          (["--points", "final", "--sweep-lr", 32], "error: the runs in {out}")):
+        done = run_program(*argv, "--batch", 8, *more)
+        assert message.format(out=out) in done.stderr and done.returncode == 1
+    done = run_program(*argv, "--sweep-lr", 32, "--images", 48)        # which no sweep uses
+    assert f"deep, none: swept already, best rate {swept['best']:g}" in done.stdout
+    assert done.returncode == 0 and "  step" not in done.stdout
 
     swept["best"] = 0.0037
     (out / "rates.json").write_text(json.dumps(rates))
@@ -426,14 +437,35 @@ def test_the_sweep_keeps_what_another_process_has_found_meanwhile(tmp_path, monk
     rates = ablations.read_rates(tmp_path)
     assert list(rates) == ["shallow, adaln-zero", "deep, none"]
     assert rates["deep, none"]["losses"] == {"0.001": 0.25, "0.002": 0.25, "0.004": 0.25}
+    (tmp_path / "rates.json").write_text(json.dumps(rates))
+    monkeypatch.setattr(ablations, "train", lambda *_: SimpleNamespace(loss=0.5))
+    ablations.sweep({"final": POINTS["final"], "no-time": POINTS["no-time"]}, {"questions": None},
+                    SimpleNamespace(pixels=torch.zeros(1)), SETTINGS, 64, args)
+    swept = ablations.read_rates(tmp_path)["deep, none"]   # by the first of the points
+    assert swept["point"] == "final" and swept["losses"]["0.001"] == 0.5
 
 
-def test_a_wrong_value_is_named_with_its_point(tmp_path):
+@pytest.mark.parametrize("point, message", [
+    (Point({"qk_norm": "yes"}, reader="captions"), "point new: config field qk_norm is 'yes'"),
+    (Point({"dit_hidden_size": 490}), "point new: config field dit_hidden_size is 490"),
+    (Point(FOUR_BLOCKS | {"initial_layers": 6}),
+     "point new: config fields initial_layers 6, .* a Gemma of 8 layers"),
+    (Point({}, control="basline"), "point new: control of an unknown point 'basline'"),
+])
+def test_a_wrong_point_is_named_before_any_training(tmp_path, point, message):
     args = SimpleNamespace(out=tmp_path, reader_steps=2, dtype="float32")
-    point = Point({"qk_norm": "yes"}, reader="captions")
-    with pytest.raises(FuseDiTError, match="point new: config field qk_norm is 'yes'"):
-        ablations.prepare(args, {"new": point}, 20, CPU)
+    with pytest.raises(FuseDiTError, match=message):
+        ablations.prepare(args, {"baseline": POINTS["baseline"], "new": point}, 20, CPU)
     assert not any(tmp_path.iterdir())                     # no reader has been trained
+
+
+def test_a_point_with_a_tuple_is_recognised_in_runs_jsonl():
+    point = Point({"shared_attention_layers": (0, 2)})
+    run = ablations.Run("some", point, 0, 0.002)
+    row = json.loads(json.dumps(dict(point="some", seed=0, lr=0.002, **point._asdict())))
+    assert ablations.finished([row], run)
+    with pytest.raises(FuseDiTError, match=r"with changes .*\[0, 2\].*, not .*\[0, 4\]"):
+        ablations.finished([row], run._replace(point=Point({"shared_attention_layers": (0, 4)})))
 
 
 def test_a_run_that_another_process_has_finished_is_kept_once(tmp_path, capsys):
@@ -447,9 +479,8 @@ def test_a_run_that_another_process_has_finished_is_kept_once(tmp_path, capsys):
 # ---- statistics ----------------------------------------------------------------------------------
 
 def made_up_run(point, seed, verdicts):
-    rows = ablation_report.prompt_rows({"verdicts": verdicts})
-    score = ablation_report.overall(ablation_report.results.values_by_category(rows))
-    return dict(point=point, seed=seed, verdicts=verdicts, score=score)
+    run = dict(point=point, seed=seed, verdicts=verdicts)
+    return run | dict(score=ablation_report.overall(ablation_report.verdicts([run])))
 
 
 def made_up(point, seeds, share, offsets=(0, 0, 0), n=600):
@@ -510,25 +541,40 @@ def test_the_spread_is_pooled_over_points():
     assert spread.degrees == 3 and spread.variance == pytest.approx((0.02 + 0.02) / 3)
 
 
-def test_the_p_value_is_right_if_there_is_no_difference():
-    """About one in 20 experiments with equal designs, whose seeds differ, has p < 0.05."""
-    rng = np.random.default_rng(0)
+@pytest.mark.parametrize("deviation", [0.0, 0.03])
+def test_the_p_value_is_right_if_there_is_no_difference(deviation):
+    """About one in 20 comparisons of equal designs has p < 0.05."""
     small = []
-    for _ in range(200):
-        a = made_up_many(rng)
-        b = made_up_many(rng)
-        comparison, _ = compared(a, b)
-        small.append(comparison.p < 0.05)
-    assert sum(small) <= 0.08 * len(small)
+    for experiment in range(60):
+        rng = np.random.default_rng(experiment)
+        difficulty = rng.uniform(0.2, 0.8, 120)            # of the prompts, the same for all
+        by_point = {point: made_up_many(rng, point, difficulty, deviation) for point in range(8)}
+        spread = ablation_report.seed_spread(by_point)
+        for point in range(0, 8, 2):
+            pair = by_point[point], by_point[point + 1]
+            small.append(ablation_report.compare(*pair, spread).p < 0.05)
+    assert 0.02 < np.mean(small) < 0.08
 
 
-def made_up_many(rng):
-    """Three seeds of a design with a score of about 0.6, whose seeds have a deviation of 0.03."""
+def made_up_many(rng, point, difficulty, deviation):
+    """Two seeds of a design whose chance of a right image varies with the prompt and the seed."""
     runs = []
-    for seed in range(3):
-        right = rng.random(120) < 0.6 + 0.03 * rng.standard_normal()
-        runs.append(made_up_run("a", seed, "".join(map(str, right.astype(int)))))
+    for seed in range(2):
+        right = rng.random(120) < difficulty + deviation * rng.standard_normal()
+        runs.append(made_up_run(point, seed, "".join(map(str, right.astype(int)))))
     return runs
+
+
+def test_chance_in_single_verdicts_is_taken_out_of_the_spread_between_prompts():
+    rng = np.random.default_rng(0)
+    chance = 0.3 < rng.random((4, 3000))                   # all prompts are equally hard
+    assert ablation_report.share_of_prompts(chance) < 0.1
+    never = np.repeat(chance[:1], 4, 0)                    # all seeds agree
+    assert ablation_report.share_of_prompts(never) == 1
+    half = np.concatenate([never[:, :1500], chance[:, 1500:]], 1)
+    expected = 1 - (0.3 * 0.7 / 4 / 2) / (0.3 * 0.7 / 2 + 0.3 * 0.7 / 4 / 2)
+    assert ablation_report.share_of_prompts(half) == pytest.approx(expected, abs=0.03)
+    assert ablation_report.share_of_prompts(chance[:1]) == 1
 
 
 def test_a_control_is_named_in_the_table():

@@ -28,8 +28,8 @@ import fusedit
 from fusedit import PRESETS, FuseDiT, FuseDiTConfig, FuseDiTError, GemmaConfig
 from fusedit_lib import cli
 from fusedit_lib.train import hardware
-from fusedit_lib.train.config import model_config
-from fusedit_lib.train.flags import join_mesh, parse_run
+from fusedit_lib.train.config import RunConfig, model_config
+from fusedit_lib.train.flags import flag_name, join_mesh, parse_run
 
 README_LINES = range(180, 231)
 
@@ -662,6 +662,14 @@ def test_command_lines_are_found():
 
 def test_the_readme_has_its_length():
     assert len(read("README.md").splitlines()) in README_LINES
+
+
+def test_the_tpu_page_names_the_flags_that_only_gpus_have():
+    page = " ".join(read("docs/tpu.md").split())
+    named = re.search(r"`--zero`.* - (`--compile`.*) exist only in `train_gpu.py`", page)[1]
+    only_gpu = {flag_name(field.name) for field in fields(RunConfig)
+                if field.metadata.get("only") == "gpu"}
+    assert set(re.findall("`(--[a-z0-9-]+)`", named)) == only_gpu - {"--zero"}
 
 
 @pytest.mark.parametrize("rule", [
