@@ -62,6 +62,7 @@ def compare_models(table, models, path):
         axis.set_yticks(range(len(models)), [""] * len(models))
         axis.set(ylim=(len(models) - 0.5, -0.7))
         axis.margins(x=0.25)
+        axis.locator_params(axis="x", nbins=4)             # more labels would touch each other
         better = "lower"
         if next(iter(by_model.values())).higher_is_better:
             better = "higher"

@@ -598,6 +598,24 @@ def test_points_are_paired_by_seed():
     assert comparison.difference == 0 and comparison.p > 0.9
 
 
+# ---- the recorded runs ---------------------------------------------------------------------------
+
+def test_the_tables_in_the_docs_are_those_of_the_recorded_runs(tmp_path):
+    recorded = ROOT / "docs" / "ablations"
+    runs = ablations.read_runs(recorded)
+    ablation_report.report(runs, ablations.read_rates(recorded), tmp_path, "baseline")
+    number = r"[+-]?\d[\d,]*\.?\d*"
+    committed = (recorded / "report.md").read_text()
+    again = (tmp_path / "report.md").read_text()
+    assert re.sub(number, "N", again) == re.sub(number, "N", committed)
+    # Another CPU may add up in another order: one bootstrap draw more or less is below 0.
+    values = [[float(found.replace(",", "")) for found in re.findall(number, text)]
+              for text in (again, committed)]
+    np.testing.assert_allclose(*values, atol=0.0011)
+    table = committed.split("\n\n")[0]
+    assert table in (ROOT / "docs" / "ablations.md").read_text()
+
+
 # ---- the CUDA graph, without a GPU ---------------------------------------------------------------
 
 class Recorder:
