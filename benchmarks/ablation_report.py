@@ -124,7 +124,7 @@ def compare(runs, others, spread):
     return Comparison(overall(differences), percentiles(drawn), p)
 
 
-def verdict(comparison, spread):
+def claim(comparison, spread):
     """The claim that a Comparison allows, in words."""
     if not spread.degrees:
         return "not tested: one seed"
@@ -153,7 +153,7 @@ def table_row(name, runs, others, spread):
     low, high = comparison.interval
     difference = f"{comparison.difference:+.3f} [{low:+.3f}, {high:+.3f}]"
     p = f"{comparison.p:.4f}" if spread.degrees else ""
-    return [*cells, difference, p, verdict(comparison, spread)]
+    return [*cells, difference, p, claim(comparison, spread)]
 
 
 def markdown(rows):

@@ -504,19 +504,19 @@ def test_a_clear_difference_is_seen_and_none_is_not():
     assert spread.degrees == 4 and spread.variance < 0.03 ** 2
     assert comparison.difference == pytest.approx(0.2, abs=0.03)
     assert comparison.interval[0] > 0.1 and comparison.p < 0.01
-    assert ablation_report.verdict(comparison, spread) == "better"
+    assert ablation_report.claim(comparison, spread) == "better"
     comparison, _ = compared(base, made_up("other", 3, 0.8))
-    assert ablation_report.verdict(comparison, spread) == "worse"
+    assert ablation_report.claim(comparison, spread) == "worse"
     comparison, spread = compared(made_up("others", 3, 0.6), base)
     assert comparison.interval[0] < 0 < comparison.interval[1]
-    assert ablation_report.verdict(comparison, spread) == "no difference seen"
+    assert ablation_report.claim(comparison, spread) == "no difference seen"
 
 
 @pytest.mark.parametrize("difference, p, words", [
     (0.1, 0.049, "better"), (-0.1, 0.049, "worse"), (0.1, 0.051, "no difference seen")])
 def test_a_claim_needs_a_p_below_5_percent(difference, p, words):
     comparison = ablation_report.Comparison(difference, [-1, 1], p)
-    assert ablation_report.verdict(comparison, ablation_report.Spread(0.0, 2)) == words
+    assert ablation_report.claim(comparison, ablation_report.Spread(0.0, 2)) == words
 
 
 def test_seeds_that_differ_widen_the_interval():
@@ -525,10 +525,10 @@ def test_seeds_that_differ_widen_the_interval():
     base = made_up("base", 3, 0.6, offsets)
     other = made_up("other", 3, 0.7, offsets[::-1])
     comparison, spread = compared(other, base)
-    assert ablation_report.verdict(comparison, spread) == "no difference seen"
+    assert ablation_report.claim(comparison, spread) == "no difference seen"
     alone = ablation_report.Spread(0.0, 0)
     without = ablation_report.compare(other, base, alone)
-    assert without.p < 0.01 and ablation_report.verdict(without, alone) == "not tested: one seed"
+    assert without.p < 0.01 and ablation_report.claim(without, alone) == "not tested: one seed"
     narrow = ablation_report.score_interval(base, alone)
     wide = ablation_report.score_interval(base, spread)
     assert wide[1] - wide[0] > 2 * (narrow[1] - narrow[0])
