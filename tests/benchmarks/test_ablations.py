@@ -569,9 +569,9 @@ def test_chance_in_single_verdicts_is_taken_out_of_the_spread_between_prompts():
     rng = np.random.default_rng(0)
     chance = 0.3 < rng.random((4, 3000))                   # all prompts are equally hard
     assert ablation_report.share_of_prompts(chance) < 0.1
-    never = np.repeat(chance[:1], 4, 0)                    # all seeds agree
-    assert ablation_report.share_of_prompts(never) == 1
-    half = np.concatenate([never[:, :1500], chance[:, 1500:]], 1)
+    alike = np.repeat(chance[:1], 4, 0)                    # all seeds agree
+    assert ablation_report.share_of_prompts(alike) == 1
+    half = np.concatenate([alike[:, :1500], chance[:, 1500:]], 1)
     expected = 1 - (0.3 * 0.7 / 4 / 2) / (0.3 * 0.7 / 2 + 0.3 * 0.7 / 4 / 2)
     assert ablation_report.share_of_prompts(half) == pytest.approx(expected, abs=0.03)
     assert ablation_report.share_of_prompts(chance[:1]) == 1
