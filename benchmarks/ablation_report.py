@@ -3,8 +3,8 @@
 A score varies for two reasons: the prompts are a sample of all prompts, and another seed would have
 given another model. An interval adds both. The prompts are resampled by the bootstrap of
 evaluate.py. The spread between seeds is estimated from all points together, since a single point
-has few seeds, and enters by Student's t. The chance in single verdicts is in both spreads, so it is
-taken out of the first. A difference is taken between images of the same prompt and the same seed.
+has few seeds, and enters by Student's t. A difference is taken between images of the same prompt
+and the same seed.
 """
 import statistics
 from collections import defaultdict
@@ -25,9 +25,17 @@ HEADER = ("point", "seeds", "parameters", "images/s", "loss", "score", "95 % int
 
 
 class Spread(NamedTuple):
-    """The spread of the scores between seeds of the same point."""
-    variance: float
-    degrees: int                            # of freedom; 0: no point has two seeds
+    """The spread between seeds of the same point, beyond the chance in single verdicts.
+
+    The logit of a score is taken to vary equally at all points. A score s then varies by
+    s (1 - s) times as much: one near 0 or 1 varies little.
+    """
+    logit_variance: float
+    degrees: float                          # of freedom; 0: no point has two seeds
+
+    def variance(self, score):
+        """The variance between seeds of a point with this score."""
+        return self.logit_variance * (score * (1 - score)) ** 2
 
 
 class Comparison(NamedTuple):
@@ -56,48 +64,41 @@ def overall(values):
 
 
 def seed_spread(by_point):
-    """The Spread between the seeds of a point, assumed to be the same for all points.
+    """The Spread of {point: runs}.
 
-    by_point: {point: runs}.
+    Each point with several seeds gives an estimate. They are weighted by what they say about the
+    logit: a point with scores near 0 says little, and adds as little to the degrees of freedom
+    (Satterthwaite's formula).
     """
-    squares = 0.0
-    degrees = 0
+    variances, weights, degrees = [], [], []
     for runs in by_point.values():
-        scores = [run["score"] for run in runs]
-        squares += float(np.var(scores)) * len(scores)
-        degrees += len(scores) - 1
-    return Spread(squares / max(1, degrees), degrees)
+        if len(runs) > 1:
+            values = verdicts(runs)
+            chance = values.var(0, ddof=1).mean() / values.shape[1]
+            score = overall(values)
+            variances.append(statistics.variance(run["score"] for run in runs) - chance)
+            weights.append((score * (1 - score)) ** 2)
+            degrees.append(len(runs) - 1)
+
+    total = np.dot(degrees, weights)
+    if total == 0:                          # a single seed, or no verdict that differs
+        return Spread(0.0, sum(degrees))
+    logit_variance = np.dot(degrees, variances) / total
+    return Spread(max(0.0, logit_variance), total ** 2 / np.dot(degrees, np.square(weights)))
 
 
-def share_of_prompts(values):
-    """The share of the variance between the prompts' means that is not chance, from 0 to 1.
+def draws(values, bounds, variance, degrees):
+    """Draws of a score, or of a difference of two, that vary with the prompts and the seeds.
 
-    values: [seeds, prompts]. Two models of the same point do not always agree on a prompt. So its
-    mean over the seeds varies by chance, too, and this chance is in the spread between seeds as
-    well. With one seed it cannot be told from the rest, and the share is 1.
-    """
-    seeds = len(values)
-    total = np.mean([columns.mean(0).var() for columns in by_category(values).values()])
-    if seeds == 1 or total == 0:
-        return 1.0
-    chance = values.var(0, ddof=1).mean() / seeds
-    return max(0.0, 1 - chance / total)
-
-
-def draws(values, bounds, spread, models):
-    """Draws of an overall score that vary with the prompts and the seeds.
-
-    values: [seeds, prompts], between the two bounds. models: 1 for a score, 2 for a difference of
-    two.
+    values: [seeds, prompts], between the two bounds. variance: between seeds, estimated with these
+    degrees of freedom.
     """
     rng = np.random.default_rng(0)
     means = {category: columns.mean(0) for category, columns in by_category(values).items()}
     drawn = metrics.overall_means(rng, means, bounds)
-    if spread.degrees:
-        centre = overall(values)
-        drawn = centre + share_of_prompts(values) ** 0.5 * (drawn - centre)
-        deviation = (models * spread.variance / len(values)) ** 0.5
-        drawn = drawn + deviation * rng.standard_t(spread.degrees, len(drawn))
+    if degrees:
+        deviation = (variance / len(values)) ** 0.5
+        drawn = drawn + deviation * rng.standard_t(degrees, len(drawn))
     return np.clip(drawn, *bounds)
 
 
@@ -107,7 +108,9 @@ def percentiles(drawn):
 
 
 def score_interval(runs, spread):
-    return percentiles(draws(verdicts(runs), (0, 1), spread, 1))
+    values = verdicts(runs)
+    variance = spread.variance(overall(values))
+    return percentiles(draws(values, (0, 1), variance, spread.degrees))
 
 
 def compare(runs, others, spread):
@@ -116,9 +119,10 @@ def compare(runs, others, spread):
     pairs = [(run, by_seed[run["seed"]]) for run in runs if run["seed"] in by_seed]
     if not pairs:
         return None
-    own, others = zip(*pairs, strict=True)
-    differences = verdicts(own) - verdicts(others)
-    drawn = draws(differences, (-1, 1), spread, 2)
+    own, others = (verdicts(side) for side in zip(*pairs, strict=True))
+    differences = own - others
+    variance = spread.variance(overall(own)) + spread.variance(overall(others))
+    drawn = draws(differences, (-1, 1), variance, spread.degrees)
     beyond = min((drawn <= 0).sum(), (drawn >= 0).sum())
     p = min(1.0, 2 * (1 + int(beyond)) / (1 + len(drawn)))
     return Comparison(overall(differences), percentiles(drawn), p)
@@ -183,8 +187,10 @@ def notes(runs, spread, against):
                  "noise.")
     text += f"\n\nDifferences and p values are relative to {against}, over seeds and prompts."
     if spread.degrees:
-        text += (f" The standard deviation between seeds is {spread.variance ** 0.5:.4f} "
-                 f"({spread.degrees} degrees of freedom).")
+        deviation = spread.variance(0.5) ** 0.5
+        text += (" The standard deviation between seeds, without the chance in single verdicts, "
+                 f"is {deviation:.3f} at a score of 0.5 ({spread.degrees:.1f} degrees of freedom) "
+                 "and lower near 0 and 1.")
     else:
         text += (" Every point has one seed, so the intervals do not contain the spread between "
                  "seeds, and nothing can be claimed: train more --seeds.")
