@@ -3,8 +3,7 @@
 A score varies for two reasons: the prompts are a sample of all prompts, and another seed would have
 given another model. An interval adds both. The prompts are resampled by the bootstrap of
 evaluate.py. The spread between seeds is estimated from all points together, since a single point
-has few seeds, and enters by Student's t. A difference is taken between images of the same prompt
-and the same seed.
+has few seeds. A difference is taken between the images of the same prompt.
 """
 import statistics
 from collections import defaultdict
@@ -20,26 +19,34 @@ from fusedit_lib.evaluation.figures import Measurement
 from fusedit_lib.files import atomic_write
 from fusedit_lib.shapes import scenes
 
+SEED_DRAWS = 10                             # for each draw of the prompts
+
 HEADER = ("point", "seeds", "parameters", "images/s", "loss", "score", "95 % interval",
           "difference", "p", "")
 
 
 class Spread(NamedTuple):
-    """The spread between seeds of the same point, beyond the chance in single verdicts.
+    """The spread of the scores between seeds of the same point.
 
-    The logit of a score is taken to vary equally at all points. A score s then varies by
-    s (1 - s) times as much: one near 0 or 1 varies little.
+    The logit of a score is taken to vary equally at all points. So the standard deviation of a
+    score s is s (1 - s) times that of its logit: a score near 0 or 1 varies little.
     """
-    logit_variance: float
-    degrees: float                          # of freedom; 0: no point has two seeds
+    observed: float                         # variance between the logits of a point's seeds
+    chance: float                           # the part of it that is chance in single verdicts
+    degrees: float                          # of freedom; 0: the spread is not known
 
-    def variance(self, score):
-        """The variance between seeds of a point with this score."""
-        return self.logit_variance * (score * (1 - score)) ** 2
+    def deviation(self):
+        """The standard deviation of a logit, without chance."""
+        return max(0.0, self.observed - self.chance) ** 0.5
+
+    def draw_deviations(self, rng, count):
+        """Draw standard deviations of a logit, without chance, that agree with the observed."""
+        observed = self.observed * self.degrees / rng.chisquare(self.degrees, count)
+        return np.maximum(0, observed - self.chance) ** 0.5
 
 
 class Comparison(NamedTuple):
-    """A point compared with another, on the seeds and prompts that both have."""
+    """A point compared with another on the same prompts."""
     difference: float
     interval: list[float]                   # 95 %
     p: float
@@ -52,14 +59,14 @@ def verdicts(runs):
 
 
 def by_category(values):
-    """{category: the columns of its prompts} of an array [seeds, prompts]."""
+    """{category: the values of its prompts} of an array [..., prompts]."""
     count = len(scenes.CATEGORIES)          # evaluation_prompts takes the categories in turn
-    found = scenes.CATEGORIES[:values.shape[1]]
-    return {category: values[:, k::count] for k, category in enumerate(found)}
+    found = scenes.CATEGORIES[:values.shape[-1]]
+    return {category: values[..., k::count] for k, category in enumerate(found)}
 
 
 def overall(values):
-    """The mean of the categories' means of an array [seeds, prompts]."""
+    """The mean of the categories' means of an array [..., prompts]."""
     return float(np.mean([columns.mean() for columns in by_category(values).values()]))
 
 
@@ -68,38 +75,46 @@ def seed_spread(by_point):
 
     Each point with several seeds gives an estimate. They are weighted by what they say about the
     logit: a point with scores near 0 says little, and adds as little to the degrees of freedom
-    (Satterthwaite's formula).
+    (Satterthwaite's formula). Chance in single verdicts is known from the prompts about which the
+    seeds disagree. The bootstrap over prompts includes it already.
     """
-    variances, weights, degrees = [], [], []
+    variances, chances, weights, degrees = [], [], [], []
     for runs in by_point.values():
         if len(runs) > 1:
             values = verdicts(runs)
-            chance = values.var(0, ddof=1).mean() / values.shape[1]
             score = overall(values)
-            variances.append(statistics.variance(run["score"] for run in runs) - chance)
+            variances.append(statistics.variance(run["score"] for run in runs))
+            chances.append(values.var(0, ddof=1).mean() / values.shape[1])
             weights.append((score * (1 - score)) ** 2)
             degrees.append(len(runs) - 1)
 
     total = np.dot(degrees, weights)
-    if total == 0:                          # a single seed, or no verdict that differs
-        return Spread(0.0, sum(degrees))
-    logit_variance = np.dot(degrees, variances) / total
-    return Spread(max(0.0, logit_variance), total ** 2 / np.dot(degrees, np.square(weights)))
+    if total == 0:                          # no point with two seeds and a score between 0 and 1
+        return Spread(0.0, 0.0, 0.0)
+    return Spread(observed=np.dot(degrees, variances) / total,
+                  chance=np.dot(degrees, chances) / total,
+                  degrees=total ** 2 / np.dot(degrees, np.square(weights)))
 
 
-def draws(values, bounds, variance, degrees):
+def draws(values, bounds, spread, scale):
     """Draws of a score, or of a difference of two, that vary with the prompts and the seeds.
 
-    values: [seeds, prompts], between the two bounds. variance: between seeds, estimated with these
-    degrees of freedom.
+    values: [prompts], means over the seeds, between the two bounds. scale: the standard deviation
+    of these means between seeds, divided by that of one logit.
     """
     rng = np.random.default_rng(0)
-    means = {category: columns.mean(0) for category, columns in by_category(values).items()}
-    drawn = metrics.overall_means(rng, means, bounds)
-    if degrees:
-        deviation = (variance / len(values)) ** 0.5
-        drawn = drawn + deviation * rng.standard_t(degrees, len(drawn))
+    drawn = metrics.overall_means(rng, by_category(values), bounds)
+    if spread.degrees:
+        drawn = np.repeat(drawn, SEED_DRAWS)
+        deviations = scale * spread.draw_deviations(rng, len(drawn))
+        drawn = drawn + deviations * rng.standard_normal(len(drawn))
     return np.clip(drawn, *bounds)
+
+
+def seed_scale(values):
+    """The scale for draws() of a score. values: [seeds, prompts]."""
+    score = overall(values)
+    return score * (1 - score) / len(values) ** 0.5
 
 
 def percentiles(drawn):
@@ -109,20 +124,15 @@ def percentiles(drawn):
 
 def score_interval(runs, spread):
     values = verdicts(runs)
-    variance = spread.variance(overall(values))
-    return percentiles(draws(values, (0, 1), variance, spread.degrees))
+    return percentiles(draws(values.mean(0), (0, 1), spread, seed_scale(values)))
 
 
 def compare(runs, others, spread):
-    """The Comparison of a point's runs with another's, or None if they have no seed in common."""
-    by_seed = {run["seed"]: run for run in others}
-    pairs = [(run, by_seed[run["seed"]]) for run in runs if run["seed"] in by_seed]
-    if not pairs:
-        return None
-    own, others = (verdicts(side) for side in zip(*pairs, strict=True))
-    differences = own - others
-    variance = spread.variance(overall(own)) + spread.variance(overall(others))
-    drawn = draws(differences, (-1, 1), variance, spread.degrees)
+    """The Comparison of a point's runs with another's."""
+    own, others = verdicts(runs), verdicts(others)
+    scale = np.hypot(seed_scale(own), seed_scale(others))
+    differences = own.mean(0) - others.mean(0)
+    drawn = draws(differences, (-1, 1), spread, scale)
     beyond = min((drawn <= 0).sum(), (drawn >= 0).sum())
     p = min(1.0, 2 * (1 + int(beyond)) / (1 + len(drawn)))
     return Comparison(overall(differences), percentiles(drawn), p)
@@ -131,7 +141,7 @@ def compare(runs, others, spread):
 def claim(comparison, spread):
     """The claim that a Comparison allows, in words."""
     if not spread.degrees:
-        return "not tested: one seed"
+        return "not tested"
     if comparison.p >= 0.05:
         return "no difference seen"
     return "better" if comparison.difference > 0 else "worse"
@@ -149,11 +159,9 @@ def table_row(name, runs, others, spread):
     score = statistics.mean(run["score"] for run in runs)
     cells = [title, str(len(runs)), f"{first['parameters'] / 1e6:.2f} M", f"{speed:,.0f}",
              f"{loss:.4f}", f"{score:.3f}", results.format_interval(score_interval(runs, spread))]
-    comparison = None
-    if runs is not others:
-        comparison = compare(runs, others, spread)
-    if comparison is None:
+    if runs is others:
         return [*cells, "", "", ""]
+    comparison = compare(runs, others, spread)
     low, high = comparison.interval
     difference = f"{comparison.difference:+.3f} [{low:+.3f}, {high:+.3f}]"
     p = f"{comparison.p:.4f}" if spread.degrees else ""
@@ -187,15 +195,15 @@ def notes(runs, spread, against):
                  "noise.")
     text += f"\n\nDifferences and p values are relative to {against}, over seeds and prompts."
     if spread.degrees:
-        deviation = spread.variance(0.5) ** 0.5
         text += (" The standard deviation between seeds, without the chance in single verdicts, "
-                 f"is {deviation:.3f} at a score of 0.5 ({spread.degrees:.1f} degrees of freedom) "
-                 "and lower near 0 and 1.")
+                 f"is {0.25 * spread.deviation():.3f} at a score of 0.5 ({spread.degrees:.1f} "
+                 "degrees of freedom) and lower near 0 and 1.")
     else:
-        text += (" Every point has one seed, so the intervals do not contain the spread between "
-                 "seeds, and nothing can be claimed: train more --seeds.")
-    return text + (" Of 20 points that are equally good, up to one is expected to have p < 0.05 "
-                   "by chance.\n")
+        text += (" The spread between seeds is not known, so the intervals do not contain it, and "
+                 "nothing can be claimed: train more --seeds. (Points that are never right do not "
+                 "help.)")
+    return text + (" Of 20 points that are equally good, one on average has p < 0.05 by "
+                   "chance.\n")
 
 
 def rates_table(rates):

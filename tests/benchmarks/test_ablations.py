@@ -360,11 +360,13 @@ def test_the_report_has_a_table_and_a_figure(experiment):
     losses = [row["loss"] for row in rows_of(experiment) if row["point"] == "baseline"]
     assert cells[2][:3] == ["baseline", "2", "7.19 M"]
     assert cells[2][4] == f"{sum(losses) / 2:.4f}" and cells[2][-1] == ""
-    assert cells[3][-1] in ("no difference seen", "better", "worse")
+    known = "degrees of freedom" in text                   # not if no image was right
+    assert known == (cells[3][-1] in ("no difference seen", "better", "worse"))
+    assert known != (cells[3][-1] == "not tested" and "is not known" in text)
     assert re.fullmatch(r"[+-]0\.\d{3} \[-0\.\d{3}, \+0\.\d{3}\]", cells[3][-3])
     assert cells[4] == ["point", *scenes.CATEGORIES]
     assert [row[0] for row in cells[6:]] == ["baseline", "reader-captions"]
-    assert "2.0 degrees of freedom" in text and "no sweep" in text
+    assert "no sweep" in text
     assert (experiment / "report.png").stat().st_size > 10_000
 
 
@@ -478,6 +480,9 @@ def test_a_run_that_another_process_has_finished_is_kept_once(tmp_path, capsys):
 
 # ---- statistics ----------------------------------------------------------------------------------
 
+UNKNOWN = ablation_report.Spread(0.0, 0.0, 0.0)             # of experiments with one seed
+
+
 def made_up_run(point, seed, verdicts):
     run = dict(point=point, seed=seed, verdicts=verdicts)
     return run | dict(score=ablation_report.overall(ablation_report.verdicts([run])))
@@ -501,7 +506,7 @@ def compared(a, b):
 def test_a_clear_difference_is_seen_and_none_is_not():
     base = made_up("base", 3, 0.6)
     comparison, spread = compared(made_up("other", 3, 0.8), base)
-    assert 3 < spread.degrees <= 4 and spread.variance(0.6) < 0.03 ** 2
+    assert 3 < spread.degrees <= 4 and 0.24 * spread.deviation() < 0.03
     assert comparison.difference == pytest.approx(0.2, abs=0.03)
     assert comparison.interval[0] > 0.1 and comparison.p < 0.01
     assert ablation_report.claim(comparison, spread) == "better"
@@ -516,7 +521,7 @@ def test_a_clear_difference_is_seen_and_none_is_not():
     (0.1, 0.049, "better"), (-0.1, 0.049, "worse"), (0.1, 0.051, "no difference seen")])
 def test_a_claim_needs_a_p_below_5_percent(difference, p, words):
     comparison = ablation_report.Comparison(difference, [-1, 1], p)
-    assert ablation_report.claim(comparison, ablation_report.Spread(0.0, 2)) == words
+    assert ablation_report.claim(comparison, ablation_report.Spread(0.1, 0.0, 2)) == words
 
 
 def test_seeds_that_differ_widen_the_interval():
@@ -526,10 +531,9 @@ def test_seeds_that_differ_widen_the_interval():
     other = made_up("other", 3, 0.7, offsets[::-1])
     comparison, spread = compared(other, base)
     assert ablation_report.claim(comparison, spread) == "no difference seen"
-    alone = ablation_report.Spread(0.0, 0)
-    without = ablation_report.compare(other, base, alone)
-    assert without.p < 0.01 and ablation_report.claim(without, alone) == "not tested: one seed"
-    narrow = ablation_report.score_interval(base, alone)
+    without = ablation_report.compare(other, base, UNKNOWN)
+    assert without.p < 0.01 and ablation_report.claim(without, UNKNOWN) == "not tested"
+    narrow = ablation_report.score_interval(base, UNKNOWN)
     wide = ablation_report.score_interval(base, spread)
     assert wide[1] - wide[0] > 2 * (narrow[1] - narrow[0])
 
@@ -544,47 +548,71 @@ def test_the_spread_is_pooled_over_points():
     by_point = {"a": made_up_alike([0.5, 0.7]), "b": made_up_alike([0.2]),
                 "c": made_up_alike([0.1, 0.2, 0.3])}
     spread = ablation_report.seed_spread(by_point)
-    chances = [(1 / 5) * 0.5 / 600, (1 / 5) * (1 / 3) / 600]         # of 120 prompts in 600 each
-    weights = [0.24 ** 2, 0.16 ** 2]
-    expected = 0.02 - chances[0] + 2 * (0.01 - chances[1])
-    total = weights[0] + 2 * weights[1]
-    assert spread.logit_variance == pytest.approx(expected / total)
-    assert spread.degrees == pytest.approx(total ** 2 / (weights[0] ** 2 + 2 * weights[1] ** 2))
-    assert spread.variance(0.2) == pytest.approx(0.16 ** 2 * spread.logit_variance)
+    variances = np.array([0.02, 0.01])
+    chances = np.array([1 / 5 * 1 / 2, 1 / 5 * 1 / 3]) / 600         # they disagree about 1 / 5
+    weights = np.array([0.24 ** 2, 0.16 ** 2])
+    degrees = np.array([1, 2])
+    total = degrees @ weights
+    expected = (degrees @ variances / total, degrees @ chances / total,
+                total ** 2 / (degrees @ weights ** 2))
+    np.testing.assert_allclose(spread, expected)
+    assert spread.deviation() == pytest.approx((spread.observed - spread.chance) ** 0.5)
 
     by_point["poor"] = made_up_alike([0.01, 0.01])
     with_poor = ablation_report.seed_spread(by_point)
     np.testing.assert_allclose(with_poor, spread, rtol=0.01)          # it says next to nothing
-    zeros = ablation_report.seed_spread({"a": made_up_alike([0.0, 0.0])})
-    assert zeros == ablation_report.Spread(0.0, 1)
+    assert ablation_report.seed_spread({"a": made_up_alike([0.0, 0.0])}) == UNKNOWN
 
 
-@pytest.mark.parametrize("deviation", [0.0, 0.06])
-@pytest.mark.parametrize("poor", [0, 6])
-def test_the_p_value_is_right_if_there_is_no_difference(deviation, poor):
-    """About one in 20 comparisons of equal designs has p < 0.05.
+def test_the_spread_between_seeds_is_that_of_two_means():
+    spread = ablation_report.Spread(observed=0.16, chance=0.0, degrees=1e9)
+    four = made_up_alike([0.5] * 4)
+    two = made_up_alike([0.5] * 2)
+    low, high = ablation_report.compare(four, two, spread).interval    # all prompts are alike
+    expected = 0.4 * 0.25 * (1 / 4 + 1 / 2) ** 0.5
+    assert (high - low) / 2 == pytest.approx(1.96 * expected, rel=0.02)
+
+
+def test_deviations_vary_as_their_degrees_of_freedom_say():
+    rng = np.random.default_rng(0)
+    spread = ablation_report.Spread(observed=0.09, chance=0.05, degrees=6)
+    drawn = spread.draw_deviations(rng, 100_000)
+    assert spread.deviation() == pytest.approx(0.2)
+    below = 0.09 * 6 / 12.592                              # the 95th percentile of chi-squared, 6
+    above = 0.09 * 6 / 1.635                               # the 5th
+    assert np.percentile(drawn, 5) == pytest.approx(max(0, below - 0.05) ** 0.5, abs=0.005)
+    assert np.percentile(drawn, 95) == pytest.approx((above - 0.05) ** 0.5, rel=0.02)
+
+
+@pytest.mark.parametrize("deviation", [0.0, 0.2])
+@pytest.mark.parametrize("poor, pairs, experiments", [(0, 4, 60), (6, 4, 60), (0, 1, 240)])
+def test_the_p_value_is_right_if_there_is_no_difference(deviation, poor, pairs, experiments):
+    """At most about one in 20 comparisons of equal designs has p < 0.05.
 
     This must hold beside poor points, too, whose scores vary less than those of the others.
     """
     small = []
-    for experiment in range(60):
+    for experiment in range(experiments):
         rng = np.random.default_rng(experiment)
-        difficulty = rng.uniform(0.2, 0.8, 120)            # of the prompts, the same for all
-        by_point = {point: made_up_many(rng, point, difficulty, deviation) for point in range(8)}
+        difficulty = rng.normal(0, 1, 120)                 # of the prompts, the same for all
+        by_point = {}
+        for point in range(2 * pairs):
+            by_point[point] = made_up_many(rng, point, difficulty, deviation)
         for point in range(poor):
-            by_point[f"poor {point}"] = made_up_many(rng, point, difficulty / 20, deviation / 20)
+            by_point[f"poor {point}"] = made_up_many(rng, point, difficulty - 4, deviation)
         spread = ablation_report.seed_spread(by_point)
-        for point in range(0, 8, 2):
+        for point in range(0, 2 * pairs, 2):
             pair = by_point[point], by_point[point + 1]
             small.append(ablation_report.compare(*pair, spread).p < 0.05)
-    assert 0.02 < np.mean(small) < 0.08
+    assert 0.01 < np.mean(small) < 0.08
 
 
 def made_up_many(rng, point, difficulty, deviation):
     """Two seeds of a design whose chance of a right image varies with the prompt and the seed."""
     runs = []
     for seed in range(2):
-        right = rng.random(120) < difficulty + deviation * rng.standard_normal()
+        logits = difficulty + deviation * rng.standard_normal()
+        right = rng.random(120) < 1 / (1 + np.exp(-logits))
         runs.append(made_up_run(point, seed, "".join(map(str, right.astype(int)))))
     return runs
 
@@ -598,7 +626,8 @@ def test_chance_in_single_verdicts_is_no_spread_between_seeds():
         by_point[point] = [made_up_run(point, seed, "".join(map(str, right.astype(int))))
                            for seed, right in enumerate(chance)]
     spread = ablation_report.seed_spread(by_point)
-    assert spread.variance(0.3) < 0.2 * (0.3 * 0.7 / 600)
+    assert spread.chance == pytest.approx(1 / (0.3 * 0.7 * 600), rel=0.02)
+    assert spread.deviation() < 0.4 * spread.chance ** 0.5
     assert 290 < spread.degrees <= 300
 
 
@@ -606,7 +635,7 @@ def test_a_control_is_named_in_the_table():
     runs = made_up("a", 2, 0.5)
     runs = [run | dict(control="baseline", images_per_s=50, loss=0.1, parameters=7_186_992)
             for run in runs]
-    cells = ablation_report.table_row("a-wide", runs, runs, ablation_report.Spread(0.0, 1))
+    cells = ablation_report.table_row("a-wide", runs, runs, UNKNOWN)
     assert cells[:5] == ["a-wide (as many parameters as baseline)", "2", "7.19 M", "50", "0.1000"]
 
 
@@ -616,11 +645,13 @@ def test_categories_have_their_own_scores():
     assert lines[2] == "| a | 1.000 | 0.500 | 0.000 | 0.000 | 1.000 | 0.000 |"
 
 
-def test_points_are_paired_by_seed():
+def test_images_of_the_same_prompt_are_compared():
+    """Two points that are right for the same prompts, whatever their seeds."""
     a = made_up("a", 3, 0.5)
-    assert ablation_report.compare(a[:1], a[1:], ablation_report.Spread(0.0, 0)) is None
-    comparison = ablation_report.compare(a, a[1:], ablation_report.Spread(0.0, 0))
-    assert comparison.difference == 0 and comparison.p > 0.9
+    same = ablation_report.compare(a, [a[0], a[1], a[2] | dict(seed=7)], UNKNOWN)
+    assert same.difference == 0 and same.interval[1] < 0.005
+    other = ablation_report.compare(a, made_up("other", 2, 0.5), UNKNOWN)
+    assert other.interval[1] - other.interval[0] > 0.05
 
 
 # ---- the recorded runs ---------------------------------------------------------------------------
