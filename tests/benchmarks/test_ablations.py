@@ -402,7 +402,7 @@ def test_the_sweep_chooses_the_rate_of_later_runs(tmp_path):
     assert done.returncode == 0, done.stderr[-3000:]
     text = (out / "report.md").read_text()
     assert "| deep, none | no-time, 32 images | 0.001: " in text
-    assert text.count(" |  | not tested: one seed |") == 1              # without a p
+    assert text.count(" |  | not tested |") == 1              # without a p
 
 
 SWEEP_UP_TO_THE_SCENES = """
