@@ -3,7 +3,7 @@
 A score varies for two reasons: the prompts are a sample of all prompts, and another seed would have
 given another model. An interval adds both. The prompts are resampled by the bootstrap of
 evaluate.py. The spread between seeds is estimated from all points together, since a single point
-has few seeds. A difference is taken between the images of the same prompt.
+has few seeds. A difference is taken between images of the same prompt and the same seed.
 """
 import statistics
 from collections import defaultdict
@@ -26,7 +26,7 @@ HEADER = ("point", "seeds", "parameters", "images/s", "loss", "score", "95 % int
 
 
 class Spread(NamedTuple):
-    """The spread of the scores between seeds of the same point.
+    """A spread of the scores between seeds of the same point.
 
     The logit of a score is taken to vary equally at all points. So the standard deviation of a
     score s is s (1 - s) times that of its logit: a score near 0 or 1 varies little.
@@ -45,8 +45,14 @@ class Spread(NamedTuple):
         return np.maximum(0, observed - self.chance) ** 0.5
 
 
+class Spreads(NamedTuple):
+    """The two spreads of an experiment."""
+    alone: Spread                           # of a point's scores
+    paired: Spread                          # without what a seed does to all points
+
+
 class Comparison(NamedTuple):
-    """A point compared with another on the same prompts."""
+    """A point compared with another, on the seeds and prompts that both have."""
     difference: float
     interval: list[float]                   # 95 %
     p: float
@@ -70,30 +76,58 @@ def overall(values):
     return float(np.mean([columns.mean() for columns in by_category(values).values()]))
 
 
-def seed_spread(by_point):
-    """The Spread of {point: runs}.
+def seed_spreads(by_point):
+    """The Spreads of {point: runs}.
 
-    Each point with several seeds gives an estimate. They are weighted by what they say about the
-    logit: a point with scores near 0 says little, and adds as little to the degrees of freedom
-    (Satterthwaite's formula). Chance in single verdicts is known from the prompts about which the
-    seeds disagree. The bootstrap over prompts includes it already.
+    A seed gives all points the same images in the same order with the same noise. So it may be a
+    good or a bad one for all of them, which cancels when points are compared.
     """
-    variances, chances, weights, degrees = [], [], [], []
-    for runs in by_point.values():
-        if len(runs) > 1:
-            values = verdicts(runs)
-            score = overall(values)
-            variances.append(statistics.variance(run["score"] for run in runs))
-            chances.append(values.var(0, ddof=1).mean() / values.shape[1])
-            weights.append((score * (1 - score)) ** 2)
-            degrees.append(len(runs) - 1)
+    return Spreads(seed_spread(by_point, paired=False), seed_spread(by_point, paired=True))
 
-    total = np.dot(degrees, weights)
-    if total == 0:                          # no point with two seeds and a score between 0 and 1
+
+def seed_spread(by_point, paired):
+    """The Spread of the runs' scores around a linear model, with a mean for each point.
+
+    paired: the model also has an effect of each seed on the logit, the same for all points.
+
+    The residuals are M s, where s are the scores and M projects onto what the model leaves over.
+    The score of a point has a slope of score (1 - score) in its logit. With D, the squares of these
+    slopes, the expected sum of the squared residuals is trace(M D) times the variance of a logit,
+    and Satterthwaite's degrees of freedom are trace(M D)^2 / trace(M D M D). Chance in single
+    verdicts is known from the prompts about which the seeds of a point disagree. The bootstrap over
+    prompts includes it already.
+    """
+    scores, slopes, chances, points, seeds = [], [], [], [], []
+    for point, runs in by_point.items():
+        values = verdicts(runs)
+        score = overall(values)
+        chance = 0.0
+        if len(runs) > 1:
+            chance = values.var(0, ddof=1).mean() / values.shape[1]
+        for run in runs:
+            scores.append(run["score"])
+            slopes.append(score * (1 - score))
+            chances.append(chance)
+            points.append(point)
+            seeds.append(run["seed"])
+
+    model = indicators(points)
+    if paired:
+        effects = indicators(seeds) * np.array(slopes)[:, None]
+        model = np.hstack([model, effects])
+    left_over = np.eye(len(scores)) - model @ np.linalg.pinv(model)
+    weighted = left_over * np.square(slopes)
+    total = np.trace(weighted)
+    if total < 1e-9:                        # no two seeds, or no image that is right
         return Spread(0.0, 0.0, 0.0)
-    return Spread(observed=np.dot(degrees, variances) / total,
-                  chance=np.dot(degrees, chances) / total,
-                  degrees=total ** 2 / np.dot(degrees, np.square(weights)))
+    return Spread(observed=scores @ left_over @ scores / total,
+                  chance=np.trace(left_over * chances) / total,
+                  degrees=total ** 2 / np.trace(weighted @ weighted))
+
+
+def indicators(labels):
+    """The matrix of dummy variables [labels, different labels]."""
+    return np.array([[float(label == other) for other in sorted(set(labels))] for label in labels])
 
 
 def draws(values, bounds, spread, scale):
@@ -122,25 +156,29 @@ def percentiles(drawn):
     return [float(low), float(high)]
 
 
-def score_interval(runs, spread):
+def score_interval(runs, spreads):
     values = verdicts(runs)
-    return percentiles(draws(values.mean(0), (0, 1), spread, seed_scale(values)))
+    return percentiles(draws(values.mean(0), (0, 1), spreads.alone, seed_scale(values)))
 
 
-def compare(runs, others, spread):
-    """The Comparison of a point's runs with another's."""
-    own, others = verdicts(runs), verdicts(others)
+def compare(runs, others, spreads):
+    """The Comparison of a point's runs with another's, or None if they have no seed in common."""
+    by_seed = {run["seed"]: run for run in others}
+    pairs = [(run, by_seed[run["seed"]]) for run in runs if run["seed"] in by_seed]
+    if not pairs:
+        return None
+    own, others = (verdicts(side) for side in zip(*pairs, strict=True))
     scale = np.hypot(seed_scale(own), seed_scale(others))
     differences = own.mean(0) - others.mean(0)
-    drawn = draws(differences, (-1, 1), spread, scale)
+    drawn = draws(differences, (-1, 1), spreads.paired, scale)
     beyond = min((drawn <= 0).sum(), (drawn >= 0).sum())
     p = min(1.0, 2 * (1 + int(beyond)) / (1 + len(drawn)))
     return Comparison(overall(differences), percentiles(drawn), p)
 
 
-def claim(comparison, spread):
+def claim(comparison, spreads):
     """The claim that a Comparison allows, in words."""
-    if not spread.degrees:
+    if not spreads.paired.degrees:
         return "not tested"
     if comparison.p >= 0.05:
         return "no difference seen"
@@ -148,7 +186,7 @@ def claim(comparison, spread):
 
 
 # ---------------------------------------------------------------------------- the table
-def table_row(name, runs, others, spread):
+def table_row(name, runs, others, spreads):
     """The cells of a point's row; others: the runs that it is compared with."""
     first = runs[0]
     title = name
@@ -158,14 +196,18 @@ def table_row(name, runs, others, spread):
     loss = statistics.mean(run["loss"] for run in runs)
     score = statistics.mean(run["score"] for run in runs)
     cells = [title, str(len(runs)), f"{first['parameters'] / 1e6:.2f} M", f"{speed:,.0f}",
-             f"{loss:.4f}", f"{score:.3f}", results.format_interval(score_interval(runs, spread))]
-    if runs is others:
+             f"{loss:.4f}", f"{score:.3f}", results.format_interval(score_interval(runs, spreads))]
+    comparison = None
+    if runs is not others:
+        comparison = compare(runs, others, spreads)
+    if comparison is None:
         return [*cells, "", "", ""]
-    comparison = compare(runs, others, spread)
     low, high = comparison.interval
     difference = f"{comparison.difference:+.3f} [{low:+.3f}, {high:+.3f}]"
-    p = f"{comparison.p:.4f}" if spread.degrees else ""
-    return [*cells, difference, p, claim(comparison, spread)]
+    p = ""
+    if spreads.paired.degrees:
+        p = f"{comparison.p:.3f}" if comparison.p >= 0.001 else "< 0.001"
+    return [*cells, difference, p, claim(comparison, spreads)]
 
 
 def markdown(rows):
@@ -183,7 +225,7 @@ def categories_table(by_point):
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
 
-def notes(runs, spread, against):
+def notes(runs, spreads, against):
     """The sentences below the table."""
     first = runs[0]
     devices = sorted({run["device"] for run in runs})
@@ -194,16 +236,22 @@ def notes(runs, spread, against):
         text += (" On different devices the speeds are not comparable, and a seed gives other "
                  "noise.")
     text += f"\n\nDifferences and p values are relative to {against}, over seeds and prompts."
-    if spread.degrees:
-        text += (" The standard deviation between seeds, without the chance in single verdicts, "
-                 f"is {0.25 * spread.deviation():.3f} at a score of 0.5 ({spread.degrees:.1f} "
-                 "degrees of freedom) and lower near 0 and 1.")
+    if spreads.paired.degrees:
+        text += (f" The standard deviation between seeds is {at_one_half(spreads.alone)}, or "
+                 f"{at_one_half(spreads.paired)} without what a seed does to all points. "
+                 "(Chance in single verdicts is not included. Scores near 0 and 1 vary less.)")
     else:
-        text += (" The spread between seeds is not known, so the intervals do not contain it, and "
-                 "nothing can be claimed: train more --seeds. (Points that are never right do not "
-                 "help.)")
+        text += (" The spread between seeds is not known, so nothing can be claimed, and the "
+                 "differences are without it: train more --seeds of several points. (Points that "
+                 "are never right do not help.)")
     return text + (" Of 20 points that are equally good, one on average has p < 0.05 by "
                    "chance.\n")
+
+
+def at_one_half(spread):
+    """The standard deviation of a score of 0.5, in words."""
+    return (f"{0.25 * spread.deviation():.3f} at a score of 0.5 ({spread.degrees:.1f} degrees of "
+            "freedom)")
 
 
 def rates_table(rates):
@@ -236,23 +284,23 @@ def report(runs, rates, out, against):
     if against not in by_point:
         raise FuseDiTError(f"{out} has no runs of {against!r} to compare with; "
                            f"{fusedit.suggest(against, by_point)}")
-    spread = seed_spread(by_point)
-    rows = [table_row(name, own, by_point[against], spread) for name, own in by_point.items()]
-    text = (f"{markdown(rows)}\n{notes(runs, spread, against)}\n{categories_table(by_point)}"
+    spreads = seed_spreads(by_point)
+    rows = [table_row(name, own, by_point[against], spreads) for name, own in by_point.items()]
+    text = (f"{markdown(rows)}\n{notes(runs, spreads, against)}\n{categories_table(by_point)}"
             f"{rates_table(rates)}")
     with atomic_write(out / "report.md") as tmp:
         tmp.write_text(text, "utf-8")
-    draw(by_point, spread, out / "report.png")
+    draw(by_point, spreads, out / "report.png")
     print(f"{text}\n{out}/report.md and report.png")
 
 
-def draw(by_point, spread, path):
+def draw(by_point, spreads, path):
     """Draw the scores with their intervals, and the losses."""
     scores = {}
     losses = {}
     for name, runs in by_point.items():
         score = statistics.mean(run["score"] for run in runs)
         loss = statistics.mean(run["loss"] for run in runs)
-        scores[name] = Measurement("score", score, score_interval(runs, spread), True)
+        scores[name] = Measurement("score", score, score_interval(runs, spreads), True)
         losses[name] = Measurement("loss", loss, None, False)
     figures.compare_models({"score": scores, "loss": losses}, list(by_point), path)
