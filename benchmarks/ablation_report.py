@@ -22,7 +22,7 @@ from fusedit_lib.shapes import scenes
 SEED_DRAWS = 10                             # for each draw of the prompts
 
 HEADER = ("point", "seeds", "parameters", "images/s", "loss", "score", "95 % interval",
-          "difference", "p", "")
+          "difference", "p", "claim")
 
 
 class Spread(NamedTuple):
@@ -80,7 +80,7 @@ def seed_spreads(by_point):
     """The Spreads of {point: runs}.
 
     A seed gives all points the same images in the same order with the same noise. So it may be a
-    good or a bad one for all of them, which cancels when points are compared.
+    good or a bad one for all of them. This cancels when equally good points are compared.
     """
     return Spreads(seed_spread(by_point, paired=False), seed_spread(by_point, paired=True))
 
@@ -162,7 +162,11 @@ def score_interval(runs, spreads):
 
 
 def compare(runs, others, spreads):
-    """The Comparison of a point's runs with another's, or None if they have no seed in common."""
+    """The Comparison of a point's runs with another's, or None if they have no seed in common.
+
+    The interval is for the seeds that were used: a better seed may change a score of 0.5 more than
+    one of 0.1. The p value is for points that are equally good, for which this cancels.
+    """
     by_seed = {run["seed"]: run for run in others}
     pairs = [(run, by_seed[run["seed"]]) for run in runs if run["seed"] in by_seed]
     if not pairs:
@@ -237,21 +241,17 @@ def notes(runs, spreads, against):
                  "noise.")
     text += f"\n\nDifferences and p values are relative to {against}, over seeds and prompts."
     if spreads.paired.degrees:
-        text += (f" The standard deviation between seeds is {at_one_half(spreads.alone)}, or "
-                 f"{at_one_half(spreads.paired)} without what a seed does to all points. "
-                 "(Chance in single verdicts is not included. Scores near 0 and 1 vary less.)")
+        text += (" The standard deviation between seeds at a score of 0.5 is "
+                 f"{0.25 * spreads.alone.deviation():.3f}, or "
+                 f"{0.25 * spreads.paired.deviation():.3f} ({spreads.paired.degrees:.1f} degrees "
+                 "of freedom) without what a seed does to all points. (Chance in single verdicts "
+                 "is not included. Scores near 0 and 1 vary less.)")
     else:
         text += (" The spread between seeds is not known, so nothing can be claimed, and the "
                  "differences are without it: train more --seeds of several points. (Points that "
                  "are never right do not help.)")
     return text + (" Of 20 points that are equally good, one on average has p < 0.05 by "
                    "chance.\n")
-
-
-def at_one_half(spread):
-    """The standard deviation of a score of 0.5, in words."""
-    return (f"{0.25 * spread.deviation():.3f} at a score of 0.5 ({spread.degrees:.1f} degrees of "
-            "freedom)")
 
 
 def rates_table(rates):
