@@ -7,10 +7,17 @@ from pathlib import Path
 
 import torch
 
+from fusedit import FuseDiTError
 from fusedit_lib.cli import DEMO
 from fusedit_lib.seeds import torch_seed
 from fusedit_lib.shapes import scenes, tiny_gemma
-from fusedit_lib.shapes.training_text import Part, encode, padded_batches, vocabulary
+from fusedit_lib.shapes.training_text import (
+    Part,
+    encode,
+    padded_batches,
+    split_words,
+    vocabulary,
+)
 
 BUNDLED = DEMO / "gemma"                    # the reader "questions"
 BATCH = 64                                  # texts per step; this and the rate are the defaults of
@@ -40,12 +47,16 @@ READERS = {
 def reader_batches(reader, rng, ids):
     """Yield batches of token ids [B,T] of a reader's text indefinitely, with notes.
 
-    ids: {word: its token id}.
+    ids: {word: its token id}. Raises FuseDiTError for a word that is not there.
     """
     def draw_row():
         description = scenes.omit_defaults(scenes.training_scene(rng), rng)
         caption = scenes.caption(description, rng) + " ."
         pieces = READERS[reader](caption, rng)
+        for word in split_words(" ".join(pieces)):
+            if word not in ids:
+                raise FuseDiTError(f"reader {reader!r}: {word!r} is not in the vocabulary of the "
+                                   "shapes (fusedit_lib/shapes/training_text.py)")
         return encode([Part(words, kind="") for words in pieces], ids)
 
     return padded_batches(rng, BATCH, draw_row)

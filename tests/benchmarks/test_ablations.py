@@ -134,6 +134,14 @@ def test_the_text_of_the_readers():
     assert len({tuple(row) for row in texts["captions"]}) > 50
 
 
+def test_a_word_that_no_reader_knows_is_named(monkeypatch):
+    readers = ablation_readers.READERS
+    monkeypatch.setitem(readers, "polite", lambda caption, rng: ["please", caption])
+    ids = {word: i for i, word in enumerate(vocabulary())}
+    with pytest.raises(FuseDiTError, match="reader 'polite': 'please' is not in the vocabulary"):
+        next(ablation_readers.reader_batches("polite", random.Random(3), ids))
+
+
 # ---- data, order and noise -----------------------------------------------------------------------
 
 @pytest.fixture(scope="module")
