@@ -68,9 +68,10 @@ def render_scenes(n, image_size):
     """The pixels [n,3,H,W] and the captions of the scenes of `prepare_data.py shapes -n N`."""
     chunks = batches_of(range(n), CHUNK)
     rendered = {}                           # chunk -> its pixels and captions
-    with tqdm(total=len(chunks), desc="rendering", disable=None) as progress:
-        render = partial(render_chunk, image_size)
-        for event in packing.in_parallel(render, chunks, os.cpu_count()):
+    render = partial(render_chunk, image_size)
+    progress = tqdm(total=len(chunks), desc="rendering", disable=None)
+    with progress, packing.in_parallel(render, chunks, os.cpu_count()) as events:
+        for event in events:
             if event is not None:
                 chunk, result = event
                 rendered[chunk] = result

@@ -134,8 +134,9 @@ def read_shards(tars, args):
     read = partial(read_shard, image_key=args.image_key, caption_key=args.caption_key)
     contents = {}
     samples = 0
-    with tqdm(unit="image", desc="reading", disable=None, smoothing=0.05) as bar:
-        for event in packing.in_parallel(read, tars, args.workers):
+    bar = tqdm(unit="image", desc="reading", disable=None, smoothing=0.05)
+    with bar, packing.in_parallel(read, tars, args.workers) as events:
+        for event in events:
             if event:
                 path, shard = event
                 contents[path] = shard

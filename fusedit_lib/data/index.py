@@ -78,8 +78,9 @@ def index(args):
     tars = list_tars(args.folder)
     scan = partial(scan_shard, image_key=args.image_key, caption_key=args.caption_key)
     scanned = {}
-    with tqdm(total=len(tars), unit="shard", desc="indexing", disable=None) as bar:
-        for event in packing.in_parallel(scan, tars, args.workers):
+    bar = tqdm(total=len(tars), unit="shard", desc="indexing", disable=None)
+    with bar, packing.in_parallel(scan, tars, args.workers) as events:
+        for event in events:
             if event:
                 path, shard = event
                 scanned[path] = shard

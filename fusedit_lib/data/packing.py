@@ -202,9 +202,16 @@ def exit_with_parent(parent):
 def in_parallel(function, jobs, workers):
     """Call function(job) for all jobs in `workers` processes, in any order.
 
-    Yields (job, result) for every finished job and, about three times a second, None to let the
-    caller update a progress bar. With one worker, all jobs run in this process.
+    Returns a context manager, which gives an iterator. It ends the processes when the `with` block
+    is left, also by an exception between two results. The iterator yields (job, result) for every
+    finished job and, about three times a second, None to let the caller update a progress bar. With
+    one worker, all jobs run in this process.
     """
+    return contextlib.closing(results_in_parallel(function, jobs, workers))
+
+
+def results_in_parallel(function, jobs, workers):
+    """The iterator of in_parallel."""
     if workers == 1 or not jobs:
         for job in jobs:
             yield job, function(job)
@@ -369,9 +376,9 @@ def pack(args, name, jobs, make, skipped=(), total=None, **more):
     bar = tqdm(total=total, initial=earlier_inputs, unit="image", desc="packing", smoothing=0.05,
                disable=None)
     try:
-        with bar:
-            write = partial(write_shard, make, skip_duplicates)
-            for result in in_parallel(write, todo, args.workers):
+        write = partial(write_shard, make, skip_duplicates)
+        with bar, in_parallel(write, todo, args.workers) as results:
+            for result in results:
                 if result is not None:
                     finished += 1
                 if not total and finished:  # estimate the total from the finished shards
@@ -394,8 +401,9 @@ def leave_out_duplicates(shards, workers):
     for shard, samples in zip(shards, duplicates, strict=True):
         if samples and "without_duplicates" not in read_record(shard):
             jobs.append((shard, samples))
-    with tqdm(total=len(jobs), unit="shard", desc="leaving out duplicates", disable=None) as bar:
-        for result in in_parallel(leave_out, jobs, workers):
+    bar = tqdm(total=len(jobs), unit="shard", desc="leaving out duplicates", disable=None)
+    with bar, in_parallel(leave_out, jobs, workers) as results:
+        for result in results:
             bar.update(result is not None)
 
 

@@ -217,7 +217,7 @@ def nothing(item):
     raise Skip("empty")
 
 
-INTERRUPTED = """
+INTERRUPTED_EARLY = """
 import time
 from fusedit_lib.data import packing
 
@@ -226,13 +226,24 @@ class Jobs(list):
         yield 1000
         raise KeyboardInterrupt             # while jobs are still handed to the workers
 
-for _ in packing.in_parallel(time.sleep, Jobs([1000, 1000]), 2):
-    pass
+with packing.in_parallel(time.sleep, Jobs([1000, 1000]), 2) as results:
+    for _ in results:
+        pass
+"""
+
+INTERRUPTED_LATER = """
+import time
+from fusedit_lib.data import packing
+
+with packing.in_parallel(time.sleep, [1000, 1000], 2) as results:
+    for _ in results:
+        raise KeyboardInterrupt             # while the caller handles a result
 """
 
 
-def test_an_interrupted_run_does_not_wait_for_its_jobs():
-    process = warm.start(["-c", INTERRUPTED], os.environ | {"PYTHONPATH": str(ROOT)})
+@pytest.mark.parametrize("program", [INTERRUPTED_EARLY, INTERRUPTED_LATER])
+def test_an_interrupted_run_does_not_wait_for_its_jobs(program):
+    process = warm.start(["-c", program], os.environ | {"PYTHONPATH": str(ROOT)})
     try:
         assert process.wait(timeout=200) != 0
     finally:
