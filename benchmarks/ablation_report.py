@@ -19,7 +19,7 @@ from fusedit_lib.evaluation.figures import Measurement
 from fusedit_lib.files import atomic_write
 from fusedit_lib.shapes import scenes
 
-SEED_DRAWS = 10                             # for each draw of the prompts
+SEED_DRAWS = 10                             # of the seeds, for each draw of the prompts
 
 HEADER = ("point", "seeds", "parameters", "images/s", "loss", "score", "95 % interval",
           "difference", "p", "claim")

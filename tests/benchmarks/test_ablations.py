@@ -488,15 +488,18 @@ def test_a_run_that_another_process_has_finished_is_kept_once(tmp_path, capsys):
 
 # ---- statistics ----------------------------------------------------------------------------------
 
-UNKNOWN = ablation_report.Spreads(*[ablation_report.Spread(0.0, 0.0, 0.0)] * 2)  # with one seed
-
-
-def both(*spread):
+def both(observed, chance, degrees):
     """Spreads that are the same for scores and for differences."""
-    return ablation_report.Spreads(*[ablation_report.Spread(*spread)] * 2)
+    spread = ablation_report.Spread(observed, chance, degrees)
+    return ablation_report.Spreads(alone=spread, paired=spread)
 
 
-def made_up_run(point, seed, verdicts):
+UNKNOWN = both(0.0, 0.0, 0.0)               # the spreads of an experiment with one seed
+
+
+def made_up_run(point, seed, right):
+    """A run with these verdicts, a boolean array [prompts]."""
+    verdicts = "".join(str(int(value)) for value in right)
     run = dict(point=point, seed=seed, verdicts=verdicts)
     return run | dict(score=ablation_report.overall(ablation_report.verdicts([run])))
 
@@ -507,7 +510,7 @@ def made_up(point, seeds, share, offsets=(0, 0, 0), n=600):
     for seed in range(seeds):
         rng = np.random.default_rng([seed, len(point)])
         right = rng.random(n) < share + offsets[seed]
-        runs.append(made_up_run(point, seed, "".join(map(str, right.astype(int)))))
+        runs.append(made_up_run(point, seed, right))
     return runs
 
 
@@ -553,8 +556,11 @@ def test_seeds_that_differ_widen_the_interval():
 
 def made_up_alike(shares, n=600):
     """Runs in which the same prompts are right, with these shares of right images."""
-    return [made_up_run("a", seed, "1" * round(share * n) + "0" * (n - round(share * n)))
-            for seed, share in enumerate(shares)]
+    runs = []
+    for seed, share in enumerate(shares):
+        right = np.arange(n) < round(share * n)
+        runs.append(made_up_run("a", seed, right))
+    return runs
 
 
 def test_the_spread_is_pooled_over_points():
@@ -655,7 +661,7 @@ def made_up_many(rng, difficulty, seeds, deviation):
     for seed, effect in enumerate(seeds):
         logits = difficulty + effect + deviation * rng.standard_normal()
         right = rng.random(120) < 1 / (1 + np.exp(-logits))
-        runs.append(made_up_run("a", seed, "".join(map(str, right.astype(int)))))
+        runs.append(made_up_run("a", seed, right))
     return runs
 
 
@@ -665,8 +671,7 @@ def test_chance_in_single_verdicts_is_no_spread_between_seeds():
     by_point = {}
     for point in map(str, range(300)):
         chance = rng.random((2, 600)) < 0.3
-        by_point[point] = [made_up_run(point, seed, "".join(map(str, right.astype(int))))
-                           for seed, right in enumerate(chance)]
+        by_point[point] = [made_up_run(point, 0, chance[0]), made_up_run(point, 1, chance[1])]
     spread = ablation_report.seed_spread(by_point, paired=False)
     assert spread.chance == pytest.approx(1 / (0.3 * 0.7 * 600), rel=0.02)
     assert spread.deviation() < 0.4 * spread.chance ** 0.5
@@ -691,7 +696,8 @@ def test_small_p_values_are_not_printed_as_0(share, p):
 
 
 def test_categories_have_their_own_scores():
-    runs = [made_up_run("a", 0, "100010" * 5), made_up_run("a", 1, "110010" * 5)]
+    runs = [made_up_run("a", 0, [1, 0, 0, 0, 1, 0] * 5),
+            made_up_run("a", 1, [1, 1, 0, 0, 1, 0] * 5)]
     lines = ablation_report.categories_table({"a": runs}).splitlines()
     assert lines[2] == "| a | 1.000 | 0.500 | 0.000 | 0.000 | 1.000 | 0.000 |"
 
